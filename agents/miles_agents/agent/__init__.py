@@ -1,0 +1,1 @@
+"""The node agent: inventory, workers, services, ports, logs, and their death."""

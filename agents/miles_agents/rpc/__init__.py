@@ -1,0 +1,1 @@
+"""Actors, meshes and calls: what a user of the runtime programs against."""

@@ -1,0 +1,1 @@
+"""The wire: envelopes, msgpack bodies, reliable sessions, and the two transports below them."""

@@ -1,0 +1,1 @@
+"""Miles: RL post-training of language models on the runtime below it."""
