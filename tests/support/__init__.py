@@ -1,0 +1,1 @@
+"""Shared by tests: clusters, leak checks, processes that misbehave."""
