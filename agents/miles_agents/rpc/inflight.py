@@ -1,0 +1,112 @@
+"""What a hop passed on and is not answered: so that a death is answered by the one who knows of it. Pure; no I/O.
+
+The agent keeps one for its workers, the controller one for everybody. Consumes: the calls and answers that pass.
+Produces: the requests to answer when their receiver is gone. Invariant: an entry leaves with its answer or with the
+death of its receiver or its sender, whichever comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from miles_agents.wire.envelope import CALL, END, ERROR, ONE_WAY, REPLY, STARTED, Address, Envelope
+
+_LAST_ANSWERS = frozenset({REPLY, ERROR, END})
+
+
+class RequestKey(NamedTuple):
+    """One request as its sender numbered it."""
+
+    source: Address
+    rid: int
+
+
+@dataclass(slots=True)
+class Passed:
+    """A request that was passed on to one receiver."""
+
+    key: RequestKey
+    receiver: Address
+    method: str
+    since: float
+    trace: int
+
+
+class InFlight:
+    """Requests by receiver."""
+
+    def __init__(self) -> None:
+        self._by_receiver: dict[Address, dict[RequestKey, Passed]] = {}
+        self._longest: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return sum(len(requests) for requests in self._by_receiver.values())
+
+    def passed(self, envelope: Envelope, receiver: Address, now: float) -> None:
+        """A call was passed on to a receiver."""
+        if envelope.kind != CALL:
+            return
+        key = RequestKey(envelope.source, envelope.rid)
+        requests = self._by_receiver.get(receiver)
+        if requests is None:
+            requests = self._by_receiver[receiver] = {}
+        requests[key] = Passed(key, receiver, envelope.method, now, envelope.trace)
+
+    def answered(self, envelope: Envelope, now: float) -> None:
+        """An answer passes on its way back."""
+        if envelope.kind not in _LAST_ANSWERS and envelope.kind != STARTED:
+            return
+        requests = self._by_receiver.get(envelope.source)
+        if requests is None:
+            return
+        targets = envelope.targets
+        key = RequestKey(Address(envelope.mesh, targets[0], targets[1]), envelope.rid)
+        passed = requests.pop(key, None)
+        if passed is not None:
+            self._remember(passed, now)
+        if not requests:
+            del self._by_receiver[envelope.source]
+
+    def receiver_died(self, receiver: Address) -> list[Passed]:
+        """The receiver is gone: these requests have to be answered, oldest first."""
+        return list(self._by_receiver.pop(receiver, {}).values())
+
+    def sender_died(self, sender: Address) -> list[Passed]:
+        """Nobody waits for these any more: their receivers are to be told to stop."""
+        orphans = []
+        for receiver in list(self._by_receiver):
+            requests = self._by_receiver[receiver]
+            orphans += [requests.pop(key) for key in list(requests) if key.source == sender]
+            if not requests:
+                del self._by_receiver[receiver]
+        return orphans
+
+    def pending_at(self, receiver: Address) -> list[Passed]:
+        """Requests that the receiver has not answered, oldest first."""
+        return list(self._by_receiver.get(receiver, {}).values())
+
+    def overdue(self, now: float, *, at_least_s: float, factor: float) -> list[Passed]:
+        """Requests much older than the longest of their method that was ever answered."""
+        found = []
+        for requests in self._by_receiver.values():
+            for passed in requests.values():
+                usual = self._longest.get(passed.method, 0.0)
+                if now - passed.since > max(at_least_s, factor * usual):
+                    found.append(passed)
+        return found
+
+    def _remember(self, passed: Passed, now: float) -> None:
+        took = now - passed.since
+        if took > self._longest.get(passed.method, 0.0):
+            self._longest[passed.method] = took
+
+
+def expects_answer(envelope: Envelope) -> bool:
+    """Whether a receiver that cannot take the message has to say so."""
+    return envelope.kind == CALL
+
+
+def is_one_way(envelope: Envelope) -> bool:
+    """Whether the sender only waits for the message to be taken."""
+    return bool(envelope.flags & ONE_WAY)

@@ -1,0 +1,300 @@
+"""The RPC node of a process: makes its calls, receives their answers, hands incoming requests to its host.
+
+Consumes: calls from any thread of the process; envelopes that the link delivers. Produces: envelopes for the link
+(``route``), results for futures and streams. Waits for: answers, until their deadline, the death of the callee (which
+the hop in front of the callee answers), cancellation, or ``close``. Invariants: all bookkeeping happens on one event
+loop; what other threads want is posted to it in order; every call that was begun ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+from miles_agents.errors import MilesError
+from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
+from miles_agents.rpc.context import find_call
+from miles_agents.rpc.errors import DeadlineExceeded, WindowFull
+from miles_agents.wire import envelope as wire
+from miles_agents.wire.codec import decode, encode
+from miles_agents.wire.envelope import Address, Envelope, Target
+from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
+
+logger = logging.getLogger(__name__)
+Libraries = Literal["import", "opaque"]
+
+
+class Host(Protocol):
+    """What runs incoming requests."""
+
+    def deliver(self, envelope: Envelope) -> None:
+        """A CALL, CANCEL or CREDIT for this process."""
+
+
+class RpcNode:
+    """One process's end of all its conversations. Create it on the event loop that owns it."""
+
+    def __init__(
+        self,
+        address: Address,
+        label: str,
+        route: Callable[[Envelope], None],
+        *,
+        libraries: Libraries = "opaque",
+    ) -> None:
+        self.address = address
+        self.label = label
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
+        self.libraries = libraries
+        self.host: Host | None = None
+        self.calls = CallTable()
+        self._route = route
+        self._windows: dict[int, Window] = {}
+        self._held: dict[int, Envelope] = {}
+        self._deadlines: dict[int, asyncio.TimerHandle] = {}
+        self._rids = itertools.count(1)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._posting = threading.Lock()
+        self._post_scheduled = False
+        self._closed: MilesError | None = None
+
+    # -- from any thread -------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        mesh: int,
+        targets: Sequence[Target],
+        method: str,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        sink: Sink,
+        *,
+        flags: int = 0,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Begin a call: it is under way when this returns. Returns its request id.
+
+        Raises:
+            CannotTravel: an argument has no form on the wire; says which.
+            WindowFull: the callee has not answered so much that no more is taken.
+        """
+        args, kwargs = arguments
+        body, buffers = encode([list(args), kwargs], what="arguments")
+        rid = next(self._rids)
+        context = find_call()
+        now = self.loop.time()
+        deadline = None if timeout_s is None else now + timeout_s
+        if context is not None and context.deadline is not None:
+            deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+        trace = context.trace if context is not None else random.getrandbits(63)
+        flat = tuple(number for target in targets for number in target)
+        envelope = Envelope(
+            wire.CALL, rid, self.address, mesh, flat, len(targets), method, deadline, flags, trace, body, list(buffers)
+        )
+        owing = {target.rank: target for target in targets}
+        call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes)
+        self.post(lambda: self._begin(call, envelope))
+        return rid
+
+    def cancel(self, rid: int, *, wait: bool) -> None:
+        """Ask the receivers to stop. ``wait``: the call ends when they confirm; else it ends now."""
+        self.post(lambda: self._cancel(rid, wait=wait))
+
+    def grant(self, rid: int, position: int, count: int) -> None:
+        """The consumer of a stream took items."""
+        self.post(lambda: self._grant(rid, position, count))
+
+    def answer(self, request: Envelope, kind: int, value: Any = None) -> None:
+        """Send an answer; the value is encoded on the calling thread. Raises CannotTravel."""
+        if kind in (wire.REPLY, wire.ITEM):
+            body, buffers = encode(value, what="return value")
+            reply = request.answer(kind, self.address, body, list(buffers))
+        else:
+            reply = request.answer(kind, self.address)
+        self.post(lambda: self._route(reply))
+
+    def answer_error(
+        self, request: Envelope, error: BaseException, *, source: Address | None = None, elapsed_s: float = 0.0
+    ) -> None:
+        """Answer a request with an exception; ``source`` where this node speaks for a receiver that cannot."""
+        origin = self.origin(request.method, elapsed_s)
+        body, buffers = encode(describe_exception(error, origin, []), what="error")
+        reply = request.answer(wire.ERROR, source or self.address, body, list(buffers))
+        self.post(lambda: self._route(reply))
+
+    def origin(self, method: str, elapsed_s: float) -> Origin:
+        """Where an error of this process comes from."""
+        return Origin.here(self.label, method, elapsed_s, self.address.incarnation)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Run on the loop: at once when already there, else in order of posting."""
+        if threading.get_ident() == self.thread and not self._posted:
+            action()
+            return
+        with self._posting:
+            self._posted.append(action)
+            if self._post_scheduled:
+                return
+            self._post_scheduled = True
+        self.loop.call_soon_threadsafe(self._run_posted)
+
+    # -- on the loop -----------------------------------------------------------------------------------------
+
+    def deliver(self, envelope: Envelope) -> None:
+        """An envelope for this process came."""
+        kind = envelope.kind
+        if kind in (wire.CALL, wire.CANCEL, wire.CREDIT):
+            if self.host is not None:
+                self.host.deliver(envelope)
+            return
+        source = envelope.source
+        self._on_answer(envelope, source.rank, source.incarnation)
+
+    def close(self, error: MilesError) -> None:
+        """End every call with ``error``; calls that are begun later end the same way."""
+        self._closed = error
+        for call in list(self.calls):
+            self._ended(self.calls.fail(call.rid, error)[0])
+
+    def _run_posted(self) -> None:
+        with self._posting:
+            self._post_scheduled = False
+        while self._posted:
+            action = self._posted[0]
+            try:
+                action()
+            finally:
+                self._posted.popleft()
+
+    def _begin(self, call: OpenCall, envelope: Envelope) -> None:
+        self.calls.open(call)
+        if self._closed is not None:
+            self.calls.fail(call.rid, self._closed)
+            return
+        window = self._windows.setdefault(call.mesh, Window())
+        if window.is_overfull(call.num_bytes):
+            self.calls.fail(call.rid, _window_full(call, window))
+            return
+        if envelope.deadline is not None:
+            self._deadlines[call.rid] = self.loop.call_at(envelope.deadline, self._expire, call.rid)
+        if window.admit(call.rid, call.num_bytes):
+            self._route(envelope)
+        else:
+            self._held[call.rid] = envelope
+
+    def _on_answer(self, envelope: Envelope, rank: int, incarnation: int) -> None:
+        rid, kind = envelope.rid, envelope.kind
+        if self.calls.get(rid) is None:
+            self.calls.stats.late += 1
+            return
+        if kind == wire.REPLY:
+            value = self._decoded(envelope)
+            if isinstance(value, _Failed):
+                self._on_error(rid, rank, incarnation, value.error)
+            else:
+                self._ended(self.calls.value(rid, rank, incarnation, value))
+        elif kind == wire.STARTED:
+            self._ended(self.calls.value(rid, rank, incarnation, None))
+        elif kind == wire.ERROR:
+            described = self._decoded(envelope)
+            error = described.error if isinstance(described, _Failed) else rebuild_exception(described)
+            self._on_error(rid, rank, incarnation, error)
+        elif kind == wire.ITEM:
+            value = self._decoded(envelope)
+            if isinstance(value, _Failed):
+                self._on_error(rid, rank, incarnation, value.error)
+            else:
+                self.calls.item(rid, rank, incarnation, value)
+        elif kind == wire.END:
+            self._ended(self.calls.end(rid, rank, incarnation))
+
+    def _decoded(self, envelope: Envelope) -> Any:
+        try:
+            return decode(envelope.body, envelope.buffers, libraries=self.libraries)
+        except MilesError as error:
+            return _Failed(error)
+
+    def _on_error(self, rid: int, rank: int, incarnation: int, error: BaseException) -> None:
+        call, stop = self.calls.error(rid, rank, incarnation, error)
+        if call is not None:
+            self._tell(wire.CANCEL, call, stop)
+        self._ended(call)
+
+    def _expire(self, rid: int) -> None:
+        call = self.calls.get(rid)
+        if call is None:
+            return
+        was_sent = rid not in self._held
+        error = DeadlineExceeded(
+            f"{call.method} on mesh {call.mesh} did not answer within its deadline",
+            evidence=f"{len(call.owing)} receivers have not answered after {self.loop.time() - call.started_at:.3f} s; "
+            + ("the request was sent and may have run" if was_sent else "the request was never sent"),
+            advice="Give the call more time, or look at the stack of the callee.",
+            may_have_run=was_sent,
+        )
+        ended, stop = self.calls.fail(rid, error)
+        if was_sent:
+            self._tell(wire.CANCEL, call, stop)
+        self._ended(ended)
+
+    def _cancel(self, rid: int, *, wait: bool) -> None:
+        call = self.calls.get(rid)
+        if call is None:
+            return
+        if rid in self._held:
+            from miles_agents.rpc.host import call_cancelled
+
+            self._ended(self.calls.fail(rid, call_cancelled(call.method, self.label, may_have_run=False))[0])
+            return
+        if wait:
+            self._tell(wire.CANCEL, call, self.calls.cancel(rid))
+            return
+        ended, stop = self.calls.abandon(rid)
+        self._tell(wire.CANCEL, call, stop)
+        self._ended(ended)
+
+    def _grant(self, rid: int, position: int, count: int) -> None:
+        call = self.calls.get(rid)
+        if call is not None:
+            receivers = [target for target in call.owing.values() if target.position == position]
+            self._tell(wire.CREDIT, call, receivers, size=count)
+
+    def _tell(self, kind: int, call: OpenCall, receivers: Sequence[Target], *, size: int = 1) -> None:
+        if receivers:
+            flat = tuple(number for target in receivers for number in target)
+            self._route(Envelope(kind, call.rid, self.address, call.mesh, flat, size, call.method))
+
+    def _ended(self, call: OpenCall | None) -> None:
+        if call is None:
+            return
+        timer = self._deadlines.pop(call.rid, None)
+        if timer is not None:
+            timer.cancel()
+        self._held.pop(call.rid, None)
+        window = self._windows[call.mesh]
+        for rid in window.leave(call.rid, call.num_bytes):
+            held = self._held.pop(rid, None)
+            if held is not None:
+                self._route(held)
+
+
+class _Failed:
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _window_full(call: OpenCall, window: Window) -> WindowFull:
+    return WindowFull(
+        f"{call.method} on mesh {call.mesh} cannot be queued",
+        evidence=f"{window.calls} calls ({window.bytes} bytes) are unanswered and {window.num_waiting} more wait",
+        advice="Await earlier calls before making more; send bulk data through the shared store.",
+        may_have_run=False,
+    )
