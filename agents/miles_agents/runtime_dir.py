@@ -176,18 +176,24 @@ def _run_directories() -> Iterator[Path]:
             yield from (path for path in sorted(base.iterdir()) if _RUN_ID.fullmatch(path.name))
 
 
-def _make_private(path: Path) -> None:
-    """Make ``path`` with mode 0700, or check that what is there is a real directory, ours, and closed to others."""
+def _make_private(path: Path) -> bool:
+    """Make ``path`` with mode 0700, or check that what is there is a real directory, ours, and closed to others.
+
+    False: it was there, and is gone again.
+    """
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        found = os.lstat(path)
     except OSError as error:
         raise UnsafeDirectory(
             f"runtime directory {path} cannot be made",
             evidence=str(error),
             advice="Make its parent writable, or set XDG_RUNTIME_DIR to a directory of yours with mode 0700.",
         ) from error
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
     wrong = ""
     if stat.S_ISLNK(found.st_mode):
         wrong = f"it is a symbolic link to {os.readlink(path)}"
@@ -203,11 +209,13 @@ def _make_private(path: Path) -> None:
             evidence=wrong,
             advice=f"Make sure that nobody put it there on purpose, remove it (rm -r {path}) and start again.",
         )
+    return True
 
 
 def _join(path: Path) -> int | None:
     """Open and lock the directory, made if need be. None: it was being removed at that moment, try again."""
-    _make_private(path)
+    if not _make_private(path):
+        return None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
