@@ -6,9 +6,9 @@ import os
 import tempfile
 
 import pytest
-from support.leaks import mark_session, no_leaks
+from support.leaks import begin_session, no_leaks
 
-mark_session()
+begin_session()
 
 
 @pytest.fixture(scope="session", autouse=True)

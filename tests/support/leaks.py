@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import uvloop
 
 MARK = "MILES_TEST_SESSION"
 """Environment variable that all processes started by this test session inherit."""
@@ -28,9 +29,11 @@ SETTLE_S = 5.0
 Things = Counter[str]
 
 
-def mark_session() -> None:
+def begin_session() -> None:
     """Mark this process, and so all that it starts, as of this test session."""
     os.environ[MARK] = uuid.uuid4().hex
+    # libuv makes one pipe per process, with the first loop, and keeps it.
+    uvloop.new_event_loop().close()
 
 
 @contextmanager
