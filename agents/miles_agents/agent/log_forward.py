@@ -1,0 +1,288 @@
+"""From many log files to the controller's console, without ever slowing a process or the link.
+
+* Consumes: files that grow, read by ``poll(now)`` on the agent's tick within a byte budget.
+* Produces: batches of entries through ``send``, one in flight: the next goes when the one before is answered.
+* Waits for: lines (woken by ``poll``), and the answer to a batch (``send`` itself must end; a batch that failed is
+  sent again after a pause, so the controller may see its lines twice, never out of order).
+* Invariants: what is not forwarded is counted and reported in the stream with the path of the file that has it; the
+  queue is bounded, in bytes.
+
+A batch is plain data: a list of ``[source, time, text, ranks]``; ``time`` is the agent's loop time at reading, in
+seconds; ``ranks`` is empty for a line of one process and names the ranks that repeated a line otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from miles_agents.agent.log_dedup import LogDedup, Merged, rank_ranges, wanted
+from miles_agents.agent.logs import LogCannotShrink, LogTail, cap_file
+from miles_agents.errors import MilesError
+
+Entry: TypeAlias = list[str | float | list[int]]
+Send: TypeAlias = Callable[[list[Entry]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class LogSource:
+    """Whose lines: ``trainer[3]@node-a``."""
+
+    group: str
+    rank: int
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.group}[{self.rank}]@{self.node}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardLimits:
+    """Bounds of forwarding. Sizes in bytes, times in seconds."""
+
+    rate_bytes: float = 64 * 1024
+    burst_bytes: float = 256 * 1024
+    batch_bytes: int = 64 * 1024
+    queue_bytes: int = 1024 * 1024
+    poll_bytes: int = 512 * 1024
+    poll_file_bytes: int = 128 * 1024
+    report_s: float = 5.0
+    send_s: float = 10.0
+    retry_s: float = 1.0
+    file_bytes: int = 1024**3
+    file_head_bytes: int = 16 * 1024**2
+    cap_s: float = 10.0
+
+
+class TokenBucket:
+    """Allows ``rate`` bytes per second, after a pause up to ``burst`` at once."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._tokens = burst
+        self._at = now
+
+    def take(self, amount: float, now: float) -> bool:
+        """Spend ``amount`` if it is there. Amounts over ``burst`` pass when the bucket is full."""
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < min(amount, self._burst):
+            return False
+        self._tokens -= amount
+        return True
+
+
+@dataclass(slots=True)
+class _Process:
+    source: LogSource
+    tail: LogTail
+    bucket: TokenBucket
+    filter_state: str | None = None
+    dropped_lines: int = 0
+    dropped_bytes: int = 0
+    report_at: float = 0.0
+    can_shrink: bool = True
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Entries that wait to be sent, and how many there ever were."""
+
+    entries: deque[tuple[int, Entry]] = field(default_factory=deque)
+    size: int = 0
+    added: int = 0
+    done: int = 0
+
+    def add(self, entry: Entry, size: int) -> None:
+        self.entries.append((size, entry))
+        self.size += size
+        self.added += 1
+
+    def head(self, max_bytes: int) -> list[Entry]:
+        batch: list[Entry] = []
+        total = 0
+        for size, entry in self.entries:
+            if batch and total + size > max_bytes:
+                break
+            batch.append(entry)
+            total += size
+        return batch
+
+    def drop_head(self, count: int) -> None:
+        for _ in range(count):
+            self.size -= self.entries.popleft()[0]
+        self.done += count
+
+
+class LogForwarder:
+    """Tails the processes of one node and sends what a person wants to see. One task runs ``run``."""
+
+    def __init__(self, node: str, send: Send, limits: ForwardLimits | None = None) -> None:
+        self._node = node
+        self._send = send
+        self._limits = limits or ForwardLimits()
+        self._processes: dict[LogSource, _Process] = {}
+        self._dedup = LogDedup()
+        self._queue = _Queue()
+        self._changed = asyncio.Condition()
+        self._news = asyncio.Event()
+        self._turn = 0
+        self._cap_at = 0.0
+
+    def add(self, group: str, rank: int, path: Path, now: float, *, start: int = 0) -> LogTail:
+        """Follow a process from byte ``start`` of its file on; its lines also stand in the returned tail's ring."""
+        source = LogSource(group, rank, self._node)
+        if source in self._processes:
+            self.finish(group, rank, now)
+        bucket = TokenBucket(self._limits.rate_bytes, self._limits.burst_bytes, now)
+        tail = LogTail(path, start=start)
+        self._processes[source] = _Process(source, tail, bucket)
+        return tail
+
+    def finish(self, group: str, rank: int, now: float) -> list[str]:
+        """The process has exited: forward its last lines, forget it, and return them (at most 200)."""
+        process = self._processes.pop(LogSource(group, rank, self._node), None)
+        if process is None:
+            return []
+        # The last words of a process that said too much are the ones to keep: no limit but the burst holds for them.
+        lines = process.tail.finish(int(self._limits.burst_bytes))
+        self._take(process, lines, now, limited=False)
+        self._report_dropped(process, now)
+        return process.tail.last_lines()
+
+    def close(self) -> None:
+        """Let go of all files. What is queued stays queued."""
+        for process in self._processes.values():
+            process.tail.close()
+        self._processes.clear()
+
+    def poll(self, now: float) -> None:
+        """Read what is new, within the budget, starting with another process each time."""
+        processes = list(self._processes.values())
+        self._turn += 1
+        budget = self._limits.poll_bytes
+        for index in range(len(processes)):
+            process = processes[(index + self._turn) % len(processes)]
+            before = process.tail.offset
+            if budget > 0:
+                self._take(process, process.tail.read(min(budget, self._limits.poll_file_bytes)), now)
+            budget -= process.tail.offset - before
+            if process.dropped_lines and now >= process.report_at:
+                self._report_dropped(process, now)
+        self._put_merged(self._dedup.tick(now), now)
+        if now >= self._cap_at:
+            self._cap_at = now + self._limits.cap_s
+            for process in processes:
+                self._cap(process, now)
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        while True:
+            await self._news.wait()
+            batch = self._queue.head(self._limits.batch_bytes)
+            if not batch:
+                self._news.clear()
+                continue
+            try:
+                async with asyncio.timeout(self._limits.send_s):
+                    await self._send(batch)
+            except (MilesError, OSError):  # a timeout is an OSError: the controller is away, the lines wait
+                await asyncio.sleep(self._limits.retry_s)
+                continue
+            self._queue.drop_head(len(batch))
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def flush(self, deadline: float) -> bool:
+        """Barrier: True when all complete lines written before the call were sent (or reported as dropped).
+
+        ``run`` must be running. False if ``deadline`` (loop time) came first; nothing is lost then.
+        """
+        loop = asyncio.get_running_loop()
+        for process in list(self._processes.values()):
+            end = process.tail.size()
+            while process.tail.offset < end and loop.time() < deadline:
+                before = process.tail.offset
+                lines = process.tail.read(min(end - before, self._limits.poll_file_bytes))
+                self._take(process, lines, loop.time())
+                await asyncio.sleep(0)
+                if process.tail.offset == before:
+                    break
+            self._report_dropped(process, loop.time())
+        self._put_merged(self._dedup.flush(), loop.time())
+        target = self._queue.added
+        try:
+            async with asyncio.timeout_at(deadline), self._changed:
+                await self._changed.wait_for(lambda: self._queue.done >= target)
+        except TimeoutError:
+            return False
+        return True
+
+    def _take(self, process: _Process, lines: list[str], now: float, *, limited: bool = True) -> None:
+        source = process.source
+        for line in lines:
+            want, process.filter_state = wanted(source.rank, line, process.filter_state)
+            if not want:
+                continue
+            size = len(line)
+            full = self._queue.size + size > self._limits.queue_bytes
+            if limited and (full or not process.bucket.take(size, now)):
+                if not process.dropped_lines:
+                    process.report_at = now + self._limits.report_s
+                process.dropped_lines += 1
+                process.dropped_bytes += size
+            else:
+                self._put_merged(self._dedup.add(source.group, source.rank, line, now), now)
+
+    def _report_dropped(self, process: _Process, now: float) -> None:
+        if not process.dropped_lines:
+            return
+        notice = (
+            f"[log: {process.dropped_lines} lines ({process.dropped_bytes} bytes) were too many to show; "
+            f"they are in {process.tail.path}]"
+        )
+        process.dropped_lines = process.dropped_bytes = 0
+        self._notice(process, notice, now)
+
+    def _notice(self, process: _Process, text: str, now: float) -> None:
+        """Say something about a process. Its own held lines go first."""
+        source = process.source
+        self._put_merged(self._dedup.release(source.group, source.rank), now)
+        self._put([str(source), now, text, []], len(text))
+
+    def _cap(self, process: _Process, now: float) -> None:
+        if not process.can_shrink:
+            return
+        try:
+            cap_file(process.tail.path, self._limits.file_bytes, self._limits.file_head_bytes)
+        except LogCannotShrink as error:
+            process.can_shrink = False  # said once for each file
+            self._notice(process, f"[log: {error.what}: {error.evidence}]", now)
+
+    def _put_merged(self, lines: list[Merged], now: float) -> None:
+        for line in lines:
+            if len(line.ranks) == 1:
+                source = str(LogSource(line.group, line.ranks[0], self._node))
+                self._put([source, now, line.text, []], len(line.text))
+            else:
+                ranks: list[int] = list(line.ranks)
+                text = f"{line.text} [numbers differ]" if line.varied else line.text
+                self._put([f"{line.group}@{self._node}", now, text, ranks], len(text))
+
+    def _put(self, entry: Entry, size: int) -> None:
+        self._queue.add(entry, size + 64)
+        self._news.set()
+
+
+def render(entry: Entry) -> str:
+    """An entry as a console line: ``trainer[3]@node-a | text``, ``trainer[1-7]@node-a | (x7) text``."""
+    source, _, text, ranks = entry
+    if isinstance(ranks, list) and ranks:
+        group, _, node = str(source).partition("@")
+        return f"{group}[{rank_ranges(tuple(ranks))}]@{node} | (x{len(ranks)}) {text}"
+    return f"{source} | {text}"
