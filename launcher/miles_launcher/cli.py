@@ -132,13 +132,13 @@ def _check(options: argparse.Namespace) -> None:
     address = _ADDRESS.fullmatch(options.controller)
     if not address or not 0 < int(address[2]) < 65536:
         raise InvalidAgentFlag(
-            f"--controller {options.controller} is not an address",
+            f"--controller {options.controller!r} is not an address",
             evidence="expected tcp://HOST:PORT with a port from 1 to 65535",
             advice="Copy the address that the controller printed, for example tcp://10.0.0.1:7100.",
         )
     if options.node is not None and not _NODE.fullmatch(options.node):
         raise InvalidAgentFlag(
-            f"--node {options.node} cannot name a node",
+            f"--node {options.node!r} cannot name a node",
             evidence="allowed are 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit",
             advice="Use the name from the hosts list, or leave --node out.",
         )
@@ -210,7 +210,7 @@ def _check_key(line: bytes, source: str) -> None:
         try:
             if not isinstance(json.loads(line), dict):
                 evidence = "JSON, but not an object"
-        except ValueError:
+        except (ValueError, RecursionError):
             evidence = f"{len(line)} bytes that are not one line of JSON"  # never shown: it may be half a secret
     if evidence:
         raise _no_key(

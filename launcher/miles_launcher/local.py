@@ -4,13 +4,15 @@
 node's reaper), each with its stdin as lifeline: when this process dies, however, the pipes end and the agents notice.
 It waits for exits through pidfds, and on leaving for all of them, each wait with a deadline.
 
-Invariants: an exit is reported to the controller as proof of death only if the reaper ended by itself, because only
-then has it seen the node clean; after ``__aexit__`` no process started here is left, or an error names it.
+Invariants: an exit is reported to the controller as proof of death only if the reaper ended by itself and says that
+the node is clean; after ``__aexit__`` no reaper started here is left, and an error names those that cannot vouch for
+their node.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -23,6 +25,7 @@ from typing import IO, Protocol
 
 import psutil
 
+from miles_agents.agent.reaper import EXIT_NOT_CLEAN
 from miles_agents.errors import EnvironmentFault
 from miles_agents.timings import Timings
 
@@ -43,7 +46,7 @@ class ControllerLike(Protocol):
         """A new key bundle for that node, one line of JSON."""
 
     def report_node_exit(self, node: str, evidence: str) -> None:
-        """The node's reaper has ended by itself: nothing of the node is left running."""
+        """The node's reaper has ended by itself: nothing that it started is left running."""
 
 
 class CannotStartAgent(EnvironmentFault):
@@ -53,7 +56,7 @@ class CannotStartAgent(EnvironmentFault):
 
 
 class AgentWouldNotStop(EnvironmentFault):
-    """A local agent's processes did not end, although they were killed."""
+    """A local agent's reaper did not end by itself, so nothing vouches for what it started."""
 
     code = "E-LOCAL-002"
 
@@ -96,7 +99,7 @@ class LocalAgents:
         cpu_slots: Slots that each node offers where there is no GPU; None: the agent's default.
         timings: Passed to the agents; None: their defaults.
         env: The agents' whole environment; None: this process's.
-        grace_s: Wait after each step of stopping: end of lifeline, SIGTERM, SIGKILL of the agent, of the reaper.
+        grace_s: Wait after each step of stopping: end of lifeline, SIGTERM, kill of the agent, kill of everything.
     """
 
     def __init__(
@@ -172,36 +175,39 @@ class LocalAgents:
         code = agent.process.wait()  # at once: the pidfd was readable
         _close_lifeline(agent.process)
         agent.exited.set_result(code)
-        if code < 0:
-            # Nobody has seen the node clean, so this proves nothing: the controller's own verdict has to wait.
-            log.error("reaper of %s was killed by %s", agent.node, signal.Signals(-code).name)
-            return
-        evidence = f"reaper of {agent.node} (pid {agent.pid}) exited with code {code}; log {agent.log_path} ends:\n"
-        self._controller.report_node_exit(agent.node, evidence + agent.log_tail())
+        story = (
+            f"reaper of {agent.node} (pid {agent.pid}) {_ending(code)}; log {agent.log_path} ends:\n{agent.log_tail()}"
+        )
+        if code < 0 or code == EXIT_NOT_CLEAN:
+            log.error("no proof that the node is clean: %s", story)  # the controller's own verdict has to wait
+        else:
+            self._controller.report_node_exit(agent.node, story)
 
     def _running(self) -> list[LocalAgent]:
         return [agent for agent in self._agents.values() if not agent.exited.done()]
 
     async def _stop(self) -> None:
-        """End of lifeline, SIGTERM, SIGKILL of the agent (the reaper then cleans up), SIGKILL of the reaper."""
+        """End of lifeline, SIGTERM, kill of the agent (the reaper then cleans up), kill of everything."""
+        forced: list[str] = []
         try:
-            for step in (_close_lifeline, _terminate, _kill_below, _kill):
+            for step in (_close_lifeline, _terminate, _kill_agent, _kill_all):
                 running = self._running()
-                if not running:
-                    return
+                if step is _kill_all:
+                    forced = [f"{agent.node}: pid {agent.pid}, {_state(agent.pid)}" for agent in running]
                 for agent in running:
                     step(agent.process)
-                await asyncio.wait([agent.exited for agent in running], timeout=self._grace_s)
+                if running:
+                    await asyncio.wait([agent.exited for agent in running], timeout=self._grace_s)
         finally:  # also when cancelled: the ends of lifelines are on their way, only nobody watches any more
-            stuck = self._running()
-            for agent in stuck:
+            for agent in self._running():
                 asyncio.get_running_loop().remove_reader(agent.pidfd)
                 os.close(agent.pidfd)
-        if stuck:
+        if forced:
             raise AgentWouldNotStop(
-                f"agents of {', '.join(agent.node for agent in stuck)} would not stop",
-                evidence="\n".join(f"{agent.node}: pid {agent.pid}, {_state(agent.pid)}" for agent in stuck),
-                advice="A process in state D waits for a device or a file server; look at dmesg on this machine.",
+                "local agents had to be killed together with their reapers",
+                evidence="\n".join(forced),
+                advice="Look for leftovers with ps, and for processes in state D in dmesg: they wait for a device "
+                "or a file server.",
             )
 
 
@@ -233,18 +239,27 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
 
 
-def _kill_below(process: subprocess.Popen[bytes]) -> None:
-    """Kill the reaper's children, and let it go on if somebody stopped it, so that it can do the rest."""
-    try:
-        for child in psutil.Process(process.pid).children():
-            child.kill()
-        process.send_signal(signal.SIGCONT)
-    except psutil.NoSuchProcess:
-        pass  # it ended meanwhile
+def _kill_agent(process: subprocess.Popen[bytes]) -> None:
+    """The reaper kills its agent without grace; it is woken first, in case somebody stopped it."""
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGQUIT)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Also what is below the reaper, as far as it can be seen now."""
+    below: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
+    for child in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()  # psutil compares start times: a reused pid is not hit
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
 
 
 def _state(pid: int) -> str:
