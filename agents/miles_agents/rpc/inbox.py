@@ -52,7 +52,7 @@ class Request:
     arrived_at: float
     stage: Stage = Stage.QUEUED
     cancelled: bool = False
-    interrupt: Callable[[], None] | None = None
+    interrupt: Callable[[], object] | None = None
     """Set while it runs somewhere that can be interrupted; called on the I/O loop."""
 
 

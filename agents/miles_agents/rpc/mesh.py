@@ -200,7 +200,7 @@ class Endpoint:
         self._refuse_generator("call", "stream")
         node, mesh = self._mesh.node(), self._mesh
         sink = MeshSink(node, self._label, mesh.shape, return_exceptions=mesh._options.return_exceptions)
-        self._begin(node, sink, mesh.targets(), args, kwargs)
+        self._begin(node, sink, mesh.targets(), (args, kwargs))
         return sink.future
 
     def call_one(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +216,7 @@ class Endpoint:
             return self._stream(args, kwargs, with_points=False)
         node = mesh.node()
         sink = OneSink(node, self._label)
-        self._begin(node, sink, mesh.targets(), args, kwargs)
+        self._begin(node, sink, mesh.targets(), (args, kwargs))
         return sink.future
 
     def broadcast(self, *args: Any, **kwargs: Any) -> CallFuture[None]:
@@ -224,7 +224,7 @@ class Endpoint:
         self._refuse_generator("broadcast", "stream")
         node = self._mesh.node()
         sink = TakenSink(node, self._label)
-        self._begin(node, sink, self._mesh.targets(), args, kwargs, flags=ONE_WAY)
+        self._begin(node, sink, self._mesh.targets(), (args, kwargs), ONE_WAY)
         return sink.future
 
     def choose(self, *args: Any, **kwargs: Any) -> CallFuture[Any]:
@@ -233,7 +233,7 @@ class Endpoint:
         node = self._mesh.node()
         target = node.calls.least_owing(self._mesh._info.mesh, self._mesh.targets())
         sink = OneSink(node, self._label)
-        self._begin(node, sink, [target._replace(position=0)], args, kwargs)
+        self._begin(node, sink, [target._replace(position=0)], (args, kwargs))
         return sink.future
 
     def stream(self, *args: Any, **kwargs: Any) -> CallStream[tuple[Point, Any]]:
@@ -245,7 +245,7 @@ class Endpoint:
         is_generator = self._info is not None and self._info.is_generator
         points = list(mesh.shape.points()) if with_points else None
         sink = StreamSink(node, self._label, points, is_generator=is_generator)
-        self._begin(node, sink, mesh.targets(), args, kwargs, flags=STREAM if is_generator else 0)
+        self._begin(node, sink, mesh.targets(), (args, kwargs), STREAM if is_generator else 0)
         return sink.stream
 
     def _begin(
@@ -253,13 +253,12 @@ class Endpoint:
         node: RpcNode,
         sink: OneSink | MeshSink | TakenSink | StreamSink,
         targets: list[Target],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
         flags: int = 0,
     ) -> None:
         timeout_s = self._mesh._options.timeout_s
         mesh = self._mesh._info.mesh
-        sink.rid = node.begin(mesh, targets, self.name, (args, kwargs), sink, flags=flags, timeout_s=timeout_s)
+        sink.rid = node.begin(mesh, targets, self.name, arguments, sink, flags=flags, timeout_s=timeout_s)
 
     def _refuse_generator(self, verb: str, instead: str) -> None:
         if self._info is not None and self._info.is_generator:

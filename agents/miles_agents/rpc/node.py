@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import random
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_e
 
 logger = logging.getLogger(__name__)
 Libraries = Literal["import", "opaque"]
+_HOST = socket.gethostname()
 
 
 class Host(Protocol):
@@ -130,7 +133,7 @@ class RpcNode:
 
     def origin(self, method: str, elapsed_s: float) -> Origin:
         """Where an error of this process comes from."""
-        return Origin.here(self.label, method, elapsed_s, self.address.incarnation)
+        return Origin(self.label, _HOST, os.getpid(), method, elapsed_s, self.address.incarnation)
 
     def post(self, action: Callable[[], None]) -> None:
         """Run on the loop: at once when already there, else in order of posting."""

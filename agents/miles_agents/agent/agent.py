@@ -1,0 +1,317 @@
+"""The agent: one life of a node in a run, from HELLO to fence or goodbye.
+
+Consumes: the controller's orders (``Orders``), workers' messages, exits of processes, the clock. Produces: workers and
+services under supervision; their messages on the way; answers for those that died; reports to the controller; beats.
+Waits for: the controller, for as long as the lease lasts. What unblocks everything else: pidfds, links, deadlines.
+
+Invariants: workers reach the network only through here; a message of theirs carries their own address or is dropped; a
+request passed to a worker is answered by it or, at its death, from here; when ``run`` returns, nothing that this life
+started still runs. It knows transports and process starting only by their interfaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miles_agents.agent import lease as leases
+from miles_agents.agent.errors import AgentRefused, ControllerUnreachable
+from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, StdinClosed, Tick
+from miles_agents.agent.log_forward import LogForwarder
+from miles_agents.agent.orders import Orders
+from miles_agents.agent.service import PortLessor, ProcessStarter
+from miles_agents.agent.starter import WorkerStarter
+from miles_agents.agent.worker_pool import WorkerPool
+from miles_agents.errors import MilesError
+from miles_agents.node_info import NodeInfo
+from miles_agents.rpc.actor import EndpointInfo
+from miles_agents.rpc.errors import ControllerLost
+from miles_agents.rpc.host import ActorHost, no_actor
+from miles_agents.rpc.inline import InlineExecutors
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo
+from miles_agents.rpc.node import RpcNode
+from miles_agents.rpc.shape import Shape
+from miles_agents.rpc.switch import Hop, LocalHop, Switch
+from miles_agents.timings import Timings
+from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
+from miles_agents.wire.link import LinkDialer, Peer, Refusal
+from miles_agents.wire.transport import Transport
+
+logger = logging.getLogger(__name__)
+StartTransport = Callable[[Any], Transport]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentParts:
+    """What an agent is made of; simulations put twins in.
+
+    ``processes`` and ``ports`` are None where only workers can be started (simulations).
+    """
+
+    info: NodeInfo
+    dial: StartTransport
+    accept: StartTransport
+    starter: WorkerStarter
+    log_dir: Path
+    processes: ProcessStarter | None = None
+    ports: PortLessor | None = None
+    base_env: dict[str, str] = field(default_factory=dict)
+    join_timeout_s: float = 60.0
+    forward_logs: bool = True
+
+
+class _Uplink:
+    """To the controller, whose switch answers for what lies behind it."""
+
+    answers_for_itself = True
+
+    def __init__(self, link: LinkDialer) -> None:
+        self._link = link
+
+    def send(self, envelope: Envelope) -> None:
+        self._link.peer.send(envelope)
+
+
+class Agent:
+    """One life. ``run`` until it is over; make a new one to join again."""
+
+    def __init__(self, parts: AgentParts, timings: Timings | None = None) -> None:
+        self.parts = parts
+        self.timings = timings or Timings()
+        self.loop = asyncio.get_running_loop()
+        self.incarnation = 0
+        self._over: asyncio.Future[Fence | MilesError] = self.loop.create_future()
+        self._joined = asyncio.Event()
+        self._stdin_open = True
+        self._lag_s = 0.0
+        self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello)
+        self.uplink = _Uplink(self.link)
+        self.switch = Switch(self._resolve)
+        self._lease: Lease | None = None
+        self.node: RpcNode | None = None
+        self.workers: WorkerPool | None = None
+        self.orders: Orders | None = None
+        self._local: LocalHop | None = None
+        self._greeted_at = self.loop.time()
+
+    async def run(self) -> Fence:
+        """Join, serve, and end cleanly; returns why it ended.
+
+        Raises:
+            AgentRefused: the controller does not want this node.
+            ControllerUnreachable: no answer within ``join_timeout_s``.
+        """
+        self.link.attach(self.parts.dial)
+        try:
+            await self._join()
+            assert self.workers is not None and self.orders is not None
+            async with asyncio.TaskGroup() as tasks:
+                self.workers.tasks = tasks
+                self.orders.tasks = tasks
+                beating = tasks.create_task(self._beat_forever(), name="beats")
+                logs = tasks.create_task(self.workers.logs.run(), name="logs")
+                polling = tasks.create_task(self._poll_logs(), name="log tails")
+                try:
+                    over = await self._over
+                finally:
+                    beating.cancel()
+                    await self._end_everything()
+                    polling.cancel()
+                    logs.cancel()
+            if isinstance(over, MilesError):
+                raise over
+            return over
+        finally:
+            self.link.close()
+            if self.workers is not None:
+                self.workers.close()
+            if self.node is not None:
+                self.node.close(_controller_lost())
+
+    def stdin_closed(self) -> None:
+        """The launcher's end of the lifeline is gone."""
+        self._stdin_open = False
+        self._lease_event(StdinClosed())
+        if self._lease is None:
+            self._finish(Fence("the launcher went away before the controller was reached"))
+
+    def end(self, fence: Fence) -> None:
+        """End this life for a reason of the process around it; ``fence.orderly`` gives workers their grace."""
+        self._finish(fence)
+
+    async def _join(self) -> None:
+        joined = self.loop.create_task(self._joined.wait())
+        try:
+            async with asyncio.timeout(self.parts.join_timeout_s):
+                while not joined.done():
+                    self.link.beat({})  # says HELLO again where the first was lost
+                    waits: set[asyncio.Future[Any]] = {joined, self._over}
+                    await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                    if self._over.done():
+                        over = self._over.result()
+                        raise over if isinstance(over, MilesError) else ControllerUnreachable.because(self, over.reason)
+        except TimeoutError:
+            raise ControllerUnreachable.because(self, f"no WELCOME within {self.parts.join_timeout_s} s") from None
+        finally:
+            joined.cancel()
+
+    async def _end_everything(self) -> None:
+        assert self.workers is not None and self.orders is not None
+        over = self._over.result() if self._over.done() else Fence("the agent failed")
+        orderly = isinstance(over, Fence) and over.orderly
+        reason = over.reason if isinstance(over, Fence) else over.what
+        logger.info("%s ends: %s", self.parts.info.node, reason)
+        self.workers.end_all(reason, orderly=orderly)
+        self.orders.end_all(reason)
+        await self.workers.wait_all_dead()
+        await self.orders.wait_all_dead()
+        if orderly:
+            await self.workers.logs.flush(self.loop.time() + 1.0)
+            self.link.peer.say_goodbye(reason)
+            await asyncio.sleep(0.05)  # the transport does not linger: let the goodbye leave
+
+    # -- routing ---------------------------------------------------------------------------------------------
+
+    def _resolve(self, mesh: int, target: Target) -> Hop | MilesError:
+        node, workers = self.node, self.workers
+        assert node is not None and workers is not None
+        if mesh == AGENT_MESH and target.rank == node.address.rank:
+            if target.incarnation != self.incarnation:
+                return workers.stale(mesh, target)
+            assert self._local is not None
+            return self._local
+        return workers.resolve(mesh, target) or self.uplink
+
+    def on_envelope(self, peer: Peer, envelope: Envelope) -> None:
+        """From the controller: for this agent or one of its workers, and for nobody else."""
+        if self.node is None or self.workers is None:
+            return
+        receivers = envelope.receivers()
+        here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
+        if here:
+            self.switch.route(envelope if len(here) == len(receivers) else envelope.to(here))
+        if envelope.kind == CALL:
+            for target in receivers:
+                if target not in here:
+                    self._answer_unknown(envelope, target)
+
+    def _answer_unknown(self, envelope: Envelope, target: Target) -> None:
+        assert self.node is not None and self.workers is not None
+        error = self.workers.why_gone(envelope.mesh, target) or no_actor(
+            envelope, target, self.node.label, "no such worker runs here"
+        )
+        receiver = Address(envelope.mesh, target.rank, target.incarnation)
+        self.node.answer_error(envelope, error, source=receiver)
+
+    # -- the link to the controller --------------------------------------------------------------------------
+
+    def _hello(self) -> dict[str, Any]:
+        self._greeted_at = self.loop.time()
+        return {"node": self.parts.info.node, "info": self.parts.info.to_plain()}
+
+    def on_welcome(self, grant: dict[str, Any]) -> None:
+        """The controller takes this node into the run."""
+        self.incarnation = int(grant["incarnation"])
+        self.timings = Timings(**grant["timings"])
+        rank = int(grant["rank"])
+        label = f"agent of {self.parts.info.node}"
+        self.node = RpcNode(Address(AGENT_MESH, rank, self.incarnation), label, self.switch.route)
+        self.switch.attach(self.node)
+        self._local = LocalHop(self.node)
+        run_incarnation = int(grant["controller"])
+        info = MeshInfo(CONTROLLER_MESH, "controller", {0: run_incarnation})
+        controller = ActorMesh(info, Shape.of(controller=1), self.node)
+        logs = LogForwarder(self.parts.info.node, self._send_logs(controller))
+        self.workers = WorkerPool(self, controller, logs)
+        self.orders = Orders(self, controller)
+        host = ActorHost(self.node, InlineExecutors(self.loop))
+        for name, function in self.orders.endpoints().items():
+            host.bind(EndpointInfo(name, "io", True, False), function)
+        self._lease = Lease.start(
+            self._greeted_at, fence_s=self.timings.fence_s, suspect_s=self.timings.suspect_s, link_up=True
+        )
+        self._joined.set()
+
+    def on_refused(self, refusal: Refusal) -> None:
+        """The controller does not want this life (any more)."""
+        if self._lease is not None:
+            self._finish(Fence(f"the controller refuses this node: {refusal.reason}"))
+        elif refusal.final:
+            self._finish(AgentRefused.because(self, refusal.reason))
+
+    def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:
+        """Connected."""
+        self._lease_event(LinkUp())
+
+    def on_peer_down(self, peer: Peer) -> None:
+        """Not connected; the lease decides."""
+        self._lease_event(LinkDown())
+
+    def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
+        """Controllers do not beat; they answer."""
+        return {}
+
+    def on_answer(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> None:
+        """The controller answered a beat: the lease is renewed."""
+        self._lease_event(BeatAnswered(beat_id))
+
+    def on_goodbye(self, peer: Peer, reason: str) -> None:
+        """The run ends in good order."""
+        self._finish(Fence(f"the controller said goodbye: {reason}", orderly=True))
+
+    # -- time ------------------------------------------------------------------------------------------------
+
+    async def _beat_forever(self) -> None:
+        assert self.workers is not None
+        due = self.loop.time()
+        while True:
+            self._lag_s = max(0.0, self.loop.time() - due)
+            self._lease_event(Tick())
+            if self._over.done():
+                return
+            facts = {"lag_s": self._lag_s, "workers": self.workers.facts()}
+            self._lease_event(BeatSent(self.link.beat(facts)))
+            self.workers.tick()
+            due = self.loop.time() + self.timings.beat_s
+            await asyncio.sleep(self.timings.beat_s)
+
+    async def _poll_logs(self) -> None:
+        assert self.workers is not None
+        while True:
+            await asyncio.sleep(0.1)
+            self.workers.logs.poll(self.loop.time())
+
+    def _send_logs(self, controller: ActorMesh) -> Callable[[list[Any]], Any]:
+        async def send(batch: list[Any]) -> None:
+            if self.parts.forward_logs:
+                await controller.endpoint("take_logs").call_one(self.parts.info.node, batch)
+
+        return send
+
+    def _lease_event(self, event: leases.Event) -> None:
+        if self._lease is None:
+            return
+        self._lease, effects = leases.step(self._lease, event, self.loop.time())
+        for effect in effects:
+            if isinstance(effect, Fence):
+                self._finish(effect)
+            elif isinstance(effect, leases.Suspect):
+                logger.warning("no beat was answered by the controller for %.1f s", effect.silence_s)
+
+    def _finish(self, over: Fence | MilesError) -> None:
+        if not self._over.done():
+            self._over.set_result(over)
+
+
+def _controller_lost() -> ControllerLost:
+    return ControllerLost(
+        "this agent has left the run",
+        evidence="its lease ended or the controller said goodbye",
+        advice="Look at the controller's log for the reason.",
+        may_have_run=True,
+    )

@@ -1,0 +1,189 @@
+"""The agent process: ``python -m miles_agents.agent``, started by the reaper that ``miles agent`` becomes.
+
+Owns what outlives one life in a run (process table, ports, sockets, runtime directory), makes an ``Agent`` per life,
+and joins again after a fence for as long as somebody may want the node. Ends on: goodbye, SIGTERM or SIGINT (in good
+order); the end of stdin with the link down, the reaper's death (at once); a controller that does not come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import logging
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import uvloop
+
+from miles_agents.agent.agent import Agent, AgentParts
+from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
+from miles_agents.agent.lease import Fence
+from miles_agents.agent.ports import PortLeases
+from miles_agents.agent.process import ProcessTable
+from miles_agents.agent.process_gpu import NvmlProbe
+from miles_agents.agent.reaper import watch_reaper
+from miles_agents.agent.starter import ProcessStarter
+from miles_agents.errors import MilesError
+from miles_agents.runtime_dir import runtime_dir
+from miles_agents.timings import Timings
+from miles_agents.wire.keys import AgentKey
+from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer, ZmqNetwork
+
+KEY_FD_VARIABLE = "MILES_KEY_FD"
+EXIT_FENCED = 70
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """The flags of ``miles agent`` that reach this process; the launcher has checked them."""
+
+    controller: str
+    node: str | None = None
+    cpu_slots: int | None = None
+    interface: str | None = None
+    run_dir: str | None = None
+    key_file: str | None = None
+    timings: Timings = Timings()
+
+
+def parse_options(argv: list[str]) -> AgentOptions:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(prog="miles agent", allow_abbrev=False)
+    parser.add_argument("--controller", required=True)
+    parser.add_argument("--node")
+    parser.add_argument("--cpu-slots", type=int)
+    parser.add_argument("--interface")
+    parser.add_argument("--run-dir")
+    parser.add_argument("--key-file")
+    numbers = [field.name for field in fields(Timings)]
+    for name in numbers:
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Timings(), name))
+    found = vars(parser.parse_args(argv))
+    timings = Timings(**{name: found.pop(name) for name in numbers})
+    return AgentOptions(**found, timings=timings)
+
+
+def main() -> int:
+    """Run until the node is not wanted any more; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    options = parse_options(sys.argv[1:])
+    try:
+        with os.fdopen(int(os.environ.pop(KEY_FD_VARIABLE)), "r") as file:
+            key = AgentKey.from_line(file.read())
+        fence = uvloop.run(_Process(options, key).serve())
+    except MilesError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logger.info("agent ends: %s", fence.reason)
+    return 0 if fence.orderly else EXIT_FENCED
+
+
+class _Process:
+    """What outlives one life in the run."""
+
+    def __init__(self, options: AgentOptions, key: AgentKey) -> None:
+        self.options = options
+        self.key = key
+        self.node = options.node or key.node
+        self.agent: Agent | None = None
+        self.stdin_open = True
+        self.ending: Fence | None = None
+
+    async def serve(self) -> Fence:
+        """Lives, one after the other."""
+        loop = asyncio.get_running_loop()
+        info = take_inventory(
+            self.node, cpu_slots=self.options.cpu_slots, interface=self.options.interface, nvml=DriverNvml()
+        )
+        for notice in inventory_notices(info):
+            logger.info(notice)
+        with ExitStack() as owned:
+            owned.callback(watch_reaper(loop, functools.partial(self._end, "the reaper died", orderly=False)))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                name = signal.Signals(number).name
+                loop.add_signal_handler(number, functools.partial(self._end, f"{name} received", orderly=True))
+            table = ProcessTable()
+            owned.callback(table.close)
+            ports = PortLeases(interface=None)
+            owned.callback(ports.close)
+            directory = runtime_dir(f"{self.key.run_id}-{os.getpid()}"[-32:])
+            owned.enter_context(directory)
+            network = ZmqNetwork()
+            owned.callback(network.close)
+            owned.callback(self._watch_stdin(loop))
+            gpu = NvmlProbe() if info.gpus else None
+            run_dir = Path(self.options.run_dir or Path("runs") / self.key.run_id).resolve()
+            log_dir = run_dir / "logs" / self.node
+            log_dir.mkdir(parents=True, exist_ok=True)
+            lives = 0
+            while True:
+                lives += 1
+                address = f"ipc://{directory.socket_path(f'agent{lives}')}"
+                parts = AgentParts(
+                    info=info,
+                    dial=lambda link: ZmqDialer(
+                        self.options.controller,
+                        link,
+                        curve=self.key.client_keys(),
+                        network=network,
+                        timings=self.options.timings,
+                    ),
+                    accept=lambda link, address=address: ZmqAcceptor(  # type: ignore[misc]
+                        address, link, curve=None, allow=None, network=network, timings=self.options.timings
+                    ),
+                    starter=ProcessStarter(table, info, gpu),
+                    log_dir=log_dir,
+                    processes=table,
+                    ports=ports,
+                )
+                fence = await self._live(parts, table)
+                if self.ending is not None or fence.orderly or not self.stdin_open:
+                    return self.ending or fence
+                logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
+
+    async def _live(self, parts: AgentParts, table: ProcessTable) -> Fence:
+        self.agent = Agent(parts, self.options.timings)
+        if self.ending is not None:
+            return self.ending
+        try:
+            return await self.agent.run()
+        finally:
+            self.agent = None
+            await table.kill_all(grace_s=0.0)
+            await table.reap_orphans()
+
+    def _end(self, reason: str, *, orderly: bool) -> None:
+        self.ending = Fence(reason, orderly=orderly)
+        if self.agent is not None:
+            self.agent.end(self.ending)
+
+    def _watch_stdin(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+        """The lifeline: the starter's end of our stdin. Only a pipe or socket is one, and only if the key came by it."""
+        mode = os.fstat(0).st_mode
+        if self.options.key_file is not None or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            return lambda: None
+        os.set_blocking(0, False)
+
+        def on_readable() -> None:
+            try:
+                if os.read(0, 4096):
+                    return
+            except BlockingIOError:
+                return
+            except OSError:
+                pass  # a socket that was reset has ended, too
+            loop.remove_reader(0)
+            self.stdin_open = False
+            if self.agent is not None:
+                self.agent.stdin_closed()
+
+        loop.add_reader(0, on_readable)
+        return lambda: loop.remove_reader(0) and None

@@ -1,0 +1,279 @@
+"""What a controller can tell an agent to do: the agent's endpoints, and the services that they keep.
+
+Every order has a deadline of its caller; what was begun for an order that is given up is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miles_agents.agent import service_life
+from miles_agents.agent.logs import last_lines
+from miles_agents.agent.service import Service, ServiceChange, ServiceSpec
+from miles_agents.errors import ConfigError
+from miles_agents.rpc.errors import DeadlineExceeded
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo
+from miles_agents.rpc.shape import Shape
+from miles_agents.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from miles_agents.agent.agent import Agent
+    from miles_agents.agent.worker_pool import WorkerPool
+
+_STACK_S = 2.0
+_PRINTED_STACK_S = 1.0
+
+
+class UnknownService(ConfigError):
+    """No service of that name runs on the node, or one does already."""
+
+    code = "E-SVC-004"
+
+
+class NotOffered(ConfigError):
+    """This agent has no means for the order (an agent of a simulation, say)."""
+
+    code = "E-AGENT-003"
+
+
+class Orders:
+    """The agent's endpoints by name. All are async and run on the agent's loop."""
+
+    def __init__(self, agent: Agent, controller: ActorMesh) -> None:
+        self.agent = agent
+        self.tasks: asyncio.TaskGroup | None = None
+        self._controller = controller
+        self._services: dict[str, tuple[Service, asyncio.Task[None]]] = {}
+
+    def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
+        """Name to function."""
+        return {
+            "start_worker": self.start_worker,
+            "end_worker": self.end_worker,
+            "worker_stack": self.worker_stack,
+            "worker_log": self.worker_log,
+            "flush_logs": self.flush_logs,
+            "lease_ports": self.lease_ports,
+            "release_ports": self.release_ports,
+            "start_service": self.start_service,
+            "steer_service": self.steer_service,
+            "stop_service": self.stop_service,
+            "status": self.status,
+        }
+
+    # -- workers ---------------------------------------------------------------------------------------------
+
+    async def start_worker(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Start a worker from a plain ``WorkerSpec``; returns its pid and log path once it can be called."""
+        pool = self._pool()
+        spec = WorkerSpec.from_plain(plain)
+        try:
+            return await pool.start(spec)
+        except asyncio.CancelledError:
+            await pool.end(pool.find(spec.mesh, spec.rank, spec.incarnation), "its start was given up", 0.0)
+            raise
+
+    async def end_worker(self, mesh: int, rank: int, incarnation: int, why: str, grace_s: float | None) -> str:
+        """End a worker, confirmed. ``grace_s`` None: its own; 0: at once. Returns how it ended."""
+        pool = self._pool()
+        worker = pool.find(mesh, rank, incarnation)
+        return await pool.end(worker, why, worker.spec.term_grace_s if grace_s is None else grace_s)
+
+    async def worker_stack(self, mesh: int, rank: int, incarnation: int) -> str:
+        """All stacks of a worker: from its interpreter if that answers, else printed by the signal handler."""
+        pool = self._pool()
+        worker = pool.find(mesh, rank, incarnation)
+        info = MeshInfo(mesh, worker.spec.mesh_name, {rank: incarnation})
+        handle = ActorMesh(info, Shape.of(ranks=rank + 1).slice(ranks=rank), self.agent.node)
+        try:
+            return str(await handle.options(timeout_s=_STACK_S).endpoint("__stack__").call_one())
+        except DeadlineExceeded:
+            pass  # the interpreter is held; the signal handler needs no interpreter
+        if worker.process is None or worker.process.state() in (None, "T", "t"):
+            return f"{worker.spec.label} is stopped and cannot show its stack"
+        size = _size(worker.log_path)
+        worker.process.print_stacks()
+        deadline = self.agent.loop.time() + _PRINTED_STACK_S
+        while _size(worker.log_path) == size and self.agent.loop.time() < deadline:  # noqa: ASYNC110 - no event to wait for
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)  # the handler writes line by line
+        return _read_from(worker.log_path, size) or f"{worker.spec.label} does not react to the stack signal either"
+
+    async def worker_log(self, mesh: int, rank: int, incarnation: int, num_lines: int) -> list[str]:
+        """The last lines of a living worker's log."""
+        worker = self._pool().find(mesh, rank, incarnation)
+        return last_lines(worker.log_path, num_lines)
+
+    async def flush_logs(self, timeout_s: float) -> bool:
+        """Everything that workers wrote before this call is with the controller when it returns True."""
+        return await self._pool().logs.flush(self.agent.loop.time() + timeout_s)
+
+    # -- ports -----------------------------------------------------------------------------------------------
+
+    async def lease_ports(self, owner: str, count: int) -> list[int]:
+        """Ports nobody else on this machine is given; back when ``owner`` (``trainer[3]``) ends."""
+        ports = self.agent.parts.ports
+        if ports is None:
+            raise _not_offered("lease_ports")
+        leased = ports.lease(owner, count)
+        ports.hand_over(leased)
+        return leased
+
+    async def release_ports(self, owner: str) -> None:
+        """Give back what ``owner`` has."""
+        if self.agent.parts.ports is not None:
+            self.agent.parts.ports.release(owner)
+
+    # -- services --------------------------------------------------------------------------------------------
+
+    async def start_service(self, plain: dict[str, Any], ready_timeout_s: float | None) -> dict[str, Any]:
+        """Start a service; with ``ready_timeout_s`` wait until it is healthy. Returns its ports and pid.
+
+        Raises:
+            ServiceDied, ServiceNotReady: it did not become healthy, with the last lines of its log.
+        """
+        parts = self.agent.parts
+        if parts.processes is None or parts.ports is None or self.tasks is None:
+            raise _not_offered("start_service")
+        spec = service_spec(plain, parts.log_dir, {**os.environ, **parts.base_env})
+        if spec.name in self._services:
+            raise UnknownService(
+                f"service {spec.name!r} runs on this node already",
+                evidence=f"its state is {self._services[spec.name][0].state.phase.value}",
+                advice="Stop it first, or choose another name.",
+            )
+        service = Service(spec, parts.processes, parts.ports, self._on_change)
+        task = self.tasks.create_task(service.run(), name=f"service {spec.name}")
+        self._services[spec.name] = (service, task)
+        task.add_done_callback(lambda _: self._services.pop(spec.name, None))
+        if ready_timeout_s is not None:
+            deadline = self.agent.loop.time() + ready_timeout_s
+            try:
+                await service.wait_for(service_life.Phase.READY, deadline=deadline)
+            except BaseException:
+                service.stop("it did not become ready")
+                raise
+        return self._describe(service)
+
+    async def steer_service(self, name: str, order: str, why: str) -> None:
+        """``order``: pause, release, released, resume or fence."""
+        service = self._service(name)
+        orders: dict[str, Callable[[], None]] = {
+            "pause": service.pause,
+            "release": lambda: service.release(done=False),
+            "released": lambda: service.release(done=True),
+            "resume": service.resume,
+            "fence": lambda: service.fence(why),
+        }
+        if order not in orders:
+            raise UnknownService(
+                f"service {name!r} cannot be told to {order!r}",
+                evidence=f"allowed are {', '.join(orders)}",
+                advice="Use one of these.",
+            )
+        orders[order]()
+
+    async def stop_service(self, name: str, why: str) -> None:
+        """End a service for good; returns when nothing of it runs any more."""
+        service = self._service(name)
+        _, task = self._services[name]
+        service.stop(why)
+        await asyncio.wait([task])
+
+    def end_all(self, why: str) -> None:
+        """End every service."""
+        for service, _ in list(self._services.values()):
+            service.stop(why)
+
+    async def wait_all_dead(self) -> None:
+        """Until no service is left; each one's stop is bounded by its own numbers."""
+        tasks = [task for _, task in self._services.values()]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def status(self) -> dict[str, Any]:
+        """Workers, services, ports and counters of this node, as plain values."""
+        agent = self.agent
+        return {
+            "workers": self._pool().facts(),
+            "services": [self._describe(service) for service, _ in self._services.values()],
+            "dropped": {**agent.link.stats.dropped, **self._pool().link.stats.dropped},
+            "in_flight": len(agent.switch.in_flight),
+        }
+
+    def _on_change(self, change: ServiceChange) -> None:
+        transition = change.transition
+        self._controller.endpoint("service_changed").broadcast(
+            self.agent.parts.info.node,
+            change.name,
+            {
+                "from": transition.before.value,
+                "to": transition.after.value,
+                "cause": transition.cause,
+                "attempt": change.attempt,
+                "pid": change.pid,
+                "ports": dict(change.ports),
+                "fault": str(change.fault) if change.fault is not None else "",
+            },
+        )
+
+    def _describe(self, service: Service) -> dict[str, Any]:
+        return {
+            "name": service.spec.name,
+            "phase": service.state.phase.value,
+            "ports": dict(service.ports),
+            "log": str(service.spec.log_path),
+        }
+
+    def _service(self, name: str) -> Service:
+        if name not in self._services:
+            raise UnknownService(
+                f"no service {name!r} runs on this node",
+                evidence=f"there are: {', '.join(self._services) or 'none'}",
+                advice="Start it, or check the name.",
+            )
+        return self._services[name][0]
+
+    def _pool(self) -> WorkerPool:
+        assert self.agent.workers is not None
+        return self.agent.workers
+
+
+def service_spec(plain: dict[str, Any], log_dir: Path, base_env: dict[str, str]) -> ServiceSpec:
+    """A ``ServiceSpec`` from what the controller sent: its fields, ``env`` as additions, ``numbers`` as a dict."""
+    fields = dict(plain)
+    fields["argv"] = tuple(fields["argv"])
+    fields["ports"] = tuple(fields.get("ports", ("http",)))
+    fields["env"] = {**base_env, **fields.get("env", {})}
+    fields["cwd"] = Path(fields["cwd"]) if fields.get("cwd") else None
+    fields["numbers"] = service_life.LifeNumbers(**fields.get("numbers", {}))
+    fields["log_path"] = log_dir / f"{fields['name']}.log"
+    return ServiceSpec(**fields)
+
+
+def _not_offered(order: str) -> NotOffered:
+    return NotOffered(
+        f"this agent cannot {order}",
+        evidence="it was made without processes or ports",
+        advice="Use an agent that was started with `miles agent`.",
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read_from(path: Path, start: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(256 * 1024).decode(errors="replace")
+    except OSError:
+        return ""

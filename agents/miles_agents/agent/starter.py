@@ -1,0 +1,141 @@
+"""How an agent starts workers: the interface, and the real thing on the process table.
+
+The twin for simulations is ``miles_agents.simulation.InProcessStarter``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from miles_agents.agent.process import ProcessTable
+from miles_agents.agent.process_child import Child
+from miles_agents.agent.process_exit import Exit
+from miles_agents.agent.process_gpu import GpuMemoryProbe
+from miles_agents.agent.process_launch import Command
+from miles_agents.node_info import NodeInfo
+from miles_agents.worker.main import STACK_SIGNAL
+from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth, WorkerSpec
+
+RUN_TAG_VARIABLE = "MILES_RUN"
+
+
+class WorkerProcess(Protocol):
+    """One started worker."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def exited(self) -> asyncio.Future[Exit]:
+        """Resolves when it is gone, however."""
+
+    def state(self) -> str | None:
+        """The letter of /proc/pid/stat; None when gone."""
+
+    def print_stacks(self) -> None:
+        """Ask for all stacks on its stderr, without the interpreter's help."""
+
+    async def kill(self, grace_s: float) -> str:
+        """End it with everything below it; returns what was done, for people. Confirmed when this returns."""
+
+    async def sweep(self) -> None:
+        """After its end: end what it left behind."""
+
+
+class WorkerStarter(Protocol):
+    """Starts workers."""
+
+    async def start(self, birth: Birth, log_path: Path) -> WorkerProcess:
+        """Start one; returns once it executes. Raises CannotStart."""
+
+
+class ProcessStarter:
+    """Real processes. ``python`` runs the workers."""
+
+    def __init__(
+        self, table: ProcessTable, info: NodeInfo, gpu: GpuMemoryProbe | None, python: str = sys.executable
+    ) -> None:
+        self._table = table
+        self._info = info
+        self._gpu = gpu
+        self._python = python
+
+    async def start(self, birth: Birth, log_path: Path) -> WorkerProcess:
+        """See ``WorkerStarter``."""
+        fd = os.memfd_create("worker", 0)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(birth.pack())
+            os.lseek(fd, 0, os.SEEK_SET)
+            spec = birth.spec
+            env = worker_environment(os.environ, spec, self._info)
+            env[SPEC_FD_VARIABLE] = str(fd)
+            command = Command(
+                argv=(self._python, "-m", "miles_agents.worker"),
+                env=env,
+                cwd=Path(spec.cwd or Path.cwd()),
+                log_path=log_path,
+                pass_fds=(fd,),
+                numa_node=self._numa_node(spec),
+            )
+            return _RealWorker(self._table, await self._table.spawn(command), self._gpu)
+        finally:
+            os.close(fd)
+
+    def _numa_node(self, spec: WorkerSpec) -> int | None:
+        if not spec.bind_numa or not spec.devices:
+            return None
+        return next((gpu.numa_node for gpu in self._info.gpus if gpu.index == spec.devices[0]), None)
+
+
+class _RealWorker:
+    def __init__(self, table: ProcessTable, child: Child, gpu: GpuMemoryProbe | None) -> None:
+        self._table = table
+        self._child = child
+        self._gpu = gpu
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def exited(self) -> asyncio.Future[Exit]:
+        return self._child.exited
+
+    def state(self) -> str | None:
+        return self._child.state()
+
+    def print_stacks(self) -> None:
+        self._child.send(STACK_SIGNAL)
+
+    async def kill(self, grace_s: float) -> str:
+        report = await self._table.kill_tree(self._child, grace_s=grace_s, gpu=self._gpu)
+        return report.describe()
+
+    async def sweep(self) -> None:
+        await self._table.reap_orphans()
+
+
+def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo) -> dict[str, str]:
+    """The complete environment of a worker: the agent's, then defaults as of torchrun, then the run's own.
+
+    ``CUDA_VISIBLE_DEVICES`` is left alone unless the spec asks for ``"own"``, which becomes the UUIDs of its GPUs.
+    """
+    env = dict(base)
+    env.setdefault("OMP_NUM_THREADS", "1")
+    env["PYTHONUNBUFFERED"] = "1"
+    env[RUN_TAG_VARIABLE] = f"{spec.run_id}:{spec.incarnation}"
+    env["RANK"] = str(spec.rank)
+    env["WORLD_SIZE"] = str(len(spec.shape))
+    env["LOCAL_RANK"] = str(spec.local_rank)
+    env.update(spec.env)
+    if env.get("CUDA_VISIBLE_DEVICES") == "own":
+        uuids = {gpu.index: gpu.uuid for gpu in info.gpus}
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(uuids.get(index, str(index)) for index in spec.devices)
+    return env

@@ -1,0 +1,373 @@
+"""The workers of one agent: started, greeted, watched, ended; and the link that they dial.
+
+Consumes: specs to start, orders to end, workers' envelopes and beats, exits. Produces: envelopes for the switch,
+reports to the controller (``worker_exited``, ``worker_silent``, ``worker_heard``). Invariants: a worker is known by
+its token; what it sends carries its own address or is dropped; its death is told exactly once, after everything that
+it had sent was read, and only when nothing of it runs any more does its name become free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from miles_agents.agent import worker_life
+from miles_agents.agent.log_forward import LogForwarder
+from miles_agents.agent.process_exit import Exit
+from miles_agents.agent.starter import WorkerProcess
+from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
+from miles_agents.errors import MilesError, PeerFault
+from miles_agents.rpc.errors import NoSuchActor, StaleHandle, WorkerDied
+from miles_agents.rpc.mesh import ActorMesh
+from miles_agents.rpc.switch import Hop
+from miles_agents.wire.envelope import Address, Envelope, Target
+from miles_agents.wire.link import Admission, LinkAcceptor, Peer, Refusal
+from miles_agents.worker.spec import Birth, WorkerSpec
+
+if TYPE_CHECKING:
+    from miles_agents.agent.agent import Agent
+
+logger = logging.getLogger(__name__)
+LOG_TAIL_LINES = 50
+_DRAIN_S = 0.2
+_REMEMBERED_DEATHS = 1000
+
+
+class WorkerNeverReady(PeerFault):
+    """A worker ended, or was ended, before it said hello."""
+
+    code = "E-PEER-006"
+
+
+class Worker:
+    """One worker of this agent. Also the hop to it."""
+
+    answers_for_itself = False
+
+    def __init__(self, spec: WorkerSpec, life: worker_life.WorkerLife, log_path: Any) -> None:
+        self.spec = spec
+        self.address = Address(spec.mesh, spec.rank, spec.incarnation)
+        self.token = secrets.token_hex(16)
+        self.life = life
+        self.log_path = log_path
+        self.peer: Peer | None = None
+        self.process: WorkerProcess | None = None
+        self.facts: dict[str, Any] = {}
+        self.dead: WorkerDied | None = None
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[str] = loop.create_future()
+        self.drained = asyncio.Event()
+        self.ending: asyncio.Task[None] | None = None
+        self._waiting: list[Envelope] = []
+
+    def send(self, envelope: Envelope) -> None:
+        """Pass on a message; one that comes before HELLO waits for it."""
+        if self.peer is None:
+            self._waiting.append(envelope)
+        else:
+            self.peer.send(envelope)
+
+    def greet(self, peer: Peer) -> None:
+        """The worker said HELLO."""
+        self.peer = peer
+        waiting, self._waiting = self._waiting, []
+        for envelope in waiting:
+            peer.send(envelope)
+
+
+class WorkerPool:
+    """See the module's docstring."""
+
+    def __init__(self, agent: Agent, controller: ActorMesh, logs: LogForwarder) -> None:
+        self.agent = agent
+        self.logs = logs
+        self.tasks: asyncio.TaskGroup | None = None
+        self._controller = controller
+        self._loop = asyncio.get_running_loop()
+        self._workers: dict[tuple[int, int], Worker] = {}
+        self._by_token: dict[str, Worker] = {}
+        self._by_peer: dict[Peer, Worker] = {}
+        self._deaths: dict[Address, WorkerDied] = {}
+        self.link = LinkAcceptor(self)
+        self.link.attach(agent.parts.accept)
+
+    # -- starting and ending ---------------------------------------------------------------------------------
+
+    async def start(self, spec: WorkerSpec) -> dict[str, Any]:
+        """Start a worker and wait until it can be called.
+
+        Raises:
+            CannotStart: it cannot be executed.
+            WorkerNeverReady: it ended, or took too long, before it said hello.
+        """
+        timings = self.agent.timings
+        life = worker_life.begin(
+            self._loop.time(),
+            start_timeout_s=spec.start_timeout_s,
+            beat_s=timings.beat_s,
+            suspect_s=timings.suspect_s,
+        )
+        log_path = self.agent.parts.log_dir / f"{spec.mesh_name}-{spec.rank}.{spec.incarnation}.log"
+        worker = Worker(spec, life, log_path)
+        key = (spec.mesh, spec.rank)
+        if key in self._workers:
+            raise _still_there(self._workers[key])
+        self._workers[key] = worker
+        self._by_token[worker.token] = worker
+        birth = Birth(spec, self.link.transport.address, worker.token, self.agent.parts.info.node, timings)
+        try:
+            worker.process = await self.agent.parts.starter.start(birth, log_path)
+        except BaseException:
+            self._forget(worker)
+            worker.gone.set_result("never started")
+            raise
+        self.logs.add(spec.mesh_name, spec.rank, log_path, self._loop.time())
+        worker.process.exited.add_done_callback(lambda exited: self._on_exit(worker, exited))
+        self._step(worker, Started(worker.process.pid))
+        await worker.ready
+        return {"pid": worker.process.pid, "log": str(log_path)}
+
+    async def end(self, worker: Worker, why: str, grace_s: float) -> str:
+        """End a worker and everything below it; returns what was done, once it is done."""
+        self._step(worker, StopAsked(why))
+        if worker.ending is None and self.tasks is not None:
+            worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
+        return await asyncio.shield(worker.gone)
+
+    async def _end(self, worker: Worker, grace_s: float) -> None:
+        if worker.process is not None:
+            report = await worker.process.kill(grace_s)
+            logger.info("%s: %s", worker.spec.label, report)
+
+    def end_all(self, why: str, *, orderly: bool) -> None:
+        """End every worker; ``orderly`` gives them their grace."""
+        for worker in list(self._workers.values()):
+            self._step(worker, StopAsked(why))
+            if worker.ending is None and self.tasks is not None:
+                grace_s = worker.spec.term_grace_s if orderly else 0.0
+                worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
+
+    async def wait_all_dead(self) -> None:
+        """Until no worker is left; ``kill`` of the process table bounds it."""
+        gone = [worker.gone for worker in self._workers.values()]
+        if gone:
+            await asyncio.wait(gone)
+
+    def close(self) -> None:
+        """Leave the network."""
+        self.link.close()
+
+    def find(self, mesh: int, rank: int, incarnation: int) -> Worker:
+        """The living worker of that address. Raises StaleHandle, WorkerDied or NoSuchActor."""
+        target = Target(rank, incarnation, 0)
+        worker = self._workers.get((mesh, rank))
+        if worker is not None and worker.spec.incarnation == incarnation:
+            return worker
+        raise self.why_gone(mesh, target) or NoSuchActor(
+            f"rank {rank} of mesh {mesh} (incarnation {incarnation}) does not run on this node",
+            evidence=f"node {self.agent.parts.info.node} runs {[w.spec.label for w in self._workers.values()]}",
+            advice="Get a fresh handle with lookup(name).",
+        )
+
+    # -- routing ---------------------------------------------------------------------------------------------
+
+    def resolve(self, mesh: int, target: Target) -> Hop | MilesError | None:
+        """The way to a worker of this node; None if it is not here."""
+        worker = self._workers.get((mesh, target.rank))
+        if worker is None:
+            return self._deaths.get(Address(mesh, target.rank, target.incarnation))
+        if worker.spec.incarnation != target.incarnation:
+            return self.why_gone(mesh, target) or self.stale(mesh, target)
+        if worker.dead is not None:
+            return worker.dead
+        return worker
+
+    def why_gone(self, mesh: int, target: Target) -> WorkerDied | None:
+        """How a worker of this node ended, if it is remembered."""
+        return self._deaths.get(Address(mesh, target.rank, target.incarnation))
+
+    def stale(self, mesh: int, target: Target) -> StaleHandle:
+        """The refusal of a message for an earlier life."""
+        return StaleHandle(
+            f"rank {target.rank} of mesh {mesh} is not incarnation {target.incarnation} any more",
+            evidence="the process that the handle names was replaced",
+            advice="Get a fresh handle with lookup(name).",
+            may_have_run=False,
+        )
+
+    # -- what the link says ----------------------------------------------------------------------------------
+
+    def admit(self, hello: dict[str, Any], user_id: str, session_id: int) -> Admission | Refusal:
+        """A worker dials for the first time."""
+        worker = self._by_token.get(str(hello.get("token")))
+        if worker is None:
+            return Refusal("no worker with this token is expected here")
+        if worker.peer is not None:
+            return Refusal("this worker has said hello before, in another session")
+        return Admission(worker.token)
+
+    def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:
+        """A worker is connected."""
+        worker = self._by_peer.get(peer)
+        if worker is None:
+            worker = self._by_token[peer.name]
+            self._by_peer[peer] = worker
+            worker.greet(peer)
+        self._step(worker, Greeted())
+
+    def on_peer_down(self, peer: Peer) -> None:
+        """A hint; the pidfd knows better. All that the worker had sent was read."""
+        worker = self._by_peer.get(peer)
+        if worker is not None:
+            worker.drained.set()
+
+    def on_envelope(self, peer: Peer, envelope: Envelope) -> None:
+        """From a worker to anybody."""
+        worker = self._by_peer.get(peer)
+        if worker is None or envelope.source != worker.address:
+            self.link.stats.drop("message in another's name")
+            return
+        self._step(worker, Heard())
+        self.agent.switch.route(envelope)
+
+    def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
+        """A worker lives."""
+        worker = self._by_peer.get(peer)
+        if worker is not None:
+            worker.facts = facts
+            self._step(worker, Heard())
+        return {}
+
+    def on_answer(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> None:
+        """Agents do not beat towards workers."""
+
+    def on_goodbye(self, peer: Peer, reason: str) -> None:
+        """A worker ends as it was told to."""
+        worker = self._by_peer.get(peer)
+        if worker is not None:
+            self._step(worker, StopAsked(reason))
+
+    # -- time and death --------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """On every beat of the agent."""
+        for worker in list(self._workers.values()):
+            if worker.process is not None:
+                self._step(worker, worker_life.Tick(worker.process.state()))
+
+    def facts(self) -> list[list[Any]]:
+        """What the agent's beat says of its workers: [mesh, rank, incarnation, pid, state, facts]."""
+        return [
+            [w.spec.mesh, w.spec.rank, w.spec.incarnation, w.life.pid, w.life.state, w.facts]
+            for w in self._workers.values()
+        ]
+
+    def _step(self, worker: Worker, event: worker_life.Event) -> None:
+        worker.life, effects = worker_life.step(worker.life, event, self._loop.time())
+        for effect in effects:
+            match effect:
+                case Ready():
+                    if not worker.ready.done():
+                        worker.ready.set_result(None)
+                case Silent(silence_s, evidence):
+                    self._report("worker_silent", worker, silence_s, evidence)
+                case Heard():
+                    self._report("worker_heard", worker)
+                case Kill(why):
+                    if self.tasks is not None and worker.ending is None:
+                        worker.ending = self.tasks.create_task(self._end(worker, 0.0), name=f"end {worker.spec.label}")
+                        logger.warning("%s: %s", worker.spec.label, why)
+                case Dead():
+                    assert self.tasks is not None
+                    self.tasks.create_task(self._bury(worker, effect), name=f"bury {worker.spec.label}")
+
+    def _on_exit(self, worker: Worker, exited: asyncio.Future[Exit]) -> None:
+        how = "exit status unknown" if exited.cancelled() else exited.result().describe()
+        self._step(worker, Exited(how))
+
+    async def _bury(self, worker: Worker, death: Dead) -> None:
+        """Read what it still said, answer for it, tell the controller, end what it left behind."""
+        if worker.peer is not None and worker.peer.is_up:
+            try:
+                async with asyncio.timeout(_DRAIN_S):
+                    await worker.drained.wait()
+            except TimeoutError:
+                logger.debug("%s: its link was not seen to close", worker.spec.label)
+        spec = worker.spec
+        tail = self.logs.finish(spec.mesh_name, spec.rank, self._loop.time())[-LOG_TAIL_LINES:]
+        error = self._death_of(worker, death, tail)
+        worker.dead = error
+        self._remember(worker.address, error)
+        self.agent.switch.receiver_died(worker.address, error)
+        self._report("worker_exited", worker, death.cause, death.expected, tail)
+        if not worker.ready.done():
+            worker.ready.set_exception(_never_ready(worker, death, tail))
+            worker.ready.exception()  # looked at: start() may have been cancelled meanwhile
+        if worker.peer is not None:
+            self.link.end_session(worker.peer)
+        if worker.process is not None:
+            await worker.process.sweep()
+        if self.agent.parts.ports is not None:
+            self.agent.parts.ports.release(spec.label)
+        self._forget(worker)
+        worker.gone.set_result(death.cause)
+
+    def _death_of(self, worker: Worker, death: Dead, tail: list[str]) -> WorkerDied:
+        node, pid = self.agent.parts.info.node, worker.life.pid
+        said = "\n".join(tail[-20:]) or "(it printed nothing)"
+        return WorkerDied(
+            f"{worker.spec.label} on {node}, pid {pid}, died: {death.cause}",
+            evidence=f"its last lines ({worker.log_path}):\n{said}",
+            advice=_advice(death.cause),
+            actor=worker.spec.label,
+            node=node,
+            pid=pid,
+            exit=death.cause,
+            may_have_run=True,
+        )
+
+    def _remember(self, address: Address, error: WorkerDied) -> None:
+        self._deaths[address] = error
+        while len(self._deaths) > _REMEMBERED_DEATHS:
+            del self._deaths[next(iter(self._deaths))]
+
+    def _forget(self, worker: Worker) -> None:
+        self._workers.pop((worker.spec.mesh, worker.spec.rank), None)
+        self._by_token.pop(worker.token, None)
+        if worker.peer is not None:
+            self._by_peer.pop(worker.peer, None)
+
+    def _report(self, method: str, worker: Worker, *details: Any) -> None:
+        spec = worker.spec
+        self._controller.endpoint(method).broadcast(spec.mesh, spec.rank, spec.incarnation, *details)
+
+
+def _advice(cause: str) -> str:
+    if "out of memory" in cause:
+        return "Give the node more memory or the rank less work; the kernel ended it for want of memory."
+    if "SIGKILL" in cause:
+        return "Find out who sent SIGKILL (an operator, the kernel's OOM killer: see dmesg)."
+    return "Read its last lines and its log file."
+
+
+def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverReady:
+    said = "\n".join(tail[-20:]) or "(it printed nothing)"
+    return WorkerNeverReady(
+        f"{worker.spec.label}, pid {worker.life.pid}, never said hello: {death.cause}",
+        evidence=f"its last lines ({worker.log_path}):\n{said}",
+        advice="Read its last lines; an import that fails or a wrong interpreter shows there.",
+        actor=worker.spec.label,
+        pid=worker.life.pid,
+        exit=death.cause,
+    )
+
+
+def _still_there(worker: Worker) -> MilesError:
+    return PeerFault(
+        f"{worker.spec.label} runs here already, as incarnation {worker.spec.incarnation}",
+        evidence=f"state {worker.life.state}, pid {worker.life.pid}",
+        advice="End it first.",
+    )

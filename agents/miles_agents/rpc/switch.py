@@ -1,0 +1,114 @@
+"""The switch of a hop: sends each envelope on, and answers for receivers that cannot answer any more.
+
+The agent has one for its workers, the controller one for all nodes. Consumes: envelopes of links and of the process
+itself. Produces: envelopes on other links, or errors back to the sender. Invariant: a CALL that enters a switch is
+passed on or answered; one that was passed on is answered by its receiver, or by ``receiver_died``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from miles_agents.errors import MilesError
+from miles_agents.rpc.inflight import InFlight, Passed
+from miles_agents.rpc.node import RpcNode
+from miles_agents.wire import envelope as wire
+from miles_agents.wire.envelope import Address, Envelope, Target
+
+
+class Hop(Protocol):
+    """One way on. ``answers_for_itself``: the next switch answers for what lies behind (an agent's uplink)."""
+
+    answers_for_itself: bool
+
+    def send(self, envelope: Envelope) -> None:
+        """Pass an envelope on."""
+
+
+Resolve = Callable[[int, Target], Hop | MilesError]
+"""The way to a receiver of a mesh, or why there is none. Checks the incarnation."""
+
+
+class Switch:
+    """See the module's docstring."""
+
+    def __init__(self, resolve: Resolve) -> None:
+        self.in_flight = InFlight()
+        self.dropped = 0
+        self._resolve = resolve
+        self._node: RpcNode | None = None
+
+    def attach(self, node: RpcNode) -> None:
+        """The node of this process, in whose name errors are answered."""
+        self._node = node
+
+    def route(self, envelope: Envelope) -> None:
+        """Send an envelope on its way."""
+        assert self._node is not None
+        now = self._node.loop.time()
+        self.in_flight.answered(envelope, now)
+        if len(envelope.targets) == 3:
+            target = Target(*envelope.targets)
+            hop = self._resolve(envelope.mesh, target)
+            if isinstance(hop, MilesError):
+                self._undeliverable(envelope, target, hop)
+            else:
+                self._pass_on(hop, envelope, [target], now)
+            return
+        groups: dict[int, tuple[Hop, list[Target]]] = {}
+        for target in envelope.receivers():
+            hop = self._resolve(envelope.mesh, target)
+            if isinstance(hop, MilesError):
+                self._undeliverable(envelope, target, hop)
+            else:
+                groups.setdefault(id(hop), (hop, []))[1].append(target)
+        for hop, targets in groups.values():
+            self._pass_on(hop, envelope.to(targets), targets, now)
+
+    def receiver_died(self, receiver: Address, error: MilesError) -> None:
+        """Answer everything that the receiver still owed, and stop what it had asked of others."""
+        assert self._node is not None
+        for passed in self.in_flight.receiver_died(receiver):
+            self._node.answer_error(_request_of(passed), error, source=receiver)
+        for passed in self.in_flight.sender_died(receiver):
+            self.route(_cancel_of(passed))
+
+    def _pass_on(self, hop: Hop, envelope: Envelope, targets: list[Target], now: float) -> None:
+        if envelope.kind == wire.CALL and not hop.answers_for_itself:
+            for target in targets:
+                self.in_flight.passed(envelope, Address(envelope.mesh, target.rank, target.incarnation), now)
+        hop.send(envelope)
+
+    def _undeliverable(self, envelope: Envelope, target: Target, error: MilesError) -> None:
+        if envelope.kind != wire.CALL or self._node is None:
+            self.dropped += 1
+            return
+        receiver = Address(envelope.mesh, target.rank, target.incarnation)
+        self._node.answer_error(envelope, error, source=receiver)
+
+
+class LocalHop:
+    """Into this very process."""
+
+    answers_for_itself = True
+
+    def __init__(self, node: RpcNode) -> None:
+        self._node = node
+
+    def send(self, envelope: Envelope) -> None:
+        """Deliver."""
+        self._node.deliver(envelope)
+
+
+def _request_of(passed: Passed) -> Envelope:
+    receiver = passed.receiver
+    flat = (receiver.rank, receiver.incarnation, 0)
+    key = passed.key
+    return Envelope(wire.CALL, key.rid, key.source, receiver.mesh, flat, 1, passed.method, trace=passed.trace)
+
+
+def _cancel_of(passed: Passed) -> Envelope:
+    request = _request_of(passed)
+    request.kind = wire.CANCEL
+    return request

@@ -1,0 +1,96 @@
+"""What a worker is told at its birth, over an inherited descriptor: never in arguments or the environment."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgpack
+
+from miles_agents.errors import InternalError
+from miles_agents.rpc.shape import Shape
+from miles_agents.timings import Timings
+
+SPEC_FD_VARIABLE = "MILES_WORKER_FD"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One life of one rank, as the controller decided it. ``env`` is added to the agent's own, and wins."""
+
+    run_id: str
+    mesh: int
+    mesh_name: str
+    rank: int
+    incarnation: int
+    shape: Shape
+    devices: tuple[int, ...] = ()
+    local_rank: int = 0
+    env: dict[str, str] = field(default_factory=dict)
+    sys_path: tuple[str, ...] = ()
+    cwd: str | None = None
+    start_timeout_s: float = 120.0
+    term_grace_s: float = 5.0
+    bind_numa: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What people call it: ``trainer[3]``."""
+        return f"{self.mesh_name}[{self.rank}]"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "shape": self.shape.to_plain(),
+            "devices": list(self.devices),
+            "sys_path": list(self.sys_path),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> WorkerSpec:
+        """Inverse of ``to_plain``."""
+        fields = dict(plain)
+        fields["shape"] = Shape.from_plain(fields["shape"])
+        fields["devices"] = tuple(fields["devices"])
+        fields["sys_path"] = tuple(fields["sys_path"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A worker's spec and how it reaches its agent. ``token`` proves to the agent who it is."""
+
+    spec: WorkerSpec
+    agent_address: str
+    token: str
+    node: str
+    timings: Timings
+
+    def pack(self) -> bytes:
+        """Bytes for the inherited descriptor."""
+        plain = {
+            "spec": self.spec.to_plain(),
+            "agent_address": self.agent_address,
+            "token": self.token,
+            "node": self.node,
+            "timings": asdict(self.timings),
+        }
+        packed: bytes = msgpack.packb(plain)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Birth:
+        """Inverse of ``pack``. Raises InternalError if the agent wrote something else."""
+        try:
+            plain = msgpack.unpackb(data)
+            spec = WorkerSpec.from_plain(plain["spec"])
+            timings = Timings(**plain["timings"])
+            return cls(spec, plain["agent_address"], plain["token"], plain["node"], timings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InternalError(
+                "the worker cannot read what its agent told it",
+                evidence=f"{type(error).__name__}: {error}",
+                advice="Report it; agent and worker are of one version by construction.",
+            ) from error
