@@ -1,0 +1,480 @@
+"""The transport on ZeroMQ: ROUTER accepts, DEALER dials, over tcp with CURVE or over ipc.
+
+Consumes: messages to send; what the sockets and their monitors report. Produces: the callbacks of
+``TransportHandler``. Waits for: nothing; the event loop watches the sockets' FDs and drains them by hand
+(twice as fast as ``zmq.asyncio``).
+
+Invariants:
+    * A zmq FD reports edges, and any other call on the socket may swallow one. So a socket is always read until it
+      is empty, and looked at again after every send; a sweep each second counts edges that were missed all the same.
+    * One I/O thread per context: what a monitor reported before a message is visible when that message is.
+    * High-water marks are off (zmq drops silently at them); the windows of the sessions bound what is queued.
+    * The name of a connection is made by the acceptor's socket; a peer that brings a name of its own is refused.
+    * The allow list is asked for every message, because an open connection outlives the revocation of its key.
+
+Frames from ``ZERO_COPY_BYTES`` up are not copied in either direction; received ones are writable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from miles_agents.timings import Timings
+from miles_agents.wire.frames import AddressUnavailable, flat_frames
+from miles_agents.wire.keys import AllowList, ClientKeys, KeyPair
+from miles_agents.wire.transport import (
+    DIALED,
+    MAX_FRAME_BYTES,
+    ZERO_COPY_BYTES,
+    Buffer,
+    Connection,
+    TransportHandler,
+    TransportStats,
+)
+from miles_agents.wire.zmq_auth import BadAddress, ZmqNetwork, check_acceptor_address, check_dialer_address
+from miles_agents.wire.zmq_socket import (
+    FAILURES,
+    NOBLOCK,
+    Monitor,
+    Pump,
+    failure,
+    message_property,
+    set_options,
+)
+
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_SWEEP_S = 1.0
+_RECONNECT_MS = (100, 5000)
+_CONNECT_TIMEOUT_MS = 5000
+
+__all__ = ["ZmqAcceptor", "ZmqDialer", "ZmqNetwork"]
+
+
+class _ZmqTransport:
+    """What acceptor and dialer share: socket options, sending, draining, closing."""
+
+    def __init__(
+        self,
+        socket_type: int,
+        address: str,
+        handler: TransportHandler,
+        *,
+        network: ZmqNetwork | None,
+        max_frame_bytes: int,
+        timings: Timings,
+        handshake_s: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._handler = handler
+        self._address = address
+        self._stats = TransportStats()
+        self._max_frame_bytes = max_frame_bytes
+        self._closed = False
+        self._owns_network = network is None
+        self._network = network or ZmqNetwork()
+        self._network.enter(self)
+        self._socket = self._network.context.socket(socket_type)
+        self._recv: Callable[..., Any] = self._socket.recv
+        set_options(self._socket, address, max_frame_bytes, timings, handshake_s)
+        self._pump = Pump(self._socket, self._read_message, self._on_empty)
+        self._monitor: Monitor | None = None
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    @property
+    def address(self) -> str:
+        """What was bound, with the port that the system chose, or what was dialed."""
+        return self._address
+
+    @property
+    def stats(self) -> TransportStats:
+        """Live counters. ``reasons`` counts refusals by reason, and missed edges (expected: none)."""
+        return self._stats
+
+    def close(self) -> None:
+        """Close now; what was not sent yet is lost. Nothing is called back afterwards. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._sweeper.cancel()
+        self._pump.close()
+        if self._monitor is not None:
+            self._monitor.close()
+        self._remove_file()
+        self._socket.close(linger=0)
+        self._network.leave(self)
+        if self._owns_network:
+            self._network.close()
+
+    def _watch(self, events: int) -> None:
+        self._monitor = Monitor(
+            self._network.context,
+            self._network.new_endpoint(),
+            self._socket,
+            events | FAILURES | zmq.EVENT_DISCONNECTED,
+            self._on_event,
+        )
+
+    def _put(self, frames: list[bytes | memoryview]) -> None:
+        """Queue the frames of one message. Raises zmq.Again or EHOSTUNREACH only at the first."""
+        send = self._socket.send
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            flags = NOBLOCK if index == last else _MORE
+            if len(frame) < ZERO_COPY_BYTES:
+                send(frame, flags)
+            else:
+                send(frame, flags, copy=False)
+
+    def _sent(self, size: int) -> bool:
+        self._stats.sent_messages += 1
+        self._stats.sent_bytes += size
+        self._pump.kick()
+        return True
+
+    def _unsent(self) -> bool:
+        self._stats.unsendable += 1
+        self._pump.kick()
+        return False
+
+    def _rest_of_message(self, frame: zmq.Frame) -> list[Buffer]:
+        """Receive what follows ``frame`` (zmq delivers messages whole, so it is there)."""
+        stats = self._stats
+        stats.received_messages += 1
+        frames: list[Buffer] = []
+        while True:
+            size = len(frame)
+            stats.received_bytes += size
+            frames.append(frame.bytes if size < ZERO_COPY_BYTES else frame.buffer)
+            if not frame.more:
+                return frames
+            frame = self._recv(NOBLOCK, False)
+
+    def _refuse(self, reason: str) -> None:
+        self._stats.refused += 1
+        self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        self._stats.reasons[reason] = self._stats.reasons.get(reason, 0) + 1
+
+    def _sweep(self) -> None:
+        pumps = [self._pump] if self._monitor is None else [self._pump, self._monitor.pump]
+        for pump in pumps:
+            if pump.missed_edge():
+                self._count("missed edge")
+        self._on_empty()
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    def _remove_file(self) -> None:
+        """Remove what bind has made in the file system."""
+
+    def _read_message(self) -> bool:
+        raise NotImplementedError
+
+    def _on_empty(self) -> None:
+        raise NotImplementedError
+
+    def _on_event(self, event: int, value: int) -> None:
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of one connection of an acceptor."""
+
+    user_id: str
+    fd: int
+
+
+class ZmqAcceptor(_ZmqTransport):
+    """The listening side: one ROUTER, many connections. Each is known from its first message on.
+
+    Args:
+        address: ``tcp://host:port`` (port 0 or ``*``: any free one) or ``ipc:///directory/file``.
+        handler: Receives the callbacks, on this event loop.
+        curve: This side's key pair; needed for tcp.
+        allow: The keys that may connect; needed for tcp. Changes take effect at once.
+        network: Context to share; without one the acceptor has its own.
+        any_interface: Allow an address that means every interface.
+        max_frame_bytes: A larger frame costs the peer its connection.
+        timings: A silent connection is dropped after ``suspect_s``, asked for life each ``beat_s``.
+        handshake_s: A peer that has not proved its key by then is dropped.
+
+    Raises:
+        InsecureAddress, UnsafeDirectory, BadAddress: the address is not safe to listen on.
+        AddressUnavailable: the system refuses the address.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        handler: TransportHandler,
+        *,
+        curve: KeyPair | None = None,
+        allow: AllowList | None = None,
+        network: ZmqNetwork | None = None,
+        any_interface: bool = False,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        timings: Timings | None = None,
+        handshake_s: float = 10.0,
+    ) -> None:
+        check_acceptor_address(address, curve=curve, allow=allow, any_interface=any_interface)
+        super().__init__(
+            zmq.ROUTER,
+            address,
+            handler,
+            network=network,
+            max_frame_bytes=max_frame_bytes,
+            timings=timings or Timings(),
+            handshake_s=handshake_s,
+        )
+        self._allow = allow if curve is not None else None
+        self._peers: dict[Connection, _Peer] = {}
+        self._by_fd: dict[int, list[Connection]] = {}
+        self._ended: dict[Connection, None] = {}
+        self._file_id: tuple[int, int] | None = None
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if curve is not None and allow is not None:
+            self._socket.curve_server = 1
+            self._socket.curve_secretkey = curve.secret.encode("ascii")
+            self._socket.zap_domain = self._network.zap.admit(allow).encode("ascii")
+            self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self._watch(zmq.EVENT_ACCEPTED)
+        self._bind(address)
+
+    @property
+    def network(self) -> ZmqNetwork:
+        """The context and key check that this acceptor runs on."""
+        return self._network
+
+    def send(self, connection: Connection, frames: Sequence[Buffer]) -> bool:
+        """Queue one message; see ``Transport.send``.
+
+        Raises:
+            UnsendableMessage: the message can be sent to nobody.
+        """
+        flat, size = flat_frames(frames, self._max_frame_bytes)
+        if self._closed:
+            return False
+        try:
+            self._socket.send(connection, _MORE)
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            if connection in self._peers:
+                self._end(connection)
+            return self._unsent()
+        self._put(flat)
+        return self._sent(size)
+
+    def _bind(self, address: str) -> None:
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise AddressUnavailable(
+                f"cannot listen on {address}",
+                evidence=f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}",
+                advice="Choose a free port on an address of this machine, or let the system choose (port 0).",
+            ) from error
+        self._address = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._file_id = _file_id(self._address)
+
+    def _remove_file(self) -> None:
+        # zmq leaves the socket file behind, and replaces one that it finds: ours may be another's by now.
+        if self._file_id is not None and _file_id(self._address) == self._file_id:
+            os.unlink(self._address.removeprefix("ipc://"))
+
+    def _read_message(self) -> bool:
+        if self._closed:
+            return False
+        try:
+            connection: Connection = self._recv(NOBLOCK)
+        except zmq.Again:
+            return False
+        first: zmq.Frame = self._recv(NOBLOCK, False)
+        peer = self._peers.get(connection) or self._meet(connection, first)
+        frames = self._rest_of_message(first)
+        # Names given by the socket are a zero byte and a counter; any other was brought along by the peer.
+        if len(connection) != 5 or connection[0]:
+            self._refuse("a connection that names itself")
+        elif self._allow is not None and peer.user_id not in self._allow:
+            self._refuse("a message under a key that is not allowed (any more)")
+        else:
+            self._handler.on_message(connection, frames, peer.user_id)
+        return True
+
+    def _meet(self, connection: Connection, frame: zmq.Frame) -> _Peer:
+        """The first message of a connection: bind its name to its key and to its fd, whose end will be reported."""
+        if self._monitor is not None:
+            self._monitor.pump.drain()
+        peer = _Peer(message_property(frame, "User-Id") if self._allow is not None else "", frame.get(zmq.SRCFD))
+        siblings = self._by_fd.get(peer.fd)
+        if siblings is None:
+            self._end(connection)
+        else:
+            # An fd is reused only after its end was reported. If in doubt (a predecessor on this fd left messages
+            # behind) the connection counts to the living one: its end is then told late, never too early.
+            siblings.append(connection)
+            self._peers[connection] = peer
+        return peer
+
+    def _on_event(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._end_fd(value)
+            self._by_fd[value] = []
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._end_fd(value)
+        else:
+            self._refuse(failure(event, value))
+
+    def _end_fd(self, fd: int) -> None:
+        for connection in self._by_fd.pop(fd, ()):
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        """Report the end once the socket is empty, so that it comes after the connection's last message."""
+        self._ended[connection] = None
+        self._pump.kick()
+
+    def _on_empty(self) -> None:
+        while self._ended and not self._closed:
+            connection = next(iter(self._ended))
+            del self._ended[connection]
+            peer = self._peers.pop(connection, None)
+            siblings = self._by_fd.get(peer.fd, []) if peer is not None else []
+            if connection in siblings:
+                siblings.remove(connection)
+            self._handler.on_down(connection)
+
+
+class ZmqDialer(_ZmqTransport):
+    """The calling side: one DEALER, one connection (``DIALED``) that is made again whenever it breaks.
+
+    Args:
+        address: What the acceptor's ``address`` says.
+        handler: Receives the callbacks, on this event loop.
+        curve: The server's public key and our own pair; needed for tcp.
+        network, max_frame_bytes, timings, handshake_s: As for ``ZmqAcceptor``.
+
+    Raises:
+        InsecureAddress, BadAddress: tcp without keys, or not an address.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        handler: TransportHandler,
+        *,
+        curve: ClientKeys | None = None,
+        network: ZmqNetwork | None = None,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        timings: Timings | None = None,
+        handshake_s: float = 10.0,
+    ) -> None:
+        check_dialer_address(address, encrypted=curve is not None)
+        super().__init__(
+            zmq.DEALER,
+            address,
+            handler,
+            network=network,
+            max_frame_bytes=max_frame_bytes,
+            timings=timings or Timings(),
+            handshake_s=handshake_s,
+        )
+        self._is_up = False
+        self._is_ending = False
+        self._user_id = "" if curve is None else curve.server_public
+        self.last_refusal = ""
+        """Why the last handshake failed, in words; ``""`` while none has."""
+        self._socket.immediate = 1
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = _RECONNECT_MS
+        self._socket.connect_timeout = _CONNECT_TIMEOUT_MS
+        if curve is not None:
+            self._socket.curve_serverkey = curve.server_public.encode("ascii")
+            self._socket.curve_publickey = curve.own.public.encode("ascii")
+            self._socket.curve_secretkey = curve.own.secret.encode("ascii")
+        self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise BadAddress(
+                f"cannot dial {address}",
+                evidence=f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}",
+                advice="Use the address that the acceptor reports.",
+            ) from error
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the handshake of the present connection has succeeded."""
+        return self._is_up
+
+    def send(self, connection: Connection, frames: Sequence[Buffer]) -> bool:
+        """Queue one message; see ``Transport.send``. Nothing is queued for a later connection.
+
+        Raises:
+            UnsendableMessage: the message can be sent to nobody.
+        """
+        flat, size = flat_frames(frames, self._max_frame_bytes)
+        if connection != DIALED or not self._is_up or self._closed:
+            return self._unsent() if not self._closed else False
+        try:
+            self._put(flat)
+        except zmq.Again:
+            return self._unsent()
+        return self._sent(size)
+
+    def _read_message(self) -> bool:
+        if self._closed:
+            return False
+        try:
+            first: zmq.Frame = self._recv(NOBLOCK, False)
+        except zmq.Again:
+            return False
+        if not self._is_up and self._monitor is not None:
+            self._monitor.pump.drain()  # the word of the connection came before its messages
+        frames = self._rest_of_message(first)
+        if not self._closed:
+            self._handler.on_message(DIALED, frames, self._user_id)
+        return True
+
+    def _on_event(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._on_empty()
+            if self._closed:
+                return
+            self._is_up = True
+            # A send without waiting may overlook a pipe that the I/O thread has only just announced.
+            self._pump.has_input()
+            self._pump.kick()
+            self._handler.on_up(DIALED)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._is_ending = self._is_up
+            self._pump.kick()
+        else:
+            reason = failure(event, value)
+            self.last_refusal = f"{self._address}: {reason} (event {zmq.Event(event).name}, {value:#x})"
+            self._refuse(reason)
+
+    def _on_empty(self) -> None:
+        if self._is_ending and not self._closed:
+            self._is_ending = self._is_up = False
+            self._handler.on_down(DIALED)
+
+
+def _file_id(address: str) -> tuple[int, int] | None:
+    """Which file an ipc address is: device and inode; None for tcp, or if there is none."""
+    if not address.startswith("ipc://"):
+        return None
+    try:
+        facts = os.lstat(address.removeprefix("ipc://"))
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
