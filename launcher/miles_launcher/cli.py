@@ -142,11 +142,11 @@ def _check(options: argparse.Namespace) -> None:
             evidence="allowed are 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit",
             advice="Use the name from the hosts list, or leave --node out.",
         )
-    if options.cpu_slots is not None and options.cpu_slots < 1:
+    if options.cpu_slots is not None and options.cpu_slots < 0:
         raise InvalidAgentFlag(
-            f"--cpu-slots {options.cpu_slots} is too few",
-            evidence="a node offers at least one slot",
-            advice="Give 1 or more, or leave it out for the default.",
+            f"--cpu-slots {options.cpu_slots} is no number of slots",
+            evidence="a node cannot offer fewer than 0",
+            advice="Give 0 or more, or leave it out for the default.",
         )
     Timings(**{name: value for name in _TIMING_FLAGS if (value := getattr(options, name)) is not None})
 

@@ -153,7 +153,7 @@ def test_a_terminal_is_not_asked_for_a_key():
         (["--controller", "tcp://h:1\n"], "E-CLI-001"),
         ([*ADDRESS, "--node", "a/b"], "E-CLI-001"),
         ([*ADDRESS, "--node", ""], "E-CLI-001"),
-        ([*ADDRESS, "--cpu-slots", "0"], "E-CLI-001"),
+        ([*ADDRESS, "--cpu-slots", "-1"], "E-CLI-001"),
         ([*ADDRESS, "--fence-s", "30"], "E-CFG-001"),
         ([*ADDRESS, "--beat-s", "nan"], "E-CFG-001"),
     ],

@@ -9,9 +9,10 @@ import threading
 from multiprocessing import shared_memory
 
 import pytest
-from support.leaks import no_leaks
+from support.leaks import adopt_orphans, adopts_orphans, no_leaks
 from support.procs import alive, eventually_sync, process_identity
 
+from miles_agents.agent.process import become_subreaper
 from miles_agents.runtime_dir import runtime_dir
 
 
@@ -51,6 +52,24 @@ def test_a_child_is_named_with_its_command_line():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  # forever"])
     child.kill()
     child.wait()
+
+
+def test_a_zombie_is_named():
+    with leaked(r"process: pid \d+ \(zombie, was true\)"), no_leaks(0.1):
+        child = subprocess.Popen(["true"])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    child.wait()
+
+
+def test_adopting_orphans_does_not_outlast_the_module():
+    become_subreaper()
+    with no_leaks(0.1):
+        pass
+    assert adopts_orphans()
+    adopt_orphans(False)
+    with no_leaks(0.1):
+        become_subreaper()
+    assert not adopts_orphans()
 
 
 def test_a_process_that_left_the_family_is_found_by_its_mark():

@@ -7,6 +7,7 @@ threads, zmq threads, descendants and whatever else carries the mark of this tes
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -26,6 +27,8 @@ MARK = "MILES_TEST_SESSION"
 SETTLE_S = 5.0
 """How long things that are going away may take."""
 
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
+
 Things = Counter[str]
 
 
@@ -39,8 +42,10 @@ def begin_session() -> None:
 @contextmanager
 def no_leaks(settle_s: float = SETTLE_S) -> Iterator[None]:
     """Fails on leaving if something is there that was not before, also after ``settle_s`` seconds."""
-    before = observe()
+    before, adopts = observe(), adopts_orphans()
     yield
+    # Else the orphans of later modules would pile up here as zombies that nobody waits for.
+    adopt_orphans(adopts)
     deadline = time.monotonic() + settle_s
     while left := observe() - before:
         if time.monotonic() > deadline:
@@ -134,10 +139,25 @@ LOOKS: tuple[Callable[[], list[str]], ...] = (
 
 def _described(process: psutil.Process) -> str:
     try:
-        state = " (zombie)" if process.status() == psutil.STATUS_ZOMBIE else ""
-        return f"pid {process.pid}{state} {' '.join(process.cmdline()) or process.name()}"
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return f"pid {process.pid} (zombie, was {process.name()})"
+        return f"pid {process.pid} {' '.join(process.cmdline()) or process.name()}"
     except psutil.NoSuchProcess:
         return f"pid {process.pid}, gone meanwhile"
+
+
+def adopts_orphans() -> bool:
+    """Whether this process is a child subreaper."""
+    found = ctypes.c_int()
+    if ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(found), 0, 0, 0):
+        raise OSError("prctl(PR_GET_CHILD_SUBREAPER)")
+    return bool(found.value)
+
+
+def adopt_orphans(wanted: bool) -> None:
+    """Make this process a child subreaper, or an ordinary one."""
+    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def _is_ours(path: Path) -> bool:
