@@ -18,6 +18,7 @@ from support.process_cases import (
     FORKER,
     HELD_BY_DEBUGGER,
     REPORT,
+    TRACE_EXIT,
     alive,
     open_fds,
     python,
@@ -27,7 +28,7 @@ from support.process_cases import (
 
 from miles_agents.agent.process import CannotStart, Command, ProcessTable, SpawnOffMainThread
 from miles_agents.agent.process_exit import OomWatch
-from miles_agents.agent.process_tree import ProcessId, children_of, descendants, read_stat
+from miles_agents.agent.process_tree import ProcessId, children_of, descendants, kill_below, read_stat
 
 FACTS = """
 import ctypes, json, os, resource, signal, sys
@@ -370,7 +371,7 @@ async def test_what_does_not_end_is_named_with_its_state(table: ProcessTable, tm
     file = tmp_path / "reported"
     child = await table.spawn(python(tmp_path, HELD_BY_DEBUGGER, str(file)))
     await until(lambda: bool(reported(file)), "the child lets itself be traced")
-    debugger = await table.spawn(python(tmp_path, DEBUGGER, str(child.pid)))
+    debugger = await table.spawn(python(tmp_path, DEBUGGER, str(child.pid), "0"))
     await until(lambda: "attached" in (tmp_path / "child.log").read_text(), "the debugger holds it")
     report = await table.kill_tree(child, grace_s=0, kill_s=0.2)
     assert not report.clean
@@ -378,6 +379,20 @@ async def test_what_does_not_end_is_named_with_its_state(table: ProcessTable, tm
     assert [survivor.pid for survivor in report.survivors] == [child.pid]
     assert f"cannot be killed: pid {child.pid} (python" in report.describe()
     assert "state Z, zombie that a debugger holds" in report.describe()
+    debugger.send(signal.SIGKILL)
+    assert (await child.wait(30)).signal == signal.SIGKILL
+
+
+async def test_what_is_below_a_child_that_hangs_in_its_exit_is_killed(table: ProcessTable, tmp_path: Path) -> None:
+    file = tmp_path / "reported"
+    code = REPORT + "if os.fork() == 0:\n    report('below')\n    forever()\n" + HELD_BY_DEBUGGER
+    child = await table.spawn(python(tmp_path, code, str(file)))
+    await until(lambda: len(reported(file)) == 2, "both run")
+    debugger = await table.spawn(python(tmp_path, DEBUGGER, str(child.pid), TRACE_EXIT))
+    await until(lambda: "attached" in (tmp_path / "child.log").read_text(), "the debugger holds it")
+    killed = kill_below(os.getpid(), spare={*table.spared()} - {child.pid})
+    assert killed == [child.id, *reported(file, "below")]
+    await until(lambda: not alive(reported(file, "below")), "what is below ends")
     debugger.send(signal.SIGKILL)
     assert (await child.wait(30)).signal == signal.SIGKILL
 

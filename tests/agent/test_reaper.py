@@ -15,6 +15,7 @@ from support.process_cases import (
     FORKER,
     HELD_BY_DEBUGGER,
     REPORT,
+    TRACE_EXIT,
     alive,
     open_fds,
     reported,
@@ -210,7 +211,7 @@ def test_what_does_not_end_is_named_and_the_exit_code_says_so(run: Run) -> None:
     process = run.start_bare(code, options=("--give-up-s", "0.3"))
     until_sync(lambda: len(reported(run.file)) == 2, "both run")
     held = reported(run.file, "child")[0]
-    debugger = subprocess.Popen([*BARE, "-c", DEBUGGER, str(held.pid)], stdout=subprocess.PIPE)
+    debugger = subprocess.Popen([*BARE, "-c", DEBUGGER, str(held.pid), "0"], stdout=subprocess.PIPE)
     assert debugger.stdout is not None
     assert debugger.stdout.readline() == b"attached\n"
     os.kill(reported(run.file, "agent")[0].pid, signal.SIGKILL)
@@ -222,6 +223,27 @@ def test_what_does_not_end_is_named_and_the_exit_code_says_so(run: Run) -> None:
         debugger.kill()
         debugger.communicate()
     os.waitpid(held.pid, 0)
+
+
+def test_what_is_below_a_process_that_hangs_in_its_exit_is_killed(run: Run) -> None:
+    become_subreaper()
+    below = REPORT + "if os.fork() == 0:\n    report('below')\n    forever()\n" + HELD_BY_DEBUGGER
+    code = REPORT + f"if os.fork() == 0:\n    exec({below!r})\nreport('agent')\nforever()"
+    process = run.start_bare(code, options=("--give-up-s", "0.3"))
+    until_sync(lambda: len(reported(run.file)) == 3, "all run")
+    held = reported(run.file, "child")[0]
+    debugger = subprocess.Popen([*BARE, "-c", DEBUGGER, str(held.pid), TRACE_EXIT], stdout=subprocess.PIPE)
+    assert debugger.stdout is not None
+    assert debugger.stdout.readline() == b"attached\n"
+    os.kill(reported(run.file, "agent")[0].pid, signal.SIGKILL)
+    try:
+        assert process.wait(30) == EXIT_NOT_CLEAN
+        assert alive(reported(run.file, "below")) == []
+    finally:
+        debugger.kill()
+        debugger.communicate()
+    for process_id in (held, *reported(run.file, "below")):
+        os.waitpid(process_id.pid, 0)
 
 
 def test_the_reaper_is_small(run: Run) -> None:

@@ -100,11 +100,14 @@ forever()
 DEBUGGER = """
 import ctypes, sys, signal
 libc = ctypes.CDLL(None, use_errno=True)
-assert libc.ptrace(0x4206, int(sys.argv[1]), None, None) == 0, ctypes.get_errno()
+assert libc.ptrace(0x4206, int(sys.argv[1]), None, ctypes.c_void_p(int(sys.argv[2]))) == 0, ctypes.get_errno()
 print('attached', flush=True)
 signal.pause()
 """
-"""Attaches to the pid in its first argument and never waits, so that the process stays a zombie when killed."""
+"""Attaches to the pid in its first argument and never waits: killed, that process stays a zombie; with the option
+``TRACE_EXIT`` as second argument (else 0) it hangs in its exit instead and keeps its children."""
+
+TRACE_EXIT = "64"
 
 
 def python(
