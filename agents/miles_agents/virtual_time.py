@@ -67,7 +67,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             Deadlock: nothing is ready and nothing is scheduled.
             VirtualTimeLimit: the next timer lies behind the limit.
         """
+        # Both lift the limit, so that the cancelled tasks can still wind down with timers of their own.
         if timeout is None:
+            self._limit = None
             raise Deadlock(
                 f"all tasks wait and no timer is set at virtual time {self._now:.6f}",
                 evidence=describe_tasks(self),
@@ -75,7 +77,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
             )
         if timeout > 0:
             if self._limit is not None and self._now + timeout > self._limit:
-                # Lifted, so that the cancelled tasks can still wind down with timers of their own.
                 limit, self._limit = self._limit, None
                 raise VirtualTimeLimit(
                     f"not done after {limit - START_S:g} virtual seconds",

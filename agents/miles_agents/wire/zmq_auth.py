@@ -17,14 +17,15 @@ import stat
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import zmq
 from zmq.utils import z85
 
 from miles_agents.errors import ConfigError, EnvironmentFault
 from miles_agents.wire.keys import AllowList, KeyPair
-from miles_agents.wire.zmq_socket import ZmqSocket
+
+ZmqSocket: TypeAlias = zmq.Socket[bytes]
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 """Fixed by RFC 27; one handler per zmq context."""

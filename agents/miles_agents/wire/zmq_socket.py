@@ -10,20 +10,24 @@ import asyncio
 import select
 import struct
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any
 
 import zmq
 
 from miles_agents.timings import Timings
-
-ZmqSocket: TypeAlias = zmq.Socket[bytes]
+from miles_agents.wire.transport import ZERO_COPY_BYTES, Buffer, TransportHandler, TransportStats
+from miles_agents.wire.zmq_auth import ZmqNetwork, ZmqSocket
 
 NOBLOCK = int(zmq.NOBLOCK)
 """As a plain number: zmq's flags are enums, and slow ones."""
 
+MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+"""For every frame of a message but the last."""
+
 FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 """The events that tell of a handshake that came to nothing."""
 
+_SWEEP_S = 1.0
 _POLLIN = int(zmq.POLLIN)
 _MESSAGES_PER_TURN = 256
 _CURVE_OVERHEAD_BYTES = 256
@@ -157,6 +161,133 @@ class Monitor:
         event, value = _MONITOR_MESSAGE.unpack(head)
         self._on_event(event, value)
         return True
+
+
+class SocketTransport:
+    """What acceptor and dialer share: socket options, sending, draining, closing. Parameters: see ``ZmqAcceptor``."""
+
+    def __init__(
+        self,
+        socket_type: int,
+        address: str,
+        handler: TransportHandler,
+        *,
+        network: ZmqNetwork | None,
+        max_frame_bytes: int,
+        timings: Timings,
+        handshake_s: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._handler = handler
+        self._address = address
+        self._stats = TransportStats()
+        self._max_frame_bytes = max_frame_bytes
+        self._closed = False
+        self._owns_network = network is None
+        self._network = network or ZmqNetwork()
+        self._network.enter(self)
+        self._socket = self._network.context.socket(socket_type)
+        self._recv: Callable[..., Any] = self._socket.recv
+        set_options(self._socket, address, max_frame_bytes, timings, handshake_s)
+        self._pump = Pump(self._socket, self._read_message, self._on_empty)
+        self._monitor: Monitor | None = None
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    @property
+    def address(self) -> str:
+        """What was bound, with the port that the system chose, or what was dialed."""
+        return self._address
+
+    @property
+    def stats(self) -> TransportStats:
+        """Live counters. ``reasons`` counts refusals by reason, and missed edges (expected: none)."""
+        return self._stats
+
+    def close(self) -> None:
+        """Close now; what was not sent yet is lost. Nothing is called back afterwards. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._sweeper.cancel()
+        self._pump.close()
+        if self._monitor is not None:
+            self._monitor.close()
+        self._on_close()
+        self._socket.close(linger=0)
+        self._network.leave(self)
+        if self._owns_network:
+            self._network.close()
+
+    def _watch(self, events: int) -> None:
+        self._monitor = Monitor(
+            self._network.context,
+            self._network.new_endpoint(),
+            self._socket,
+            events | FAILURES | zmq.EVENT_DISCONNECTED,
+            self._on_event,
+        )
+
+    def _put(self, frames: list[bytes | memoryview]) -> None:
+        """Queue the frames of one message. Raises zmq.Again or EHOSTUNREACH only at the first."""
+        send = self._socket.send
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            flags = NOBLOCK if index == last else MORE
+            if len(frame) < ZERO_COPY_BYTES:
+                send(frame, flags)
+            else:
+                send(frame, flags, copy=False)
+
+    def _sent(self, size: int) -> bool:
+        self._stats.sent_messages += 1
+        self._stats.sent_bytes += size
+        self._pump.kick()
+        return True
+
+    def _unsent(self) -> bool:
+        self._stats.unsendable += 1
+        self._pump.kick()
+        return False
+
+    def _rest_of_message(self, frame: zmq.Frame) -> list[Buffer]:
+        """Receive what follows ``frame`` (zmq delivers messages whole, so it is there)."""
+        stats = self._stats
+        stats.received_messages += 1
+        frames: list[Buffer] = []
+        while True:
+            size = len(frame)
+            stats.received_bytes += size
+            frames.append(frame.bytes if size < ZERO_COPY_BYTES else frame.buffer)
+            if not frame.more:
+                return frames
+            frame = self._recv(NOBLOCK, False)
+
+    def _refuse(self, reason: str) -> None:
+        self._stats.refused += 1
+        self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        self._stats.reasons[reason] = self._stats.reasons.get(reason, 0) + 1
+
+    def _sweep(self) -> None:
+        pumps = [self._pump] if self._monitor is None else [self._pump, self._monitor.pump]
+        for pump in pumps:
+            if pump.missed_edge():
+                self._count("missed edge")
+        self._on_empty()
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    def _on_close(self) -> None:
+        raise NotImplementedError
+
+    def _read_message(self) -> bool:
+        raise NotImplementedError
+
+    def _on_empty(self) -> None:
+        raise NotImplementedError
+
+    def _on_event(self, event: int, value: int) -> None:
+        raise NotImplementedError
 
 
 def set_options(socket: ZmqSocket, address: str, max_frame_bytes: int, timings: Timings, handshake_s: float) -> None:

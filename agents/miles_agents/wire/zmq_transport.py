@@ -20,9 +20,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import zmq
 
@@ -32,156 +32,17 @@ from miles_agents.wire.keys import AllowList, ClientKeys, KeyPair
 from miles_agents.wire.transport import (
     DIALED,
     MAX_FRAME_BYTES,
-    ZERO_COPY_BYTES,
     Buffer,
     Connection,
     TransportHandler,
-    TransportStats,
 )
 from miles_agents.wire.zmq_auth import BadAddress, ZmqNetwork, check_acceptor_address, check_dialer_address
-from miles_agents.wire.zmq_socket import (
-    FAILURES,
-    NOBLOCK,
-    Monitor,
-    Pump,
-    failure,
-    message_property,
-    set_options,
-)
+from miles_agents.wire.zmq_socket import MORE, NOBLOCK, SocketTransport, failure, message_property
 
-_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-_SWEEP_S = 1.0
-_RECONNECT_MS = (100, 5000)
+_REDIAL_S = (0.1, 5.0)
 _CONNECT_TIMEOUT_MS = 5000
 
 __all__ = ["ZmqAcceptor", "ZmqDialer", "ZmqNetwork"]
-
-
-class _ZmqTransport:
-    """What acceptor and dialer share: socket options, sending, draining, closing."""
-
-    def __init__(
-        self,
-        socket_type: int,
-        address: str,
-        handler: TransportHandler,
-        *,
-        network: ZmqNetwork | None,
-        max_frame_bytes: int,
-        timings: Timings,
-        handshake_s: float,
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._handler = handler
-        self._address = address
-        self._stats = TransportStats()
-        self._max_frame_bytes = max_frame_bytes
-        self._closed = False
-        self._owns_network = network is None
-        self._network = network or ZmqNetwork()
-        self._network.enter(self)
-        self._socket = self._network.context.socket(socket_type)
-        self._recv: Callable[..., Any] = self._socket.recv
-        set_options(self._socket, address, max_frame_bytes, timings, handshake_s)
-        self._pump = Pump(self._socket, self._read_message, self._on_empty)
-        self._monitor: Monitor | None = None
-        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
-
-    @property
-    def address(self) -> str:
-        """What was bound, with the port that the system chose, or what was dialed."""
-        return self._address
-
-    @property
-    def stats(self) -> TransportStats:
-        """Live counters. ``reasons`` counts refusals by reason, and missed edges (expected: none)."""
-        return self._stats
-
-    def close(self) -> None:
-        """Close now; what was not sent yet is lost. Nothing is called back afterwards. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._sweeper.cancel()
-        self._pump.close()
-        if self._monitor is not None:
-            self._monitor.close()
-        self._remove_file()
-        self._socket.close(linger=0)
-        self._network.leave(self)
-        if self._owns_network:
-            self._network.close()
-
-    def _watch(self, events: int) -> None:
-        self._monitor = Monitor(
-            self._network.context,
-            self._network.new_endpoint(),
-            self._socket,
-            events | FAILURES | zmq.EVENT_DISCONNECTED,
-            self._on_event,
-        )
-
-    def _put(self, frames: list[bytes | memoryview]) -> None:
-        """Queue the frames of one message. Raises zmq.Again or EHOSTUNREACH only at the first."""
-        send = self._socket.send
-        last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            flags = NOBLOCK if index == last else _MORE
-            if len(frame) < ZERO_COPY_BYTES:
-                send(frame, flags)
-            else:
-                send(frame, flags, copy=False)
-
-    def _sent(self, size: int) -> bool:
-        self._stats.sent_messages += 1
-        self._stats.sent_bytes += size
-        self._pump.kick()
-        return True
-
-    def _unsent(self) -> bool:
-        self._stats.unsendable += 1
-        self._pump.kick()
-        return False
-
-    def _rest_of_message(self, frame: zmq.Frame) -> list[Buffer]:
-        """Receive what follows ``frame`` (zmq delivers messages whole, so it is there)."""
-        stats = self._stats
-        stats.received_messages += 1
-        frames: list[Buffer] = []
-        while True:
-            size = len(frame)
-            stats.received_bytes += size
-            frames.append(frame.bytes if size < ZERO_COPY_BYTES else frame.buffer)
-            if not frame.more:
-                return frames
-            frame = self._recv(NOBLOCK, False)
-
-    def _refuse(self, reason: str) -> None:
-        self._stats.refused += 1
-        self._count(reason)
-
-    def _count(self, reason: str) -> None:
-        self._stats.reasons[reason] = self._stats.reasons.get(reason, 0) + 1
-
-    def _sweep(self) -> None:
-        pumps = [self._pump] if self._monitor is None else [self._pump, self._monitor.pump]
-        for pump in pumps:
-            if pump.missed_edge():
-                self._count("missed edge")
-        self._on_empty()
-        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
-
-    def _remove_file(self) -> None:
-        """Remove what bind has made in the file system."""
-
-    def _read_message(self) -> bool:
-        raise NotImplementedError
-
-    def _on_empty(self) -> None:
-        raise NotImplementedError
-
-    def _on_event(self, event: int, value: int) -> None:
-        raise NotImplementedError
 
 
 @dataclass(slots=True)
@@ -192,7 +53,7 @@ class _Peer:
     fd: int
 
 
-class ZmqAcceptor(_ZmqTransport):
+class ZmqAcceptor(SocketTransport):
     """The listening side: one ROUTER, many connections. Each is known from its first message on.
 
     Args:
@@ -238,6 +99,7 @@ class ZmqAcceptor(_ZmqTransport):
         self._peers: dict[Connection, _Peer] = {}
         self._by_fd: dict[int, list[Connection]] = {}
         self._ended: dict[Connection, None] = {}
+        self._num_silent = 0
         self._file_id: tuple[int, int] | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if curve is not None and allow is not None:
@@ -263,7 +125,7 @@ class ZmqAcceptor(_ZmqTransport):
         if self._closed:
             return False
         try:
-            self._socket.send(connection, _MORE)
+            self._socket.send(connection, MORE)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
@@ -286,7 +148,7 @@ class ZmqAcceptor(_ZmqTransport):
         self._address = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._file_id = _file_id(self._address)
 
-    def _remove_file(self) -> None:
+    def _on_close(self) -> None:
         # zmq leaves the socket file behind, and replaces one that it finds: ours may be another's by now.
         if self._file_id is not None and _file_id(self._address) == self._file_id:
             os.unlink(self._address.removeprefix("ipc://"))
@@ -317,6 +179,8 @@ class ZmqAcceptor(_ZmqTransport):
         peer = _Peer(message_property(frame, "User-Id") if self._allow is not None else "", frame.get(zmq.SRCFD))
         siblings = self._by_fd.get(peer.fd)
         if siblings is None:
+            if connection not in self._ended:
+                self._num_silent -= 1
             self._end(connection)
         else:
             # An fd is reused only after its end was reported. If in doubt (a predecessor on this fd left messages
@@ -332,11 +196,19 @@ class ZmqAcceptor(_ZmqTransport):
         elif event == zmq.EVENT_DISCONNECTED:
             self._end_fd(value)
         else:
+            self._num_silent -= 1  # the end of this connection comes next, and counts it once more
             self._refuse(failure(event, value))
 
     def _end_fd(self, fd: int) -> None:
-        for connection in self._by_fd.pop(fd, ()):
+        connections = self._by_fd.pop(fd, None)
+        if connections is None:
+            return
+        for connection in connections:
             self._end(connection)
+        if not connections:
+            # Nothing was heard of it so far. Perhaps its messages have not been read yet: judged when they are.
+            self._num_silent += 1
+            self._pump.kick()
 
     def _end(self, connection: Connection) -> None:
         """Report the end once the socket is empty, so that it comes after the connection's last message."""
@@ -344,6 +216,9 @@ class ZmqAcceptor(_ZmqTransport):
         self._pump.kick()
 
     def _on_empty(self) -> None:
+        for _ in range(self._num_silent):
+            self._refuse("the connection ended before its first message")
+        self._num_silent = 0
         while self._ended and not self._closed:
             connection = next(iter(self._ended))
             del self._ended[connection]
@@ -354,7 +229,7 @@ class ZmqAcceptor(_ZmqTransport):
             self._handler.on_down(connection)
 
 
-class ZmqDialer(_ZmqTransport):
+class ZmqDialer(SocketTransport):
     """The calling side: one DEALER, one connection (``DIALED``) that is made again whenever it breaks.
 
     Args:
@@ -390,17 +265,19 @@ class ZmqDialer(_ZmqTransport):
         )
         self._is_up = False
         self._is_ending = False
+        self._pause_s = _REDIAL_S[0]
+        self._redialer: asyncio.TimerHandle | None = None
         self._user_id = "" if curve is None else curve.server_public
         self.last_refusal = ""
         """Why the last handshake failed, in words; ``""`` while none has."""
         self._socket.immediate = 1
-        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = _RECONNECT_MS
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = (round(pause * 1000) for pause in _REDIAL_S)
         self._socket.connect_timeout = _CONNECT_TIMEOUT_MS
         if curve is not None:
             self._socket.curve_serverkey = curve.server_public.encode("ascii")
             self._socket.curve_publickey = curve.own.public.encode("ascii")
             self._socket.curve_secretkey = curve.own.secret.encode("ascii")
-        self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
@@ -451,6 +328,7 @@ class ZmqDialer(_ZmqTransport):
             if self._closed:
                 return
             self._is_up = True
+            self._pause_s = _REDIAL_S[0]
             # A send without waiting may overlook a pipe that the I/O thread has only just announced.
             self._pump.has_input()
             self._pump.kick()
@@ -458,10 +336,33 @@ class ZmqDialer(_ZmqTransport):
         elif event == zmq.EVENT_DISCONNECTED:
             self._is_ending = self._is_up
             self._pump.kick()
+            self._plan_redial()
+        elif event == zmq.EVENT_CONNECT_RETRIED:
+            self._cancel_redial()
         else:
             reason = failure(event, value)
             self.last_refusal = f"{self._address}: {reason} (event {zmq.Event(event).name}, {value:#x})"
             self._refuse(reason)
+
+    def _plan_redial(self) -> None:
+        """zmq gives an endpoint up for good after a refused key or a protocol error; if it does not, it says so."""
+        if self._redialer is None:
+            self._redialer = self._loop.call_later(self._pause_s, self._redial)
+            self._pause_s = min(2 * self._pause_s, _REDIAL_S[1])
+
+    def _redial(self) -> None:
+        self._redialer = None
+        with suppress(zmq.ZMQError):  # zmq may have forgotten the endpoint by itself
+            self._socket.disconnect(self._address)
+        self._socket.connect(self._address)
+
+    def _cancel_redial(self) -> None:
+        if self._redialer is not None:
+            self._redialer.cancel()
+            self._redialer = None
+
+    def _on_close(self) -> None:
+        self._cancel_redial()
 
     def _on_empty(self) -> None:
         if self._is_ending and not self._closed:
