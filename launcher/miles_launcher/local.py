@@ -48,6 +48,9 @@ class ControllerLike(Protocol):
     def report_node_exit(self, node: str, evidence: str) -> None:
         """The node's reaper has ended by itself: nothing that it started is left running."""
 
+    async def dismiss(self, *nodes: str, reason: str) -> None:
+        """Say goodbye to the agents of these nodes and wait, for a bounded time, until they have left in good order."""
+
 
 class CannotStartAgent(EnvironmentFault):
     """The process of a local agent could not be started."""
@@ -92,8 +95,7 @@ class LocalAgents:
     """Async context manager: starts an agent per node, stops them on leaving.
 
     Args:
-        controller: For whom. It must listen before this is entered, and should have said goodbye to its agents
-            before this is left: agents that lose only their lifeline wait for ``fence_s`` first.
+        controller: For whom. It must listen before this is entered; it dismisses the agents when this is left.
         nodes: Their names.
         run_dir: Logs go to ``<run_dir>/logs/agent-<node>.log``; also passed to the agents.
         cpu_slots: Slots that each node offers where there is no GPU; None: the agent's default.
@@ -135,8 +137,12 @@ class LocalAgents:
             raise
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stop()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            reason = "its starter is done" if kind is None else f"its starter failed: {kind.__name__}"
+            await self._controller.dismiss(*self._nodes, reason=reason)
+        finally:
+            await self._stop()
 
     def _start(self, node: str) -> None:
         key = self._controller.issue_key(node).rstrip("\n").encode() + b"\n"

@@ -17,7 +17,7 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import uvloop
@@ -51,7 +51,7 @@ class AgentOptions:
     interface: str | None = None
     run_dir: str | None = None
     key_file: str | None = None
-    timings: Timings = Timings()
+    timings: Timings = field(default_factory=Timings)
 
 
 def parse_options(argv: list[str]) -> AgentOptions:
@@ -63,7 +63,7 @@ def parse_options(argv: list[str]) -> AgentOptions:
     parser.add_argument("--interface")
     parser.add_argument("--run-dir")
     parser.add_argument("--key-file")
-    numbers = [field.name for field in fields(Timings)]
+    numbers = [number.name for number in fields(Timings)]
     for name in numbers:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Timings(), name))
     found = vars(parser.parse_args(argv))
@@ -120,9 +120,7 @@ class _Process:
             owned.callback(network.close)
             owned.callback(self._watch_stdin(loop))
             gpu = NvmlProbe() if info.gpus else None
-            run_dir = Path(self.options.run_dir or Path("runs") / self.key.run_id).resolve()
-            log_dir = run_dir / "logs" / self.node
-            log_dir.mkdir(parents=True, exist_ok=True)
+            log_dir = self._make_log_dir()
             lives = 0
             while True:
                 lives += 1
@@ -149,6 +147,12 @@ class _Process:
                     return self.ending or fence
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
 
+    def _make_log_dir(self) -> Path:
+        run_dir = Path(self.options.run_dir or Path("runs") / self.key.run_id).resolve()
+        log_dir = run_dir / "logs" / self.node
+        log_dir.mkdir(parents=True, exist_ok=True)
+        return log_dir
+
     async def _live(self, parts: AgentParts, table: ProcessTable) -> Fence:
         self.agent = Agent(parts, self.options.timings)
         if self.ending is not None:
@@ -166,7 +170,7 @@ class _Process:
             self.agent.end(self.ending)
 
     def _watch_stdin(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        """The lifeline: the starter's end of our stdin. Only a pipe or socket is one, and only if the key came by it."""
+        """The lifeline: the starter's end of our stdin. Only what the key came by is one."""
         mode = os.fstat(0).st_mode
         if self.options.key_file is not None or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             return lambda: None
@@ -186,4 +190,8 @@ class _Process:
                 self.agent.stdin_closed()
 
         loop.add_reader(0, on_readable)
-        return lambda: loop.remove_reader(0) and None
+
+        def stop() -> None:
+            loop.remove_reader(0)
+
+        return stop

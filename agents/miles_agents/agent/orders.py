@@ -17,7 +17,7 @@ from miles_agents.agent.service import Service, ServiceChange, ServiceSpec
 from miles_agents.errors import ConfigError
 from miles_agents.rpc.errors import DeadlineExceeded
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
-from miles_agents.rpc.shape import Shape
+from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Orders:
         pool = self._pool()
         worker = pool.find(mesh, rank, incarnation)
         info = MeshInfo(mesh, worker.spec.mesh_name, {rank: incarnation})
-        handle = ActorMesh(info, Shape.of(ranks=rank + 1).slice(ranks=rank), self.agent.node)
+        handle = ActorMesh(info, Shape(Extent((), ()), (rank,)), self.agent.node)
         try:
             return str(await handle.options(timeout_s=_STACK_S).endpoint("__stack__").call_one())
         except DeadlineExceeded:

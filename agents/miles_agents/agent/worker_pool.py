@@ -302,7 +302,7 @@ class WorkerPool:
         worker.dead = error
         self._remember(worker.address, error)
         self.agent.switch.receiver_died(worker.address, error)
-        self._report("worker_exited", worker, death.cause, death.expected, tail)
+        self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():
             worker.ready.set_exception(_never_ready(worker, death, tail))
             worker.ready.exception()  # looked at: start() may have been cancelled meanwhile

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from miles_agents.rpc.errors import NotAnActorProcess
 from miles_agents.rpc.shape import Point, Shape
+from miles_agents.wire.envelope import Address
 
 if TYPE_CHECKING:
+    from miles_agents.rpc.mesh import ActorMesh
     from miles_agents.rpc.node import RpcNode
 
 
@@ -31,6 +33,7 @@ class ActorContext:
     devices: tuple[int, ...] = ()
     local_rank: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    controller: ActorMesh | None = None
 
     @property
     def size(self) -> int:
@@ -45,9 +48,11 @@ class ActorContext:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """The call that is being answered. ``position`` and ``size`` count in the slice that was called."""
+    """The call being answered. ``position`` and ``size`` count in the slice that was called; ``source`` asked."""
 
     node: RpcNode
+    source: Address
+    rid: int
     method: str
     position: int
     size: int

@@ -230,6 +230,8 @@ class ActorHost:
         envelope = request.envelope
         call = CallContext(
             self.node,
+            envelope.source,
+            envelope.rid,
             request.endpoint.name,
             request.target.position,
             envelope.size,

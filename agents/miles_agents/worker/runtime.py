@@ -21,8 +21,10 @@ from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkD
 from miles_agents.rpc.actor import EndpointInfo
 from miles_agents.rpc.context import ActorContext
 from miles_agents.rpc.host import ActorHost, Executors
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
-from miles_agents.wire.envelope import Address, Envelope
+from miles_agents.rpc.shape import Shape
+from miles_agents.wire.envelope import CONTROLLER_MESH, Address, Envelope
 from miles_agents.wire.link import LinkDialer, Peer, Refusal
 from miles_agents.wire.transport import Transport
 from miles_agents.worker.construct import construct
@@ -45,9 +47,11 @@ class WorkerRuntime:
         address = Address(spec.mesh, spec.rank, spec.incarnation)
         self.node = RpcNode(address, spec.label, self.link.peer.send, libraries="import")
         self.host = ActorHost(self.node, executors)
+        info = MeshInfo(CONTROLLER_MESH, "controller", {0: spec.controller_incarnation})
+        controller = ActorMesh(info, Shape.of(controller=1), self.node)
         self.context = ActorContext(
             self.node, spec.run_id, spec.mesh_name, spec.rank, spec.shape, spec.incarnation,
-            birth.node, spec.devices, spec.local_rank, dict(spec.facts),
+            birth.node, spec.devices, spec.local_rank, dict(spec.facts), controller,
         )  # fmt: skip
         self.host.context = self.context
         self._executors = executors

@@ -23,6 +23,7 @@ class WorkerSpec:
     mesh_name: str
     rank: int
     incarnation: int
+    controller_incarnation: int
     shape: Shape
     devices: tuple[int, ...] = ()
     local_rank: int = 0

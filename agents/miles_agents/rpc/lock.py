@@ -1,0 +1,95 @@
+"""Named locks over the whole run, and finding meshes by name: what actors ask of the controller.
+
+A lock belongs to the process that acquired it and is given to the next waiter when that process dies. It is not
+reentrant. ``token`` grows with every grant: hand it to whatever the lock protects, so that a holder that lost the lock
+(``hold_s`` ran out) can be refused there.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from miles_agents.rpc.context import current_actor, find_actor
+from miles_agents.rpc.errors import NotAnActorProcess
+from miles_agents.rpc.future import CallFuture
+from miles_agents.rpc.mesh import ActorMesh
+
+
+class Lock:
+    """A named lock: ``async with Lock("weights"):`` on a loop, ``with Lock("weights"):`` on a thread.
+
+    Args:
+        name: Everybody who uses this name in the run shares the lock.
+        hold_s: The longest that it may be held; then it goes to the next waiter. None: as long as the holder lives.
+        timeout_s: The longest to wait for it; None: until the calling endpoint's deadline, if it has one.
+        controller: For use outside of an actor: the controller's handle.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        hold_s: float | None = None,
+        timeout_s: float | None = None,
+        controller: ActorMesh | None = None,
+    ) -> None:
+        self.name = name
+        self.token: int | None = None
+        self._hold_s = hold_s
+        self._timeout_s = timeout_s
+        self._controller = controller
+
+    def acquire(self) -> CallFuture[int]:
+        """Ask for it; the future brings the token."""
+        controller = self._handle().options(timeout_s=self._timeout_s)
+        future: CallFuture[int] = controller.endpoint("lock_acquire").call_one(self.name, self._hold_s)
+        return future
+
+    def release(self, token: int) -> CallFuture[None]:
+        """Give it back. The future fails with StaleLockToken if it was not held any more."""
+        future: CallFuture[None] = self._handle().endpoint("lock_release").call_one(self.name, token)
+        return future
+
+    async def __aenter__(self) -> Lock:
+        self.token = await self.acquire()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.release(self._held())
+
+    def __enter__(self) -> Lock:
+        self.token = self.acquire().get()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release(self._held()).get()
+
+    def _held(self) -> int:
+        assert self.token is not None
+        token, self.token = self.token, None
+        return token
+
+    def _handle(self) -> ActorMesh:
+        return self._controller or controller_handle()
+
+
+def controller_handle() -> ActorMesh:
+    """The controller, as an actor sees it. Raises NotAnActorProcess outside of an actor."""
+    actor = find_actor() or current_actor()
+    if actor.controller is None:
+        raise NotAnActorProcess(
+            "this actor has no way to its controller",
+            evidence=f"{actor.mesh_name}[{actor.rank}]",
+            advice="Report it; every worker gets one at its birth.",
+        )
+    return actor.controller
+
+
+def lookup(name: str) -> CallFuture[ActorMesh]:
+    """A fresh handle of the mesh of that name, from inside an actor."""
+    future: CallFuture[ActorMesh] = controller_handle().endpoint("lookup").call_one(name)
+    return future

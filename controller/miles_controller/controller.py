@@ -1,0 +1,450 @@
+"""The controller: nodes join it, meshes and services are spawned through it, and nothing is left when it ends.
+
+    async with Controller(ControllerConfig(nodes=("node-0",))) as controller:
+        ...start an agent with controller.issue_key("node-0")...
+        await controller.wait_for_nodes()
+        mesh = await controller.spawn("trainer", Trainer, dims={"gpus": 4})
+        losses = await mesh.train.call(batch)
+
+It lives in whatever event loop runs it and keeps no state outside of itself, so that it can be embedded, also more than
+once in a process. Consumes: orders of its owner, reports of agents. Produces: handles, events, a status page. Waits
+for: nodes (bounded by the caller), agents (bounded by orders' deadlines and leases). Invariants: user code never runs
+here; when the context is left, every mesh, service and session has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from miles_agents.errors import ConfigError, MilesError
+from miles_agents.rpc.actor import Actor, EndpointInfo
+from miles_agents.rpc.errors import ControllerLost, NoSuchActor, WorkerDied
+from miles_agents.rpc.host import ActorHost
+from miles_agents.rpc.inline import InlineExecutors
+from miles_agents.rpc.lock import Lock
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo
+from miles_agents.rpc.shape import Shape
+from miles_agents.runtime_dir import RuntimeDir, runtime_dir
+from miles_agents.wire.envelope import CONTROLLER_MESH, FIRST_USER_MESH, Address
+from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
+from miles_agents.wire.transport import Transport
+from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqNetwork
+from miles_agents.worker.construct import class_location
+from miles_controller.config import ControllerConfig, forwarded_environment
+from miles_controller.events import Event, EventLog
+from miles_controller.fabric import Fabric, Node
+from miles_controller.lock_service import LockService
+from miles_controller.meshes import MeshSupervisor, OwnedMesh, SpawnPlan
+from miles_controller.nodes_missing import NodesMissing, nodes_missing
+from miles_controller.placement import InfeasiblePlacement, Inventory, Placement, Request, Slot, place
+from miles_controller.policy import Policy
+from miles_controller.reports import Reports
+from miles_controller.services import ServiceHandle, ServiceKeeper
+from miles_controller.status_server import StatusServer
+
+__all__ = ["Controller", "ControllerConfig", "NodesMissing"]
+logger = logging.getLogger(__name__)
+_OVERDUE_CHECK_S = 5.0
+
+
+class NameTaken(ConfigError):
+    """Two meshes or services of one run cannot share a name."""
+
+    code = "E-MESH-002"
+
+
+class Controller:
+    """See the module's docstring. ``listen`` replaces the network, for simulations."""
+
+    def __init__(
+        self, config: ControllerConfig | None = None, *, listen: Callable[[Any], Transport] | None = None
+    ) -> None:
+        self.config = config or ControllerConfig()
+        self.run_id = self.config.run_id or f"run-{secrets.token_hex(4)}"
+        self.forwarded_env: dict[str, str] = {}
+        self._listen = listen
+        self._allow = AllowList()
+        self._server_keys = KeyPair.generate()
+        self._keys: dict[str, AgentKey] = {}
+        self._owned = ExitStack()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._meshes: dict[str, MeshSupervisor] = {}
+        self._by_id: dict[int, MeshSupervisor] = {}
+        self._num_meshes = 0
+        self._incarnation = 0
+        self._entered = False
+        self.status_server: StatusServer | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Controller:
+        config = self.config
+        if config.run_dir is not None:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+        if config.forward_env:
+            self.forwarded_env = forwarded_environment()
+        self.forwarded_env.update(config.env)
+        # Later runs give out larger numbers than earlier ones, without anything on disk.
+        self._incarnation = time.time_ns() // 1_000_000
+        self.events = EventLog(None if config.run_dir is None else config.run_dir / "events.jsonl")
+        self._owned.callback(self.events.close)
+        try:
+            allow = None if self._listen is not None else self._allow
+            self.fabric = Fabric(self, allow, config.timings, self.events, self._incarnation)
+            self.locks = LockService()
+            self.services = ServiceKeeper(self)
+            self._serve()
+            for node in config.nodes:
+                self.fabric.expect(node)
+            self.fabric.start(self._listen or self._listen_on_tcp())
+            if config.status:
+                await self._start_status()
+        except BaseException:
+            self._owned.close()
+            raise
+        self._entered = True
+        self.background(self._watch_overdue(), "overdue calls")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        reason = "the run ended" if error is None else f"the run failed: {type(error).__name__}"
+        try:
+            await self.dismiss(*self.fabric.membership.members, reason=reason)
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(list(self._tasks))
+            self.fabric.close(_over(self.run_id))
+            if self.status_server is not None:
+                await self.status_server.close()
+            self._owned.close()
+
+    async def dismiss(self, *names: str, reason: str) -> None:
+        """Goodbye to the agents of these nodes: each ends its workers with their grace, says goodbye itself, and is
+        waited for, ``leave_timeout_s`` at most. What had its ranks there is stopped, not failed."""
+        nodes = [node for node in self.fabric.nodes if node.name in names]
+        going = {node.name for node in nodes}
+        for mesh in self._meshes.values():
+            mesh.stopping = mesh.stopping or any(rank.slot.node in going for rank in mesh.ranks)
+        for node in nodes:
+            if node.peer is not None:
+                node.peer.say_goodbye(reason)
+        deadline = self.fabric.loop.time() + self.config.leave_timeout_s
+        for node in nodes:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await node.ended.wait()
+            except TimeoutError:
+                text = "it did not say goodbye in time; its lease will end it"
+                self.events.emit("node_left_behind", node.name, text)
+
+    def _listen_on_tcp(self) -> Callable[[Any], Transport]:
+        network = ZmqNetwork()
+        self._owned.callback(network.close)
+        return lambda link: ZmqAcceptor(
+            self.config.bind,
+            link,
+            curve=self._server_keys,
+            allow=self._allow,
+            network=network,
+            timings=self.config.timings,
+        )
+
+    async def _start_status(self) -> None:
+        directory: RuntimeDir = runtime_dir(self.run_id)
+        self._owned.enter_context(directory)
+        self.status_server = StatusServer(self.status, run_id=self.run_id, directory=directory.path)
+        await self.status_server.start()
+
+    def _serve(self) -> None:
+        reports = Reports(self)
+        host = ActorHost(self.fabric.node, InlineExecutors(self.fabric.loop))
+        endpoints: dict[str, Callable[..., Any]] = {
+            **reports.endpoints(),
+            "lock_acquire": self.locks.acquire,
+            "lock_release": self.locks.release,
+            "lookup": self._lookup,
+        }
+        for name, function in endpoints.items():
+            host.bind(EndpointInfo(name, "io", True, False), function)
+
+    # -- nodes -----------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where agents dial, with the port that was really bound."""
+        return self.fabric.link.transport.address
+
+    def issue_key(self, node: str) -> str:
+        """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""
+        self.fabric.expect(node)
+        if node not in self._keys:
+            pair = KeyPair.generate()
+            self._allow.add(pair.public, node)
+            self._keys[node] = AgentKey(self.run_id, node, self._server_keys.public, pair)
+        return self._keys[node].to_line()
+
+    def report_node_exit(self, node: str, evidence: str) -> None:
+        """Somebody saw the node's reaper end: nothing that its agent started is left. The node is dead at once."""
+        self.fabric.evidence(node, evidence)
+
+    async def wait_for_nodes(self, *names: str, timeout_s: float = 60.0) -> None:
+        """Until these nodes (default: all whose names are known) have joined.
+
+        Raises:
+            NodesMissing: some have not, within ``timeout_s``; says which, and who was turned away.
+        """
+        wanted = list(names) or list(self.fabric.membership.members)
+        try:
+            async with asyncio.timeout(timeout_s):
+                for name in wanted:
+                    await self.fabric.wait_for(name)
+        except TimeoutError:
+            raise nodes_missing(self.fabric, wanted, timeout_s) from None
+
+    def inventory(self) -> Inventory:
+        """What there is, and what is used by whom, now."""
+        used: dict[tuple[str, int], str] = {}
+        for mesh in self._meshes.values():
+            for rank in mesh.ranks:
+                for device in rank.slot.devices:
+                    key = (rank.slot.node, device)
+                    used[key] = f"{used[key]}+{mesh.name}" if key in used else mesh.name
+        return Inventory.of([node.info for node in self.fabric.nodes], used=used)
+
+    # -- meshes ----------------------------------------------------------------------------------------------
+
+    def place(self, requests: Sequence[Request], *, num_spares: int = 0) -> Placement:
+        """Place gangs together on what is free now; see ``placement.place``. Raises InfeasiblePlacement."""
+        return place(self.inventory(), requests, num_spares=num_spares)
+
+    async def spawn(
+        self,
+        name: str,
+        actor: type[Actor] | str,
+        *args: Any,
+        dims: Mapping[str, int] | None = None,
+        placement: Placement | None = None,
+        devices_per_rank: int = 1,
+        policy: Policy | None = None,
+        env: Mapping[str, str] | None = None,
+        rank_env: Callable[[int], Mapping[str, str]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        start_timeout_s: float = 120.0,
+        term_grace_s: float = 5.0,
+        bind_numa: bool = False,
+        oversubscribe: bool = False,
+    ) -> OwnedMesh:
+        """Start a mesh of actors and wait until all are constructed.
+
+        Args:
+            name: Unique among living meshes.
+            actor: The class, or ``"package.module:Class"`` (which is not imported here).
+            args: For every constructor, as are ``kwargs``. They must be able to travel.
+            dims: Named dimensions, row-major; a first dimension ``hosts`` puts each of its slices on its own node.
+                Default: one rank.
+            placement: Where ``place`` put the request of this name; default: a placement of its own.
+            devices_per_rank: GPUs or CPU slots of each rank, for the default placement.
+            policy: What happens when a rank dies; default: the mesh fails.
+            env, rank_env: Variables of the processes, for all and by rank. ``CUDA_VISIBLE_DEVICES="own"`` becomes
+                the rank's GPUs.
+            start_timeout_s: For each of: process up, actor constructed.
+
+        Raises:
+            InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor raised); nothing is left.
+        """
+        if name in self._meshes:
+            raise NameTaken(
+                f"there is a mesh {name!r} already",
+                evidence=f"meshes: {', '.join(self._meshes)}",
+                advice="Stop it first, or choose another name.",
+            )
+        shape = Shape.of(**(dims or {"ranks": 1}))
+        slots = self._slots(name, dims or {}, placement, devices_per_rank, oversubscribe=oversubscribe)
+        plan = SpawnPlan(
+            where=class_location(actor),
+            args=args,
+            kwargs=dict(kwargs or {}),
+            env=dict(env or {}),
+            rank_env=rank_env,
+            sys_path=tuple(entry for entry in sys.path if entry),
+            start_timeout_s=start_timeout_s,
+            term_grace_s=term_grace_s,
+            bind_numa=bind_numa,
+        )
+        mesh = FIRST_USER_MESH + self._num_meshes
+        self._num_meshes += 1
+        supervisor = MeshSupervisor(self, mesh, name, shape=shape, slots=slots, plan=plan, policy=policy or Policy())
+        self._meshes[name] = self._by_id[mesh] = supervisor
+        await supervisor.start()
+        self.events.emit("mesh_started", name, f"{len(shape)} ranks ({shape.extent})")
+        return supervisor.handle
+
+    def _slots(
+        self, name: str, dims: Mapping[str, int], placement: Placement | None, devices: int, *, oversubscribe: bool
+    ) -> list[Slot]:
+        if placement is None:
+            num_ranks = math.prod(dims.values())
+            per_node = num_ranks // dims["hosts"] if dims.get("hosts", 0) > 0 else None
+            request = Request(name, num_ranks, devices, max_ranks_per_node=per_node, oversubscribe=oversubscribe)
+            placement = self.place([request])
+        return [parts[0] for parts in placement.slots[name]]
+
+    def find_mesh(self, name: str) -> OwnedMesh | None:
+        """The living mesh of that name."""
+        supervisor = self._meshes.get(name)
+        return supervisor.handle if supervisor is not None else None
+
+    def supervisor_of(self, mesh: int) -> MeshSupervisor | None:
+        """For the reports of agents."""
+        return self._by_id.get(mesh)
+
+    def mesh_left(self, supervisor: MeshSupervisor) -> None:
+        """A mesh has ended; its name is free."""
+        if self._meshes.get(supervisor.name) is supervisor:
+            del self._meshes[supervisor.name]
+        self._by_id.pop(supervisor.mesh, None)
+
+    def spare_for(self, supervisor: MeshSupervisor, slot: Slot) -> str:
+        """A living node with these devices free, for a rank that lost its own. Raises InfeasiblePlacement."""
+        inventory = self.inventory()
+        for node in self.fabric.nodes:
+            devices = inventory.get(node.name)
+            if devices is not None and set(slot.devices) <= set(devices.free):
+                return node.name
+        raise InfeasiblePlacement(
+            f"no node can take over a rank of {supervisor.name} from {slot.node}",
+            evidence=f"no living node has the devices {list(slot.devices)} free",
+            advice="Bring the node back, or keep spare nodes.",
+        )
+
+    def next_incarnation(self) -> int:
+        """A number that was never given out before."""
+        self._incarnation += 1
+        return self._incarnation
+
+    async def _lookup(self, name: str) -> ActorMesh:
+        supervisor = self._meshes.get(name)
+        if supervisor is None:
+            raise NoSuchActor(
+                f"there is no mesh {name!r}",
+                evidence=f"meshes: {', '.join(self._meshes) or 'none'}",
+                advice="Spawn it first, or check the name.",
+                may_have_run=False,
+            )
+        return ActorMesh(supervisor.info, supervisor.shape)
+
+    # -- services, locks, events, status -----------------------------------------------------------------------
+
+    async def start_service(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        node: str | None = None,
+        ready_timeout_s: float | None = 600.0,
+        **options: Any,
+    ) -> ServiceHandle:
+        """Start a child that is not ours inside on a node and wait until it is healthy; see ``services``."""
+        return await self.services.start(name, argv, node=node, ready_timeout_s=ready_timeout_s, **options)
+
+    def lock(self, name: str, *, hold_s: float | None = None, timeout_s: float | None = None) -> Lock:
+        """A named lock, for the controller's own use; actors use ``miles_agents.Lock``."""
+        own = self.fabric.node.address
+        info = MeshInfo(CONTROLLER_MESH, "controller", {0: own.incarnation})
+        handle = ActorMesh(info, Shape.of(controller=1), self.fabric.node)
+        return Lock(name, hold_s=hold_s, timeout_s=timeout_s, controller=handle)
+
+    async def wait_for_event(self, predicate: Callable[[Event], bool], *, timeout_s: float) -> Event:
+        """The first event that fits, past or future. Raises TimeoutError."""
+        return await self.events.wait_for(predicate, timeout_s=timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """A snapshot in plain values: what the status page serves."""
+        from miles_controller.snapshot import snapshot
+
+        return snapshot(self, list(self._meshes.values()))
+
+    # -- for the parts of the controller -------------------------------------------------------------------------
+
+    def background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task for as long as the controller lives; its failure is an event."""
+        task = self.fabric.loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+        return task
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.events.emit("background_failed", task.get_name(), str(error))
+
+    def on_node_joined(self, node: Node) -> None:
+        """Fabric: nothing to do; placements see it."""
+
+    def on_node_beat(self, node: Node, facts: dict[str, Any]) -> None:
+        """Fabric: news of workers."""
+        for mesh, rank, incarnation, _pid, _state, rank_facts in facts.get("workers", []):
+            supervisor = self._by_id.get(mesh)
+            if supervisor is not None:
+                supervisor.on_node_facts(node, rank, incarnation, rank_facts)
+
+    def on_node_ended(self, node: Node, error: MilesError) -> None:
+        """Fabric: all ranks there have died."""
+        for (mesh, rank), route in list(self.fabric.workers.items()):
+            if route.node is node:
+                self.locks.holder_died(route.address)
+                supervisor = self._by_id.get(mesh)
+                if supervisor is not None:
+                    supervisor.on_exit(rank, route.address.incarnation, error.what)
+        self.locks.holder_died(node.address)
+        self.services.on_node_ended(node, error)
+
+    def on_worker_exited(self, address: Address, error: WorkerDied, *, expected: bool) -> None:
+        """Reports: a worker is gone."""
+        route = self.fabric.worker_died(address, error)
+        if route is None:
+            return
+        self.locks.holder_died(address)
+        if not expected:
+            self.events.emit("worker_died", route.label, error.what, evidence=error.evidence)
+        supervisor = self._by_id.get(address.mesh)
+        if supervisor is not None:
+            supervisor.on_exit(address.rank, address.incarnation, error.fields.get("exit", error.what))
+
+    async def _watch_overdue(self) -> None:
+        told: set[Any] = set()
+        while True:
+            await asyncio.sleep(_OVERDUE_CHECK_S)
+            now = self.fabric.loop.time()
+            overdue = self.fabric.switch.in_flight.overdue(now, at_least_s=self.config.overdue_s, factor=5.0)
+            for passed in overdue:
+                if (passed.key, passed.receiver) in told:
+                    continue
+                told.add((passed.key, passed.receiver))
+                supervisor = self._by_id.get(passed.receiver.mesh)
+                if supervisor is not None:
+                    await supervisor.report_overdue(passed.receiver.rank, passed.method, now - passed.since)
+            told &= {(passed.key, passed.receiver) for passed in overdue}
+
+
+def _over(run_id: str) -> ControllerLost:
+    return ControllerLost(
+        f"the controller of {run_id} has ended",
+        evidence="its context was left",
+        advice="Make calls only inside of `async with Controller(...)`.",
+        may_have_run=False,
+    )

@@ -1,0 +1,409 @@
+"""Meshes that this controller spawned: their ranks, their policy, their end.
+
+Consumes: exits and silence that agents report, the clock, orders of the owner. Produces: started, restarted and ended
+workers; events; current handles. Waits for: agents, each order with a deadline or until the node is dead. Invariants:
+each death of a rank reaches the policy once; every respawn has a new incarnation; when ``stop`` returns, nothing of the
+mesh runs (on nodes that live: confirmed by their agents; on dead ones: fenced).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from miles_agents.errors import MilesError, PeerFault
+from miles_agents.rpc.errors import WorkerDied
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
+from miles_agents.rpc.shape import Shape
+from miles_agents.wire.envelope import Address
+from miles_agents.worker.spec import WorkerSpec
+from miles_controller import policy as policies
+from miles_controller.fabric import Node, WorkerRoute
+from miles_controller.placement import Slot
+from miles_controller.policy import FailMesh, KillRank, Policy, ReportHung, RespawnRank, Supervision
+
+if TYPE_CHECKING:
+    from miles_controller.controller import Controller
+
+logger = logging.getLogger(__name__)
+_ORDER_S = 60.0
+
+
+class MeshFailed(PeerFault):
+    """A mesh is over: its policy has no answer to a death, or its budget is spent."""
+
+    code = "E-MESH-001"
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank of a mesh, over all its lives."""
+
+    rank: int
+    slot: Slot
+    incarnation: int = 0
+    pid: int = 0
+    log: str = ""
+    state: str = "starting"
+    evidence: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnPlan:
+    """All that is needed to make a rank, again and again."""
+
+    where: dict[str, str]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    env: Mapping[str, str]
+    rank_env: Callable[[int], Mapping[str, str]] | None
+    sys_path: tuple[str, ...]
+    start_timeout_s: float
+    term_grace_s: float
+    bind_numa: bool
+
+
+class OwnedMesh(ActorMesh):
+    """A handle that can also end its mesh and tell how it fares. Only the controller has it; copies that travel
+    are plain handles. Its incarnations follow restarts."""
+
+    _supervisor: MeshSupervisor
+
+    async def stop(self, *, grace_s: float | None = None) -> None:
+        """End all ranks: ``Actor.close`` on each, TERM, grace, KILL; returns when nothing runs any more."""
+        await self._supervisor.stop(grace_s=grace_s, close_actors=True)
+
+    async def kill(self, *, rank: int | None = None) -> None:
+        """Kill all ranks (which ends the mesh) or one (which is a death like any other, for the policy)."""
+        if rank is None:
+            await self._supervisor.stop(grace_s=0.0, close_actors=False)
+        else:
+            await self._supervisor.kill_rank(rank, "killed by its owner")
+
+    async def wait_failed(self) -> MeshFailed:
+        """Until the mesh has failed; returns why. Stopping it in good order is no failure."""
+        return await asyncio.shield(self._supervisor.failed)
+
+    @property
+    def failure(self) -> MeshFailed | None:
+        """Why it failed, None while it has not."""
+        failed = self._supervisor.failed
+        return failed.result() if failed.done() and not failed.cancelled() else None
+
+    async def stack(self, rank: int) -> str:
+        """All stacks of a rank's process."""
+        return await self._supervisor.stack(rank)
+
+    async def log_tail(self, rank: int, num_lines: int = 50) -> list[str]:
+        """The last lines of a rank's log."""
+        return await self._supervisor.log_tail(rank, num_lines)
+
+
+class MeshSupervisor:
+    """Starts, watches, restarts and ends the ranks of one mesh."""
+
+    def __init__(
+        self, controller: Controller, mesh: int, name: str, *, shape: Shape, slots: Sequence[Slot], plan: SpawnPlan,
+        policy: Policy,
+    ) -> None:  # fmt: skip
+        self.controller = controller
+        self.mesh = mesh
+        self.name = name
+        self.shape = shape
+        self.plan = plan
+        self.policy = policy
+        self.ranks = [Rank(index, slot) for index, slot in enumerate(slots)]
+        self.info = MeshInfo(mesh, name, {})
+        self.handle = OwnedMesh(self.info, shape, controller.fabric.node)
+        self.handle._supervisor = self
+        self.loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[MeshFailed] = self.loop.create_future()
+        self.stopping = False
+        self._supervision: Supervision | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._respawns: dict[int, asyncio.Task[None]] = {}
+
+    # -- starting --------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start all ranks and construct their actors; all or nothing.
+
+        Raises:
+            CannotStart, WorkerNeverReady: a process did not come up. RemoteError: a constructor raised.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for rank in self.ranks:
+                    tasks.create_task(self._start_process(rank))
+            self._note_endpoints((await self._construct(self.handle))[0])
+        except BaseException as error:
+            await asyncio.shield(self._give_up())
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        incarnations = {rank.rank: rank.incarnation for rank in self.ranks}
+        self._supervision = Supervision.start(self.policy, incarnations)
+        for rank in self.ranks:
+            if rank.state == "dead":  # died between its construction and now
+                self._step(policies.RankDied(rank.rank, rank.incarnation, rank.evidence))
+            else:
+                rank.state = "up"
+
+    async def _start_process(self, rank: Rank) -> None:
+        controller = self.controller
+        node = controller.fabric.find(rank.slot.node)
+        if node is None:
+            raise MeshFailed(
+                f"{self.name}[{rank.rank}] cannot start: node {rank.slot.node} is gone",
+                evidence=controller.fabric.membership.describe(rank.slot.node, self.loop.time()),
+                advice="Bring the node back, or place the mesh again without it.",
+            )
+        rank.incarnation = controller.next_incarnation()
+        rank.state, rank.evidence, rank.pid = "starting", "", 0
+        spec = self._spec(rank)
+        address = Address(self.mesh, rank.rank, rank.incarnation)
+        controller.fabric.workers[self.mesh, rank.rank] = WorkerRoute(address, node, spec.label)
+        self.info.incarnations[rank.rank] = rank.incarnation
+        agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
+        started = await agent.endpoint("start_worker").call_one(spec.to_plain())
+        rank.pid, rank.log = started["pid"], started["log"]
+
+    def _spec(self, rank: Rank) -> WorkerSpec:
+        plan, controller = self.plan, self.controller
+        env = {**controller.forwarded_env, **plan.env, **(plan.rank_env(rank.rank) if plan.rank_env else {})}
+        return WorkerSpec(
+            run_id=controller.run_id,
+            mesh=self.mesh,
+            mesh_name=self.name,
+            rank=rank.rank,
+            incarnation=rank.incarnation,
+            controller_incarnation=controller.fabric.node.address.incarnation,
+            shape=self.shape,
+            devices=rank.slot.devices,
+            local_rank=rank.slot.local_rank,
+            env=env,
+            sys_path=plan.sys_path,
+            start_timeout_s=plan.start_timeout_s,
+            term_grace_s=plan.term_grace_s,
+            bind_numa=plan.bind_numa,
+        )
+
+    def _construct(self, ranks: ActorMesh) -> Awaitable[Any]:
+        plan = self.plan
+        timed = ranks.options(timeout_s=plan.start_timeout_s)
+        return timed.endpoint("__construct__").call(plan.where, list(plan.args), plan.kwargs)
+
+    def _note_endpoints(self, plain: list[Any]) -> None:
+        self.info.endpoints = {info.name: info for info in map(endpoint_from_plain, plain)}
+
+    async def _give_up(self) -> None:
+        self.stopping = True
+        await self._end_ranks("the mesh did not come up", 0.0)
+        self._leave()
+
+    # -- ending ----------------------------------------------------------------------------------------------
+
+    async def stop(self, *, grace_s: float | None, close_actors: bool) -> None:
+        """End all ranks, confirmed. Idempotent."""
+        self.stopping = True
+        for task in self._respawns.values():
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        alive = [rank for rank in self.ranks if rank.state in ("up", "silent")]
+        if close_actors and alive and len(alive) == len(self.ranks):
+            timeout_s = self.plan.term_grace_s if grace_s is None else grace_s
+            await self._close_actors(max(timeout_s, 0.1))
+        await self._end_ranks("the mesh is stopped", grace_s)
+        self._leave()
+        self.controller.events.emit("mesh_stopped", self.name, "all ranks have ended")
+
+    async def _close_actors(self, timeout_s: float) -> None:
+        closing = self.handle.options(timeout_s=timeout_s, return_exceptions=True).endpoint("__close__").call()
+        for point, outcome in (await closing).items():
+            if isinstance(outcome, Exception):
+                self.controller.events.emit("close_failed", self.name, f"{point!r}: {outcome}")
+
+    async def _end_ranks(self, why: str, grace_s: float | None) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for rank in self.ranks:
+                if rank.incarnation and rank.state != "dead":
+                    tasks.create_task(self._end_rank(rank, why, grace_s))
+
+    async def _end_rank(self, rank: Rank, why: str, grace_s: float | None) -> None:
+        """Confirmed by the agent, or made moot by the death of its node."""
+        node = self.controller.fabric.find(rank.slot.node)
+        if node is None:
+            return
+        grace = self.plan.term_grace_s if grace_s is None else grace_s
+        agent = self.controller.fabric.agent(node).options(timeout_s=grace + _ORDER_S)
+        try:
+            await agent.endpoint("end_worker").call_one(self.mesh, rank.rank, rank.incarnation, why, grace_s)
+        except PeerFault as error:  # it is dead already, or its whole node is
+            logger.debug("%s[%d]: %s", self.name, rank.rank, error.what)
+
+    async def kill_rank(self, rank: int, why: str) -> None:
+        """Kill one rank; the policy sees a death."""
+        await self._end_rank(self.ranks[rank], why, 0.0)
+
+    def _leave(self) -> None:
+        for rank in self.ranks:
+            self.controller.fabric.workers.pop((self.mesh, rank.rank), None)
+        self.controller.mesh_left(self)
+
+    # -- what agents report ----------------------------------------------------------------------------------
+
+    def on_exit(self, rank_number: int, incarnation: int, cause: str) -> None:
+        """A life of a rank ended."""
+        rank = self.ranks[rank_number]
+        if rank.incarnation != incarnation or rank.state == "dead":
+            return
+        rank.state, rank.evidence = "dead", cause
+        if not self.stopping:
+            self._step(policies.RankDied(rank_number, incarnation, cause))
+
+    def on_silent(self, rank_number: int, incarnation: int, silence_s: float, evidence: str) -> None:
+        """A rank gives no sign of life."""
+        rank = self.ranks[rank_number]
+        if rank.incarnation == incarnation and rank.state == "up":
+            rank.state, rank.evidence = "silent", evidence
+            since = self.loop.time() - silence_s
+            self._step(policies.RankFrozen(rank_number, incarnation, since, evidence))
+
+    def on_heard(self, rank_number: int, incarnation: int) -> None:
+        """It does again."""
+        rank = self.ranks[rank_number]
+        if rank.incarnation == incarnation and rank.state == "silent":
+            rank.state, rank.evidence = "up", ""
+            self._step(policies.RankThawed(rank_number, incarnation))
+
+    async def stack(self, rank: int) -> str:
+        """All stacks of a rank's process."""
+        return str(await self._ask_agent(rank, "worker_stack"))
+
+    async def log_tail(self, rank: int, num_lines: int) -> list[str]:
+        """The last lines of a rank's log."""
+        return [str(line) for line in await self._ask_agent(rank, "worker_log", num_lines)]
+
+    async def report_overdue(self, rank: int, method: str, age_s: float) -> None:
+        """A call is much older than usual: tell, with the stack of who owes the answer."""
+        try:
+            stack = await self.stack(rank)
+        except MilesError as error:
+            stack = error.what
+        text = f"{method} has not answered for {age_s:.0f} s"
+        self.controller.events.emit("call_overdue", f"{self.name}[{rank}]", text, stack=stack)
+
+    async def _ask_agent(self, rank: int, order: str, *args: Any) -> Any:
+        there = self.ranks[rank]
+        node = self.controller.fabric.find(there.slot.node)
+        if node is None:
+            raise self.controller.fabric.workers[self.mesh, rank].dead or WorkerDied(f"{self.name}[{rank}] is gone")
+        agent = self.controller.fabric.agent(node).options(timeout_s=10.0)
+        return await agent.endpoint(order).call_one(self.mesh, rank, there.incarnation, *args)
+
+    # -- policy ----------------------------------------------------------------------------------------------
+
+    def _step(self, event: policies.Event) -> None:
+        if self._supervision is None:
+            return
+        self._supervision, effects = policies.step(self._supervision, event, self.loop.time())
+        for effect in effects:
+            self._carry_out(effect)
+        self._arm_timer()
+
+    def _carry_out(self, effect: policies.Effect) -> None:
+        match effect:
+            case KillRank(rank, _, reason):
+                self.controller.background(self.kill_rank(rank, reason), f"kill {self.name}[{rank}]")
+            case RespawnRank(rank, at):
+                task = self.controller.background(self._respawn(rank, at), f"respawn {self.name}[{rank}]")
+                self._respawns[rank] = task
+            case ReportHung(rank, incarnation, since, evidence):
+                self.controller.background(
+                    self._report_hung(rank, incarnation, since, evidence), f"stack of {self.name}[{rank}]"
+                )
+            case FailMesh(reason, causes):
+                self._fail(reason, causes)
+
+    async def _report_hung(self, rank: int, incarnation: int, since: float, evidence: str) -> None:
+        try:
+            stack = await self.stack(rank)
+        except MilesError as error:
+            stack = error.what
+        silent_s = self.loop.time() - since
+        text = f"silent for {silent_s:.1f} s: {evidence}"
+        self.controller.events.emit("worker_silent", f"{self.name}[{rank}]", text, incarnation=incarnation, stack=stack)
+
+    async def _respawn(self, rank_number: int, at: float) -> None:
+        rank = self.ranks[rank_number]
+        try:
+            await asyncio.sleep(max(0.0, at - self.loop.time()))
+            self._move_if_lost(rank)
+            await self._start_process(rank)
+            await self._construct(self.handle.flatten("ranks").slice(ranks=slice(rank_number, rank_number + 1)))
+        except MilesError as error:
+            await self._end_rank(rank, "its respawn failed", 0.0)
+            rank.state = "dead"
+            self._step(policies.RespawnFailed(rank_number, error.what))
+            return
+        finally:
+            self._respawns.pop(rank_number, None)
+        if rank.state == "starting":
+            rank.state = "up"
+        text = f"restarted as incarnation {rank.incarnation}, pid {rank.pid} on {rank.slot.node}"
+        self.controller.events.emit("worker_restarted", f"{self.name}[{rank_number}]", text)
+        self._step(policies.RankStarted(rank_number, rank.incarnation))
+
+    def _move_if_lost(self, rank: Rank) -> None:
+        if self.controller.fabric.find(rank.slot.node) is None:
+            rank.slot = replace(rank.slot, node=self.controller.spare_for(self, rank.slot))
+
+    def _fail(self, reason: str, causes: tuple[str, ...]) -> None:
+        for task in self._respawns.values():
+            task.cancel()
+        error = MeshFailed(
+            f"mesh {self.name} failed: {reason}",
+            evidence="\n".join(causes),
+            advice="Read the first cause and its log; spawn the mesh anew, or give it a policy that restarts.",
+        )
+        self.controller.events.emit("mesh_failed", self.name, reason, causes=list(causes))
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._supervision.next_tick() if self._supervision is not None else None
+        if due is not None and not self.stopping:
+            self._timer = self.loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._step(policies.Tick())
+
+    def snapshot(self) -> dict[str, Any]:
+        """For the status page."""
+        return {
+            "name": self.name,
+            "shape": str(self.shape.extent),
+            "failed": self.handle.failure.what if self.handle.failure is not None else "",
+            "ranks": [
+                {
+                    "rank": r.rank, "node": r.slot.node, "devices": list(r.slot.devices), "pid": r.pid,
+                    "incarnation": r.incarnation, "state": r.state, "evidence": r.evidence, "log": r.log, **r.facts,
+                }
+                for r in self.ranks
+            ],
+        }  # fmt: skip
+
+    def on_node_facts(self, node: Node, rank: int, incarnation: int, facts: dict[str, Any]) -> None:
+        """A beat brought news of a rank."""
+        there = self.ranks[rank]
+        if there.incarnation == incarnation and there.slot.node == node.name:
+            there.facts = facts

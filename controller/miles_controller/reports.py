@@ -1,0 +1,92 @@
+"""What agents report: endpoints of the controller. An agent can only speak of its own workers; others are ignored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from miles_agents.rpc.context import current_call
+from miles_agents.rpc.errors import WorkerDied
+from miles_agents.wire.envelope import AGENT_MESH, Address
+from miles_controller.fabric import Node
+
+if TYPE_CHECKING:
+    from miles_controller.controller import Controller
+
+remote_logger = logging.getLogger("miles.remote")
+
+
+class Reports:
+    """See the module's docstring."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
+        """Name to function."""
+        return {
+            "worker_exited": self.worker_exited,
+            "worker_silent": self.worker_silent,
+            "worker_heard": self.worker_heard,
+            "service_changed": self.service_changed,
+            "take_logs": self.take_logs,
+        }
+
+    async def worker_exited(self, mesh: int, rank: int, incarnation: int, death: list[Any]) -> None:
+        """A worker of the calling agent is gone; ``death``: cause, whether it was asked to end, its last lines."""
+        cause, expected, tail = death
+        address = Address(mesh, rank, incarnation)
+        node = self._reporter(address)
+        if node is None:
+            return
+        label = self._controller.fabric.workers[mesh, rank].label
+        said = "\n".join(tail[-20:]) or "(it printed nothing)"
+        error = WorkerDied(
+            f"{label} on {node.name} died: {cause}",
+            evidence=f"its last lines:\n{said}",
+            advice="Read its last lines and its log file.",
+            actor=label,
+            node=node.name,
+            exit=cause,
+            may_have_run=False,
+        )
+        self._controller.on_worker_exited(address, error, expected=expected)
+
+    async def worker_silent(self, mesh: int, rank: int, incarnation: int, silence_s: float, evidence: str) -> None:
+        """A worker gives no sign of life."""
+        supervisor = self._controller.supervisor_of(mesh)
+        if supervisor is not None and self._reporter(Address(mesh, rank, incarnation)) is not None:
+            supervisor.on_silent(rank, incarnation, silence_s, evidence)
+
+    async def worker_heard(self, mesh: int, rank: int, incarnation: int) -> None:
+        """It does again."""
+        supervisor = self._controller.supervisor_of(mesh)
+        if supervisor is not None and self._reporter(Address(mesh, rank, incarnation)) is not None:
+            supervisor.on_heard(rank, incarnation)
+
+    async def service_changed(self, node: str, name: str, change: dict[str, Any]) -> None:
+        """A service changed its phase."""
+        reporter = self._calling_agent()
+        if reporter is not None and reporter.name == node:
+            self._controller.services.on_change(reporter, name, change)
+
+    async def take_logs(self, node: str, batch: list[list[Any]]) -> None:
+        """Log lines of workers: [source, time, text, ranks that repeated it]."""
+        for source, _, text, ranks in batch:
+            repeated = f" (x{len(ranks)}: ranks {ranks})" if ranks else ""
+            remote_logger.info("%s | %s%s", source, text, repeated)
+
+    def _calling_agent(self) -> Node | None:
+        source = current_call().source
+        if source.mesh != AGENT_MESH:
+            return None
+        return next((node for node in self._controller.fabric.nodes if node.address == source), None)
+
+    def _reporter(self, address: Address) -> Node | None:
+        """The calling agent, if the worker is its own and of this incarnation."""
+        node = self._calling_agent()
+        route = self._controller.fabric.workers.get((address.mesh, address.rank))
+        if node is None or route is None or route.node is not node or route.address != address:
+            return None
+        return node

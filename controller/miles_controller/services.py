@@ -1,0 +1,152 @@
+"""Services: children on nodes that are not ours inside, such as HTTP servers. Their lives are kept by the agents.
+
+Consumes: the owner's orders, changes that agents report. Produces: handles with current ports and phase, events.
+Invariant: a handle's phase is the last one reported, and ``lost`` once its node is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from miles_agents.errors import ConfigError, MilesError
+from miles_controller.fabric import Node
+
+if TYPE_CHECKING:
+    from miles_controller.controller import Controller
+
+_ORDER_S = 60.0
+
+
+class NoSuchNode(ConfigError):
+    """A node was named that is not in the run now."""
+
+    code = "E-NODE-003"
+
+
+class ServiceHandle:
+    """One service. ``url`` is where its first port listens, as seen from the cluster."""
+
+    def __init__(self, keeper: ServiceKeeper, name: str, node: Node) -> None:
+        self.name = name
+        self.node = node.name
+        self.phase = "starting"
+        self.pid: int | None = None
+        self.ports: dict[str, int] = {}
+        self.log = ""
+        self.fault = ""
+        self.host = "127.0.0.1"
+        self._keeper = keeper
+        self._node = node
+        self._changed = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """``http://host:port`` of the first port."""
+        return f"http://{self.host}:{next(iter(self.ports.values()), 0)}"
+
+    async def stop(self, why: str = "its owner stopped it") -> None:
+        """End it for good; returns when nothing of it runs any more."""
+        await self._keeper.order(self._node, "stop_service", self.name, why)
+
+    async def pause(self) -> None:
+        """Do not probe its health until ``resume``."""
+        await self._keeper.order(self._node, "steer_service", self.name, "pause", "")
+
+    async def resume(self) -> None:
+        """Probe its health again."""
+        await self._keeper.order(self._node, "steer_service", self.name, "resume", "")
+
+    async def fence(self, why: str) -> None:
+        """Kill it without grace; it stays dead until it is stopped and started anew."""
+        await self._keeper.order(self._node, "steer_service", self.name, "fence", why)
+
+    async def wait_for_phase(self, *phases: str, timeout_s: float) -> str:
+        """Until it is in one of these phases; returns which. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while self.phase not in phases:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.phase
+
+    def note(self, phase: str, change: dict[str, Any]) -> None:
+        """For the keeper."""
+        self.phase = phase
+        self.pid = change.get("pid")
+        self.ports = dict(change.get("ports") or self.ports)
+        self.fault = str(change.get("fault") or "")
+        self._changed.set()
+
+
+class ServiceKeeper:
+    """All services of a controller."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._services: dict[tuple[str, str], ServiceHandle] = {}
+
+    async def start(
+        self, name: str, argv: Sequence[str], *, node: str | None, ready_timeout_s: float | None, **options: Any
+    ) -> ServiceHandle:
+        """Start one. ``options`` are the further fields of the agent's ``ServiceSpec``: ``env``, ``ports``, ``host``,
+        ``cwd``, ``health_path``, ``health_port``, ``expected_status``, ``numbers``.
+
+        Raises:
+            NoSuchNode; CannotStart, ServiceDied, ServiceNotReady: with the last lines of its log; nothing is left.
+        """
+        place = self._node(node)
+        handle = ServiceHandle(self, name, place)
+        handle.host = str(options.get("host", handle.host))
+        self._services[place.name, name] = handle
+        env = {**self._controller.forwarded_env, **options.pop("env", {})}
+        plain = {"name": name, "argv": list(argv), "env": env, **options}
+        timeout_s = None if ready_timeout_s is None else ready_timeout_s + _ORDER_S
+        agent = self._controller.fabric.agent(place).options(timeout_s=timeout_s or _ORDER_S)
+        try:
+            started = await agent.endpoint("start_service").call_one(plain, ready_timeout_s)
+        except BaseException:
+            self._services.pop((place.name, name), None)
+            raise
+        handle.ports, handle.log = dict(started["ports"]), started["log"]
+        handle.phase = started["phase"]
+        return handle
+
+    async def order(self, node: Node, order: str, *args: Any) -> Any:
+        """Tell the agent of a service."""
+        agent = self._controller.fabric.agent(node).options(timeout_s=_ORDER_S)
+        return await agent.endpoint(order).call_one(*args)
+
+    def on_change(self, node: Node, name: str, change: dict[str, Any]) -> None:
+        """An agent reported a change."""
+        handle = self._services.get((node.name, name))
+        if handle is not None:
+            handle.note(str(change["to"]), change)
+        kind = "service_failed" if change.get("fault") else "service_changed"
+        text = f"{change['from']} -> {change['to']}: {change['cause']}"
+        self._controller.events.emit(kind, f"{name}@{node.name}", text, **{k: change[k] for k in ("pid", "fault")})
+        if change["to"] == "dead":
+            self._services.pop((node.name, name), None)
+
+    def on_node_ended(self, node: Node, error: MilesError) -> None:
+        """All services there are gone."""
+        for key in [key for key in self._services if key[0] == node.name]:
+            self._services.pop(key).note("lost", {"fault": str(error)})
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """For the status page."""
+        return [
+            {"name": s.name, "node": s.node, "phase": s.phase, "pid": s.pid, "ports": s.ports, "fault": s.fault}
+            for s in self._services.values()
+        ]
+
+    def _node(self, name: str | None) -> Node:
+        nodes = self._controller.fabric.nodes
+        found = self._controller.fabric.find(name) if name is not None else next(iter(nodes), None)
+        if found is None:
+            raise NoSuchNode(
+                f"no node {name!r} is in the run" if name else "no node is in the run",
+                evidence=f"nodes: {', '.join(node.name for node in nodes) or 'none'}",
+                advice="Wait for it with wait_for_nodes, or name another.",
+            )
+        return found
