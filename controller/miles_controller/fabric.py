@@ -231,10 +231,13 @@ class Fabric:
         except BadNodeInfo as error:
             return Refusal(f"{error.what}: {error.evidence}")
         self._refusal = ""
+        for incarnation in hello.get("fenced") or ():
+            cause = "its agent fenced itself, ended everything and joins again"
+            self._apply(membership.Evidence(name, int(incarnation), cause))
         self._apply(membership.Hello(name, str(session_id), info))
         node = self._by_session.get(session_id)
         if node is None:
-            return Refusal(self._refusal or "the node cannot join now", final=False)
+            return Refusal(self._refusal or "the node cannot join now", final=name not in self._seats)
         grant = {
             "incarnation": node.incarnation,
             "rank": node.rank,

@@ -9,9 +9,9 @@ of `NodeDead` and `NodeGone`, never twice, and the old one ends before the next 
 alternate; a beat is answered only if its incarnation is current, because the answer renews the lease over there;
 silence alone declares death no earlier than ``dead_s`` after a beat was *received*.
 
-A new session of a node whose old one is silent, or whose link is down, replaces it at once instead of after ``dead_s``.
-That is safe only because two agents of one run cannot live on one machine: the agent holds a lock there and starts
-when the reaper of the one before has gone.
+A new session of a node whose old one lives, silent or not, has to wait: until the old one is dead by time, or somebody
+who can know says that it is over (``Evidence``: the launcher that saw the reaper exit, or the node's own agent, which
+tells in its next HELLO which of its lives it has fenced).
 """
 
 from __future__ import annotations
@@ -270,19 +270,15 @@ class Membership:
             return (Refuse(event.node, f"no node of this run is called {event.node!r}{hint}", event.session),)
         if event.session == member.session:
             return self._hello_again(member, now)
-        effects: list[Effect] = []
         if member.living:
-            silence = now - member.heard_at
-            if member.state == "alive" and member.link_up and silence < self._timings.suspect_s:
-                reason = f"{event.node} is taken by a living agent, heard {silence:.1f} s ago"
-                member.move(member.state, "refused a second agent", now)
-                return (Refuse(event.node, reason, event.session),)
-            effects.append(self._dead(member, "its agent was replaced by a new one", now))
+            reason = f"{event.node} is taken by an agent that was heard {now - member.heard_at:.1f} s ago"
+            member.move(member.state, "turned a second agent away", now)
+            return (Refuse(event.node, reason, event.session),)
         member.session, member.incarnation, member.info = event.session, self._next_incarnation, event.info
         self._next_incarnation += 1
         member.heard_at, member.link_up = now, True
         member.move("alive", f"joined as incarnation {member.incarnation}", now)
-        return (*effects, Welcome(event.node, event.session, member.incarnation))
+        return (Welcome(event.node, event.session, member.incarnation),)
 
     def _hello_again(self, member: Member, now: float) -> tuple[Effect, ...]:
         if not member.living or member.incarnation is None:

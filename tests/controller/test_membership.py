@@ -57,21 +57,24 @@ def test_an_unknown_node_is_refused_with_the_nearest_name():
 
 def test_a_second_agent_of_a_node_that_is_heard_is_refused():
     (refuse,) = joined().step(hello("n0", "b"), 2.0)
-    assert (refuse.session, "taken by a living agent" in refuse.reason) == ("b", True)
+    assert (refuse.session, "taken by an agent that was heard 2.0 s ago" in refuse.reason) == ("b", True)
 
 
-def test_a_new_agent_replaces_a_silent_one_whose_death_comes_first():
-    nodes = joined()
-    nodes.step(Tick(), 5.0)
-    dead, welcome = nodes.step(hello("n0", "b"), 6.0)
-    assert (dead.node, dead.incarnation, welcome) == ("n0", 1, Welcome("n0", "b", 2))
-    assert isinstance(nodes.step(Beat("n0", 1), 6.5)[0], Refuse)
-
-
-def test_a_new_agent_replaces_one_whose_link_is_down():
+def test_a_new_agent_waits_until_the_silent_one_is_dead():
     nodes = joined()
     nodes.step(LinkDown("n0"), 1.0)
-    assert [type(effect) for effect in nodes.step(hello("n0", "b"), 1.5)] == [NodeDead, Welcome]
+    nodes.step(Tick(), 5.0)
+    assert [type(effect) for effect in nodes.step(hello("n0", "b"), 6.0)] == [Refuse]
+    assert [type(effect) for effect in nodes.step(Tick(), 20.0)] == [NodeDead]
+    assert nodes.step(hello("n0", "b"), 20.5) == (Welcome("n0", "b", 2),)
+    assert isinstance(nodes.step(Beat("n0", 1), 21.0)[0], Refuse)
+
+
+def test_a_new_agent_joins_at_once_when_the_old_one_is_known_to_be_over():
+    nodes = joined()
+    (dead,) = nodes.step(Evidence("n0", 1, "its agent fenced itself"), 6.0)
+    assert (dead.node, dead.incarnation) == ("n0", 1)
+    assert nodes.step(hello("n0", "b"), 6.1) == (Welcome("n0", "b", 2),)
 
 
 def test_the_same_session_says_hello_again_and_keeps_its_incarnation():

@@ -28,6 +28,9 @@ class Controller:
         assert node not in self.exits
         self.exits[node] = evidence
 
+    async def dismiss(self, *nodes, reason):
+        self.dismissed = nodes
+
 
 @pytest.fixture
 def controller():
@@ -134,7 +137,7 @@ async def test_a_reaper_that_does_not_end_is_killed_with_all_below_it_and_an_err
     await eventually(lambda: report("node-0.json"))
     family = [process_identity(report("node-0.json")["pid"]), process_identity(started.agents["node-0"].pid)]
     with pytest.raises(AgentWouldNotStop, match="node-0: pid"):
-        await started.__aexit__()
+        await started.__aexit__(None)
     await eventually(lambda: not any(map(alive, family)))
     assert controller.exits == {}
 
@@ -165,6 +168,7 @@ class Controller:
     address = "tcp://127.0.0.1:7100"
     def issue_key(self, node): return "{}"
     def report_node_exit(self, node, evidence): pass
+    async def dismiss(self, *nodes, reason): pass
 
 async def main():
     async with LocalAgents(Controller(), ["node-0"], run_dir=Path(sys.argv[1])):

@@ -50,7 +50,8 @@ StartTransport = Callable[[Any], Transport]
 class AgentParts:
     """What an agent is made of; simulations put twins in.
 
-    ``processes`` and ``ports`` are None where only workers can be started (simulations).
+    ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the incarnations
+    that earlier lives of this process had, of which nothing runs any more.
     """
 
     info: NodeInfo
@@ -61,6 +62,7 @@ class AgentParts:
     processes: ProcessStarter | None = None
     ports: PortLessor | None = None
     base_env: dict[str, str] = field(default_factory=dict)
+    fenced: tuple[int, ...] = ()
     join_timeout_s: float = 60.0
     forward_logs: bool = True
 
@@ -212,7 +214,7 @@ class Agent:
 
     def _hello(self) -> dict[str, Any]:
         self._greeted_at = self.loop.time()
-        return {"node": self.parts.info.node, "info": self.parts.info.to_plain()}
+        return {"node": self.parts.info.node, "info": self.parts.info.to_plain(), "fenced": list(self.parts.fenced)}
 
     def on_welcome(self, grant: dict[str, Any]) -> None:
         """The controller takes this node into the run."""

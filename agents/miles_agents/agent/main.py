@@ -114,7 +114,7 @@ class _Process:
             owned.callback(table.close)
             ports = PortLeases(interface=None)
             owned.callback(ports.close)
-            directory = runtime_dir(f"{self.key.run_id}-{os.getpid()}"[-32:])
+            directory = runtime_dir(f"{self.key.run_id[:20]}-{os.getpid()}")
             owned.enter_context(directory)
             network = ZmqNetwork()
             owned.callback(network.close)
@@ -122,6 +122,7 @@ class _Process:
             gpu = NvmlProbe() if info.gpus else None
             log_dir = self._make_log_dir()
             lives = 0
+            fenced: list[int] = []
             while True:
                 lives += 1
                 address = f"ipc://{directory.socket_path(f'agent{lives}')}"
@@ -141,8 +142,10 @@ class _Process:
                     log_dir=log_dir,
                     processes=table,
                     ports=ports,
+                    fenced=tuple(fenced),
                 )
-                fence = await self._live(parts, table)
+                fence, incarnation = await self._live(parts, table)
+                fenced.append(incarnation)
                 if self.ending is not None or fence.orderly or not self.stdin_open:
                     return self.ending or fence
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
@@ -153,12 +156,12 @@ class _Process:
         log_dir.mkdir(parents=True, exist_ok=True)
         return log_dir
 
-    async def _live(self, parts: AgentParts, table: ProcessTable) -> Fence:
-        self.agent = Agent(parts, self.options.timings)
+    async def _live(self, parts: AgentParts, table: ProcessTable) -> tuple[Fence, int]:
+        agent = self.agent = Agent(parts, self.options.timings)
         if self.ending is not None:
-            return self.ending
+            return self.ending, 0
         try:
-            return await self.agent.run()
+            return await agent.run(), agent.incarnation
         finally:
             self.agent = None
             await table.kill_all(grace_s=0.0)

@@ -157,8 +157,9 @@ class WorkerPool:
             await asyncio.wait(gone)
 
     def close(self) -> None:
-        """Leave the network."""
+        """Leave the network, let go of the logs."""
         self.link.close()
+        self.logs.close()
 
     def find(self, mesh: int, rank: int, incarnation: int) -> Worker:
         """The living worker of that address. Raises StaleHandle, WorkerDied or NoSuchActor."""
