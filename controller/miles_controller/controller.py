@@ -38,7 +38,7 @@ from miles_agents.wire.envelope import CONTROLLER_MESH, FIRST_USER_MESH, Address
 from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
 from miles_agents.wire.transport import Transport
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqNetwork
-from miles_agents.worker.construct import class_location
+from miles_agents.worker.construct import class_location, refuse_inside_loading_script
 from miles_controller.config import ControllerConfig, forwarded_environment
 from miles_controller.events import Event, EventLog
 from miles_controller.fabric import Fabric, Node
@@ -87,6 +87,7 @@ class Controller:
     # -- life ------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Controller:
+        refuse_inside_loading_script()
         config = self.config
         if config.run_dir is not None:
             config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,28 @@ from miles_agents.rpc.host import ActorHost
 from miles_agents.rpc.mesh import endpoint_to_plain
 
 MAIN_ALIAS = "__miles_main__"
+_loading: set[str] = set()
+
+
+class ScriptNotGuarded(ConfigError):
+    """The user's script starts its work when it is imported, so its workers would start it again."""
+
+    code = "E-CALL-011"
+
+
+def refuse_inside_loading_script() -> None:
+    """For what only the user's own process may do: refused while a worker loads the script that defines its actor.
+
+    Raises:
+        ScriptNotGuarded: there is no ``if __name__ == "__main__":`` around it.
+    """
+    if _loading:
+        module = sys.modules[MAIN_ALIAS]
+        raise ScriptNotGuarded(
+            f"the script {module.__file__} starts a controller when it is imported",
+            evidence="a worker imports it to find the actor's class, and must not start the run again",
+            advice='Put what the script does under `if __name__ == "__main__":`.',
+        )
 
 
 class NotAnActorClass(ConfigError):
@@ -104,11 +126,14 @@ def _load_file(path: str) -> ModuleType:
         raise _cannot_load({"file": path, "qualname": ""}, evidence, advice)
     module = importlib.util.module_from_spec(spec)
     sys.modules[MAIN_ALIAS] = module
+    _loading.add(MAIN_ALIAS)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[MAIN_ALIAS]
         raise
+    finally:
+        _loading.discard(MAIN_ALIAS)
     return module
 
 
