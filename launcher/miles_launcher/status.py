@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,6 +19,7 @@ from miles_agents.runtime_dir import live_runs
 from miles_controller.status_server import STATUS_FILE
 
 _DEADLINE_S = 10.0
+_SHOWN_EVENTS = 15
 
 
 class NoSuchRun(ConfigError):
@@ -80,21 +81,72 @@ def fetch(file: Path) -> Any:
         ) from error
 
 
-def render(value: Any) -> RenderableType:
-    """Plain data as tables: an object as rows, a list of objects with a column for every key that occurs."""
-    if isinstance(value, Mapping):
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for key, item in value.items():
-            table.add_row(Text(str(key), style="bold"), render(item))
-        return table
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        columns = list(dict.fromkeys(key for item in value for key in item))
-        for key in columns:
-            table.add_column(str(key))
-        for item in value:
-            table.add_row(*(render(item.get(key, "")) for key in columns))
-        return table
-    if isinstance(value, list):
-        return Group(*map(render, value)) if value else Text("-")
-    return Text("-" if value is None else str(value))  # Text, not str: rich would read [brackets] as markup
+def render(snapshot: Mapping[str, Any]) -> RenderableType:
+    """The snapshot (``miles_controller.snapshot``) as tables: nodes, ranks with what they are at, services, events."""
+    now = float(snapshot["at"])
+    parts: list[RenderableType] = [Text(f"{snapshot['run_id']}  agents dial {snapshot['address']}", style="bold")]
+    parts.append(_nodes(snapshot["nodes"]))
+    parts += [_mesh(mesh) for mesh in snapshot["meshes"]]
+    if snapshot["services"]:
+        parts.append(_services(snapshot["services"]))
+    if snapshot["locks"]:
+        rows = [(name, lock["holder"], lock["waiting"]) for name, lock in snapshot["locks"].items()]
+        parts.append(_table("locks", ("name", "holder", "waiting"), rows))
+    events = [(_ago(now - e["at"]), e["subject"], e["text"]) for e in snapshot["events"][-_SHOWN_EVENTS:]]
+    if events:
+        parts.append(_table("last events", ("ago", "subject", "what"), events))
+    return Group(*(part for pair in zip(parts, [Text()] * len(parts), strict=True) for part in pair))
+
+
+def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for node in nodes:
+        info = node.get("inventory")
+        heard = "-" if node["heard_s_ago"] is None else _ago(node["heard_s_ago"])
+        rows.append((node["name"], node["state"], heard, *(_devices(info) if info else ("-", "-", "-"))))
+    return _table("nodes", ("node", "state", "heard", "host", "devices", "memory"), rows)
+
+
+def _devices(info: Mapping[str, Any]) -> tuple[str, str, str]:
+    gpus = info["gpus"]
+    devices = f"{len(gpus)} x {gpus[0]['name']}" if gpus else f"{info['cpu_slots']} CPU slots"
+    return info["hostname"], devices, f"{info['memory_bytes'] / 2**30:.0f} GiB"
+
+
+def _mesh(mesh: Mapping[str, Any]) -> Table:
+    title = f"mesh {mesh['name']} ({mesh['shape']})" + (f"  FAILED: {mesh['failed']}" if mesh["failed"] else "")
+    rows = []
+    for rank in mesh["ranks"]:
+        owes = rank["owes"]
+        at_work = f"{owes[0]['method']} for {_ago(owes[0]['age_s'])}" if owes else "idle"
+        more = f" (+{rank['num_owed'] - 1})" if rank["num_owed"] > 1 else ""
+        state = f"{rank['state']}: {rank['evidence']}" if rank["evidence"] else rank["state"]
+        devices = ",".join(map(str, rank["devices"])) or "-"
+        rows.append((rank["rank"], rank["node"], devices, rank["pid"], state, at_work + more))
+    return _table(title, ("rank", "node", "devices", "pid", "state", "call"), rows)
+
+
+def _services(services: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for service in services:
+        ports = ", ".join(f"{name} {port}" for name, port in service["ports"].items())
+        fault = service["fault"].partition("\n")[0]
+        rows.append((service["name"], service["node"], service["phase"], service["pid"] or "-", ports, fault))
+    return _table("services", ("service", "node", "phase", "pid", "ports", "fault"), rows)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold", header_style="dim")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text, not str: rich would read [brackets] as markup
+    return table
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -12,6 +12,7 @@ import pytest
 from support.procs import eventually_sync
 
 from miles_agents.runtime_dir import runtime_dir
+from miles_controller import Controller, ControllerConfig
 from miles_controller.status_server import STATUS_FILE, StatusServer
 from miles_launcher.cli import main
 
@@ -208,21 +209,61 @@ def serve(directory, run_id, snapshot):
     return StatusServer(lambda: snapshot, run_id=run_id, directory=directory)
 
 
-SNAPSHOT = {
+SNAPSHOT = {"run_id": "r1", "anything": [1, {"a": None}]}
+
+
+FULL = {
     "run_id": "r1",
-    "nodes": [{"node": "node-0", "state": "ready"}, {"node": "node-1", "beat_s": 1.5}],
-    "meshes": {"trainer": {"ranks": [0, 1]}, "odd [bold]name": None},
-    "none": [],
-}
+    "at": 1000.0,
+    "address": "tcp://10.0.0.1:7000",
+    "nodes": [
+        {
+            "name": "node-0", "state": "alive", "heard_s_ago": 0.5,
+            "inventory": {
+                "hostname": "host-a", "cpu_slots": 0, "memory_bytes": 64 * 2**30,
+                "gpus": [{"name": "H100"}, {"name": "H100"}],
+            },
+        },
+        {"name": "node-1", "state": "expected", "heard_s_ago": None},
+    ],
+    "meshes": [
+        {
+            "name": "odd [bold]name", "shape": "gpus=2", "failed": "",
+            "ranks": [
+                {"rank": 0, "node": "node-0", "devices": [0], "pid": 41, "state": "up", "evidence": "",
+                 "owes": [{"method": "train", "age_s": 300.0}], "num_owed": 3},
+                {"rank": 1, "node": "node-0", "devices": [1], "pid": 42, "state": "dead",
+                 "evidence": "killed by SIGKILL (9)", "owes": [], "num_owed": 0},
+            ],
+        }
+    ],
+    "services": [{"name": "web", "node": "node-0", "phase": "ready", "pid": 7, "ports": {"http": 20001}, "fault": ""}],
+    "locks": {"weights": {"holder": "rank 0 of mesh 2", "waiting": 1}},
+    "events": [{"at": 940.0, "subject": "node-0", "text": "joined with 2 devices"}],
+}  # fmt: skip
 
 
-async def test_status_prints_the_only_run_as_a_table(status):
+async def test_status_shows_nodes_ranks_services_locks_and_events(status):
     with runtime_dir("r1") as directory:
-        async with serve(directory, "r1", SNAPSHOT):
+        async with serve(directory, "r1", FULL):
             code, out, err = await status()
     assert (code, err) == (0, "")
-    for text in ("run_id", "r1", "node-0", "ready", "node-1", "beat_s", "1.5", "trainer", "odd [bold]name"):
-        assert text in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "node-0 alive 0.5 s host-a 2 x H100 64 GiB" in lines
+    assert "node-1 expected - - - -" in lines
+    assert "mesh odd [bold]name (gpus=2)" in lines
+    assert "0 node-0 0 41 up train for 5 min (+2)" in lines
+    assert "1 node-0 1 42 dead: killed by SIGKILL (9) idle" in lines
+    assert "web node-0 ready 7 http 20001" in lines
+    assert "weights rank 0 of mesh 2 1" in lines
+    assert "60 s node-0 joined with 2 devices" in lines
+
+
+async def test_status_reads_what_a_controller_really_serves(status):
+    async with Controller(ControllerConfig(nodes=("node-0",))):
+        code, out, err = await status()
+    assert (code, err) == (0, "")
+    assert "node-0  expected" in out
 
 
 async def test_status_prints_the_snapshot_as_it_is_with_json(status):
