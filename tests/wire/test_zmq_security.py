@@ -126,7 +126,8 @@ async def knocking(door, **options):
 async def test_a_client_in_plain_text_is_refused():
     async with open_door() as door, knocking(door):
         await door.still_closed(refused=1)
-        assert "one side does not encrypt" in door.acceptor.stats.reasons
+        # Both sides see that they do not fit; who hangs up first decides what we see.
+        assert set(door.acceptor.stats.reasons) <= {"one side does not encrypt", "the handshake did not end"}
 
 
 async def test_a_client_that_expects_another_server_is_refused_and_told():
