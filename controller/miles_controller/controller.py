@@ -63,7 +63,7 @@ class NameTaken(ConfigError):
 
 
 class Controller:
-    """See the module's docstring. ``listen`` replaces the network, for simulations."""
+    """See the module's docstring. ``listen`` replaces the network, for simulations; ``allowed`` holds the keys."""
 
     def __init__(
         self, config: ControllerConfig | None = None, *, listen: Callable[[Any], Transport] | None = None
@@ -72,7 +72,7 @@ class Controller:
         self.run_id = self.config.run_id or f"run-{secrets.token_hex(4)}"
         self.forwarded_env: dict[str, str] = {}
         self._listen = listen
-        self._allow = AllowList()
+        self.allowed = AllowList()
         self._server_keys = KeyPair.generate()
         self._keys: dict[str, AgentKey] = {}
         self._owned = ExitStack()
@@ -99,8 +99,7 @@ class Controller:
         self.events = EventLog(None if config.run_dir is None else config.run_dir / "events.jsonl")
         self._owned.callback(self.events.close)
         try:
-            allow = None if self._listen is not None else self._allow
-            self.fabric = Fabric(self, allow, config.timings, self.events, self._incarnation)
+            self.fabric = Fabric(self, self.allowed, config.timings, self.events, self._incarnation)
             self.locks = LockService()
             self.services = ServiceKeeper(self)
             self._serve()
@@ -158,7 +157,7 @@ class Controller:
             self.config.bind,
             link,
             curve=self._server_keys,
-            allow=self._allow,
+            allow=self.allowed,
             network=network,
             timings=self.config.timings,
         )
@@ -193,7 +192,7 @@ class Controller:
         self.fabric.expect(node)
         if node not in self._keys:
             pair = KeyPair.generate()
-            self._allow.add(pair.public, node)
+            self.allowed.add(pair.public, node)
             self._keys[node] = AgentKey(self.run_id, node, self._server_keys.public, pair)
         return self._keys[node].to_line()
 

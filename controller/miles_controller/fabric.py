@@ -106,7 +106,7 @@ class Fabric:
     """See the module's docstring."""
 
     def __init__(
-        self, observer: FabricObserver, allow: AllowList | None, timings: Timings, events: EventLog, incarnation: int
+        self, observer: FabricObserver, allow: AllowList, timings: Timings, events: EventLog, incarnation: int
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.timings = timings
@@ -221,7 +221,7 @@ class Fabric:
     def admit(self, hello: dict[str, Any], user_id: str, session_id: int) -> Admission | Refusal:
         """An agent dials for the first time: membership decides."""
         name = str(hello.get("node"))
-        owner = self._allow.node_of(user_id) if self._allow is not None else name
+        owner = self._allow.node_of(user_id)
         if owner != name:
             self.impostors += 1
             self._events.emit("node_refused", name, f"a key issued for {owner!r} claims to be {name!r}")

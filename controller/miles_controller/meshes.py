@@ -18,6 +18,7 @@ from miles_agents.errors import MilesError, PeerFault
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
 from miles_agents.rpc.shape import Shape
+from miles_agents.wire.codec_registry import register_as
 from miles_agents.wire.envelope import Address
 from miles_agents.worker.spec import WorkerSpec
 from miles_controller import policy as policies
@@ -101,6 +102,9 @@ class OwnedMesh(ActorMesh):
     async def log_tail(self, rank: int, num_lines: int = 50) -> list[str]:
         """The last lines of a rank's log."""
         return await self._supervisor.log_tail(rank, num_lines)
+
+
+register_as(OwnedMesh, ActorMesh)
 
 
 class MeshSupervisor:

@@ -20,6 +20,7 @@ from miles_agents.agent.starter import WorkerProcess
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
 from miles_agents.errors import MilesError, PeerFault
 from miles_agents.rpc.errors import NoSuchActor, StaleHandle, WorkerDied
+from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
 from miles_agents.wire.envelope import Address, Envelope, Target
@@ -343,7 +344,12 @@ class WorkerPool:
 
     def _report(self, method: str, worker: Worker, *details: Any) -> None:
         spec = worker.spec
-        self._controller.endpoint(method).broadcast(spec.mesh, spec.rank, spec.incarnation, *details)
+        told = self._controller.endpoint(method).broadcast(spec.mesh, spec.rank, spec.incarnation, *details)
+        told.add_done_callback(_look)
+
+
+def _look(told: CallFuture[None]) -> None:
+    told.exception()  # a report fails when this life leaves the run: nobody is left to care
 
 
 def _advice(cause: str) -> str:

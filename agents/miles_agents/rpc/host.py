@@ -69,6 +69,11 @@ class ActorHost:
         for name, info in endpoints.items():
             self.bind(info, getattr(actor, name))
 
+    def close(self) -> None:
+        """End the async endpoints that run: the actor's process is over (where it was one of its own)."""
+        for task in list(self._tasks):
+            task.cancel()
+
     # -- on the I/O loop -------------------------------------------------------------------------------------
 
     def deliver(self, envelope: Envelope) -> None:

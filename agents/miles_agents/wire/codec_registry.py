@@ -77,6 +77,11 @@ def register_converter(cls: type[T], name: str, to_plain: Callable[[T], Any], fr
     _add(Registration(cls, name, "converter", to_plain=to_plain, from_plain=from_plain))
 
 
+def register_as(cls: type[T], base: type[T]) -> None:
+    """Let values of ``cls`` travel like those of ``base``, a registered class, and arrive as such."""
+    _BY_CLASS[cls] = _BY_CLASS[base]
+
+
 def registration_of(cls: type) -> Registration | None:
     """The registration of exactly this class."""
     return _BY_CLASS.get(cls)

@@ -100,8 +100,13 @@ def _run_io(birth: Birth, executors: ThreadExecutors, ready: queue.SimpleQueue[W
 
 def _leave(reason: str) -> NoReturn:
     """End now. The main thread may sit in a collective and can neither be asked nor interrupted."""
-    orderly = not reason.startswith("fenced") and not reason.startswith("the agent refuses")
     sys.stderr.write(f"worker leaves: {reason}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if orderly else EXIT_FENCED)
+    os._exit(exit_code_for(reason))
+
+
+def exit_code_for(reason: str) -> int:
+    """What a worker exits with that leaves for this reason."""
+    orderly = not reason.startswith("fenced") and not reason.startswith("the agent refuses")
+    return 0 if orderly else EXIT_FENCED
