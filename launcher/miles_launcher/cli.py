@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--cpu-slots", type=int, metavar="N", help="slots offered where there is no GPU")
     agent.add_argument("--interface", metavar="IF", help="network interface, or its address, for this node's ports")
     agent.add_argument("--run-dir", metavar="DIR", help="directory for logs and journals")
+    agent.add_argument(
+        "--join-timeout-s", type=float, metavar="SECONDS", help="give up when the controller does not answer (60)"
+    )
     for name in _TIMING_FLAGS:
         agent.add_argument(_flag(name), type=float, metavar="SECONDS", help=f"default {getattr(Timings, name, '')}")
 
@@ -147,6 +150,12 @@ def _check(options: argparse.Namespace) -> None:
             f"--cpu-slots {options.cpu_slots} is no number of slots",
             evidence="a node cannot offer fewer than 0",
             advice="Give 0 or more, or leave it out for the default.",
+        )
+    if options.join_timeout_s is not None and options.join_timeout_s <= 0:
+        raise InvalidAgentFlag(
+            f"--join-timeout-s {options.join_timeout_s} is too short",
+            evidence="a time above 0 is needed",
+            advice="Give some seconds, or leave it out for 60.",
         )
     Timings(**{name: value for name in _TIMING_FLAGS if (value := getattr(options, name)) is not None})
 

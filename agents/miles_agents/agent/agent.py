@@ -110,7 +110,8 @@ class Agent:
         """
         self.link.attach(self.parts.dial)
         try:
-            await self._join()
+            if not await self._join():
+                return self._verdict()
             assert self.workers is not None and self.orders is not None
             async with asyncio.TaskGroup() as tasks:
                 self.workers.tasks = tasks
@@ -119,21 +120,25 @@ class Agent:
                 logs = tasks.create_task(self.workers.logs.run(), name="logs")
                 polling = tasks.create_task(self._poll_logs(), name="log tails")
                 try:
-                    over = await self._over
+                    await self._over
                 finally:
                     beating.cancel()
                     await self._end_everything()
                     polling.cancel()
                     logs.cancel()
-            if isinstance(over, MilesError):
-                raise over
-            return over
+            return self._verdict()
         finally:
             self.link.close()
             if self.workers is not None:
                 self.workers.close()
             if self.node is not None:
                 self.node.close(_controller_lost())
+
+    def _verdict(self) -> Fence:
+        over = self._over.result()
+        if isinstance(over, MilesError):
+            raise over
+        return over
 
     def stdin_closed(self) -> None:
         """The launcher's end of the lifeline is gone."""
@@ -146,21 +151,20 @@ class Agent:
         """End this life for a reason of the process around it; ``fence.orderly`` gives workers their grace."""
         self._finish(fence)
 
-    async def _join(self) -> None:
+    async def _join(self) -> bool:
+        """Until WELCOME; False if this life is over before."""
         joined = self.loop.create_task(self._joined.wait())
+        waits: set[asyncio.Future[Any]] = {joined, self._over}
         try:
             async with asyncio.timeout(self.parts.join_timeout_s):
-                while not joined.done():
+                while not self._joined.is_set() and not self._over.done():
                     self.link.beat({})  # says HELLO again where the first was lost
-                    waits: set[asyncio.Future[Any]] = {joined, self._over}
                     await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-                    if self._over.done():
-                        over = self._over.result()
-                        raise over if isinstance(over, MilesError) else ControllerUnreachable.because(self, over.reason)
         except TimeoutError:
             raise ControllerUnreachable.because(self, f"no WELCOME within {self.parts.join_timeout_s} s") from None
         finally:
             joined.cancel()
+        return self._joined.is_set()
 
     async def _end_everything(self) -> None:
         assert self.workers is not None and self.orders is not None
@@ -276,7 +280,7 @@ class Agent:
             self._lease_event(Tick())
             if self._over.done():
                 return
-            facts = {"lag_s": self._lag_s, "workers": self.workers.facts()}
+            facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
             self._lease_event(BeatSent(self.link.beat(facts)))
             self.workers.tick()
             due = self.loop.time() + self.timings.beat_s

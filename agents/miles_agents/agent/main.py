@@ -51,6 +51,7 @@ class AgentOptions:
     interface: str | None = None
     run_dir: str | None = None
     key_file: str | None = None
+    join_timeout_s: float = 60.0
     timings: Timings = field(default_factory=Timings)
 
 
@@ -63,6 +64,7 @@ def parse_options(argv: list[str]) -> AgentOptions:
     parser.add_argument("--interface")
     parser.add_argument("--run-dir")
     parser.add_argument("--key-file")
+    parser.add_argument("--join-timeout-s", type=float, default=60.0)
     numbers = [number.name for number in fields(Timings)]
     for name in numbers:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Timings(), name))
@@ -143,6 +145,7 @@ class _Process:
                     processes=table,
                     ports=ports,
                     fenced=tuple(fenced),
+                    join_timeout_s=self.options.join_timeout_s,
                 )
                 fence, incarnation = await self._live(parts, table)
                 fenced.append(incarnation)
