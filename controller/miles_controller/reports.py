@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from miles_agents.agent.logs import last_words
 from miles_agents.rpc.context import current_call
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.wire.envelope import AGENT_MESH, Address
@@ -41,10 +42,9 @@ class Reports:
         if node is None:
             return
         label = self._controller.fabric.workers[mesh, rank].label
-        said = "\n".join(tail[-20:]) or "(it printed nothing)"
         error = WorkerDied(
             f"{label} on {node.name} died: {cause}",
-            evidence=f"its last lines:\n{said}",
+            evidence=f"its last lines:\n{last_words(tail)}",
             advice="Read its last lines and its log file.",
             actor=label,
             node=node.name,

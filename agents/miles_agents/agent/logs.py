@@ -15,7 +15,7 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -240,6 +240,14 @@ def last_lines(path: Path, count: int = 20, *, start: int = 0, max_bytes: int = 
         return tail.last_lines(count)
     finally:
         tail.close()
+
+
+def last_words(lines: Sequence[str], count: int = 20) -> str:
+    """The end of a dead process's log for an error's evidence: ``count`` lines, or all from where the interpreter
+    reports a crash (the stack of the thread that crashed comes first there) with a few lines before it."""
+    start = max(0, len(lines) - count)
+    crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), start + 5)
+    return "\n".join(lines[max(0, min(start, crash - 5)) :]) or "(it printed nothing)"
 
 
 def cap_file(path: Path, max_bytes: int, keep_head: int) -> int:

@@ -89,12 +89,12 @@ class Orders:
         worker = pool.find(mesh, rank, incarnation)
         info = MeshInfo(mesh, worker.spec.mesh_name, {rank: incarnation})
         handle = ActorMesh(info, Shape(Extent((), ()), (rank,)), self.agent.node)
+        if worker.process is None or worker.process.state() in (None, "T", "t"):
+            return f"{worker.spec.label} is stopped and cannot show its stack"
         try:
             return str(await handle.options(timeout_s=_STACK_S).endpoint("__stack__").call_one())
         except DeadlineExceeded:
             pass  # the interpreter is held; the signal handler needs no interpreter
-        if worker.process is None or worker.process.state() in (None, "T", "t"):
-            return f"{worker.spec.label} is stopped and cannot show its stack"
         size = _size(worker.log_path)
         worker.process.print_stacks()
         deadline = self.agent.loop.time() + _PRINTED_STACK_S

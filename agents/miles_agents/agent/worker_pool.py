@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_agents.agent import worker_life
 from miles_agents.agent.log_forward import LogForwarder
+from miles_agents.agent.logs import last_words
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
@@ -319,10 +320,9 @@ class WorkerPool:
 
     def _death_of(self, worker: Worker, death: Dead, tail: list[str]) -> WorkerDied:
         node, pid = self.agent.parts.info.node, worker.life.pid
-        said = "\n".join(tail[-20:]) or "(it printed nothing)"
         return WorkerDied(
             f"{worker.spec.label} on {node}, pid {pid}, died: {death.cause}",
-            evidence=f"its last lines ({worker.log_path}):\n{said}",
+            evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
             advice=_advice(death.cause),
             actor=worker.spec.label,
             node=node,
@@ -361,10 +361,9 @@ def _advice(cause: str) -> str:
 
 
 def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverReady:
-    said = "\n".join(tail[-20:]) or "(it printed nothing)"
     return WorkerNeverReady(
         f"{worker.spec.label}, pid {worker.life.pid}, never said hello: {death.cause}",
-        evidence=f"its last lines ({worker.log_path}):\n{said}",
+        evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
         advice="Read its last lines; an import that fails or a wrong interpreter shows there.",
         actor=worker.spec.label,
         pid=worker.life.pid,

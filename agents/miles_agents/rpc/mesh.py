@@ -90,12 +90,14 @@ class ActorMesh:
     def endpoint(self, name: str) -> Endpoint:
         """The endpoint of that name; for names that are also methods of the handle.
 
+        Names like ``__close__`` are those of the runtime; every worker has them, no actor declares them.
+
         Raises:
             NotAnEndpoint: the actor has none of that name.
         """
         known = self._info.endpoints
         info = known.get(name)
-        if known and info is None:
+        if known and info is None and not name.startswith("__"):
             raise no_such_endpoint(self.name, name, known)
         return Endpoint(self, name, info)
 
