@@ -14,7 +14,7 @@ generator (sync or async)     as above; yields items to ``stream`` or ``call_one
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -67,7 +67,7 @@ def endpoint(method: F | None = None, *, thread: Thread | None = None, group: st
     Args:
         method: The method, when used without arguments.
         thread: Where it runs; see the table of this module. Default: "main" for ``def``, "async" for ``async def``.
-        group: Endpoints that share a group never overlap (async and io; the main thread never overlaps anyway).
+        group: Async endpoints of one thread that share a group never overlap. (Sync ones never overlap anyway.)
 
     Raises:
         BadEndpoint: the combination cannot work.
@@ -94,20 +94,41 @@ def _info(function: Callable[..., Any], thread: Thread | None, group: str | None
         problem = "a sync method would block the async thread"
     elif where == "io" and is_generator and not is_async:
         problem = "a sync generator would block the I/O loop"
+    elif group is not None and not is_async:
+        problem = f"group={group!r}: a sync method runs to its end before anything else does on its thread"
     if problem is not None:
         raise BadEndpoint(
             f"endpoint {name} is declared in a way that cannot work",
             evidence=problem,
-            advice="Drop thread=, or make the method async where it has to be.",
+            advice="Drop thread= or group=, or make the method async where it has to be.",
         )
     return EndpointInfo(name, where, is_async, is_generator, group)
 
 
 def endpoints_of(cls: type) -> dict[str, EndpointInfo]:
-    """The endpoints of a class by name, inherited ones included."""
+    """The endpoints of a class by name, inherited ones included.
+
+    Raises:
+        BadEndpoint: A group has endpoints on two threads, where it could not keep them apart.
+    """
     found: dict[str, EndpointInfo] = {}
     for name, member in inspect.getmembers(cls):
         info = getattr(member, _MARK, None)
         if isinstance(info, EndpointInfo):
             found[name] = info
+    _check_groups(cls, found.values())
     return found
+
+
+def _check_groups(cls: type, infos: Iterable[EndpointInfo]) -> None:
+    first: dict[str, EndpointInfo] = {}
+    for info in infos:
+        if info.group is None:
+            continue
+        other = first.setdefault(info.group, info)
+        if other.thread != info.thread:
+            raise BadEndpoint(
+                f"{cls.__qualname__} has a group over two threads",
+                evidence=f"group {info.group!r}: {other.name} runs on {other.thread!r}, {info.name} on {info.thread!r}",
+                advice="Give the endpoints of a group the same thread=.",
+            )

@@ -64,6 +64,9 @@ class CallTable:
 
     def __init__(self) -> None:
         self._open: dict[int, OpenCall] = {}
+        self._owed: dict[tuple[int, int], int] = {}  # answers by (mesh, rank); no zeros
+        self._chosen: dict[tuple[int, int], int] = {}  # when a rank was last chosen, in turns
+        self._turn = 0
         self.stats = CallStats()
 
     def __len__(self) -> int:
@@ -76,6 +79,9 @@ class CallTable:
         """Begin to wait for a call."""
         self._open[call.rid] = call
         self.stats.opened += 1
+        for rank in call.owing:
+            key = (call.mesh, rank)
+            self._owed[key] = self._owed.get(key, 0) + 1
 
     def get(self, rid: int) -> OpenCall | None:
         """The call, if it is not over."""
@@ -83,22 +89,22 @@ class CallTable:
 
     def least_owing(self, mesh: int, targets: list[Target]) -> Target:
         """Of ``targets``, the one that owes the fewest answers; the least recently chosen among equals."""
-        owed = dict.fromkeys((target.rank for target in targets), 0)
-        for call in list(self._open.values()):
-            if call.mesh == mesh:
-                for rank in call.owing:
-                    if rank in owed:
-                        owed[rank] += 1
-        turn = self.stats.opened
-        start = turn % len(targets)
-        return min([*targets[start:], *targets[:start]], key=lambda target: owed[target.rank])
+
+        def debt(target: Target) -> tuple[int, int]:
+            key = (mesh, target.rank)
+            return self._owed.get(key, 0), self._chosen.get(key, 0)
+
+        least = min(targets, key=debt)
+        self._turn += 1
+        self._chosen[mesh, least.rank] = self._turn
+        return least
 
     def value(self, rid: int, rank: int, incarnation: int, value: Any) -> OpenCall | None:
         """An answer came. Returns the call if this ended it."""
         call = self._answered(rid, rank, incarnation)
         if call is None:
             return None
-        call.sink.on_value(call.owing.pop(rank).position, value)
+        call.sink.on_value(self._paid(call, rank).position, value)
         return self._settle_if_complete(call)
 
     def end(self, rid: int, rank: int, incarnation: int) -> OpenCall | None:
@@ -106,7 +112,7 @@ class CallTable:
         call = self._answered(rid, rank, incarnation)
         if call is None:
             return None
-        call.sink.on_end(call.owing.pop(rank).position)
+        call.sink.on_end(self._paid(call, rank).position)
         return self._settle_if_complete(call)
 
     def item(self, rid: int, rank: int, incarnation: int, item: Any) -> bool:
@@ -124,20 +130,25 @@ class CallTable:
         call = self._answered(rid, rank, incarnation)
         if call is None:
             return None, []
-        call.sink.on_error(call.owing.pop(rank).position, error)
+        call.sink.on_error(self._paid(call, rank).position, error)
         if not call.sink.fail_fast:
             return self._settle_if_complete(call), []
-        return self.abandon(rid)
+        outstanding = self._forgiven(call)
+        self._settle(call)
+        return call, outstanding
 
     def fail(self, rid: int, error: BaseException) -> tuple[OpenCall | None, list[Target]]:
-        """Everything outstanding fails from this side (deadline, window, shutdown)."""
+        """Everything outstanding fails from this side (deadline, shutdown, nobody waits any more).
+
+        Returns the call, and who must be told to stop.
+        """
         call = self._open.get(rid)
         if call is None:
             return None, []
-        outstanding = list(call.owing.values())
-        call.owing.clear()
-        for target in outstanding:
-            call.sink.on_error(target.position, error)
+        positions = [target.position for target in call.owing.values()]
+        outstanding = self._forgiven(call)
+        for position in positions:
+            call.sink.on_error(position, error)
             if call.sink.fail_fast:
                 break
         self._settle(call)
@@ -151,16 +162,6 @@ class CallTable:
         call.cancelling = True
         return list(call.owing.values())
 
-    def abandon(self, rid: int) -> tuple[OpenCall | None, list[Target]]:
-        """Nobody waits any more: the call is over now. Returns who must be told to stop."""
-        call = self._open.get(rid)
-        if call is None:
-            return None, []
-        outstanding = [] if call.cancelling else list(call.owing.values())
-        call.owing.clear()
-        self._settle(call)
-        return call, outstanding
-
     def _answered(self, rid: int, rank: int, incarnation: int) -> OpenCall | None:
         call = self._open.get(rid)
         target = call.owing.get(rank) if call is not None else None
@@ -168,6 +169,20 @@ class CallTable:
             self.stats.late += 1
             return None
         return call
+
+    def _paid(self, call: OpenCall, rank: int) -> Target:
+        key = (call.mesh, rank)
+        left = self._owed[key] - 1
+        if left:
+            self._owed[key] = left
+        else:
+            del self._owed[key]
+        return call.owing.pop(rank)
+
+    def _forgiven(self, call: OpenCall) -> list[Target]:
+        """Nobody owes the call anything any more. Returns those who do not know that yet."""
+        outstanding = [self._paid(call, rank) for rank in list(call.owing)]
+        return [] if call.cancelling else outstanding
 
     def _settle_if_complete(self, call: OpenCall) -> OpenCall | None:
         if call.owing:

@@ -7,6 +7,7 @@ It is resolved on the runtime's loop, by the node that made the call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Generator
@@ -26,7 +27,7 @@ class CallFuture(Generic[T]):
     """
 
     __slots__ = (
-        "_callbacks", "_cancel", "_done", "_error", "_event", "_forbidden_thread",
+        "_blocked", "_callbacks", "_cancel", "_done", "_error", "_event", "_forbidden_thread",
         "_label", "_lock", "_seen", "_value", "_waiters",
     )  # fmt: skip
 
@@ -40,6 +41,7 @@ class CallFuture(Generic[T]):
         self._value: Any = None
         self._error: BaseException | None = None
         self._event: threading.Event | None = None
+        self._blocked = 0  # threads in get()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._callbacks: list[Callable[[CallFuture[T]], None]] = []
 
@@ -73,10 +75,7 @@ class CallFuture(Generic[T]):
                     evidence="this is the runtime's own event loop thread, which has to bring the answer",
                     advice="Await the future instead.",
                 )
-            with self._lock:
-                if self._event is None and not self._done:
-                    self._event = threading.Event()
-            if self._event is not None and not self._event.wait(timeout_s):
+            if not self._wait(timeout_s):
                 raise DeadlineExceeded(
                     f"{self._label} has not answered within {timeout_s} s",
                     evidence="the call is still under way; only the waiting ended",
@@ -84,6 +83,19 @@ class CallFuture(Generic[T]):
                     may_have_run=True,
                 )
         return self._take()
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        with self._lock:
+            if self._done:
+                return True
+            if self._event is None:
+                self._event = threading.Event()
+            self._blocked += 1
+        try:
+            return self._event.wait(timeout_s)
+        finally:
+            with self._lock:
+                self._blocked -= 1
 
     def done(self) -> bool:
         """Whether the answer or an error is there."""
@@ -128,9 +140,12 @@ class CallFuture(Generic[T]):
         if self._event is not None:
             self._event.set()
         for loop, waiter in waiters:
-            _wake(loop, waiter)
+            wake(loop, waiter)
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # boundary: the caller's code; others wait for the same answer, and the node goes on
+                logger.exception("a callback of %s failed", self._label)
 
     def _take(self) -> T:
         self._seen = True
@@ -149,7 +164,7 @@ class CallFuture(Generic[T]):
     def _forsake(self, waiter: asyncio.Future[None]) -> None:
         with self._lock:
             self._waiters = [(loop, w) for loop, w in self._waiters if w is not waiter]
-            alone = not self._waiters and not self._done and self._event is None
+            alone = not self._waiters and not self._done and not self._blocked
         if alone:
             self._seen = True
             self._cancel(False)
@@ -159,7 +174,8 @@ class CallFuture(Generic[T]):
             logger.warning("nobody looked at the error of %s: %s", self._label, self._error)
 
 
-def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+def wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+    """Let go whoever awaits ``waiter`` on ``loop``, from any thread; nobody is there if the loop is closed."""
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
@@ -167,7 +183,8 @@ def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None
     if running is loop:
         if not waiter.done():
             waiter.set_result(None)
-    elif not loop.is_closed():
+        return
+    with contextlib.suppress(RuntimeError):  # closed, perhaps this very moment on its own thread
         loop.call_soon_threadsafe(_set_unless_done, waiter)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import ActorContext, CallContext, actor_variable, call_variable
-from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor
+from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WrongVerb
 from miles_agents.rpc.inbox import Cancelling, Claim, Inbox, Request
 from miles_agents.rpc.inflight import RequestKey
 from miles_agents.rpc.mesh import no_such_endpoint
@@ -94,10 +94,13 @@ class ActorHost:
             names = [name for name in self.table if not name.startswith("__")]
             self.node.answer_error(envelope, no_such_endpoint(self.node.label, envelope.method, names))
             return
+        if info.is_generator and not envelope.flags & wire.STREAM:
+            self.node.answer_error(envelope, _needs_a_stream(self.node.label, info.name))
+            return
         request = Request(key, envelope, envelope.receivers()[0], info, self.node.loop.time())
         if not self.inbox.add(request):
             return
-        if envelope.flags & wire.STREAM:
+        if info.is_generator:
             self._credits[key] = Credits()
         if info.thread == "main":
             self._executors.submit_main(lambda: self._run_main(request))
@@ -117,8 +120,9 @@ class ActorHost:
         credit = self._credits.get(key)
         if credit is not None:
             credit.stop()
-        if request.interrupt is not None:
-            request.interrupt()
+        interrupt = request.interrupt  # the thread that runs it takes it away at the end
+        if interrupt is not None:
+            interrupt()
         elif credit is None and self.inbox.over(request):
             # A sync endpoint cannot be interrupted: its caller is let go, its result will be dropped.
             self._refuse(request, call_cancelled(request.endpoint.name, self.node.label, may_have_run=True))
@@ -171,9 +175,10 @@ class ActorHost:
     async def _pump_async(self, request: Request, items: AsyncIterator[Any]) -> None:
         credit = self._credits.setdefault(request.key, Credits())
         try:
+            await credit.take_async()  # before the item is made, so that no work is done too far ahead
             async for item in items:
-                await credit.take_async()
                 self.node.answer(request.envelope, wire.ITEM, item)
+                await credit.take_async()
         finally:
             close = getattr(items, "aclose", None)
             if close is not None:
@@ -209,9 +214,10 @@ class ActorHost:
     def _pump(self, request: Request, items: Iterator[Any]) -> None:
         credit = self._credits.setdefault(request.key, Credits())
         try:
+            credit.take()  # before the item is made, so that no work is done too far ahead
             for item in items:
-                credit.take()
                 self.node.answer(request.envelope, wire.ITEM, item)
+                credit.take()
         finally:
             close = getattr(items, "close", None)
             if close is not None:
@@ -258,8 +264,9 @@ class ActorHost:
         if request.cancelled:
             self._fail(request, call_cancelled(request.endpoint.name, self.node.label, may_have_run=True))
             return
-        self.node.answer(request.envelope, wire.REPLY, result)  # may refuse: then the request is still open
-        self.inbox.over(request)
+        reply = self.node.answer_to(request.envelope, wire.REPLY, result)  # may refuse: then the request is still open
+        if self.inbox.over(request):
+            self.node.send(reply)
 
     def _end_stream(self, request: Request) -> None:
         self._credits.pop(request.key, None)
@@ -268,10 +275,11 @@ class ActorHost:
 
     def _fail(self, request: Request, error: BaseException) -> None:
         self._credits.pop(request.key, None)
-        if not self.inbox.over(request):
-            return
+        was_open = self.inbox.over(request)
         if request.envelope.flags & wire.ONE_WAY:
             logger.error("%s.%s failed; nobody waits for it", self.node.label, request.endpoint.name, exc_info=error)
+            return
+        if not was_open:
             return
         elapsed_s = self.node.loop.time() - request.arrived_at
         self.node.answer_error(request.envelope, error, elapsed_s=elapsed_s)
@@ -297,6 +305,15 @@ def _expired(request: Request, node: RpcNode) -> DeadlineExceeded:
         f"{node.label}.{request.endpoint.name} was not started: its deadline had passed",
         evidence=f"it waited {waited:.3f} s for its turn",
         advice="Give the call more time, or call less at once.",
+        may_have_run=False,
+    )
+
+
+def _needs_a_stream(label: str, name: str) -> WrongVerb:
+    return WrongVerb(
+        f"{label}.{name} is a generator endpoint and was called for one answer",
+        evidence="it yields many items, one answer would lose them",
+        advice="Use stream.",
         may_have_run=False,
     )
 

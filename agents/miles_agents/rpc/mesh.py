@@ -244,11 +244,12 @@ class Endpoint:
 
     def _stream(self, args: Any, kwargs: Any, *, with_points: bool) -> CallStream[Any]:
         node, mesh = self._mesh.node(), self._mesh
-        is_generator = self._info is not None and self._info.is_generator
+        is_generator = self._info is None or self._info.is_generator  # it may be, where nothing is known
         points = list(mesh.shape.points()) if with_points else None
-        sink = StreamSink(node, self._label, points, is_generator=is_generator)
+        sink = StreamSink(node, points, is_generator=is_generator)
+        stream = sink.open(self._label)
         self._begin(node, sink, mesh.targets(), (args, kwargs), STREAM if is_generator else 0)
-        return sink.stream
+        return stream
 
     def _begin(
         self,

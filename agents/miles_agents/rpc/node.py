@@ -9,6 +9,7 @@ loop; what other threads want is posted to it in order; every call that was begu
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import logging
 import os
@@ -22,9 +23,9 @@ from typing import Any, Literal, Protocol
 from miles_agents.errors import MilesError
 from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
 from miles_agents.rpc.context import find_call
-from miles_agents.rpc.errors import DeadlineExceeded, WindowFull
+from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WindowFull
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import decode, encode
+from miles_agents.wire.codec import CannotTravel, decode, encode
 from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
 
@@ -63,8 +64,9 @@ class RpcNode:
         self._held: dict[int, Envelope] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._rids = itertools.count(1)
+        self._ready: deque[int] = deque()  # held calls that there is room for, being sent in order
         self._posted: deque[Callable[[], None]] = deque()
-        self._posting = threading.Lock()
+        self._posting = threading.RLock()  # what a garbage collection in it drops may post, too
         self._post_scheduled = False
         self._closed: MilesError | None = None
 
@@ -88,7 +90,10 @@ class RpcNode:
             WindowFull: the callee has not answered so much that no more is taken.
         """
         args, kwargs = arguments
-        body, buffers = encode([list(args), kwargs], what="arguments")
+        try:
+            body, buffers = encode([list(args), kwargs], what="arguments")
+        except CannotTravel as error:
+            raise _naming_the_argument(args, kwargs) or error from None
         rid = next(self._rids)
         context = find_call()
         now = self.loop.time()
@@ -115,12 +120,18 @@ class RpcNode:
 
     def answer(self, request: Envelope, kind: int, value: Any = None) -> None:
         """Send an answer; the value is encoded on the calling thread. Raises CannotTravel."""
-        if kind in (wire.REPLY, wire.ITEM):
-            body, buffers = encode(value, what="return value")
-            reply = request.answer(kind, self.address, body, list(buffers))
-        else:
-            reply = request.answer(kind, self.address)
-        self.post(lambda: self._route(reply))
+        self.send(self.answer_to(request, kind, value))
+
+    def answer_to(self, request: Envelope, kind: int, value: Any = None) -> Envelope:
+        """An answer to send, encoded on the calling thread. Raises CannotTravel."""
+        if kind not in (wire.REPLY, wire.ITEM):
+            return request.answer(kind, self.address)
+        body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
+        return request.answer(kind, self.address, body, list(buffers))
+
+    def send(self, envelope: Envelope) -> None:
+        """Send an envelope on its way, after everything that this thread posted before."""
+        self.post(lambda: self._route(envelope))
 
     def answer_error(
         self, request: Envelope, error: BaseException, *, source: Address | None = None, elapsed_s: float = 0.0
@@ -128,8 +139,7 @@ class RpcNode:
         """Answer a request with an exception; ``source`` where this node speaks for a receiver that cannot."""
         origin = self.origin(request.method, elapsed_s)
         body, buffers = encode(describe_exception(error, origin, []), what="error")
-        reply = request.answer(wire.ERROR, source or self.address, body, list(buffers))
-        self.post(lambda: self._route(reply))
+        self.send(request.answer(wire.ERROR, source or self.address, body, list(buffers)))
 
     def origin(self, method: str, elapsed_s: float) -> Origin:
         """Where an error of this process comes from."""
@@ -155,6 +165,8 @@ class RpcNode:
         if kind in (wire.CALL, wire.CANCEL, wire.CREDIT):
             if self.host is not None:
                 self.host.deliver(envelope)
+            elif kind == wire.CALL:
+                self.answer_error(envelope, _hosts_nothing(envelope, self.label))
             return
         source = envelope.source
         self._on_answer(envelope, source.rank, source.incarnation)
@@ -162,34 +174,42 @@ class RpcNode:
     def close(self, error: MilesError) -> None:
         """End every call with ``error``; calls that are begun later end the same way."""
         self._closed = error
+        self._held.clear()  # what waits for room will not be sent any more
         for call in list(self.calls):
-            self._ended(self.calls.fail(call.rid, error)[0])
+            self._ended(self.calls.fail(call.rid, copy.copy(error))[0])
 
     def _run_posted(self) -> None:
         with self._posting:
             self._post_scheduled = False
         while self._posted:
-            action = self._posted[0]
             try:
-                action()
+                self._posted[0]()
+            except Exception:  # boundary: one action of many; those behind it belong to other calls
+                logger.exception("%s: an action on the loop failed", self.label)
             finally:
                 self._posted.popleft()
 
     def _begin(self, call: OpenCall, envelope: Envelope) -> None:
         self.calls.open(call)
         if self._closed is not None:
-            self.calls.fail(call.rid, self._closed)
+            self.calls.fail(call.rid, copy.copy(self._closed))
             return
         window = self._windows.setdefault(call.mesh, Window())
         if window.is_overfull(call.num_bytes):
             self.calls.fail(call.rid, _window_full(call, window))
             return
         if envelope.deadline is not None:
+            if envelope.deadline <= self.loop.time():
+                self.calls.fail(call.rid, _deadline_exceeded(call, 0.0, was_sent=False))
+                return
             self._deadlines[call.rid] = self.loop.call_at(envelope.deadline, self._expire, call.rid)
-        if window.admit(call.rid, call.num_bytes):
+        may_go = window.admit(call.rid, call.num_bytes)
+        if may_go and not self._ready:
             self._route(envelope)
-        else:
-            self._held[call.rid] = envelope
+            return
+        self._held[call.rid] = envelope
+        if may_go:
+            self._ready.append(call.rid)
 
     def _on_answer(self, envelope: Envelope, rank: int, incarnation: int) -> None:
         rid, kind = envelope.rid, envelope.kind
@@ -234,13 +254,7 @@ class RpcNode:
         if call is None:
             return
         was_sent = rid not in self._held
-        error = DeadlineExceeded(
-            f"{call.method} on mesh {call.mesh} did not answer within its deadline",
-            evidence=f"{len(call.owing)} receivers have not answered after {self.loop.time() - call.started_at:.3f} s; "
-            + ("the request was sent and may have run" if was_sent else "the request was never sent"),
-            advice="Give the call more time, or look at the stack of the callee.",
-            may_have_run=was_sent,
-        )
+        error = _deadline_exceeded(call, self.loop.time() - call.started_at, was_sent=was_sent)
         ended, stop = self.calls.fail(rid, error)
         if was_sent:
             self._tell(wire.CANCEL, call, stop)
@@ -250,16 +264,13 @@ class RpcNode:
         call = self.calls.get(rid)
         if call is None:
             return
-        if rid in self._held:
-            from miles_agents.rpc.host import call_cancelled
-
-            self._ended(self.calls.fail(rid, call_cancelled(call.method, self.label, may_have_run=False))[0])
-            return
-        if wait:
+        was_sent = rid not in self._held
+        if wait and was_sent:
             self._tell(wire.CANCEL, call, self.calls.cancel(rid))
             return
-        ended, stop = self.calls.abandon(rid)
-        self._tell(wire.CANCEL, call, stop)
+        ended, stop = self.calls.fail(rid, _cancelled_here(call, was_sent=was_sent))
+        if was_sent:
+            self._tell(wire.CANCEL, call, stop)
         self._ended(ended)
 
     def _grant(self, rid: int, position: int, count: int) -> None:
@@ -281,10 +292,20 @@ class RpcNode:
             timer.cancel()
         self._held.pop(call.rid, None)
         window = self._windows[call.mesh]
-        for rid in window.leave(call.rid, call.num_bytes):
-            held = self._held.pop(rid, None)
-            if held is not None:
-                self._route(held)
+        was_idle = not self._ready
+        self._ready += window.leave(call.rid, call.num_bytes)
+        if was_idle and self._ready:
+            self._release()
+
+    def _release(self) -> None:
+        # Sending may end calls at once and make more ready: they queue behind, so that order holds and no stack grows.
+        while self._ready:
+            held = self._held.pop(self._ready[0], None)
+            try:
+                if held is not None:
+                    self._route(held)
+            finally:
+                self._ready.popleft()
 
 
 class _Failed:
@@ -292,6 +313,45 @@ class _Failed:
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+
+
+def _naming_the_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> CannotTravel | None:
+    named = [*((f"argument {i}", value) for i, value in enumerate(args))]
+    named += [(f"argument {name}", value) for name, value in kwargs.items()]
+    for what, value in named:
+        try:
+            encode(value, what=what)
+        except CannotTravel as error:
+            return error
+    return None
+
+
+def _hosts_nothing(envelope: Envelope, label: str) -> NoSuchActor:
+    return NoSuchActor(
+        f"{envelope.method} reached {label}, which hosts no actor",
+        evidence="this process only makes calls",
+        advice="Get a fresh handle with lookup(name).",
+        may_have_run=False,
+    )
+
+
+def _deadline_exceeded(call: OpenCall, waited_s: float, *, was_sent: bool) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{call.method} on mesh {call.mesh} did not answer within its deadline",
+        evidence=f"{len(call.owing)} receivers have not answered after {waited_s:.3f} s; "
+        + ("the request was sent and may have run" if was_sent else "the request was never sent"),
+        advice="Give the call more time, or look at the stack of the callee.",
+        may_have_run=was_sent,
+    )
+
+
+def _cancelled_here(call: OpenCall, *, was_sent: bool) -> CallCancelled:
+    return CallCancelled(
+        f"{call.method} on mesh {call.mesh} was cancelled by its caller",
+        evidence="it was sent and may have run" if was_sent else "it was not sent and never will be",
+        advice="Nothing, if you cancelled it; else look for the failure that made a group call give up.",
+        may_have_run=was_sent,
+    )
 
 
 def _window_full(call: OpenCall, window: Window) -> WindowFull:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any, Generic, TypeVar
 
 from miles_agents.rpc.future import CallFuture
@@ -89,21 +91,32 @@ class MeshSink(_FutureSink["ValueMesh[Any]"]):
 
 
 class StreamSink:
-    """Answers or items as they come. ``points``: pair each with its point; None for a single receiver."""
+    """Answers or items as they come. ``points``: pair each with its point; None for a single receiver.
+
+    It does not keep its stream alive: a stream that its consumer dropped (a plain ``break``) is closed.
+    """
 
     fail_fast = True
 
-    def __init__(self, node: RpcNode, label: str, points: list[Point] | None, *, is_generator: bool) -> None:
+    def __init__(self, node: RpcNode, points: list[Point] | None, *, is_generator: bool) -> None:
         self.rid = 0
         self._node = node
         self._points = points
+        self._stream: weakref.ref[CallStream[Any]] | None = None
         self._is_generator = is_generator
         self._taken: dict[int, int] = {}
-        self.stream: CallStream[Any] = CallStream(label, self._cancel, self._consumed, node.thread)
+
+    def open(self, label: str) -> CallStream[Any]:
+        """The stream, for its consumer to keep."""
+        stream: CallStream[Any] = CallStream(label, self._cancel, self._consumed, self._node.thread)
+        self._stream = weakref.ref(stream, self._dropped)
+        return stream
 
     def on_value(self, position: int, value: Any) -> None:
         """One receiver answered."""
-        self.stream.put(position, value if self._points is None else (self._points[position], value))
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None:
+            stream.put(position, value if self._points is None else (self._points[position], value))
 
     def on_item(self, position: int, item: Any) -> None:
         """One receiver yielded."""
@@ -114,11 +127,21 @@ class StreamSink:
 
     def on_error(self, position: int, error: BaseException) -> None:
         """One receiver failed: the stream ends with its error, after what came before."""
-        self.stream.finish(error)
+        self._finish(error)
 
     def on_settled(self) -> None:
         """Nothing more will come."""
-        self.stream.finish()
+        self._finish(None)
+
+    def _finish(self, error: BaseException | None) -> None:
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None:
+            stream.finish(error)
+
+    def _dropped(self, _stream: object) -> None:
+        # This may run anywhere, in the middle of anything: the loop does the rest in its own time.
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._node.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         self._node.cancel(self.rid, wait=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from miles_agents.rpc.errors import WouldDeadlock
+from miles_agents.rpc.future import wake
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ _END = object()
 class CallStream(Generic[T]):
     """Items in the order of their arrival; ends after the last, or with the error that ended the call.
 
-    Leave it early with ``aclose``/``close`` (or ``async with``): the producers are told to stop.
+    Leave it early with ``aclose``/``close`` (or ``async with``), or drop it: the producers are told to stop.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class CallStream(Generic[T]):
         self._items: deque[tuple[int, Any]] = deque()
         self._error: BaseException | None = None
         self._ended = False
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def __repr__(self) -> str:
         return f"<CallStream {self._label} {'ended' if self._ended else 'open'}>"
@@ -136,24 +137,14 @@ class CallStream(Generic[T]):
         with self._condition:
             if self._items or self._ended:
                 return
-            self._waiter = (loop, waiter)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+            self._waiters.append((loop, waiter))
+        await waiter
 
     def _wake(self) -> None:
-        waiting = self._waiter
-        if waiting is None:
-            return
-        loop, waiter = waiting
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_set_unless_done, waiter)
-
-
-def _set_unless_done(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        with self._condition:
+            waiters, self._waiters = self._waiters, []
+        for loop, waiter in waiters:
+            wake(loop, waiter)
 
 
 class StreamStopped(BaseException):
@@ -209,5 +200,5 @@ class Credits:
 
     def _wake(self) -> None:
         waiting, self._waiter = self._waiter, None
-        if waiting is not None and not waiting[0].is_closed():
-            waiting[0].call_soon_threadsafe(_set_unless_done, waiting[1])
+        if waiting is not None:
+            wake(*waiting)
