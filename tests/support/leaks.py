@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import uvloop
+import zmq
 
 MARK = "MILES_TEST_SESSION"
 """Environment variable that all processes started by this test session inherit."""
@@ -37,6 +38,8 @@ def begin_session() -> None:
     os.environ[MARK] = uuid.uuid4().hex
     # libuv makes one pipe per process, with the first loop, and keeps it.
     uvloop.new_event_loop().close()
+    # pyzmq makes a thread and a pipe per process, with the first frame that it does not copy, and keeps them.
+    zmq.Frame(bytes(1 << 17), copy=False)
 
 
 @contextmanager

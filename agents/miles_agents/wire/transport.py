@@ -65,6 +65,10 @@ class Transport(Protocol):
         """Queue one message without blocking. False: not sent, the peer is away or was never there.
 
         Frames of ``ZERO_COPY_BYTES`` and more are not copied: they must not change until the peer has them.
+        Received ones of that size are views of the message's own memory, and writable.
+
+        Raises:
+            UnsendableMessage: no frames, or one that is larger than the transport's limit.
         """
 
     def close(self) -> None:
