@@ -354,10 +354,10 @@ class SimulatedNode:
         self._fenced = []
         self._task = self._loop.create_task(self._live_on(), name=f"agent of {self.host}")
 
-    async def wait_ended(self) -> None:
-        """Until the agent process ends by itself."""
+    async def wait_ended(self, timeout_s: float | None = None) -> None:
+        """Until the agent process has ended by itself, or so many seconds have passed."""
         assert self._task is not None
-        await asyncio.wait([self._task])
+        await asyncio.wait([self._task], timeout=timeout_s)
 
     async def crash(self) -> None:
         """SIGKILL for the agent; its reaper kills what is left. No goodbye, no last words."""

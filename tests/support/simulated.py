@@ -52,6 +52,8 @@ class SimulatedCluster:
             await self.controller.__aexit__(*error)
         finally:
             for node in self.nodes.values():
+                if node.is_running:
+                    await node.wait_ended(timeout_s=1.0)  # those that were dismissed are about to
                 await node.crash()
             self.network.close()
             self._listener.cancel()

@@ -100,12 +100,13 @@ class Agent:
         self.orders: Orders | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
+        self._turned_away = ""
 
     async def run(self) -> Fence:
         """Join, serve, and end cleanly; returns why it ended.
 
         Raises:
-            AgentRefused: the controller does not want this node.
+            AgentRefused: the controller does not want this node, or not within ``join_timeout_s``.
             ControllerUnreachable: no answer within ``join_timeout_s``.
         """
         self.link.attach(self.parts.dial)
@@ -161,6 +162,9 @@ class Agent:
                     self.link.beat({})  # says HELLO again where the first was lost
                     await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
+            if self._turned_away:
+                reason = f"{self._turned_away}; it was asked for {self.parts.join_timeout_s:g} s"
+                raise AgentRefused.because(self, reason) from None
             raise ControllerUnreachable.because(self, f"no WELCOME within {self.parts.join_timeout_s} s") from None
         finally:
             joined.cancel()
@@ -249,6 +253,8 @@ class Agent:
             self._finish(Fence(f"the controller refuses this node: {refusal.reason}"))
         elif refusal.final:
             self._finish(AgentRefused.because(self, refusal.reason))
+        else:
+            self._turned_away = refusal.reason
 
     def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:
         """Connected."""
