@@ -12,9 +12,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.process_cases import EVADER
-
 from miles_agents import Actor, endpoint
+from support.process_cases import EVADER
 
 
 class RefusedToLive(ValueError):

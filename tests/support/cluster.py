@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.procs import ProcessIdentity, alive, eventually, process_identity
 
 from miles_agents.timings import Timings
 from miles_controller import Controller, ControllerConfig
 from miles_controller.events import Event
 from miles_launcher.local import LocalAgents
+from support.procs import ProcessIdentity, alive, eventually, process_identity
 
 DEADLINE_S = 30.0
 SHORT = Timings(beat_s=0.2, suspect_s=1.0, fence_s=3.0, dead_s=4.0)
@@ -168,3 +168,81 @@ def known(pid: int) -> ProcessIdentity:
     identity = process_identity(pid)
     assert identity is not None, f"pid {pid} is not there"
     return identity
+
+
+class Proxy:
+    """A TCP forwarder between agents and controller whose wires can be cut and stalled. Use as a context manager."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.removeprefix("tcp://").rpartition(":")
+        self._target = (host, int(port))
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_cut = False
+        self._open = {"up": asyncio.Event(), "down": asyncio.Event()}
+        self.num_connections = 0
+        self.address = ""
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.heal()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Reset all connections, and every new one, until ``heal``."""
+        self._is_cut = True
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def stall(self, *directions: str) -> None:
+        """Read, but pass nothing on: ``up`` is from the agents to the controller, ``down`` the way back."""
+        for direction in directions:
+            self._open[direction].clear()
+
+    def heal(self) -> None:
+        """Let everything through again, what was held back first."""
+        self._is_cut = False
+        for gate in self._open.values():
+            gate.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            if self._is_cut:
+                return
+            self.num_connections += 1
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
+            self._writers.add(far_writer)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._pump(reader, far_writer, self._open["up"]))
+                    tasks.create_task(self._pump(far_reader, writer, self._open["down"]))
+            finally:
+                self._writers.discard(far_writer)
+                far_writer.transport.abort()
+        except (OSError, ExceptionGroup):
+            return
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
+        while data := await reader.read(65536):
+            await gate.wait()
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionError("one end closed, so does the other")
