@@ -2,7 +2,7 @@
 
 Nothing in this package imports torch; nothing in it imports the packages above it. What an actor's author needs:
 
-    from miles_agents import Actor, Lock, current_actor, current_call, endpoint, lookup
+    from miles_agents import Actor, Lock, current_actor, current_call, endpoint, lease_ports, lookup
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from miles_agents.rpc.actor import Actor, endpoint
     from miles_agents.rpc.context import current_actor, current_call
     from miles_agents.rpc.future import CallFuture
-    from miles_agents.rpc.lock import Lock, lookup
+    from miles_agents.rpc.lock import Lock, lease_ports, lookup
     from miles_agents.rpc.mesh import ActorMesh
     from miles_agents.rpc.shape import ValueMesh
     from miles_agents.rpc.streams import CallStream
@@ -33,12 +33,13 @@ _EXPORTS = {
     "current_actor": "rpc.context",
     "current_call": "rpc.context",
     "endpoint": "rpc.actor",
+    "lease_ports": "rpc.lock",
     "lookup": "rpc.lock",
     "register_type": "wire.codec_registry",
 }
 __all__ = [
     "Actor", "ActorMesh", "CallFuture", "CallStream", "Lock", "RemoteError", "ValueMesh",
-    "current_actor", "current_call", "endpoint", "lookup", "register_type",
+    "current_actor", "current_call", "endpoint", "lease_ports", "lookup", "register_type",
 ]  # fmt: skip
 
 

@@ -102,6 +102,12 @@ class Agent:
         self._greeted_at = self.loop.time()
         self._turned_away = ""
 
+    @property
+    def address(self) -> Address:
+        """The agent's own, once it has joined."""
+        assert self.node is not None
+        return self.node.address
+
     async def run(self) -> Fence:
         """Join, serve, and end cleanly; returns why it ended.
 
@@ -182,6 +188,7 @@ class Agent:
         await self.orders.wait_all_dead()
         if orderly:
             await self.workers.logs.flush(self.loop.time() + 1.0)
+        if self.link.peer.is_up:  # also after a fence: whoever can still be told need not wait for the lease to end
             self.link.peer.say_goodbye(reason)
             await asyncio.sleep(0.05)  # the transport does not linger: let the goodbye leave
 

@@ -6,6 +6,7 @@ Every order has a deadline of its caller; what was begun for an order that is gi
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from miles_agents.agent import service_life
 from miles_agents.agent.logs import last_lines
 from miles_agents.agent.service import Service, ServiceChange, ServiceSpec
-from miles_agents.errors import ConfigError
+from miles_agents.errors import ConfigError, PeerFault
+from miles_agents.rpc.context import current_call
 from miles_agents.rpc.errors import DeadlineExceeded
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Extent, Shape
+from miles_agents.wire.envelope import CONTROLLER_MESH
 from miles_agents.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -40,6 +43,12 @@ class NotOffered(ConfigError):
     code = "E-AGENT-003"
 
 
+class NotYourOrder(ConfigError):
+    """An agent obeys its controller; an actor tried to give it an order."""
+
+    code = "E-AGENT-004"
+
+
 class Orders:
     """The agent's endpoints by name. All are async and run on the agent's loop."""
 
@@ -50,8 +59,8 @@ class Orders:
         self._services: dict[str, tuple[Service, asyncio.Task[None]]] = {}
 
     def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
-        """Name to function."""
-        return {
+        """Name to function. All but ``lease_my_ports`` obey the controller only."""
+        orders: dict[str, Callable[..., Awaitable[Any]]] = {
             "start_worker": self.start_worker,
             "end_worker": self.end_worker,
             "worker_stack": self.worker_stack,
@@ -64,6 +73,8 @@ class Orders:
             "stop_service": self.stop_service,
             "status": self.status,
         }
+        guarded = {name: _for_controller(name, order) for name, order in orders.items()}
+        return {**guarded, "lease_my_ports": self.lease_my_ports}
 
     # -- workers ---------------------------------------------------------------------------------------------
 
@@ -74,7 +85,8 @@ class Orders:
         try:
             return await pool.start(spec)
         except asyncio.CancelledError:
-            await pool.end(pool.find(spec.mesh, spec.rank, spec.incarnation), "its start was given up", 0.0)
+            with contextlib.suppress(PeerFault):  # it never executed
+                await pool.end(pool.find(spec.mesh, spec.rank, spec.incarnation), "its start was given up", 0.0)
             raise
 
     async def end_worker(self, mesh: int, rank: int, incarnation: int, why: str, grace_s: float | None) -> str:
@@ -122,6 +134,12 @@ class Orders:
         leased = ports.lease(owner, count)
         ports.hand_over(leased)
         return leased
+
+    async def lease_my_ports(self, count: int) -> list[int]:
+        """For workers of this node: ports until the caller ends."""
+        source = current_call().source
+        worker = self._pool().find(source.mesh, source.rank, source.incarnation)
+        return await self.lease_ports(worker.spec.label, count)
 
     async def release_ports(self, owner: str) -> None:
         """Give back what ``owner`` has."""
@@ -253,6 +271,21 @@ def service_spec(plain: dict[str, Any], log_dir: Path, base_env: dict[str, str])
     fields["numbers"] = service_life.LifeNumbers(**fields.get("numbers", {}))
     fields["log_path"] = log_dir / f"{fields['name']}.log"
     return ServiceSpec(**fields)
+
+
+def _for_controller(name: str, order: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(order)
+    async def guarded(*args: Any) -> Any:
+        source = current_call().source
+        if source.mesh != CONTROLLER_MESH:
+            raise NotYourOrder(
+                f"only the controller may order {name}",
+                evidence=f"rank {source.rank} of mesh {source.mesh} tried",
+                advice="Do it from where the controller runs.",
+            )
+        return await order(*args)
+
+    return guarded
 
 
 def _not_offered(order: str) -> NotOffered:

@@ -20,7 +20,7 @@ from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
 from miles_agents.errors import MilesError, PeerFault
-from miles_agents.rpc.errors import NoSuchActor, StaleHandle, WorkerDied
+from miles_agents.rpc.errors import ControllerLost, NoSuchActor, StaleHandle, WorkerDied
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
@@ -61,6 +61,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[str] = loop.create_future()
+        self.begun = asyncio.Event()
+        """The process executes, or never will."""
         self.drained = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
         self._waiting: list[Envelope] = []
@@ -93,6 +95,7 @@ class WorkerPool:
         self._by_token: dict[str, Worker] = {}
         self._by_peer: dict[Peer, Worker] = {}
         self._deaths: dict[Address, WorkerDied] = {}
+        self._leaving = ""
         self.link = LinkAcceptor(self)
         self.link.attach(agent.parts.accept)
 
@@ -104,7 +107,10 @@ class WorkerPool:
         Raises:
             CannotStart: it cannot be executed.
             WorkerNeverReady: it ended, or took too long, before it said hello.
+            ControllerLost: this agent is about to leave the run.
         """
+        if self._leaving:
+            raise _too_late(spec, self._leaving)
         timings = self.agent.timings
         life = worker_life.begin(
             self._loop.time(),
@@ -119,13 +125,23 @@ class WorkerPool:
             raise _still_there(self._workers[key])
         self._workers[key] = worker
         self._by_token[worker.token] = worker
-        birth = Birth(spec, self.link.transport.address, worker.token, self.agent.parts.info.node, timings)
+        own = self.agent.address
+        birth = Birth(
+            spec,
+            self.link.transport.address,
+            (own.rank, own.incarnation),
+            worker.token,
+            self.agent.parts.info.node,
+            timings,
+        )
         try:
             worker.process = await self.agent.parts.starter.start(birth, log_path)
         except BaseException:
             self._forget(worker)
             worker.gone.set_result("never started")
             raise
+        finally:
+            worker.begun.set()
         self.logs.add(spec.mesh_name, spec.rank, log_path, self._loop.time())
         worker.process.exited.add_done_callback(lambda exited: self._on_exit(worker, exited))
         self._step(worker, Started(worker.process.pid))
@@ -140,12 +156,14 @@ class WorkerPool:
         return await asyncio.shield(worker.gone)
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
+        await worker.begun.wait()  # what is being executed right now cannot be killed yet, and must not be forgotten
         if worker.process is not None:
             report = await worker.process.kill(grace_s)
             logger.info("%s: %s", worker.spec.label, report)
 
     def end_all(self, why: str, *, orderly: bool) -> None:
-        """End every worker; ``orderly`` gives them their grace."""
+        """End every worker and start none any more; ``orderly`` gives them their grace."""
+        self._leaving = why
         for worker in list(self._workers.values()):
             self._step(worker, StopAsked(why))
             if worker.ending is None and self.tasks is not None:
@@ -368,6 +386,15 @@ def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverRea
         actor=worker.spec.label,
         pid=worker.life.pid,
         exit=death.cause,
+    )
+
+
+def _too_late(spec: WorkerSpec, why: str) -> ControllerLost:
+    return ControllerLost(
+        f"{spec.label} was not started: the agent is about to leave the run",
+        evidence=why,
+        advice="Start it on another node, or wait until the node has joined again.",
+        may_have_run=False,
     )
 
 

@@ -34,6 +34,7 @@ class ActorContext:
     local_rank: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     controller: ActorMesh | None = None
+    agent: ActorMesh | None = None
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Named locks over the whole run, and finding meshes by name: what actors ask of the controller.
+"""What actors ask of the runtime: named locks over the whole run, meshes by name, ports of their node.
 
 A lock belongs to the process that acquired it and is given to the next waiter when that process dies. It is not
 reentrant. ``token`` grows with every grant: hand it to whatever the lock protects, so that a holder that lost the lock
@@ -87,6 +87,22 @@ def controller_handle() -> ActorMesh:
             advice="Report it; every worker gets one at its birth.",
         )
     return actor.controller
+
+
+def lease_ports(count: int) -> CallFuture[list[int]]:
+    """TCP ports of this node that nobody else is given; they come back when this worker ends.
+
+    The future fails with NoFreePort when the node's range is exhausted.
+    """
+    actor = current_actor()
+    if actor.agent is None:
+        raise NotAnActorProcess(
+            "this actor has no way to its agent",
+            evidence=f"{actor.mesh_name}[{actor.rank}]",
+            advice="Report it; every worker gets one at its birth.",
+        )
+    future: CallFuture[list[int]] = actor.agent.endpoint("lease_my_ports").call_one(count)
+    return future
 
 
 def lookup(name: str) -> CallFuture[ActorMesh]:

@@ -23,8 +23,8 @@ from miles_agents.rpc.context import ActorContext
 from miles_agents.rpc.host import ActorHost, Executors
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
-from miles_agents.rpc.shape import Shape
-from miles_agents.wire.envelope import CONTROLLER_MESH, Address, Envelope
+from miles_agents.rpc.shape import Extent, Shape
+from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope
 from miles_agents.wire.link import LinkDialer, Peer, Refusal
 from miles_agents.wire.transport import Transport
 from miles_agents.worker.construct import construct
@@ -49,9 +49,12 @@ class WorkerRuntime:
         self.host = ActorHost(self.node, executors)
         info = MeshInfo(CONTROLLER_MESH, "controller", {0: spec.controller_incarnation})
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
+        rank, incarnation = birth.agent
+        agent_info = MeshInfo(AGENT_MESH, f"agent of {birth.node}", {rank: incarnation})
+        agent = ActorMesh(agent_info, Shape(Extent((), ()), (rank,)), self.node)
         self.context = ActorContext(
             self.node, spec.run_id, spec.mesh_name, spec.rank, spec.shape, spec.incarnation,
-            birth.node, spec.devices, spec.local_rank, dict(spec.facts), controller,
+            birth.node, spec.devices, spec.local_rank, dict(spec.facts), controller, agent,
         )  # fmt: skip
         self.host.context = self.context
         self._executors = executors

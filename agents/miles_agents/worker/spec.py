@@ -61,10 +61,14 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """A worker's spec and how it reaches its agent. ``token`` proves to the agent who it is."""
+    """A worker's spec and how it reaches its agent. ``token`` proves to the agent who it is.
+
+    ``agent``: the agent's own rank among the agents, and its incarnation.
+    """
 
     spec: WorkerSpec
     agent_address: str
+    agent: tuple[int, int]
     token: str
     node: str
     timings: Timings
@@ -74,6 +78,7 @@ class Birth:
         plain = {
             "spec": self.spec.to_plain(),
             "agent_address": self.agent_address,
+            "agent": list(self.agent),
             "token": self.token,
             "node": self.node,
             "timings": asdict(self.timings),
@@ -88,7 +93,8 @@ class Birth:
             plain = msgpack.unpackb(data)
             spec = WorkerSpec.from_plain(plain["spec"])
             timings = Timings(**plain["timings"])
-            return cls(spec, plain["agent_address"], plain["token"], plain["node"], timings)
+            rank, incarnation = plain["agent"]
+            return cls(spec, plain["agent_address"], (rank, incarnation), plain["token"], plain["node"], timings)
         except (KeyError, TypeError, ValueError) as error:
             raise InternalError(
                 "the worker cannot read what its agent told it",
