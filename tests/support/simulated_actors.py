@@ -46,6 +46,16 @@ class Probe(Actor):
         return current_actor().incarnation
 
     @endpoint
+    async def wait_for(self, mesh, seconds):
+        """Call another actor from here and wait for it to wait."""
+        return await mesh.wait.call_one(seconds)
+
+    @endpoint
+    async def outlive(self, mesh):
+        """Wait for longer than anybody lives."""
+        return await mesh.wait.call_one(1e6)
+
+    @endpoint
     async def ask(self, mesh, name):
         """Call another mesh from here, by a handle that travelled."""
         return list((await mesh.greet.call(name)).values)

@@ -6,6 +6,8 @@ Every order has a deadline of its caller; what was begun for an order that is gi
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextlib
 import functools
 import os
 from collections.abc import Awaitable, Callable
