@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextlib
 import functools
 import os
 from collections.abc import Awaitable, Callable
