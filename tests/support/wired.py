@@ -39,7 +39,6 @@ def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     def run(*args: Any, **kwargs: Any) -> None:
         run_virtual(test(*args, **kwargs))
 
-    del run.__wrapped__  # else it would be taken for an async test
     return run
 
 

@@ -162,6 +162,10 @@ class CallTable:
         call.cancelling = True
         return list(call.owing.values())
 
+    def is_owed(self, rid: int, rank: int, incarnation: int) -> bool:
+        """Whether a call still waits for this receiver; if not, its answer is counted as late."""
+        return self._answered(rid, rank, incarnation) is not None
+
     def _answered(self, rid: int, rank: int, incarnation: int) -> OpenCall | None:
         call = self._open.get(rid)
         target = call.owing.get(rank) if call is not None else None

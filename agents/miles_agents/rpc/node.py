@@ -25,7 +25,7 @@ from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
 from miles_agents.rpc.context import find_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WindowFull
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel, decode, encode
+from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode
 from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
 
@@ -213,8 +213,7 @@ class RpcNode:
 
     def _on_answer(self, envelope: Envelope, rank: int, incarnation: int) -> None:
         rid, kind = envelope.rid, envelope.kind
-        if self.calls.get(rid) is None:
-            self.calls.stats.late += 1
+        if not self.calls.is_owed(rid, rank, incarnation):
             return
         if kind == wire.REPLY:
             value = self._decoded(envelope)
@@ -225,9 +224,7 @@ class RpcNode:
         elif kind == wire.STARTED:
             self._ended(self.calls.value(rid, rank, incarnation, None))
         elif kind == wire.ERROR:
-            described = self._decoded(envelope)
-            error = described.error if isinstance(described, _Failed) else rebuild_exception(described)
-            self._on_error(rid, rank, incarnation, error)
+            self._on_error(rid, rank, incarnation, self._rebuilt(envelope))
         elif kind == wire.ITEM:
             value = self._decoded(envelope)
             if isinstance(value, _Failed):
@@ -242,6 +239,18 @@ class RpcNode:
             return decode(envelope.body, envelope.buffers, libraries=self.libraries)
         except MilesError as error:
             return _Failed(error)
+
+    def _rebuilt(self, envelope: Envelope) -> BaseException:
+        described = self._decoded(envelope)
+        if isinstance(described, _Failed):
+            return described.error
+        if not isinstance(described, dict):
+            return MalformedBody(
+                "a message body cannot be read",
+                evidence=f"an error came as a {type(described).__name__}",
+                advice="Start all processes of a run from the same version of the code.",
+            )
+        return rebuild_exception(described)
 
     def _on_error(self, rid: int, rank: int, incarnation: int, error: BaseException) -> None:
         call, stop = self.calls.error(rid, rank, incarnation, error)
