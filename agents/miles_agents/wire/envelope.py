@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from miles_agents.errors import PeerFault
-from miles_agents.wire.transport import Buffer
+from miles_agents.wire.frames import UnsendableMessage
+from miles_agents.wire.transport import MAX_FRAME_BYTES, Buffer
 
 CALL, REPLY, ERROR, ITEM, END, CREDIT, CANCEL, STARTED = range(1, 9)
 KIND_NAMES = {
@@ -39,6 +40,11 @@ STREAM = 2
 
 NO_DEADLINE = -1
 MAX_METHOD_CHARS = 200
+MAX_INLINE_BYTES = MAX_FRAME_BYTES - 16 * 1024 * 1024
+"""The body shares a frame with the headers of its batch, so it has to leave them room."""
+MAX_NUMBER = 2**63 - 1
+"""Numbers of an envelope lie between 0 and this."""
+_MAX_REMAINING_MS = 2**53
 
 
 class MalformedFrame(PeerFault):
@@ -90,7 +96,7 @@ class Envelope:
         """Bytes that the message occupies in windows: body, buffers and a flat cost for the header."""
         total = len(self.body) + 64
         for buffer in self.buffers:
-            total += buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+            total += _num_bytes(buffer)
         return total
 
     def receivers(self) -> list[Target]:
@@ -116,13 +122,59 @@ class Envelope:
 
     def to_plain(self, now: float) -> list[Any]:
         """The wire form. ``now`` turns the deadline into remaining milliseconds (at least 0)."""
-        remaining = NO_DEADLINE if self.deadline is None else max(0, int((self.deadline - now) * 1000))
+        remaining = NO_DEADLINE
+        if self.deadline is not None:
+            # An infinite deadline is a number too; min() makes it one that fits.
+            remaining = int(max(0.0, min((self.deadline - now) * 1000, _MAX_REMAINING_MS)))
         source = self.source
-        sizes = [b.nbytes if isinstance(b, memoryview) else len(b) for b in self.buffers]
+        sizes = [_num_bytes(buffer) for buffer in self.buffers]
         return [
             self.kind, self.rid, source[0], source[1], source[2], self.mesh, self.targets, self.size,
             self.method, remaining, self.flags, self.trace, sizes, self.body,
         ]  # fmt: skip
+
+
+def check_sendable(envelope: Envelope) -> None:
+    """Whatever a peer would refuse must not enter a session: it would be sent again and again, ahead of all else.
+
+    Raises:
+        UnsendableMessage: ``envelope_from_plain`` would refuse its wire form, or a frame would be too large.
+    """
+    why = _unsendable(envelope)
+    if why:
+        raise UnsendableMessage(
+            f"a {KIND_NAMES.get(envelope.kind, 'message')} of {envelope.method[:MAX_METHOD_CHARS]!r} cannot be sent",
+            evidence=why,
+            advice="Send bulk data through the shared store, or in parts.",
+        )
+
+
+def _unsendable(envelope: Envelope) -> str:
+    if envelope.kind not in KIND_NAMES:
+        return f"unknown kind {envelope.kind}"
+    if len(envelope.method) > MAX_METHOD_CHARS:
+        return f"the method's name has {len(envelope.method)} characters; limit {MAX_METHOD_CHARS}"
+    numbers = (envelope.rid, *envelope.source, envelope.mesh, envelope.size, envelope.flags, envelope.trace)
+    targets = envelope.targets
+    if not targets or len(targets) % 3 or not all(map(is_natural, numbers)) or not all(map(is_natural, targets)):
+        return f"its numbers {numbers} or its {len(targets)} target numbers are not natural, or no triples"
+    if envelope.deadline is not None and envelope.deadline != envelope.deadline:
+        return "its deadline is not a number"
+    if type(envelope.body) is not bytes or len(envelope.body) > MAX_INLINE_BYTES:
+        return f"a body of {len(envelope.body)} bytes; limit {MAX_INLINE_BYTES}"
+    for buffer in envelope.buffers:
+        if _num_bytes(buffer) > MAX_FRAME_BYTES or not memoryview(buffer).c_contiguous:
+            return f"a buffer of {_num_bytes(buffer)} bytes, or not contiguous; limit {MAX_FRAME_BYTES}"
+    return ""
+
+
+def is_natural(value: object) -> bool:
+    """An integer that may stand on the wire; not a bool, not negative, at most 63 bits."""
+    return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def _num_bytes(buffer: Buffer) -> int:
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
 
 
 def envelope_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tuple[Envelope, int]:
@@ -149,11 +201,13 @@ def envelope_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tu
         sizes,
         body,
     ) = plain
-    for number in (kind, rid, src_mesh, src_rank, src_inc, mesh, size, remaining, flags, trace):
-        if type(number) is not int:
-            raise malformed("a numeric field of an envelope is not an integer")
-    if kind not in KIND_NAMES or rid < 0 or remaining < NO_DEADLINE:
-        raise malformed(f"envelope with kind {kind}, request {rid}, remaining {remaining}")
+    for number in (kind, rid, src_mesh, src_rank, src_inc, mesh, size, flags, trace):
+        if not is_natural(number):
+            raise malformed("a numeric field of an envelope is not a natural number")
+    if kind not in KIND_NAMES:
+        raise malformed("an envelope of unknown kind")
+    if type(remaining) is not int or not NO_DEADLINE <= remaining <= _MAX_REMAINING_MS:
+        raise malformed("an envelope's remaining milliseconds are out of range")
     if type(method) is not str or type(body) is not bytes or len(method) > MAX_METHOD_CHARS:
         raise malformed("an envelope's method or body has the wrong type")
     flat = _flat_targets(targets)
@@ -168,8 +222,8 @@ def _flat_targets(targets: Any) -> tuple[int, ...]:
     if type(targets) is not list or not targets or len(targets) % 3:
         raise malformed("an envelope's targets are not triples")
     for number in targets:
-        if type(number) is not int or number < 0:
-            raise malformed("an envelope's targets are not numbers")
+        if not is_natural(number):
+            raise malformed("an envelope's targets are not natural numbers")
     return tuple(targets)
 
 
@@ -178,7 +232,7 @@ def _matching_buffers(sizes: Any, buffers: Sequence[Buffer]) -> list[Buffer]:
         raise malformed("an envelope announces buffers that did not come")
     taken = list(buffers[: len(sizes)])
     for size, buffer in zip(sizes, taken, strict=True):
-        if size != (buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)):
+        if type(size) is not int or size != _num_bytes(buffer):
             raise malformed("a buffer's size differs from the one announced")
     return taken
 

@@ -7,20 +7,24 @@ Waits for: nothing; beats are sent from outside (``LinkDialer.beat``), silence i
 A dialer says HELLO on every new connection. The acceptor asks its ``admit`` what to do: a session it knows is
 resumed, a new one begins, anything else is refused with a reason. A connection that speaks before its HELLO is told
 so (RESET). Invariants: one connection per peer, the newest; the key that opened a session is the only one that can
-resume it; a frame that breaks the protocol is counted and dropped, and disturbs nobody else.
+resume it; a frame that breaks the protocol is counted and dropped, and disturbs nobody else; neither does an exception
+of a handler: it is counted and logged, and costs the one message that was handed over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from miles_agents.wire import session as wire
-from miles_agents.wire.envelope import Envelope, MalformedFrame, malformed
+from miles_agents.wire.envelope import Envelope, MalformedFrame, is_natural, malformed
 from miles_agents.wire.session import Frame, Session, parse_envelopes, parse_frame
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -42,11 +46,15 @@ class Admission:
 class Peer:
     """The other end of one session."""
 
-    def __init__(self, name: str, session: Session, user_id: str, link: _Link) -> None:
+    def __init__(
+        self, name: str, session: Session, user_id: str, link: _Link, grant: dict[str, Any] | None = None
+    ) -> None:
         self.name = name
         self.session = session
         self.user_id = user_id
+        self.grant = grant or {}
         self.connection: Connection | None = None
+        self.is_over = False
         self.last_heard = asyncio.get_running_loop().time()
         self._link = link
         self._flush_scheduled = False
@@ -57,7 +65,11 @@ class Peer:
         return self.connection is not None
 
     def send(self, envelope: Envelope) -> None:
-        """Send in order, exactly once, now or as soon as window and connection allow."""
+        """Send in order, exactly once, now or as soon as window and connection allow.
+
+        Raises:
+            UnsendableMessage: no peer would take it; nothing was sent.
+        """
         self.session.send(envelope)
         if not self._flush_scheduled:
             self._flush_scheduled = True
@@ -66,16 +78,22 @@ class Peer:
     def flush(self) -> None:
         """Put on the wire what may go now."""
         self._flush_scheduled = False
-        session = self.session
         now = self._link.loop.time()
         while self.connection is not None:
-            batch = session.next_batch(now)
+            batch = self.session.next_batch(now)
             if batch is None:
                 break
-            if not self._link.transport.send(self.connection, batch.frames):
-                session.rewind(batch.first_seq)
+            sent = False
+            with self._link.boundary("sending"):
+                sent = self._link.transport.send(self.connection, batch.frames)
+            if not sent:
+                self.session.rewind(batch.first_seq)
                 break
-        if session.ack_due():
+        self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Acknowledge on its own what no frame of this side has acknowledged in passing for too long."""
+        if self.session.ack_due():
             self.control(wire.ACK)
 
     def control(self, kind: int, payload: Any = None, *, seq: int = 0) -> None:
@@ -90,19 +108,19 @@ class Peer:
 
 
 class LinkHandler(Protocol):
-    """What lies above a link."""
+    """What lies above a link. What its methods raise is counted and logged, and changes nothing else here."""
 
     def on_envelope(self, peer: Peer, envelope: Envelope) -> None:
         """The next envelope of the peer."""
 
     def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:
-        """The peer is connected; ``resumed`` if its session went on."""
+        """The peer is connected; ``resumed`` if its session went on. Also without an ``on_peer_down`` before it."""
 
     def on_peer_down(self, peer: Peer) -> None:
         """The connection is gone; a hint, not a verdict."""
 
     def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """A dialer's beat came (acceptor); returns the facts for the answer."""
+        """A dialer's beat came (acceptor); returns the facts for the answer. No answer is sent if this raises."""
 
     def on_answer(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> None:
         """An acceptor's answer came (dialer)."""
@@ -128,15 +146,49 @@ class DialerHandler(LinkHandler, Protocol):
         """The acceptor does not want this session (any more)."""
 
 
+_MAX_REASONS = 100
+_MAX_REASON_CHARS = 200
+
+
 @dataclass(slots=True)
 class LinkStats:
-    """What was dropped, by reason."""
+    """What was dropped, by reason. Bounded, because peers have a say in the words of the reasons."""
 
     dropped: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, reason: str) -> None:
-        """Count one."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def drop(self, reason: str) -> int:
+        """Count one; returns how many there are of it. Reasons beyond the first 100 share ``other``."""
+        key = reason[:_MAX_REASON_CHARS]
+        if key not in self.dropped and len(self.dropped) >= _MAX_REASONS:
+            key = "other"
+        count = self.dropped.get(key, 0) + 1
+        self.dropped[key] = count
+        return count
+
+
+class _Boundary:
+    """The border to the code above and to the transport below: what is raised inside is counted and logged."""
+
+    __slots__ = ("_stats", "_what")
+
+    def __init__(self, stats: LinkStats, what: str) -> None:
+        self._stats = stats
+        self._what = what
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, MalformedFrame):
+            self._stats.drop(error.evidence)
+            return True
+        if not isinstance(error, Exception):
+            return False
+        count = self._stats.drop(f"{self._what} raised {type(error).__name__}")
+        # A fault that repeats with every message must not fill the log: the 1st, 2nd, 4th, 8th... is written.
+        if count & (count - 1) == 0:
+            logger.error("%s raised, %d times so far", self._what, count, exc_info=error)
+        return True
 
 
 class _Link:
@@ -165,7 +217,22 @@ class _Link:
         if self._transport is not None:
             self._transport.close()
 
-    def _read(self, peer: Peer, frame: Frame, buffers: Sequence[Buffer], handler: LinkHandler) -> None:
+    def on_message(self, connection: Connection, frames: Sequence[Buffer], user_id: str) -> None:
+        """Transport: a message. Whatever is wrong with it stays with it."""
+        if not self._closed:
+            with self.boundary("reading a message"):
+                if not frames:
+                    raise malformed("a message without frames")
+                self._on_frame(connection, parse_frame(frames[0]), frames, user_id)
+
+    def _on_frame(self, connection: Connection, frame: Frame, frames: Sequence[Buffer], user_id: str) -> None:
+        raise NotImplementedError
+
+    def boundary(self, what: str) -> _Boundary:
+        """A context out of which no exception gets: one message must not take down the process's I/O."""
+        return _Boundary(self.stats, what)
+
+    def _read(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler) -> None:
         session = peer.session
         if frame.session != session.session_id:
             self.stats.drop("frame of another session")
@@ -174,35 +241,44 @@ class _Link:
         session.on_ack(frame.ack)
         kind = frame.kind
         if kind == wire.DATA:
-            self._read_data(peer, frame, buffers, handler)
+            self._read_data(peer, frame, frames, handler)
         elif kind == wire.RESEND:
-            session.rewind(max(1, frame.seq))
-            peer.flush()
+            session.on_resend(frame.seq)
         elif kind == wire.BEAT:
             beat_id, facts = _beat(frame.payload)
-            answer = handler.on_beat(peer, beat_id, facts)
-            peer.control(wire.ANSWER, [beat_id, answer], seq=session.last_sent)
+            with self.boundary("on_beat"):
+                answer = handler.on_beat(peer, beat_id, facts)
+                peer.control(wire.ANSWER, [beat_id, answer], seq=session.last_sent)
             self._mend(peer, frame.seq)
         elif kind == wire.ANSWER:
             beat_id, facts = _beat(frame.payload)
-            handler.on_answer(peer, beat_id, facts)
+            with self.boundary("on_answer"):
+                handler.on_answer(peer, beat_id, facts)
             self._mend(peer, frame.seq)
         elif kind == wire.GOODBYE:
-            handler.on_goodbye(peer, str(frame.payload))
+            if type(frame.payload) is not str:
+                raise malformed("GOODBYE carries no text")
+            with self.boundary("on_goodbye"):
+                handler.on_goodbye(peer, frame.payload)
+        elif kind != wire.ACK:
+            self.stats.drop("frame of a kind that this side does not expect")
         if session.has_sendable():
             peer.flush()
 
-    def _read_data(self, peer: Peer, frame: Frame, buffers: Sequence[Buffer], handler: LinkHandler) -> None:
+    def _read_data(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler) -> None:
         session = peer.session
-        envelopes = parse_envelopes(frame.payload, buffers, self.loop.time())
-        fresh = session.on_data(frame.seq, envelopes, wire.inline_bytes(buffers))
+        envelopes = parse_envelopes(frame.payload, frames[1:], self.loop.time())
+        fresh = session.on_data(frame.seq, envelopes, wire.total_bytes(frames))
         for envelope in fresh:
-            handler.on_envelope(peer, envelope)
+            if self._closed or peer.is_over:
+                break  # an envelope before it ended the session
+            with self.boundary("on_envelope"):
+                handler.on_envelope(peer, envelope)
         missing = session.missing(frame.seq - 1)
         if missing is not None:
             peer.control(wire.RESEND, seq=missing)
-        elif session.ack_due():
-            peer.control(wire.ACK)
+        else:
+            peer.acknowledge()
 
     def _mend(self, peer: Peer, peer_last_sent: int) -> None:
         """A beat tells how far the peer is: ask for what did not come."""
@@ -234,6 +310,7 @@ class LinkAcceptor(_Link):
 
     def end_session(self, peer: Peer) -> None:
         """Forget the peer: whatever it still says is refused."""
+        peer.is_over = True
         if self._by_session.get(peer.session.session_id) is peer:
             del self._by_session[peer.session.session_id]
         self._detach(peer)
@@ -245,56 +322,52 @@ class LinkAcceptor(_Link):
         """Transport: the connection is gone."""
         peer = self._by_connection.pop(connection, None)
         if peer is not None and peer.connection == connection:
-            peer.connection = None
-            self._handler.on_peer_down(peer)
+            self._down(peer)
 
-    def on_message(self, connection: Connection, frames: Sequence[Buffer], user_id: str) -> None:
-        """Transport: a message. Whatever is wrong with it stays with it."""
-        if self._closed:
+    def _on_frame(self, connection: Connection, frame: Frame, frames: Sequence[Buffer], user_id: str) -> None:
+        if frame.kind == wire.HELLO:
+            self._on_hello(connection, frame, user_id)
             return
-        try:
-            frame = parse_frame(frames[0])
-            if frame.kind == wire.HELLO:
-                self._hello(connection, frame, user_id)
-                return
-            peer = self._by_connection.get(connection)
-            if peer is None:
-                self.stats.drop("frame before HELLO")
-                self._tell(connection, wire.RESET, frame.session)
-                return
-            self._read(peer, frame, frames[1:], self._handler)
-        except MalformedFrame as error:
-            self.stats.drop(error.evidence)
+        peer = self._by_connection.get(connection)
+        if peer is None:
+            self.stats.drop("frame before HELLO")
+            self._tell(connection, wire.RESET, frame.session)
+        else:
+            self._read(peer, frame, frames, self._handler)
 
-    def _hello(self, connection: Connection, frame: Frame, user_id: str) -> None:
+    def _on_hello(self, connection: Connection, frame: Frame, user_id: str) -> None:
         hello = frame.payload
-        if type(hello) is not dict or type(hello.get("received")) is not int:
+        if type(hello) is not dict or not is_natural(hello.get("received")):
             raise malformed("HELLO carries no dict with 'received'")
         peer = self._by_session.get(frame.session)
         resumed = peer is not None
-        grant: dict[str, Any] = {}
         if peer is None:
             verdict = self._judge_new(hello, user_id, frame.session)
             if isinstance(verdict, Refusal):
                 self._refuse(connection, frame.session, verdict)
                 return
-            peer = Peer(verdict.name, Session(frame.session), user_id, self)
+            peer = Peer(verdict.name, Session(frame.session), user_id, self, verdict.grant)
             self._by_session[frame.session] = peer
-            grant = verdict.grant
         elif peer.user_id != user_id:
             self._refuse(connection, frame.session, Refusal("this session belongs to another key"))
             return
+        else:
+            peer.session.resume(hello["received"])
         self._attach_connection(peer, connection)
-        welcome = {"received": peer.session.received, "resumed": resumed, "grant": grant}
-        peer.control(wire.WELCOME, welcome)
-        peer.session.resume(hello["received"])
-        self._handler.on_peer_up(peer, resumed=resumed)
+        # The grant goes out every time: the WELCOME that carried it before may have been lost.
+        peer.control(wire.WELCOME, {"received": peer.session.received, "grant": peer.grant})
+        with self.boundary("on_peer_up"):
+            self._handler.on_peer_up(peer, resumed=resumed)
         peer.flush()
 
     def _judge_new(self, hello: dict[str, Any], user_id: str, session_id: int) -> Admission | Refusal:
         if hello.get("welcomed"):
             return Refusal("the session is over: this side does not know it any more")
-        return self._handler.admit(hello, user_id, session_id)
+        if hello["received"]:
+            raise malformed("a new session has received something before")
+        with self.boundary("admit"):
+            return self._handler.admit(hello, user_id, session_id)
+        return Refusal("this side failed to judge the HELLO; its log says why", final=False)
 
     def _refuse(self, connection: Connection, session_id: int, refusal: Refusal) -> None:
         self.stats.drop(f"HELLO refused: {refusal.reason}")
@@ -306,11 +379,16 @@ class LinkAcceptor(_Link):
     def _attach_connection(self, peer: Peer, connection: Connection) -> None:
         self._detach(peer)
         other = self._by_connection.get(connection)
-        if other is not None and other is not peer:
-            other.connection = None
         peer.connection = connection
         peer.last_heard = self.loop.time()
         self._by_connection[connection] = peer
+        if other is not None:
+            self._down(other)
+
+    def _down(self, peer: Peer) -> None:
+        peer.connection = None
+        with self.boundary("on_peer_down"):
+            self._handler.on_peer_down(peer)
 
     def _detach(self, peer: Peer) -> None:
         if peer.connection is not None:
@@ -357,60 +435,65 @@ class LinkDialer(_Link):
         """Transport: the connection is gone."""
         if self.peer.connection is not None:
             self.peer.connection = None
-            self._handler.on_peer_down(self.peer)
+            with self.boundary("on_peer_down"):
+                self._handler.on_peer_down(self.peer)
 
-    def on_message(self, connection: Connection, frames: Sequence[Buffer], user_id: str) -> None:
-        """Transport: a message of the acceptor."""
-        if self._closed:
-            return
-        try:
-            frame = parse_frame(frames[0])
-            if frame.session != self.peer.session.session_id:
-                self.stats.drop("frame of another session")
-            elif frame.kind == wire.WELCOME:
-                self._on_welcome(frame)
-            elif frame.kind == wire.REFUSE:
-                self._on_refuse(frame)
-            elif frame.kind == wire.RESET:
-                self.peer.connection = None
-                self._greet(min_interval_s=0.1)
-            elif self.peer.connection is not None:
-                self._read(self.peer, frame, frames[1:], self._handler)
-            else:
-                self.stats.drop("frame before WELCOME")
-        except MalformedFrame as error:
-            self.stats.drop(error.evidence)
+    def _on_frame(self, connection: Connection, frame: Frame, frames: Sequence[Buffer], user_id: str) -> None:
+        if frame.session != self.peer.session.session_id:
+            self.stats.drop("frame of another session")
+        elif self._refused:
+            self.stats.drop("frame after REFUSE")
+        elif frame.kind == wire.WELCOME:
+            self._on_welcome(frame)
+        elif frame.kind == wire.REFUSE:
+            self._on_refuse(frame)
+        elif frame.kind == wire.RESET:
+            self.peer.connection = None
+            self._greet(min_interval_s=0.1)
+        elif self.peer.connection is not None:
+            self._read(self.peer, frame, frames, self._handler)
+        else:
+            self.stats.drop("frame before WELCOME")
 
     def _greet(self, min_interval_s: float = 0.0) -> None:
         now = self.loop.time()
         if self._refused or now - self._greeted_at < min_interval_s:
             return
         self._greeted_at = now
-        hello = {**self._hello(), "received": self.peer.session.received, "welcomed": self._welcomed}
-        frame = wire.pack_frame(wire.HELLO, self.peer.session.session_id, 0, 0, hello)
-        self.transport.send(DIALED, [frame])
+        with self.boundary("saying HELLO"):
+            hello = {**self._hello(), "received": self.peer.session.received, "welcomed": self._welcomed}
+            frame = wire.pack_frame(wire.HELLO, self.peer.session.session_id, 0, 0, hello)
+            self.transport.send(DIALED, [frame])
 
     def _on_welcome(self, frame: Frame) -> None:
         welcome = frame.payload
-        if type(welcome) is not dict or type(welcome.get("received")) is not int:
-            raise malformed("WELCOME carries no dict with 'received'")
+        if (
+            type(welcome) is not dict
+            or not is_natural(welcome.get("received"))
+            or type(welcome.get("grant")) is not dict
+        ):
+            raise malformed("WELCOME carries no dict with 'received' and 'grant'")
         if self.peer.connection is not None:
             return  # the answer to a HELLO that was sent twice
+        self.peer.session.resume(welcome["received"])
         self.peer.connection = DIALED
         self.peer.last_heard = self.loop.time()
-        self.peer.session.resume(welcome["received"])
-        if not self._welcomed:
+        resumed = self._welcomed
+        if not resumed:
             self._welcomed = True
-            self._handler.on_welcome(dict(welcome.get("grant") or {}))
-        self._handler.on_peer_up(self.peer, resumed=bool(welcome.get("resumed")))
+            with self.boundary("on_welcome"):
+                self._handler.on_welcome(welcome["grant"])
+        with self.boundary("on_peer_up"):
+            self._handler.on_peer_up(self.peer, resumed=resumed)
         self.peer.flush()
 
     def _on_refuse(self, frame: Frame) -> None:
         payload = frame.payload
-        if type(payload) is not list or len(payload) != 2:
+        if type(payload) is not list or len(payload) != 2 or type(payload[0]) is not str:
             raise malformed("REFUSE carries no reason")
-        refusal = Refusal(str(payload[0]), bool(payload[1]))
+        refusal = Refusal(payload[0], bool(payload[1]))
         self.peer.connection = None
         if refusal.final or self._welcomed:
             self._refused = True
-        self._handler.on_refused(refusal)
+        with self.boundary("on_refused"):
+            self._handler.on_refused(refusal)

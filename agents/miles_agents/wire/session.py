@@ -23,7 +23,8 @@ GOODBYE    0                             text: the reason
 
 ``ack`` is the highest number up to which everything was received. Invariants: numbers are given when an envelope is
 accepted, so order is decided once; an envelope is kept until acknowledged; a number is delivered once; a frame whose
-session differs is dropped, whoever sends it.
+session differs is dropped, whoever sends it; no frame of a peer, however wrong, makes this end forget what it never
+sent.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from miles_agents.wire.envelope import Envelope, envelope_from_plain, malformed
+from miles_agents.wire.envelope import Envelope, check_sendable, envelope_from_plain, is_natural, malformed
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -99,13 +100,16 @@ def parse_frame(data: Buffer) -> Frame:
     if type(plain) is not list or len(plain) != 6:
         raise malformed("a link frame is not an array of 6 fields")
     version, kind, session, seq, ack, payload = plain
-    if version != VERSION:
-        raise malformed(f"protocol version {version!r}, this side speaks {VERSION}")
+    if type(version) is not int or version != VERSION:
+        # Only a number is quoted: the repr of what a stranger nested deeply enough raises.
+        raise malformed(f"protocol version {version if is_natural(version) else '?'}, this side speaks {VERSION}")
     for number in (kind, session, seq, ack):
-        if type(number) is not int or number < 0:
+        if not is_natural(number):
             raise malformed("a numeric field of a link frame is not a natural number")
     if not HELLO <= kind <= GOODBYE:
-        raise malformed(f"unknown kind {kind} of link frame")
+        raise malformed("a link frame of unknown kind")
+    if kind in (DATA, RESEND) and seq == 0:
+        raise malformed("a number of an envelope is 0; they begin at 1")
     return Frame(kind, session, seq, ack, payload)
 
 
@@ -136,6 +140,7 @@ class Session:
         self._window_bytes = window_bytes
         self._window_messages = window_messages
         self._next_seq = 1
+        self._highest_sent = 0
         self._waiting: deque[Numbered] = deque()
         self._unacked: deque[Numbered] = deque()
         self._unacked_bytes = 0
@@ -158,7 +163,12 @@ class Session:
         return len(self._unacked) + len(self._waiting)
 
     def send(self, envelope: Envelope) -> None:
-        """Accept an envelope: give it its number and keep it until the peer has it."""
+        """Accept an envelope: give it its number and keep it until the peer has it.
+
+        Raises:
+            UnsendableMessage: no peer would take it. It got no number.
+        """
+        check_sendable(envelope)
         self._waiting.append(Numbered(self._next_seq, envelope, envelope.num_bytes))
         self._next_seq += 1
 
@@ -184,6 +194,7 @@ class Session:
             total += numbered.num_bytes
             plains.append(numbered.envelope.to_plain(now))
             buffers.extend(numbered.envelope.buffers)
+        self._highest_sent = max(self._highest_sent, self._unacked[-1].seq)
         head = pack_frame(DATA, self.session_id, first, self._acknowledge(), plains)
         return Batch(first, [head, *buffers])
 
@@ -196,14 +207,21 @@ class Session:
             self.stats.resent += 1
 
     def on_ack(self, ack: int) -> None:
-        """The peer has everything up to ``ack``."""
+        """The peer has everything up to ``ack``. Raises MalformedFrame if that was never sent; nothing changes then."""
+        if not 0 <= ack <= self._highest_sent:
+            raise malformed("a peer acknowledges what was never sent")
         while self._unacked and self._unacked[0].seq <= ack:
             self._unacked_bytes -= self._unacked.popleft().num_bytes
         while not self._unacked and self._waiting and self._waiting[0].seq <= ack:
             self._waiting.popleft()
 
+    def on_resend(self, seq: int) -> None:
+        """The peer misses ``seq``. Only the first number that it did not acknowledge can be missing: more is stale."""
+        if self._unacked and self._unacked[0].seq == seq:
+            self.rewind(seq)
+
     def resume(self, peer_received: int) -> None:
-        """The link is new; the peer has everything up to ``peer_received``."""
+        """The link is new; the peer has everything up to ``peer_received``. Raises MalformedFrame like ``on_ack``."""
         self.on_ack(peer_received)
         self.rewind(peer_received + 1)
         self._resend_asked_for = 0
@@ -211,7 +229,7 @@ class Session:
     # -- receiving -------------------------------------------------------------------------------------------
 
     def on_data(self, seq: int, envelopes: list[Envelope], num_bytes: int) -> list[Envelope]:
-        """Envelopes numbered from ``seq``; returns those that are new and in order."""
+        """Envelopes numbered from ``seq`` (at least 1); returns those that are new and in order."""
         if seq > self.received + 1:
             self.stats.gaps += 1
             return []
@@ -257,6 +275,6 @@ class Session:
         return len(self._unacked) < self._window_messages and self._unacked_bytes + num_bytes <= self._window_bytes
 
 
-def inline_bytes(frames: Sequence[Buffer]) -> int:
-    """Bytes of a message, for windows and counters."""
+def total_bytes(frames: Sequence[Buffer]) -> int:
+    """Bytes of a message with all its frames."""
     return sum(f.nbytes if isinstance(f, memoryview) else len(f) for f in frames)
