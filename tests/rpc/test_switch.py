@@ -1,0 +1,142 @@
+"""The switch: whoever cannot answer any more is answered for, and what the dead had asked for is stopped."""
+
+import asyncio
+
+import pytest
+from support.wired import eventually, virtual, wired
+
+from miles_agents.rpc.actor import Actor, endpoint
+from miles_agents.rpc.errors import NoSuchActor, WorkerDied
+from miles_agents.wire import envelope as wire
+
+
+class Worker(Actor):
+    """Waits until it is let go, or asks another to."""
+
+    def __init__(self):
+        self.seen = []
+        self.cancelled = []
+
+    @endpoint
+    async def wait(self, name):
+        self.seen.append(name)
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            self.cancelled.append(name)
+            raise
+
+    @endpoint
+    async def ask(self, other, name):
+        self.seen.append(name)
+        return await other.wait.call_one(name)
+
+    @endpoint
+    def echo(self, value):
+        return value
+
+    @endpoint
+    async def numbers(self):
+        for number in range(100):
+            yield number
+
+
+@virtual
+async def test_the_death_of_a_receiver_ends_all_its_calls_at_once():
+    async with wired() as net:
+        mesh = net.spawn(Worker, ranks=2)
+        one, group = mesh.slice(ranks=1).wait.call_one("one"), mesh.wait.call("group")
+        await eventually(lambda: len(net.actor(mesh, 1).seen) == 2)
+        before = net.loop.time()
+        net.kill(mesh, 1)
+        for future in (one, group):
+            with pytest.raises(WorkerDied, match=r"actors\[1\] died"):
+                await future
+        assert net.loop.time() - before < 1.0
+        await eventually(lambda: net.actor(mesh, 0).cancelled == ["group"])
+        assert len(net.switch.in_flight) == 0
+
+
+@virtual
+async def test_what_a_dead_sender_had_asked_for_is_stopped():
+    async with wired() as net:
+        first, second = net.spawn(Worker, name="first"), net.spawn(Worker, name="second")
+        future = first.ask.call_one(second, "orphan")
+        await eventually(lambda: net.actor(second).seen == ["orphan"])
+        net.kill(first)
+        with pytest.raises(WorkerDied):
+            await future
+        await eventually(lambda: net.actor(second).cancelled == ["orphan"])
+        # The answer finds nobody; it is dropped, and the other goes on.
+        await eventually(lambda: len(net.host(second).inbox) == 0)
+        assert await second.echo.call_one(1) == 1
+        assert net.switch.dropped == 1
+
+
+@virtual
+async def test_a_call_to_the_dead_is_answered_and_did_not_run():
+    async with wired() as net:
+        mesh = net.spawn(Worker, ranks=3)
+        net.kill(mesh, 1)
+        values = await mesh.options(return_exceptions=True).echo.call("v")
+        assert [values[0], values[2]] == ["v", "v"]
+        assert isinstance(values[1], NoSuchActor)
+        assert values[1].fields["may_have_run"] is False
+        with pytest.raises(NoSuchActor):
+            await mesh.slice(ranks=1).echo.broadcast("v")
+
+
+@virtual
+async def test_a_stream_of_the_dead_ends_with_the_death():
+    async with wired() as net:
+        mesh = net.spawn(Worker)
+        stream = mesh.numbers.call_one()
+        assert await anext(stream) == 0
+        net.kill(mesh)
+        with pytest.raises(WorkerDied):
+            async for _ in stream:
+                pass
+        assert net.switch.dropped == 0, "nobody credits a stream that is over"
+
+
+@virtual
+async def test_a_call_leaves_the_list_with_its_answer_of_any_kind():
+    async with wired() as net:
+        mesh = net.spawn(Worker, ranks=2)
+        await mesh.echo.call(1)
+        await mesh.echo.broadcast(1)
+        assert len([item async for item in mesh.numbers.stream()]) == 200
+        with pytest.raises(TypeError):
+            await mesh.echo.call()
+        await eventually(lambda: len(net.switch.in_flight) == 0)
+
+
+@virtual
+async def test_receivers_behind_one_hop_share_a_message():
+    async with wired() as net:
+        mesh = net.spawn(Worker, ranks=4)
+        hops = {}
+
+        class Node:
+            """Two ranks behind one way on, which answers for them."""
+
+            answers_for_itself = True
+
+            def __init__(self, name):
+                self.name = name
+
+            def send(self, envelope):
+                hops.setdefault(self.name, []).append(envelope)
+                for target in envelope.receivers():
+                    actors[target.rank].send(envelope.to([target]))
+
+        actors = {rank: net._hops[net.address(mesh, rank)] for rank in range(4)}
+        nodes = [Node("a"), Node("b")]
+        for rank in range(4):
+            net._hops[net.address(mesh, rank)] = nodes[rank // 2]
+        future = mesh.echo.call("v")
+        assert len(net.switch.in_flight) == 0, "the next switch keeps that list"
+        assert list(await future) == ["v"] * 4
+        assert {name: [len(e.receivers()) for e in sent] for name, sent in hops.items()} == {"a": [2], "b": [2]}
+        assert hops["a"][0].body is hops["b"][0].body
+        assert {e.kind for sent in hops.values() for e in sent} == {wire.CALL}
