@@ -1,9 +1,11 @@
 """The future of a call: from loops and threads, resolved once, cancelled when nobody waits any more."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
+import weakref
 
 import pytest
 from support.wired import eventually
@@ -183,6 +185,46 @@ async def test_a_callback_that_fails_disturbs_nobody(caplog):
     future.set_result(1)
     assert called == [future]
     assert "a callback of m.work failed" in caplog.text
+
+
+class Large:
+    """Something that should not live longer than it is used."""
+
+
+async def test_values_and_frames_are_freed_without_the_garbage_collector():
+    class Holder:
+        """Like the sink of a call: it has the future, and the future can cancel through it."""
+
+        def __init__(self):
+            self.future = CallFuture("m.work", self.cancel, threading.get_ident())
+
+        def cancel(self, wait): ...
+
+    async def look(futures):
+        local = Large()
+        freed.append(weakref.ref(local))
+        with contextlib.suppress(ValueError):
+            await futures.pop()
+        with contextlib.suppress(ValueError):
+            futures.pop().get()
+
+    freed = []
+    gc.disable()
+    try:
+        value = Large()
+        freed.append(weakref.ref(value))
+        good = [Holder().future for _ in range(2)]
+        bad = [Holder().future for _ in range(2)]
+        for future in good:
+            future.set_result(value)
+        for future in bad:
+            future.set_exception(ValueError())
+        del future, value
+        await look(good)
+        await look(bad)
+        assert [ref() for ref in freed] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 async def test_an_error_that_nobody_looked_at_is_logged(caplog):

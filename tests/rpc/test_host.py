@@ -1,8 +1,10 @@
 """The actor host on real threads: where endpoints run, in what order, how they are cancelled, and what they survive."""
 
 import asyncio
+import gc
 import logging
 import threading
+import weakref
 from contextvars import copy_context
 
 import numpy as np
@@ -447,6 +449,20 @@ async def test_large_arrays_travel_beside_the_body_both_ways():
         assert np.shares_memory(np.frombuffer(call.buffers[0]), array), "not copied"
         assert [memoryview(b).nbytes for b in reply.buffers] == [array.nbytes]
         assert len(call.body) + len(reply.body) < 500
+
+
+async def test_an_answer_is_freed_with_its_last_reference():
+    async with wired() as net:
+        mesh = net.spawn(Worker, threads=True, ranks=2)
+        gc.disable()
+        try:
+            one = await mesh.slice(ranks=0).echo.call_one(np.zeros(10))
+            many = await mesh.echo.call(np.zeros(10))
+            references = [weakref.ref(array) for array in (one, *many)]
+            del one, many
+            assert [reference() for reference in references] == [None] * 3
+        finally:
+            gc.enable()
 
 
 async def test_a_cancellation_of_what_is_over_or_never_came_changes_nothing():

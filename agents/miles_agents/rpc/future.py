@@ -59,7 +59,10 @@ class CallFuture(Generic[T]):
             except asyncio.CancelledError:
                 self._forsake(waiter)
                 raise
-        return self._take()
+        try:
+            return self._take()
+        finally:
+            del self  # an error's traceback leads here: no cycle that keeps the caller's frames alive
 
     def get(self, timeout_s: float | None = None) -> T:
         """Wait in this thread. ``timeout_s`` bounds the waiting only; the call goes on.
@@ -82,7 +85,10 @@ class CallFuture(Generic[T]):
                     advice="Wait longer, cancel the call, or look at the stack of the callee.",
                     may_have_run=True,
                 )
-        return self._take()
+        try:
+            return self._take()
+        finally:
+            del self  # see __await__
 
     def _wait(self, timeout_s: float | None) -> bool:
         with self._lock:
@@ -135,6 +141,7 @@ class CallFuture(Generic[T]):
                 return
             self._value, self._error = value, error
             self._done = True
+            self._cancel = _over  # whoever cancels has a reference to this future; values may be large
             waiters, self._waiters = self._waiters, []
             callbacks, self._callbacks = self._callbacks, []
         if self._event is not None:
@@ -149,8 +156,12 @@ class CallFuture(Generic[T]):
 
     def _take(self) -> T:
         self._seen = True
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del self, error  # see __await__
         value: T = self._value
         return value
 
@@ -172,6 +183,10 @@ class CallFuture(Generic[T]):
     def __del__(self) -> None:
         if self._error is not None and not self._seen:
             logger.warning("nobody looked at the error of %s: %s", self._label, self._error)
+
+
+def _over(_wait: bool) -> None:
+    return
 
 
 def wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:

@@ -101,9 +101,19 @@ class RpcNode:
         if context is not None and context.deadline is not None:
             deadline = context.deadline if deadline is None else min(deadline, context.deadline)
         trace = context.trace if context is not None else random.getrandbits(63)
-        flat = tuple(number for target in targets for number in target)
         envelope = Envelope(
-            wire.CALL, rid, self.address, mesh, flat, len(targets), method, deadline, flags, trace, body, list(buffers)
+            wire.CALL,
+            rid,
+            self.address,
+            mesh,
+            _flat(targets),
+            len(targets),
+            method,
+            deadline,
+            flags,
+            trace,
+            body,
+            list(buffers),
         )
         owing = {target.rank: target for target in targets}
         call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes)
@@ -131,7 +141,10 @@ class RpcNode:
 
     def send(self, envelope: Envelope) -> None:
         """Send an envelope on its way, after everything that this thread posted before."""
-        self.post(lambda: self._route(envelope))
+        if threading.get_ident() == self.thread and not self._posted:
+            self._route(envelope)
+        else:
+            self.post(lambda: self._route(envelope))
 
     def answer_error(
         self, request: Envelope, error: BaseException, *, source: Address | None = None, elapsed_s: float = 0.0
@@ -290,8 +303,7 @@ class RpcNode:
 
     def _tell(self, kind: int, call: OpenCall, receivers: Sequence[Target], *, size: int = 1) -> None:
         if receivers:
-            flat = tuple(number for target in receivers for number in target)
-            self._route(Envelope(kind, call.rid, self.address, call.mesh, flat, size, call.method))
+            self._route(Envelope(kind, call.rid, self.address, call.mesh, _flat(receivers), size, call.method))
 
     def _ended(self, call: OpenCall | None) -> None:
         if call is None:
@@ -315,6 +327,10 @@ class RpcNode:
                     self._route(held)
             finally:
                 self._ready.popleft()
+
+
+def _flat(targets: Sequence[Target]) -> tuple[int, ...]:
+    return tuple(targets[0]) if len(targets) == 1 else tuple(itertools.chain.from_iterable(targets))
 
 
 class _Failed:
