@@ -8,7 +8,8 @@ from functools import wraps
 from miles_agents.virtual_time import run_virtual
 from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, Address, Envelope
-from miles_agents.wire.link import Admission, LinkAcceptor, LinkDialer
+from miles_agents.wire.link import LinkAcceptor, LinkDialer
+from miles_agents.wire.link_handlers import Admission
 from miles_agents.wire.memory_transport import Faults, MemoryNetwork
 from miles_agents.wire.session import parse_frame
 from miles_agents.wire.transport import DIALED

@@ -6,7 +6,7 @@ import pytest
 from support.links import Acceptor, Dialer, Stranger, an_envelope, met, settled, virtual
 
 from miles_agents.wire import session as wire
-from miles_agents.wire.link import Refusal
+from miles_agents.wire.link_handlers import Refusal
 from miles_agents.wire.memory_transport import Faults, MemoryNetwork
 
 # -- HELLO -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from support.transports import Recorder
 from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, Address, Envelope
 from miles_agents.wire.frames import UnsendableMessage
-from miles_agents.wire.link import LinkDialer, LinkStats
+from miles_agents.wire.link import LinkDialer
+from miles_agents.wire.link_handlers import LinkStats
 from miles_agents.wire.memory_transport import MemoryNetwork
 
 # -- whoever is not who they say ---------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
-from miles_agents.wire.link import LinkDialer, Peer, Refusal
+from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link_handlers import Refusal
 from miles_agents.wire.transport import Transport
 
 logger = logging.getLogger(__name__)

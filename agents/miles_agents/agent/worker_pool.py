@@ -25,7 +25,8 @@ from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
 from miles_agents.wire.envelope import Address, Envelope, Target
-from miles_agents.wire.link import Admission, LinkAcceptor, Peer, Refusal
+from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link_handlers import Admission, Refusal
 from miles_agents.worker.spec import Birth, WorkerSpec
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope
-from miles_agents.wire.link import LinkDialer, Peer, Refusal
+from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link_handlers import Refusal
 from miles_agents.wire.transport import Transport
 from miles_agents.worker.construct import construct
 from miles_agents.worker.spec import Birth
