@@ -9,14 +9,14 @@ from contextvars import copy_context
 
 import numpy as np
 import pytest
-from support.wired import eventually, virtual, wired
+from support.wired import eventually, wired
 
 from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.context import current_actor, current_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NotAnActorProcess, NotAnEndpoint, WouldDeadlock
 from miles_agents.rpc.inflight import RequestKey
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel
+from miles_agents.wire.codec import CannotTravel, register_converter
 from miles_agents.wire.envelope import Envelope
 from miles_agents.wire.remote_error import RemoteError
 
@@ -155,43 +155,29 @@ class Worker(Actor):
         return [*found, current_actor().mesh_name]
 
     @endpoint
+    def slow_to_encode(self):
+        self.seen.append(SlowToEncode(self.release))
+        return self.seen[0]
+
+    @endpoint
     def double(self, array):
         return array * 2
 
 
-class Grouped(Actor):
-    """Counts how many of its endpoints overlap."""
+class SlowToEncode:
+    """Holds up the thread that encodes it."""
 
-    def __init__(self):
-        self.now = {"a": 0, "b": 0, None: 0}
-        self.most = {"a": 0, "b": 0, None: 0}
+    def __init__(self, release):
+        self.encoding = threading.Event()
+        self.release = release
 
-    async def enter(self, group):
-        self.now[group] += 1
-        self.most[group] = max(self.most[group], self.now[group])
-        for _ in range(5):
-            await asyncio.sleep(0)
-        self.now[group] -= 1
+    def to_plain(self):
+        self.encoding.set()
+        assert self.release.wait(WAIT_S)
+        return 0
 
-    @endpoint(group="a")
-    async def first(self):
-        await self.enter("a")
 
-    @endpoint(group="a")
-    async def second(self):
-        await self.enter("a")
-
-    @endpoint(group="b", thread="io")
-    async def third(self):
-        await self.enter("b")
-
-    @endpoint
-    async def free(self):
-        await self.enter(None)
-
-    @endpoint(group="a")
-    async def stuck(self):
-        await asyncio.get_running_loop().create_future()
+register_converter(SlowToEncode, "tests.slow", SlowToEncode.to_plain, lambda plain: plain)
 
 
 async def test_endpoints_run_on_the_thread_that_they_name():
@@ -243,6 +229,20 @@ async def test_a_running_sync_request_that_is_cancelled_lets_its_caller_go():
         assert await mesh.echo.call_one("after") == "after"
         assert net.actor(mesh).ended == [["x", True]]
         assert net.hub.calls.stats.late == late, "one end per request"
+
+
+async def test_a_request_that_is_cancelled_while_its_result_is_encoded_has_one_end():
+    async with wired() as net:
+        mesh = net.spawn(Worker, threads=True)
+        future = mesh.slow_to_encode.call_one()
+        await eventually(lambda: net.actor(mesh).seen and net.actor(mesh).seen[0].encoding.is_set())
+        future.cancel()
+        with pytest.raises(CallCancelled):
+            await future
+        await mesh.let_go.call_one()
+        await mesh.thread_name.call_one()
+        ends = [e.kind for e in net.sent if e.rid == net.sent[0].rid and e.kind in (wire.REPLY, wire.ERROR)]
+        assert ends == [wire.ERROR]
 
 
 @pytest.mark.parametrize("method", ["wait", "io_wait"])
@@ -326,36 +326,6 @@ async def test_waiting_on_the_io_thread_is_refused():
         caller, callee = net.spawn(Worker, threads=True), net.spawn(Worker, threads=True)
         with pytest.raises(WouldDeadlock, match="would wait for ever"):
             await caller.deadlock.call_one(callee)
-
-
-@virtual
-async def test_endpoints_of_a_group_exclude_each_other():
-    async with wired() as net:
-        mesh = net.spawn(Grouped)
-        names = ["first", "second", "third", "free"] * 4
-        await asyncio.gather(*[result(mesh.endpoint(name).call_one()) for name in names])
-        assert net.actor(mesh).most == {"a": 1, "b": 1, None: 4}
-
-
-@virtual
-async def test_a_request_that_waits_for_its_group_is_dropped_when_cancelled():
-    async with wired() as net:
-        mesh = net.spawn(Grouped)
-        stuck, waiting = mesh.stuck.call_one(), mesh.first.call_one()
-        await asyncio.sleep(1)
-        waiting.cancel()
-        with pytest.raises(CallCancelled) as caught:
-            await waiting
-        assert caught.value.fields["may_have_run"] is False
-        stuck.cancel()
-        with pytest.raises(CallCancelled):
-            await stuck
-        await mesh.second.call_one()
-        assert net.actor(mesh).most["a"] == 1
-
-
-async def result(future):
-    return await future
 
 
 async def test_a_sync_producer_stays_within_its_credit_and_stops_with_its_consumer():
@@ -477,3 +447,17 @@ async def test_a_cancellation_of_what_is_over_or_never_came_changes_nothing():
         assert len(net.sent) == sent
         assert RequestKey(net.hub.address, 999) not in host._credits
         assert await mesh.echo.call_one(2) == 2
+
+
+async def test_a_post_that_fails_does_not_hold_up_what_was_posted_behind_it(caplog):
+    async with wired() as net:
+        done = asyncio.Event()
+
+        def post_both():
+            net.hub.post(lambda: 1 / 0)
+            net.hub.post(done.set)
+
+        await asyncio.to_thread(post_both)
+        async with asyncio.timeout(30):
+            await done.wait()
+        assert "an action on the loop failed" in caplog.text

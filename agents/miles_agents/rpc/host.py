@@ -138,8 +138,6 @@ class ActorHost:
     def _start_task(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         task = loop.create_task(self._run_async(request), name=f"endpoint {request.endpoint.name}")
         request.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
-        if request.cancelled:
-            task.cancel()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
