@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from support.wired import eventually, wired
 
+from miles_agents.errors import MilesError, UserCodeError
 from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.context import current_actor, current_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NotAnActorProcess, NotAnEndpoint, WouldDeadlock
 from miles_agents.rpc.inflight import RequestKey
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel, register_converter
+from miles_agents.wire.codec import CannotTravel, encode, register_converter
 from miles_agents.wire.envelope import Envelope
 from miles_agents.wire.remote_error import RemoteError
 
@@ -106,6 +107,8 @@ class Worker(Actor):
             raise SystemExit(3)
         if what == "interrupt":
             raise KeyboardInterrupt
+        if what == "unwilling":
+            raise UnwillingError
         raise ValueError(what)
 
     @endpoint
@@ -162,6 +165,17 @@ class Worker(Actor):
     @endpoint
     def double(self, array):
         return array * 2
+
+
+class UnwillingError(MilesError):
+    """Can neither be described nor made from afar."""
+
+    code = "E-TEST-001"
+
+    def __init__(self): ...
+
+    def __setattr__(self, name, value):
+        raise OSError("no")
 
 
 class SlowToEncode:
@@ -365,6 +379,7 @@ async def test_a_generator_that_fails_gives_its_items_first():
         ("exit", RemoteError, "SystemExit"),
         ("interrupt", RemoteError, "KeyboardInterrupt"),
         ("plain", ValueError, "plain"),
+        ("unwilling", UserCodeError, "UnwillingError, which cannot be described"),
     ],
 )
 async def test_whatever_an_endpoint_raises_or_returns_is_answered_and_the_process_lives(method, what, kind, text):
@@ -374,6 +389,17 @@ async def test_whatever_an_endpoint_raises_or_returns_is_answered_and_the_proces
             await mesh.endpoint(method).call_one(what)
         assert await mesh.echo.call_one("alive") == "alive"
         assert await mesh.async_thread_name.call_one() == "async of actors[0]"
+
+
+async def test_an_error_that_cannot_be_rebuilt_ends_its_call_all_the_same():
+    async with wired() as net:
+        mesh = net.spawn(Worker, threads=True)
+        future = mesh.block.call_one()
+        body, _ = encode({"miles": {"lineage": [[UnwillingError.__module__, "UnwillingError"]]}})
+        net.hub.deliver(net.sent[0].answer(wire.ERROR, net.address(mesh), body))
+        with pytest.raises(MilesError, match="an error came that cannot be rebuilt here"):
+            await future
+        net.actor(mesh).release.set()
 
 
 async def test_a_one_way_request_that_fails_is_logged_where_it_ran(caplog):

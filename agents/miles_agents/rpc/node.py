@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from miles_agents.errors import MilesError
+from miles_agents.errors import MilesError, UserCodeError
 from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
 from miles_agents.rpc.context import find_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WindowFull
@@ -151,7 +151,11 @@ class RpcNode:
     ) -> None:
         """Answer a request with an exception; ``source`` where this node speaks for a receiver that cannot."""
         origin = self.origin(request.method, elapsed_s)
-        body, buffers = encode(describe_exception(error, origin, []), what="error")
+        try:
+            description = describe_exception(error, origin, [])
+        except Exception as trouble:  # noqa: BLE001 - boundary: a class of user code; its caller must be answered
+            description = describe_exception(_indescribable(error, trouble), origin, [])
+        body, buffers = encode(description, what="error")
         self.send(request.answer(wire.ERROR, source or self.address, body, list(buffers)))
 
     def origin(self, method: str, elapsed_s: float) -> Origin:
@@ -257,13 +261,14 @@ class RpcNode:
         described = self._decoded(envelope)
         if isinstance(described, _Failed):
             return described.error
-        if not isinstance(described, dict):
+        try:
+            return rebuild_exception(described)
+        except Exception as error:  # noqa: BLE001 - boundary: words of another process; the call has to end
             return MalformedBody(
-                "a message body cannot be read",
-                evidence=f"an error came as a {type(described).__name__}",
-                advice="Start all processes of a run from the same version of the code.",
+                "an error came that cannot be rebuilt here",
+                evidence=f"{type(error).__name__}: {error}; it was described as {described!r:.1000}",
+                advice="Start all processes of a run from the same version of the code; if they are, report this.",
             )
-        return rebuild_exception(described)
 
     def _on_error(self, rid: int, rank: int, incarnation: int, error: BaseException) -> None:
         call, stop = self.calls.error(rid, rank, incarnation, error)
@@ -349,6 +354,14 @@ def _naming_the_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> CannotT
         except CannotTravel as error:
             return error
     return None
+
+
+def _indescribable(error: BaseException, trouble: Exception) -> UserCodeError:
+    return UserCodeError(
+        f"the callee raised {type(error).__name__}, which cannot be described",
+        evidence=f"describing it raised {type(trouble).__name__}: {trouble}",
+        advice="Let the class call the constructor of its base, and keep its attributes readable.",
+    )
 
 
 def _hosts_nothing(envelope: Envelope, label: str) -> NoSuchActor:
