@@ -133,7 +133,9 @@ class Controller:
 
     async def dismiss(self, *names: str, reason: str) -> None:
         """Goodbye to the agents of these nodes: each ends its workers with their grace, says goodbye itself, and is
-        waited for, ``leave_timeout_s`` at most. What had its ranks there is stopped, not failed."""
+        waited for, ``leave_timeout_s`` at most. What had its ranks there is stopped, not failed. An agent that comes
+        (back) later is refused, until ``issue_key`` invites its node again."""
+        self.fabric.dismissed.update(dict.fromkeys(names, reason))
         nodes = [node for node in self.fabric.nodes if node.name in names]
         going = {node.name for node in nodes}
         for mesh in self._meshes.values():
@@ -190,6 +192,7 @@ class Controller:
     def issue_key(self, node: str) -> str:
         """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""
         self.fabric.expect(node)
+        self.fabric.dismissed.pop(node, None)
         if node not in self._keys:
             pair = KeyPair.generate()
             self.allowed.add(pair.public, node)

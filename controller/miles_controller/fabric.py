@@ -71,6 +71,7 @@ class Node:
         self.over: MilesError | None = None
         self.ended = asyncio.Event()
         self.facts: dict[str, Any] = {}
+        self.farewell = ""
         self._waiting: list[Envelope] = []
 
     @property
@@ -117,6 +118,7 @@ class Fabric:
         self.link = LinkAcceptor(self)
         self.workers: dict[tuple[int, int], WorkerRoute] = {}
         self.impostors = 0
+        self.dismissed: dict[str, str] = {}
         self._self_hop = LocalHop(self.node)
         self._observer = observer
         self._allow = allow
@@ -234,6 +236,8 @@ class Fabric:
         for incarnation in hello.get("fenced") or ():
             cause = "its agent fenced itself, ended everything and joins again"
             self._apply(membership.Evidence(name, int(incarnation), cause))
+        if name in self.dismissed:
+            return Refusal(f"the run does not want this node any more: {self.dismissed[name]}")
         self._apply(membership.Hello(name, str(session_id), info))
         node = self._by_session.get(session_id)
         if node is None:
@@ -291,6 +295,7 @@ class Fabric:
         """An agent leaves in good order: everything of it has ended."""
         node = self._by_peer.get(peer)
         if node is not None:
+            node.farewell = reason
             self._apply(membership.Goodbye(node.name, node.incarnation))
 
     # -- membership ------------------------------------------------------------------------------------------
@@ -315,7 +320,8 @@ class Fabric:
                     story = self.membership.describe(name, now)
                     self._end(name, cause, story)
                 case membership.NodeGone(name, _):
-                    self._end(name, "it said goodbye", "")
+                    node = self.find(name)
+                    self._end(name, f"it said goodbye: {node.farewell if node is not None else ''}", "")
 
     def _welcome(self, name: str, session_id: int, incarnation: int) -> None:
         seat = self._seats[name]

@@ -171,11 +171,10 @@ def known(pid: int) -> ProcessIdentity:
 
 
 class Proxy:
-    """A TCP forwarder between agents and controller whose wires can be cut and stalled. Use as a context manager."""
+    """A TCP forwarder between agents and controller whose wires can be cut and stalled. A context manager."""
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.removeprefix("tcp://").rpartition(":")
-        self._target = (host, int(port))
+    def __init__(self) -> None:
+        self._target = ("", 0)
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -197,6 +196,12 @@ class Proxy:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def lead_to(self, controller: Controller) -> str:
+        """Forward to this controller; returns where its agents are to dial."""
+        host, _, port = controller.address.removeprefix("tcp://").rpartition(":")
+        self._target = (host, int(port))
+        return self.address
 
     def cut(self) -> None:
         """Reset all connections, and every new one, until ``heal``."""

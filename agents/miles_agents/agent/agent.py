@@ -262,6 +262,8 @@ class Agent:
         elif refusal.final:
             self._finish(AgentRefused.because(self, refusal.reason))
         else:
+            # Its WELCOME may have been lost and its incarnation be over by now; another session can still be welcome.
+            self.link.renew_session(random.SystemRandom().getrandbits(63))
             self._turned_away = refusal.reason
 
     def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:

@@ -331,6 +331,11 @@ class LinkDialer(_Link):
             self.peer.control(wire.BEAT, payload, seq=self.peer.session.last_sent)
         return self._num_beats
 
+    def renew_session(self, session_id: int) -> None:
+        """Say the next HELLO as somebody new. Only after a refusal, and before the first WELCOME: nothing is lost."""
+        assert not self._welcomed
+        self.peer.session = Session(session_id)
+
     def on_up(self, connection: Connection) -> None:
         """Transport: connected (again)."""
         self.peer.connection = None
