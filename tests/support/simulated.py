@@ -19,7 +19,10 @@ class SimulatedCluster:
     ``cluster.told`` holds every event of the controller with the virtual time at which it happened.
     """
 
-    def __init__(self, num_nodes=2, *, cpu_slots=8, seed=0, timings=None, join=True, latency_s=0.0002, **config):
+    def __init__(
+        self, num_nodes=2, *, cpu_slots=8, seed=0, timings=None, join=True, latency_s=0.0002, join_timeout_s=60.0,
+        **config,
+    ):  # fmt: skip
         self.timings = timings or Timings()
         self.names = [f"node-{index}" for index in range(num_nodes)]
         self.network = MemoryNetwork(seed=seed, latency_s=latency_s)
@@ -31,6 +34,7 @@ class SimulatedCluster:
         self.told = []
         self._cpu_slots = cpu_slots
         self._join = join
+        self._join_timeout_s = join_timeout_s
 
     def _listen(self, link):
         allowed = self.controller.allowed
@@ -63,6 +67,7 @@ class SimulatedCluster:
         """A node that has not been started. ``key_of``: whose key it uses, if not its own."""
         key = AgentKey.from_line(self.controller.issue_key(key_of or name))
         info = simulated_info(name, cpu_slots=self._cpu_slots)
+        options.setdefault("join_timeout_s", self._join_timeout_s)
         return SimulatedNode(
             self.network, info, controller=CONTROLLER, user_id=key.own.public, timings=self.timings, **options
         )

@@ -96,12 +96,15 @@ class Agent:
         self.uplink = _Uplink(self.link)
         self.switch = Switch(self._resolve)
         self._lease: Lease | None = None
+        self._lease_timer: asyncio.TimerHandle | None = None
+        self._host: ActorHost | None = None
         self.node: RpcNode | None = None
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
         self._turned_away = ""
+        self._early: list[Envelope] | None = []
 
     @property
     def address(self) -> Address:
@@ -124,6 +127,7 @@ class Agent:
             async with asyncio.TaskGroup() as tasks:
                 self.workers.tasks = tasks
                 self.orders.tasks = tasks
+                self._serve_what_waited()
                 beating = tasks.create_task(self._beat_forever(), name="beats")
                 logs = tasks.create_task(self.workers.logs.run(), name="logs")
                 polling = tasks.create_task(self._poll_logs(), name="log tails")
@@ -137,6 +141,10 @@ class Agent:
             return self._verdict()
         finally:
             self.link.close()
+            if self._lease_timer is not None:
+                self._lease_timer.cancel()
+            if self._host is not None:
+                self._host.close()
             if self.workers is not None:
                 self.workers.close()
             if self.node is not None:
@@ -207,7 +215,8 @@ class Agent:
 
     def on_envelope(self, peer: Peer, envelope: Envelope) -> None:
         """From the controller: for this agent or one of its workers, and for nobody else."""
-        if self.node is None or self.workers is None:
+        if self._early is not None:  # an order can be in the same batch as the WELCOME
+            self._early.append(envelope)
             return
         receivers = envelope.receivers()
         here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
@@ -217,6 +226,11 @@ class Agent:
             for target in receivers:
                 if target not in here:
                     self._answer_unknown(envelope, target)
+
+    def _serve_what_waited(self) -> None:
+        waited, self._early = self._early, None
+        for envelope in waited or ():
+            self.on_envelope(self.link.peer, envelope)
 
     def _answer_unknown(self, envelope: Envelope, target: Target) -> None:
         assert self.node is not None and self.workers is not None
@@ -247,7 +261,7 @@ class Agent:
         logs = LogForwarder(self.parts.info.node, self._send_logs(controller))
         self.workers = WorkerPool(self, controller, logs)
         self.orders = Orders(self, controller)
-        host = ActorHost(self.node, InlineExecutors(self.loop))
+        host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
         for name, function in self.orders.endpoints().items():
             host.bind(EndpointInfo(name, "io", True, False), function)
         self._lease = Lease.start(
@@ -316,7 +330,7 @@ class Agent:
         return send
 
     def _lease_event(self, event: leases.Event) -> None:
-        if self._lease is None:
+        if self._lease is None or self._over.done():
             return
         self._lease, effects = leases.step(self._lease, event, self.loop.time())
         for effect in effects:
@@ -324,6 +338,11 @@ class Agent:
                 self._finish(effect)
             elif isinstance(effect, leases.Suspect):
                 logger.warning("no beat was answered by the controller for %.1f s", effect.silence_s)
+        # Not with the next beat: the node is somebody else's soon after the lease is over.
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+        if not self._over.done():
+            self._lease_timer = self.loop.call_at(self._lease.next_tick, self._lease_event, Tick())
 
     def _finish(self, over: Fence | MilesError) -> None:
         if not self._over.done():
