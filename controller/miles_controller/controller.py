@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from miles_agents.errors import ConfigError, MilesError
+from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.errors import ControllerLost, NoSuchActor, WorkerDied
 from miles_agents.rpc.host import ActorHost
@@ -48,18 +48,12 @@ from miles_controller.nodes_missing import NodesMissing, nodes_missing
 from miles_controller.placement import InfeasiblePlacement, Inventory, Placement, Request, Slot, place
 from miles_controller.policy import Policy
 from miles_controller.reports import Reports
-from miles_controller.services import ServiceHandle, ServiceKeeper
+from miles_controller.services import NameTaken, ServiceHandle, ServiceKeeper
 from miles_controller.status_server import StatusServer
 
 __all__ = ["Controller", "ControllerConfig", "NodesMissing"]
 logger = logging.getLogger(__name__)
 _OVERDUE_CHECK_S = 5.0
-
-
-class NameTaken(ConfigError):
-    """Two meshes or services of one run cannot share a name."""
-
-    code = "E-MESH-002"
 
 
 class Controller:
@@ -176,6 +170,7 @@ class Controller:
         endpoints: dict[str, Callable[..., Any]] = {
             **reports.endpoints(),
             "lock_acquire": self.locks.acquire,
+            "lock_give_up": self.locks.give_up,
             "lock_release": self.locks.release,
             "lookup": self._lookup,
         }

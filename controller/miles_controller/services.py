@@ -25,6 +25,12 @@ class NoSuchNode(ConfigError):
     code = "E-NODE-003"
 
 
+class NameTaken(ConfigError):
+    """Two meshes or services of one run cannot share a name."""
+
+    code = "E-MESH-002"
+
+
 class ServiceHandle:
     """One service. ``url`` is where its first port listens, as seen from the cluster."""
 
@@ -48,7 +54,8 @@ class ServiceHandle:
 
     async def stop(self, why: str = "its owner stopped it") -> None:
         """End it for good; returns when nothing of it runs any more."""
-        await self._keeper.order(self._node, "stop_service", self.name, why)
+        if self._node.over is None:  # else it has ended together with its node
+            await self._keeper.order(self._node, "stop_service", self.name, why)
 
     async def pause(self) -> None:
         """Do not probe its health until ``resume``."""
@@ -93,9 +100,16 @@ class ServiceKeeper:
         ``cwd``, ``health_path``, ``health_port``, ``expected_status``, ``numbers``.
 
         Raises:
-            NoSuchNode; CannotStart, ServiceDied, ServiceNotReady: with the last lines of its log; nothing is left.
+            NoSuchNode, NameTaken; CannotStart, ServiceDied, ServiceNotReady: with the last lines of its log, and
+                nothing is left.
         """
         place = self._node(node)
+        if (place.name, name) in self._services:
+            raise NameTaken(
+                f"there is a service {name!r} on {place.name} already",
+                evidence=f"its phase is {self._services[place.name, name].phase}",
+                advice="Stop it first, or choose another name or node.",
+            )
         handle = ServiceHandle(self, name, place)
         handle.host = str(options.get("host", handle.host))
         self._services[place.name, name] = handle
@@ -113,7 +127,9 @@ class ServiceKeeper:
         return handle
 
     async def order(self, node: Node, order: str, *args: Any) -> Any:
-        """Tell the agent of a service."""
+        """Tell the agent of a service. Raises NodeLost if that is gone."""
+        if node.over is not None:
+            raise node.over
         agent = self._controller.fabric.agent(node).options(timeout_s=_ORDER_S)
         return await agent.endpoint(order).call_one(*args)
 

@@ -27,6 +27,7 @@ import psutil
 
 from miles_agents.agent.reaper import EXIT_NOT_CLEAN
 from miles_agents.errors import EnvironmentFault
+from miles_agents.runtime_dir import sweep
 from miles_agents.timings import Timings
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ class LocalAgents:
             for agent in self._running():
                 asyncio.get_running_loop().remove_reader(agent.pidfd)
                 os.close(agent.pidfd)
+        sweep()  # an agent that was killed could not remove its runtime directory
         if forced:
             raise AgentWouldNotStop(
                 "local agents had to be killed together with their reapers",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_agents.agent import service_life
-from miles_agents.agent.logs import last_lines
-from miles_agents.agent.service import Service, ServiceChange, ServiceSpec
+from miles_agents.agent.logs import last_lines, last_words
+from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
 from miles_agents.errors import ConfigError, PeerFault
 from miles_agents.rpc.context import current_call
 from miles_agents.rpc.errors import DeadlineExceeded
@@ -173,8 +173,11 @@ class Orders:
             deadline = self.agent.loop.time() + ready_timeout_s
             try:
                 await service.wait_for(service_life.Phase.READY, deadline=deadline)
-            except BaseException:
+            except BaseException as error:
                 service.stop("it did not become ready")
+                await asyncio.wait([task])  # nothing of it is left when the caller hears of it
+                if isinstance(error, TimeoutError):
+                    raise _not_ready(service, ready_timeout_s) from None
                 raise
         return self._describe(service)
 
@@ -287,6 +290,16 @@ def _for_controller(name: str, order: Callable[..., Awaitable[Any]]) -> Callable
         return await order(*args)
 
     return guarded
+
+
+def _not_ready(service: Service, timeout_s: float) -> ServiceNotReady:
+    spec = service.spec
+    return ServiceNotReady(
+        f"service {spec.name!r} was not healthy within {timeout_s:g} s and was ended",
+        evidence=f"GET {spec.health_path} did not answer {spec.expected_status}; its last lines ({spec.log_path}):\n"
+        + last_words(last_lines(spec.log_path)),
+        advice="Give it more time with ready_timeout_s, or look in its log for what it waits for.",
+    )
 
 
 def _not_offered(order: str) -> NotOffered:
