@@ -21,9 +21,9 @@ class LockService:
         self._waiting: dict[Waiter, asyncio.Future[int | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    async def acquire(self, name: str, hold_s: float | None) -> int:
-        """Endpoint: wait for the lock; returns the token. Giving up the call gives up the place in the queue."""
-        waiter = _caller()
+    async def acquire(self, name: str, hold_s: float | None, ticket: int) -> int:
+        """Endpoint: wait for the lock; returns the token. ``ticket`` is the caller's own number for this request."""
+        waiter = Waiter(Holder(*current_call().source), -ticket)  # below 0, where the numbers of releases are not
         granted = self._expect(waiter)
         self._step(Acquire(name, waiter, hold_s))
         try:
@@ -36,9 +36,14 @@ class LockService:
         assert token is not None
         return token
 
+    async def give_up(self, ticket: int) -> None:
+        """Endpoint: the request ended without its caller seeing a grant; one that was made is taken back."""
+        self._step(Cancel(Waiter(Holder(*current_call().source), -ticket)))
+
     async def release(self, name: str, token: int) -> None:
         """Endpoint: give it back. Raises StaleLockToken."""
-        caller = _caller()
+        call = current_call()
+        caller = Waiter(Holder(*call.source), call.rid)
         released = self._expect(caller)
         self._step(Release(name, caller, token))
         try:
@@ -91,8 +96,3 @@ class LockService:
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-
-
-def _caller() -> Waiter:
-    call = current_call()
-    return Waiter(Holder(*call.source), call.rid)

@@ -62,7 +62,8 @@ class Worker(Actor):
 def controller_of(net):
     """The hub as the controller: its handle, and its locks."""
     host, locks = ActorHost(net.hub, InlineExecutors(net.loop)), LockService()
-    for name, function in (("lock_acquire", locks.acquire), ("lock_release", locks.release)):
+    served = {"lock_acquire": locks.acquire, "lock_give_up": locks.give_up, "lock_release": locks.release}
+    for name, function in served.items():
         host.bind(EndpointInfo(name, "io", is_async=True, is_generator=False), function)
     info = MeshInfo(CONTROLLER_MESH, "controller", {0: net.hub.address.incarnation})
     return ActorMesh.from_plain(ActorMesh(info, Shape.of(controller=1)).to_plain()), locks
@@ -135,3 +136,17 @@ async def test_without_a_way_to_the_controller_it_says_so():
         assert "lonely[0]" in caught.value.evidence
     with pytest.raises(NotAnActorProcess, match="no actor here"):
         Lock("weights").acquire()
+
+
+@virtual
+async def test_a_grant_that_crosses_the_callers_deadline_is_taken_back():
+    async with wired() as net:
+        handle, locks = controller_of(net)
+        log = []
+        mesh = net.spawn(Worker, log, handle, ranks=2)
+        net.delay_s = 0.5
+        await mesh.slice(ranks=0).wait_at_most.call_one(0.7)  # granted at 0.5, told at 1.0, given up at 0.7
+        assert log == ["gave up"]
+        await mesh.slice(ranks=1).wait_at_most.call_one(20.0)
+        assert log == ["gave up", "got it"]
+        await eventually(lambda: locks.snapshot() == {})

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
+from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NotAnEndpoint, WorkerDied
 from miles_agents.timings import InvalidTimings, Timings
 from miles_agents.wire.codec import decode, encode, register_type
 from miles_agents.wire.remote_error import Origin, RemoteError, describe_exception, rebuild_exception
@@ -344,3 +345,22 @@ def test_forged_descriptions_give_an_error_and_do_not_raise(data, name):
         assert isinstance(got, MilesError)
         assert str(got)
         assert describe_exception(got, None, [])
+
+
+def test_every_error_of_ours_arrives_as_itself():
+    """Also those that are builtin errors too, such as a deadline that is a TimeoutError."""
+    for cls in (DeadlineExceeded, NotAnEndpoint, WorkerDied, CallCancelled):
+        error = cls("what", evidence="why", advice="do", may_have_run=True)
+        rebuilt = rebuild_exception(describe_exception(error, None, []))
+        assert type(rebuilt) is cls
+        assert (str(rebuilt), rebuilt.fields) == (str(error), {"may_have_run": True})
+    assert isinstance(rebuild_exception(describe_exception(DeadlineExceeded("late"), None, [])), TimeoutError)
+
+
+def test_an_error_of_ours_that_forgot_its_base_still_travels():
+    class Sloppy(MilesError):
+        def __init__(self):
+            Exception.__init__(self, "sloppy")
+
+    rebuilt = rebuild_exception(describe_exception(Sloppy(), None, []))
+    assert isinstance(rebuilt, MilesError)

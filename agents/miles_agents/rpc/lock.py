@@ -7,12 +7,15 @@ reentrant. ``token`` grows with every grant: hand it to whatever the lock protec
 
 from __future__ import annotations
 
+import itertools
 from types import TracebackType
 
 from miles_agents.rpc.context import current_actor, find_actor
 from miles_agents.rpc.errors import NotAnActorProcess
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
+
+_tickets = itertools.count(1)
 
 
 class Lock:
@@ -42,7 +45,15 @@ class Lock:
     def acquire(self) -> CallFuture[int]:
         """Ask for it; the future brings the token."""
         controller = self._handle().options(timeout_s=self._timeout_s)
-        future: CallFuture[int] = controller.endpoint("lock_acquire").call_one(self.name, self._hold_s)
+        ticket = next(_tickets)
+        future: CallFuture[int] = controller.endpoint("lock_acquire").call_one(self.name, self._hold_s, ticket)
+
+        def give_up_unless_granted(over: CallFuture[int]) -> None:
+            # The grant may be on its way while the deadline or a cancellation ends the call: nobody would release it.
+            if over.exception() is not None:
+                controller.endpoint("lock_give_up").broadcast(ticket)
+
+        future.add_done_callback(give_up_unless_granted)
         return future
 
     def release(self, token: int) -> CallFuture[None]:

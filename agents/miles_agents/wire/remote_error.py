@@ -112,7 +112,7 @@ def rebuild_exception(data: Mapping[str, Any]) -> MilesError:
 
 def _describe_ours(exc: MilesError) -> dict[str, Any]:
     lineage = [[c.__module__, c.__qualname__] for c in type(exc).__mro__ if issubclass(c, MilesError)]
-    kept = {str(k): p for k, v in exc.fields.items() if (p := packed(v)) is not None}
+    kept = {str(k): p for k, v in getattr(exc, "fields", {}).items() if (p := packed(v)) is not None}
     texts = {k: shorten(str(getattr(exc, k, "")), 65536) for k in ("code", "what", "evidence", "advice")}
     return {**texts, "fields": kept, "lineage": lineage}
 
@@ -124,7 +124,7 @@ def _rebuild_ours(data: Mapping[str, Any], ours: Mapping[str, Any]) -> MilesErro
         if found is not None and issubclass(found, MilesError) and not issubclass(found, RemoteError):
             cls = found
             break
-    error = _make(cls, MilesError)
+    error = _make(cls, _native_base(cls))
     error.what, error.evidence, error.advice = (_text(ours, k) for k in ("what", "evidence", "advice"))
     error.args = (error.what,)
     error.fields = _unpack_all(ours.get("fields"))
