@@ -27,6 +27,7 @@ from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode
 from miles_agents.wire.envelope import Address, Envelope, Target
+from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
 
 logger = logging.getLogger(__name__)
@@ -222,11 +223,18 @@ class RpcNode:
             self._deadlines[call.rid] = self.loop.call_at(envelope.deadline, self._expire, call.rid)
         may_go = window.admit(call.rid, call.num_bytes)
         if may_go and not self._ready:
-            self._route(envelope)
+            self._launch(envelope)
             return
         self._held[call.rid] = envelope
         if may_go:
             self._ready.append(call.rid)
+
+    def _launch(self, envelope: Envelope) -> None:
+        """Send a call; one that no peer would take fails here, and not by its deadline."""
+        try:
+            self._route(envelope)
+        except UnsendableMessage as error:
+            self._ended(self.calls.fail(envelope.rid, error)[0])
 
     def _on_answer(self, envelope: Envelope, rank: int, incarnation: int) -> None:
         rid, kind = envelope.rid, envelope.kind
@@ -329,7 +337,7 @@ class RpcNode:
             held = self._held.pop(self._ready[0], None)
             try:
                 if held is not None:
-                    self._route(held)
+                    self._launch(held)
             finally:
                 self._ready.popleft()
 
