@@ -27,6 +27,7 @@ from typing import Any
 
 from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
+from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, NoSuchActor, WorkerDied
 from miles_agents.rpc.host import ActorHost
 from miles_agents.rpc.inline import InlineExecutors
@@ -301,9 +302,9 @@ class Controller:
         return [parts[0] for parts in placement.slots[name]]
 
     def find_mesh(self, name: str) -> OwnedMesh | None:
-        """The living mesh of that name."""
+        """The living mesh of that name; None also while it is being started."""
         supervisor = self._meshes.get(name)
-        return supervisor.handle if supervisor is not None else None
+        return supervisor.handle if supervisor is not None and supervisor.has_started else None
 
     def supervisor_of(self, mesh: int) -> MeshSupervisor | None:
         """For the reports of agents."""
@@ -335,10 +336,11 @@ class Controller:
 
     async def _lookup(self, name: str) -> ActorMesh:
         supervisor = self._meshes.get(name)
-        if supervisor is None:
+        if supervisor is None or not supervisor.has_started:
+            started = [mesh.name for mesh in self._meshes.values() if mesh.has_started]
             raise NoSuchActor(
-                f"there is no mesh {name!r}",
-                evidence=f"meshes: {', '.join(self._meshes) or 'none'}",
+                f"there is no mesh {name!r}" if supervisor is None else f"mesh {name!r} is still being started",
+                evidence=f"meshes: {', '.join(started) or 'none'}",
                 advice="Spawn it first, or check the name.",
                 may_have_run=False,
             )
@@ -379,7 +381,8 @@ class Controller:
 
     def background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a task for as long as the controller lives; its failure is an event."""
-        task = self.fabric.loop.create_task(work, name=name)
+        # It may be begun by a report, whose deadline is not its own.
+        task = self.fabric.loop.create_task(work, name=name, context=outside_of_calls())
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
         return task

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,11 @@ class MeshSupervisor:
         self._timer: asyncio.TimerHandle | None = None
         self._respawns: dict[int, asyncio.Task[None]] = {}
 
+    @property
+    def has_started(self) -> bool:
+        """Whether all ranks were constructed once: from then on there are handles."""
+        return self._supervision is not None
+
     # -- starting --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -143,14 +148,13 @@ class MeshSupervisor:
             async with asyncio.TaskGroup() as tasks:
                 for rank in self.ranks:
                     tasks.create_task(self._start_process(rank))
-            self._note_endpoints((await self._construct(self.handle))[0])
+            self._note_endpoints(await self._construct(self.ranks))
         except BaseException as error:
             await asyncio.shield(self._give_up())
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
-        incarnations = {rank.rank: rank.incarnation for rank in self.ranks}
-        self._supervision = Supervision.start(self.policy, incarnations)
+        self._supervision = Supervision.start(self.policy, self.info.incarnations)
         for rank in self.ranks:
             if rank.state == "dead":  # died between its construction and now
                 self._step(policies.RankDied(rank.rank, rank.incarnation, rank.evidence))
@@ -171,7 +175,6 @@ class MeshSupervisor:
         spec = self._spec(rank)
         address = Address(self.mesh, rank.rank, rank.incarnation)
         controller.fabric.workers[self.mesh, rank.rank] = WorkerRoute(address, node, spec.label)
-        self.info.incarnations[rank.rank] = rank.incarnation
         agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
         started = await agent.endpoint("start_worker").call_one(spec.to_plain())
         rank.pid, rank.log = started["pid"], started["log"]
@@ -196,10 +199,17 @@ class MeshSupervisor:
             bind_numa=plan.bind_numa,
         )
 
-    def _construct(self, ranks: ActorMesh) -> Awaitable[Any]:
+    async def _construct(self, ranks: Sequence[Rank]) -> list[Any]:
+        """Make the actors of processes that are up, and only then let callers see them. Returns the endpoints."""
         plan = self.plan
-        timed = ranks.options(timeout_s=plan.start_timeout_s)
-        return timed.endpoint("__construct__").call(plan.where, list(plan.args), plan.kwargs)
+        born = {rank.rank: rank.incarnation for rank in ranks}
+        shape = Shape.of(ranks=len(self.shape)).slice(ranks=slice(ranks[0].rank, ranks[-1].rank + 1))
+        mesh = ActorMesh(MeshInfo(self.mesh, self.name, born), shape, self.controller.fabric.node)
+        timed = mesh.options(timeout_s=plan.start_timeout_s)
+        made = await timed.endpoint("__construct__").call(plan.where, list(plan.args), plan.kwargs)
+        self.info.incarnations.update(born)
+        endpoints: list[Any] = made[0]
+        return endpoints
 
     def _note_endpoints(self, plain: list[Any]) -> None:
         self.info.endpoints = {info.name: info for info in map(endpoint_from_plain, plain)}
@@ -349,7 +359,7 @@ class MeshSupervisor:
             await asyncio.sleep(max(0.0, at - self.loop.time()))
             self._move_if_lost(rank)
             await self._start_process(rank)
-            await self._construct(self.handle.flatten("ranks").slice(ranks=slice(rank_number, rank_number + 1)))
+            await self._construct([rank])
         except MilesError as error:
             await self._end_rank(rank, "its respawn failed", 0.0)
             rank.state = "dead"
@@ -357,11 +367,13 @@ class MeshSupervisor:
             return
         finally:
             self._respawns.pop(rank_number, None)
-        if rank.state == "starting":
-            rank.state = "up"
+        self._step(policies.RankStarted(rank_number, rank.incarnation))
+        if rank.state == "dead":  # died between its construction and now
+            self._step(policies.RankDied(rank_number, rank.incarnation, rank.evidence))
+            return
+        rank.state = "up"
         text = f"restarted as incarnation {rank.incarnation}, pid {rank.pid} on {rank.slot.node}"
         self.controller.events.emit("worker_restarted", f"{self.name}[{rank_number}]", text)
-        self._step(policies.RankStarted(rank_number, rank.incarnation))
 
     def _move_if_lost(self, rank: Rank) -> None:
         if self.controller.fabric.find(rank.slot.node) is None:

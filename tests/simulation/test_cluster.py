@@ -60,6 +60,16 @@ def test_the_callee_sees_who_asked():
     simulate(story)
 
 
+def test_calls_of_a_task_that_outlives_its_call_do_not_inherit_the_deadline_of_that():
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe)
+            await mesh.options(timeout_s=1.0).greet_later.call_one(mesh, 5.0)
+            assert await mesh.greeted.call_one() == ["hello, later"]
+
+    simulate(story)
+
+
 def test_an_actor_finds_a_mesh_by_name_and_learns_of_names_that_are_none():
     async def story():
         async with SimulatedCluster(2) as cluster:
@@ -67,6 +77,20 @@ def test_an_actor_finds_a_mesh_by_name_and_learns_of_names_that_are_none():
             await cluster.controller.spawn("sought", Probe, dims={"ranks": 3})
             assert len(await seeker.find_and_ask.call_one("sought")) == 3
             assert isinstance(await outcome(seeker.find_and_ask.call_one("nobody")), NoSuchActor)
+
+    simulate(story)
+
+
+def test_a_mesh_that_is_being_started_cannot_be_found_yet():
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            seeker = await cluster.controller.spawn("seeker", Probe)
+            spawning = asyncio.create_task(cluster.controller.spawn("late", Probe))
+            await asyncio.sleep(0.005)
+            assert "still being started" in str(await outcome(seeker.find_and_ask.call_one("late")))
+            assert cluster.controller.find_mesh("late") is None
+            await spawning
+            assert len(await seeker.find_and_ask.call_one("late")) == 1
 
     simulate(story)
 

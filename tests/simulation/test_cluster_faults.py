@@ -50,6 +50,27 @@ def test_a_killed_worker_fails_the_calls_on_it_within_milliseconds_and_no_others
     simulate(story)
 
 
+@pytest.mark.parametrize("age_s", [100.0, 129.999, 130.5, 1000.0])
+def test_the_death_of_a_worker_is_told_however_old_it_is(age_s):
+    """The order that started it had a deadline of 130 s; neither its report nor its successor may inherit that."""
+
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            policy = Policy(on_death="restart", backoff_s=0.1)
+            mesh = await cluster.controller.spawn("m", Probe, policy=policy, start_timeout_s=120.0)
+            for _ in range(2):
+                await asyncio.sleep(age_s)
+                killed_at = cluster.now
+                cluster.told.clear()
+                cluster.worker(mesh, 0).kill_9()
+                died_at, _ = await cluster.event("worker_died")
+                assert died_at - killed_at < 0.005
+                back_at, _ = await cluster.event("worker_restarted")
+                assert back_at - killed_at < 1.0
+
+    simulate(story)
+
+
 def test_policy_fail_tells_the_owner_and_leaves_the_others_alone():
     async def story():
         async with SimulatedCluster(2) as cluster:
@@ -78,6 +99,40 @@ def test_policy_restart_brings_a_new_incarnation_and_old_handles_are_refused():
             assert await seeker.ask_stale.call_one(old) == StaleHandle.code
             assert len(await seeker.find_and_ask.call_one("m")) == 8
             assert await mesh.slice(hosts=1, gpus=2).greet.call_one("x") == "welcome back, x"
+
+    simulate(story)
+
+
+def test_a_rank_that_comes_back_is_not_called_before_its_actor_is_there():
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe, policy=Policy(on_death="restart", backoff_s=0.01))
+            cluster.worker(mesh, 0).kill_9()
+            outcomes = []
+            while not cluster.events("worker_restarted"):
+                outcomes.append(asyncio.create_task(outcome(mesh.greet.call_one("x"))))
+                await asyncio.sleep(0.00005)
+            kinds = {type(await told).__name__ for told in outcomes}
+            assert kinds == {"WorkerDied", "StaleHandle", "str"}
+
+    simulate(story)
+
+
+def test_a_rank_that_dies_as_soon_as_it_is_back_comes_back_again():
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            policy = Policy(on_death="restart", backoff_s=0.01, backoff_cap_s=0.01, max_restarts=1000)
+            mesh = await cluster.controller.spawn("m", Probe, policy=policy)
+            cluster.worker(mesh, 0).kill_9()
+            for moment_s in range(0, 600, 10):  # microseconds after its process came up, until after its construction
+                num_started = len(cluster.nodes["node-0"].starter.started)
+                await cluster.until(lambda number=num_started: len(cluster.nodes["node-0"].starter.started) > number)
+                await asyncio.sleep(moment_s / 100_000)
+                for worker in cluster.living:
+                    worker.kill_9()
+            await asyncio.sleep(120.0)
+            assert mesh.failure is None
+            assert await mesh.greet.call_one("x") == "hello, x"
 
     simulate(story)
 

@@ -97,6 +97,20 @@ class Probe(Actor):
             return [token, since, loop.time()]
 
     @endpoint
+    async def greet_later(self, mesh, seconds):
+        """Begin a task that makes a call when this one is long answered."""
+
+        async def greet():
+            await asyncio.sleep(seconds)
+            return (await mesh.greet.call("later")).values
+
+        self.task = asyncio.create_task(greet())
+
+    @endpoint
+    async def greeted(self):
+        return list(await self.task)
+
+    @endpoint
     def source(self):
         return list(current_call().source)
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from miles_agents.agent import service_life
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
+from miles_agents.agent.worker_pool import nobody_cares
 from miles_agents.errors import ConfigError, PeerFault
-from miles_agents.rpc.context import current_call
+from miles_agents.rpc.context import current_call, outside_of_calls
 from miles_agents.rpc.errors import DeadlineExceeded
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Extent, Shape
@@ -229,7 +230,8 @@ class Orders:
 
     def _on_change(self, change: ServiceChange) -> None:
         transition = change.transition
-        self._controller.endpoint("service_changed").broadcast(
+        told = outside_of_calls().run(  # the deadline of the order that started the service is not the report's
+            self._controller.endpoint("service_changed").broadcast,
             self.agent.parts.info.node,
             change.name,
             {
@@ -242,6 +244,7 @@ class Orders:
                 "fault": str(change.fault) if change.fault is not None else "",
             },
         )
+        told.add_done_callback(nobody_cares)
 
     def _describe(self, service: Service) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
 from miles_agents.errors import MilesError, PeerFault
+from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, NoSuchActor, StaleHandle, WorkerDied
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
@@ -363,12 +364,15 @@ class WorkerPool:
 
     def _report(self, method: str, worker: Worker, *details: Any) -> None:
         spec = worker.spec
-        told = self._controller.endpoint(method).broadcast(spec.mesh, spec.rank, spec.incarnation, *details)
-        told.add_done_callback(_look)
+        report = self._controller.endpoint(method).broadcast
+        # Often begun in the context of the order that started the worker: its deadline is not the report's.
+        told = outside_of_calls().run(report, spec.mesh, spec.rank, spec.incarnation, *details)
+        told.add_done_callback(nobody_cares)
 
 
-def _look(told: CallFuture[None]) -> None:
-    told.exception()  # a report fails when this life leaves the run: nobody is left to care
+def nobody_cares(told: CallFuture[None]) -> None:
+    """For reports: they fail only when this life leaves the run."""
+    told.exception()
 
 
 def _advice(cause: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ class CallContext:
     deadline: float | None
     trace: int
     is_cancelled: Callable[[], bool]
+    is_answered: Callable[[], bool] = lambda: False
 
     def remaining_s(self) -> float | None:
         """Seconds until the deadline (negative when past), None without one."""
@@ -119,8 +120,16 @@ def current_call() -> CallContext:
 
 
 def find_call() -> CallContext | None:
-    """The call being answered, if any."""
-    return _call.get()
+    """The call being answered, if any. A task that outlives the call that began it answers nothing any more."""
+    call = _call.get()
+    return None if call is None or call.is_answered() else call
+
+
+def outside_of_calls() -> Context:
+    """This context less the call being answered: for what must not end with that call's deadline."""
+    context = copy_context()
+    context.run(_call.set, None)
+    return context
 
 
 actor_variable = _actor

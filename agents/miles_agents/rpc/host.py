@@ -19,7 +19,7 @@ from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import ActorContext, CallContext, actor_variable, call_variable
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WrongVerb
-from miles_agents.rpc.inbox import Cancelling, Claim, Inbox, Request
+from miles_agents.rpc.inbox import Cancelling, Claim, Inbox, Request, Stage
 from miles_agents.rpc.inflight import RequestKey
 from miles_agents.rpc.mesh import no_such_endpoint
 from miles_agents.rpc.node import RpcNode
@@ -247,6 +247,7 @@ class ActorHost:
             envelope.deadline,
             envelope.trace,
             lambda: request.cancelled,
+            lambda: request.stage is Stage.OVER and not request.cancelled,
         )
         return actor_variable.set(self.context), call_variable.set(call)
 
