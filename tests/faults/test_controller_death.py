@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -84,23 +83,23 @@ def everything_vanishes(tmp_path, named):
 
 @pytest.mark.full
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_killed_controller_leaves_no_agent_worker_or_grandchild(tmp_path, runner, record_property):
+def test_a_killed_controller_leaves_no_agent_worker_or_grandchild(tmp_path, runner, took):
     with controller_script(tmp_path, runner) as (process, named):
         at = kill(process.pid)
         process.wait()
         everything_vanishes(tmp_path, named)
-        record_property("kill_to_clean_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("kill to clean", at)
     log = (tmp_path / "logs" / "agent-node-0.log").read_text()
     assert "stdin" in log or "launcher" in log, log
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_an_interrupted_script_ends_everything_in_order(tmp_path, runner, record_property):
+def test_an_interrupted_script_ends_everything_in_order(tmp_path, runner, took):
     with controller_script(tmp_path, runner) as (process, named):
         at = kill(process.pid, signal.SIGINT)
         code = process.wait(60)
-        record_property("interrupt_to_exit_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("interrupt to exit", at)
         assert not any(map(alive, named)), "the script ended before what it had started"
         assert still_alive(reported(tmp_path / "evaders")) == []
     assert code == -signal.SIGINT, (tmp_path / "out").read_text()
@@ -130,13 +129,13 @@ def test_an_impatient_second_interrupt_leaves_nothing_either(tmp_path):
 
 
 @pytest.mark.full
-def test_a_stopped_controller_is_outlived_by_nobody_and_the_agents_fence(tmp_path, record_property):
+def test_a_stopped_controller_is_outlived_by_nobody_and_the_agents_fence(tmp_path, took):
     with controller_script(tmp_path) as (process, named):
         at = kill(process.pid, signal.SIGSTOP)
         workers = named[2:]
         eventually_sync(lambda: not any(map(alive, workers)), 30.0, what="the workers are fenced")
         eventually_sync(lambda: still_alive(reported(tmp_path / "evaders")) == [], 30.0, what="grandchildren end")
-        record_property("stop_to_fenced_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("stop to fenced", at)
         kill(process.pid, signal.SIGCONT)
         process.wait(60)  # its call ends with the loss of a node
         everything_vanishes(tmp_path, named)

@@ -23,7 +23,7 @@ async def behind_a_proxy(run_dir, timings):
         yield cluster, proxy
 
 
-async def test_a_cut_of_two_seconds_resumes_the_session_and_nothing_runs_twice(tmp_path, record_property):
+async def test_a_cut_of_two_seconds_resumes_the_session_and_nothing_runs_twice(tmp_path, took):
     notes = tmp_path / "notes"
     async with behind_a_proxy(tmp_path / "run", STEADY) as (cluster, proxy):
         mesh = await cluster.controller.spawn("steady", Victim)
@@ -39,14 +39,14 @@ async def test_a_cut_of_two_seconds_resumes_the_session_and_nothing_runs_twice(t
         proxy.heal()
         async with asyncio.timeout(DEADLINE_S):
             pids = [await call for call in calls]
-        record_property("heal_to_last_answer_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("heal to last answer", at)
         assert set(pids) == {pid.pid} and alive(pid)
         assert notes.read_text().split() == [f"n{number}" for number in range(200)]
         assert proxy.num_connections > before
         assert not cluster.events("node_dead") and len(cluster.events("node_joined")) == 1
 
 
-async def test_a_cut_beyond_the_lease_fences_the_node_which_joins_as_another_life(tmp_path, record_property):
+async def test_a_cut_beyond_the_lease_fences_the_node_which_joins_as_another_life(tmp_path, took):
     async with behind_a_proxy(tmp_path / "run", SHORT) as (cluster, proxy):
         mesh = await cluster.controller.spawn("cut-off", Victim)
         cluster.identities()
@@ -57,7 +57,7 @@ async def test_a_cut_beyond_the_lease_fences_the_node_which_joins_as_another_lif
         at = time.perf_counter()
         proxy.cut()
         error = await error_of(pending, NodeLost)
-        record_property("cut_to_error_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("cut to error", at)
         assert not alive(worker), "the node was given up while its worker still ran"
         assert (error.fields["may_have_run"] is True and "no beat" in str(error)) or "silent" in str(error)
         proxy.heal()
@@ -97,7 +97,7 @@ async def test_an_agent_that_comes_back_after_its_node_was_dismissed_is_sent_awa
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-async def test_a_one_way_stall_never_lets_two_lives_overlap(tmp_path, direction, record_property):
+async def test_a_one_way_stall_never_lets_two_lives_overlap(tmp_path, direction, took):
     async with behind_a_proxy(tmp_path / "run", SHORT) as (cluster, proxy):
         mesh = await cluster.controller.spawn("stalled", Victim)
         cluster.identities()
@@ -106,7 +106,7 @@ async def test_a_one_way_stall_never_lets_two_lives_overlap(tmp_path, direction,
         proxy.stall(direction)
         pending = mesh.hang.call_one()
         error = await error_of(pending, PeerFault)
-        record_property("stall_to_error_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("stall to error", at)
         assert not alive(worker), "the call was given up while its worker still ran"
         assert "may_have_run" in error.fields
         proxy.heal()

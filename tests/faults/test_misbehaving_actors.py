@@ -66,7 +66,7 @@ async def test_a_call_that_never_returns_ends_at_its_deadline_and_the_rest_of_it
     assert not alive(pid)
 
 
-async def test_a_call_that_never_returns_can_be_cancelled_and_its_mesh_stopped_at_once(cluster, record_property):
+async def test_a_call_that_never_returns_can_be_cancelled_and_its_mesh_stopped_at_once(cluster, took):
     mesh = await cluster.controller.spawn("stuck", Victim)
     cluster.identities()
     pending = mesh.hang.call_one()
@@ -81,7 +81,7 @@ async def test_a_call_that_never_returns_can_be_cancelled_and_its_mesh_stopped_a
     other = mesh.hang_async.call_one()
     at = time.perf_counter()
     await mesh.stop(grace_s=0.2)
-    record_property("stop_ms", round((time.perf_counter() - at) * 1000, 1))
+    took("stop", at)
     await error_of(other, (WorkerDied, CallCancelled))
 
 
@@ -111,12 +111,12 @@ async def test_a_worker_without_free_descriptors_still_answers_and_ends(cluster)
     await mesh.stop(grace_s=1.0)
 
 
-async def test_a_flood_of_output_delays_neither_calls_nor_beats(cluster, pair, record_property):
+async def test_a_flood_of_output_delays_neither_calls_nor_beats(cluster, pair, took):
     flooding = pair.slice(gpus=0).flood.call_one(100_000)
     at = time.perf_counter()
     for _ in range(50):
         await pair.pid.call()
-    record_property("50_calls_ms", round((time.perf_counter() - at) * 1000, 1))
+    took("50 calls", at)
     await flooding
     await answers(pair)
     tail = await pair.log_tail(0, 3)

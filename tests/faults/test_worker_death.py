@@ -43,7 +43,7 @@ async def victims(cluster, name, *args, **options):
 
 
 @pytest.mark.parametrize("method", ["hang", "hang_async", "hang_io"])
-async def test_a_killed_worker_ends_its_pending_call_with_signal_pid_and_last_words(cluster, method, record_property):
+async def test_a_killed_worker_ends_its_pending_call_with_signal_pid_and_last_words(cluster, method, took):
     async with victims(cluster, f"v-{method.replace('_', '-')}") as mesh:
         await mesh.say.call_one("these were my last words")
         pid = await mesh.pid.call_one()
@@ -51,7 +51,7 @@ async def test_a_killed_worker_ends_its_pending_call_with_signal_pid_and_last_wo
         await mesh.pid.call_one()  # the call before it has been read
         at = kill(pid)
         error = await error_of(pending, WorkerDied)
-        record_property("kill_to_error_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("kill to error", at)
         assert error.code == "E-PEER-001"
         assert "SIGKILL" in str(error) and str(pid) in str(error) and "these were my last words" in str(error)
         assert error.fields["may_have_run"] is True and error.fields["pid"] == pid
@@ -79,7 +79,7 @@ async def test_other_ranks_go_on_when_one_dies(cluster):
         assert [type(outcome).__name__ for outcome in outcomes.values].count("int") == 3
 
 
-async def test_killing_the_group_frees_survivors_that_sit_in_a_collective(cluster, tmp_path, record_property):
+async def test_killing_the_group_frees_survivors_that_sit_in_a_collective(cluster, tmp_path, took):
     fifo = tmp_path / "collective"
     os.mkfifo(fifo)
     policy = Policy(on_death="kill_group")
@@ -91,7 +91,7 @@ async def test_killing_the_group_frees_survivors_that_sit_in_a_collective(cluste
         for pending in single:
             error = await error_of(pending, WorkerDied)
             assert "SIGKILL" in error.what
-        record_property("kill_to_all_errors_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("kill to all errors", at)
         await all_gone(pids)
         failure = await asyncio.wait_for(mesh.wait_failed(), 20)
         assert "SIGKILL" in failure.evidence and failure.code == "E-MESH-001"
@@ -119,7 +119,7 @@ NEVER = {
 
 
 @pytest.mark.parametrize("case", NEVER)
-async def test_a_worker_that_dies_before_its_hello_shows_its_last_lines(cluster, case, tmp_path, record_property):
+async def test_a_worker_that_dies_before_its_hello_shows_its_last_lines(cluster, case, tmp_path, took):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'miles_agents.worker' in sys.orig_argv:\n"
         "    sys.stderr.write('this node is not licensed\\n')\n    os._exit(5)\n"
@@ -127,7 +127,7 @@ async def test_a_worker_that_dies_before_its_hello_shows_its_last_lines(cluster,
     env = {name: value.format(path=tmp_path) for name, value in NEVER[case].items()}
     at = time.perf_counter()
     error = await error_of(cluster.controller.spawn("never", Victim, dims={"gpus": 2}, env=env), WorkerNeverReady)
-    record_property("spawn_to_error_ms", round((time.perf_counter() - at) * 1000, 1))
+    took("spawn to error", at)
     assert error.code == "E-PEER-006"
     expected = "not licensed" if case == "sitecustomize" else "encodings"
     assert expected in error.evidence and "exit code" in error.what
@@ -182,16 +182,16 @@ async def test_evading_grandchildren_are_gone_after_a_stop(cluster, tmp_path):
         assert still_alive(reported(path)) == []
 
 
-async def test_evading_grandchildren_are_gone_after_the_worker_was_killed(cluster, tmp_path, record_property):
+async def test_evading_grandchildren_are_gone_after_the_worker_was_killed(cluster, tmp_path, took):
     path = tmp_path / "evaders"
     async with victims(cluster, "parents", "evader", str(path)) as mesh:
         await eventually(lambda: len(reported(path, "evader")) == 2 and reported(path, "member"), 20.0)
         at = kill(await mesh.pid.call_one())
         await eventually(lambda: still_alive(reported(path)) == [], 20.0)
-        record_property("kill_to_clean_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("kill to clean", at)
 
 
-async def test_a_child_that_holds_stdout_open_delays_no_error(cluster, tmp_path, record_property):
+async def test_a_child_that_holds_stdout_open_delays_no_error(cluster, tmp_path, took):
     path = tmp_path / "children"
     async with victims(cluster, "holder") as mesh:
         await mesh.leave_child_with_stdout.call_one(str(path))
@@ -199,18 +199,18 @@ async def test_a_child_that_holds_stdout_open_delays_no_error(cluster, tmp_path,
         pending = mesh.hang.call_one()
         at = kill(await mesh.pid.call_one())
         await error_of(pending, WorkerDied)
-        record_property("kill_to_error_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("kill to error", at)
         await eventually(lambda: still_alive(reported(path)) == [], 20.0)
 
 
-async def test_a_stopped_worker_is_told_of_and_not_killed_and_goes_on_when_continued(cluster, record_property):
+async def test_a_stopped_worker_is_told_of_and_not_killed_and_goes_on_when_continued(cluster, took):
     async with victims(cluster, "sleeper", dims={"gpus": 2}) as mesh:
         first = mesh.slice(gpus=0)
         pid = await first.pid.call_one()
         at = kill(pid, signal.SIGSTOP)
         pending = first.echo.call_one("late")
         event = await cluster.event("worker_silent", "sleeper[0]")
-        record_property("stop_to_event_ms", round((time.perf_counter() - at) * 1000, 1))
+        took("stop to event", at)
         assert "stopped" in event.text and "cannot show its stack" in event.fields["stack"]
         assert await mesh.slice(gpus=1).echo.call_one("fine") == "fine"
         assert alive(known(pid)) and mesh.failure is None
