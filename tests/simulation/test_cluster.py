@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
 from support.simulated import SimulatedCluster, outcome, simulate
 from support.simulated_actors import Picky, Probe
 
@@ -235,6 +236,18 @@ def test_an_agent_with_an_unknown_key_does_not_get_in():
             await stranger.wait_ended()
             assert "the key is not allowed" in str(stranger.lives[0].over)
             assert cluster.controller.fabric.nodes == []
+
+    simulate(story)
+
+
+@pytest.mark.full
+def test_a_hundred_nodes_with_eight_ranks_each_join_and_answer():
+    async def story():
+        async with SimulatedCluster(100) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe, dims={"hosts": 100, "gpus": 8})
+            answers = (await mesh.who.call()).values
+            assert [rank for _, rank, _ in answers] == list(range(800))
+            assert {node for node, _, _ in answers} == set(cluster.names)
 
     simulate(story)
 
