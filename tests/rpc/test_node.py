@@ -12,12 +12,10 @@ from miles_agents.rpc.calls import Window
 from miles_agents.rpc.context import current_actor, current_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, StaleHandle, WindowFull, WrongVerb
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
-from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.codec import CannotTravel
-from miles_agents.wire.envelope import CONTROLLER_MESH, Address, Envelope
-from miles_agents.wire.frames import UnsendableMessage
+from miles_agents.wire.envelope import Address, Envelope
 from miles_agents.wire.remote_error import RemoteError
 
 
@@ -489,15 +487,3 @@ async def test_an_answer_that_cannot_be_read_ends_the_call(kind, body):
         net.hub.deliver(asker.answer(kind, net.address(mesh), body))
         with pytest.raises(MilesError, match="cannot be re"):
             await future
-
-
-@virtual
-async def test_a_call_that_no_peer_would_take_fails_at_once():
-    def refuse(envelope):
-        raise UnsendableMessage("too long", evidence="it", advice="shorten it")
-
-    node = RpcNode(Address(CONTROLLER_MESH, 0, 1), "caller", refuse)
-    mesh = ActorMesh(MeshInfo(7, "far", {0: 1}), Shape.of(ranks=1), node)
-    with pytest.raises(UnsendableMessage, match="too long"):
-        await mesh.anything.call_one()
-    assert len(node.calls) == 0
