@@ -66,12 +66,13 @@ async def test_a_call_that_never_returns_ends_at_its_deadline_and_the_rest_of_it
     assert not alive(pid)
 
 
-async def test_a_call_that_never_returns_can_be_cancelled_and_its_mesh_stopped_at_once(cluster, took):
+async def test_a_call_that_never_returns_can_be_cancelled_and_its_mesh_stopped_at_once(cluster, tmp_path, took):
     mesh = await cluster.controller.spawn("stuck", Victim)
     cluster.identities()
-    pending = mesh.hang.call_one()
+    pending = mesh.hang.call_one(str(tmp_path / "started"))
+    await eventually((tmp_path / "started").exists, 20.0)
     queued = mesh.echo.call_one(1)
-    await mesh.pid.call_one()
+    await mesh.pid.call_one()  # the one before it has been read
     queued.cancel()
     error = await error_of(queued, CallCancelled)
     assert error.fields["may_have_run"] is False
