@@ -6,7 +6,7 @@ from support.wired import virtual, wired
 from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.errors import NotAnActorProcess, NotAnEndpoint, WrongVerb
 from miles_agents.rpc.mesh import ActorMesh, BadHandle
-from miles_agents.rpc.shape import Shape
+from miles_agents.rpc.shape import Shape, ValueMesh
 from miles_agents.wire.codec import decode, encode
 
 
@@ -111,3 +111,12 @@ def test_a_handle_without_a_runtime_says_so():
     )
     with pytest.raises(NotAnActorProcess, match="where no runtime is"):
         mesh.anything.call()
+
+
+def test_what_a_call_gave_can_be_handed_on():
+    part = Shape.of(hosts=2, gpus=3).slice(gpus=slice(1, 3))
+    values = ValueMesh(part, (1, "two", [3], {"four": 4}))
+    point = part.extent.point(2)
+    body, buffers = encode([values, part, point])
+    assert decode(body, buffers, libraries="opaque") == [values, part, point]
+    assert decode(body, buffers, libraries="opaque")[0].at(hosts=1, gpus=1) == {"four": 4}

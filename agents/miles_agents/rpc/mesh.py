@@ -298,4 +298,17 @@ def endpoint_from_plain(plain: Any) -> EndpointInfo:
     return EndpointInfo(str(name), thread, bool(is_async), bool(is_generator), group)
 
 
+def _point_from_plain(plain: Any) -> Point:
+    shape, rank = plain
+    return Shape.from_plain(shape).extent.point(int(rank))
+
+
+def _values_from_plain(plain: Any) -> ValueMesh[Any]:
+    shape, values = plain
+    return ValueMesh(Shape.from_plain(shape), tuple(values))
+
+
 register_converter(ActorMesh, "miles.mesh", ActorMesh.to_plain, ActorMesh.from_plain)
+register_converter(Shape, "miles.shape", Shape.to_plain, Shape.from_plain)
+register_converter(Point, "miles.point", lambda p: [Shape.whole(p.extent).to_plain(), p.rank], _point_from_plain)
+register_converter(ValueMesh, "miles.values", lambda v: [v.shape.to_plain(), list(v.values)], _values_from_plain)
