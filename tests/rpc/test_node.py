@@ -19,6 +19,13 @@ from miles_agents.wire.envelope import Address, Envelope
 from miles_agents.wire.remote_error import RemoteError
 
 
+def narrow(node, mesh, max_calls):
+    """One narrow window for all endpoints of the mesh."""
+    window = Window(max_calls=max_calls)
+    node._windows.update({(mesh._info.mesh, lane): window for lane in ("main", "async", "io")})
+    return window
+
+
 class OddError(ValueError):
     """An error of user code."""
 
@@ -209,7 +216,7 @@ async def test_the_remaining_time_shrinks_on_the_way():
     async with wired() as net:
         mesh = net.spawn(Worker, ranks=2)
         assert await mesh.slice(ranks=0).remaining.call_one() is None
-        net.hub._windows[mesh._info.mesh] = Window(max_calls=1)
+        narrow(net.hub, mesh, 1)
         mesh.slice(ranks=1).wait.call_one("in the way")
         left = mesh.slice(ranks=0).options(timeout_s=60.0).remaining.call_one()
         await asyncio.sleep(7.0)
@@ -369,7 +376,7 @@ async def test_whoever_awaits_an_abandoned_call_later_is_told(verb):
 async def test_calls_beyond_the_window_wait_and_go_in_order():
     async with wired() as net:
         mesh = net.spawn(Worker)
-        net.hub._windows[mesh._info.mesh] = Window(max_calls=2)
+        narrow(net.hub, mesh, 2)
         futures = [mesh.wait.call_one(number) for number in range(5)]
         await asyncio.sleep(1)
         assert net.actor(mesh).seen == [0, 1]
@@ -391,7 +398,7 @@ async def test_calls_beyond_the_window_wait_and_go_in_order():
 async def test_a_deadline_that_passes_in_the_window_did_not_run():
     async with wired() as net:
         mesh = net.spawn(Worker)
-        net.hub._windows[mesh._info.mesh] = Window(max_calls=1)
+        narrow(net.hub, mesh, 1)
         mesh.wait.call_one("first")
         with pytest.raises(DeadlineExceeded, match="deadline") as caught:
             await mesh.options(timeout_s=1.0).wait.call_one("second")
@@ -404,7 +411,7 @@ async def test_a_deadline_that_passes_in_the_window_did_not_run():
 async def test_too_much_waiting_is_refused():
     async with wired() as net:
         mesh = net.spawn(Worker)
-        window = net.hub._windows[mesh._info.mesh] = Window(max_calls=1)
+        window = narrow(net.hub, mesh, 1)
         first = mesh.wait.call_one("first")
         window._waiting_bytes = 1 << 40
         with pytest.raises(WindowFull, match="cannot be queued"):
@@ -423,7 +430,7 @@ async def test_many_waiting_calls_that_are_answered_at_once_go_in_order():
         node_of_actor = net.nodes[net.address(mesh)]
         node_of_actor._route = net.switch.route
         net._hops[net.address(mesh)].send = node_of_actor.deliver
-        node._windows[mesh._info.mesh] = Window(max_calls=1)
+        narrow(node, mesh, 1)
         gate = mesh.wait.call_one("gate")
         futures = [mesh.now.call_one(number) for number in range(3000)]
         net.actor(mesh).gate.set()
@@ -436,7 +443,7 @@ async def test_many_waiting_calls_that_are_answered_at_once_go_in_order():
 async def test_closing_a_node_ends_every_call_and_sends_nothing_more():
     async with wired() as net:
         mesh = net.spawn(Worker, ranks=2)
-        net.hub._windows[mesh._info.mesh] = Window(max_calls=1)
+        narrow(net.hub, mesh, 1)
         sent, held = mesh.wait.call("sent"), mesh.wait.call("held")
         await asyncio.sleep(1)
         net.hub.close(MilesError("the run is over", advice="Nothing."))

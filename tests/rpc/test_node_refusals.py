@@ -1,8 +1,11 @@
-"""What a node does when it cannot even send."""
+"""What a node does when it cannot send, or not yet."""
+
+import asyncio
 
 import pytest
-from support.wired import virtual
+from support.wired import virtual, wired
 
+from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
@@ -20,3 +23,31 @@ async def test_a_call_that_no_peer_would_take_fails_at_once():
     with pytest.raises(UnsendableMessage, match="too long"):
         await mesh.anything.call_one()
     assert len(node.calls) == 0
+
+
+class Gate(Actor):
+    """Waits on one thread, answers on another."""
+
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.num_waiting = 0
+
+    @endpoint
+    async def wait(self):
+        self.num_waiting += 1
+        await self.gate.wait()
+
+    @endpoint(thread="io")
+    def open(self):
+        self.gate.set()
+        return self.num_waiting
+
+
+@virtual
+async def test_a_full_window_of_one_thread_does_not_hold_up_another():
+    async with wired() as net:
+        mesh = net.spawn(Gate)
+        waiting = [mesh.wait.call_one() for _ in range(1001)]
+        await asyncio.sleep(1)
+        assert await mesh.open.call_one() == 1000
+        await waiting[1000]

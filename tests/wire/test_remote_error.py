@@ -355,12 +355,3 @@ def test_every_error_of_ours_arrives_as_itself():
         assert type(rebuilt) is cls
         assert (str(rebuilt), rebuilt.fields) == (str(error), {"may_have_run": True})
     assert isinstance(rebuild_exception(describe_exception(DeadlineExceeded("late"), None, [])), TimeoutError)
-
-
-def test_an_error_of_ours_that_forgot_its_base_still_travels():
-    class Sloppy(MilesError):
-        def __init__(self):
-            Exception.__init__(self, "sloppy")
-
-    rebuilt = rebuild_exception(describe_exception(Sloppy(), None, []))
-    assert isinstance(rebuilt, MilesError)

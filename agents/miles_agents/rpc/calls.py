@@ -48,6 +48,8 @@ class OpenCall:
     started_at: float
     num_bytes: int
     cancelling: bool = False
+    lane: str = "main"
+    """Calls of one lane share a window; a full one does not hold up another (``io`` answers while ``main`` is busy)."""
 
 
 @dataclass(slots=True)

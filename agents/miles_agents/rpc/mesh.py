@@ -261,7 +261,8 @@ class Endpoint:
     ) -> None:
         timeout_s = self._mesh._options.timeout_s
         mesh = self._mesh._info.mesh
-        sink.rid = node.begin(mesh, targets, self.name, arguments, sink, flags=flags, timeout_s=timeout_s)
+        lane = "runtime" if self.name.startswith("__") else self._info.thread if self._info is not None else "main"
+        sink.rid = node.begin(mesh, targets, self.name, arguments, sink, flags=flags, timeout_s=timeout_s, lane=lane)
 
     def _refuse_generator(self, verb: str, instead: str) -> None:
         if self._info is not None and self._info.is_generator:

@@ -61,7 +61,7 @@ class RpcNode:
         self.host: Host | None = None
         self.calls = CallTable()
         self._route = route
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[tuple[int, str], Window] = {}
         self._held: dict[int, Envelope] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._rids = itertools.count(1)
@@ -83,8 +83,11 @@ class RpcNode:
         *,
         flags: int = 0,
         timeout_s: float | None = None,
+        lane: str = "main",
     ) -> int:
         """Begin a call: it is under way when this returns. Returns its request id.
+
+        Order is kept, and the window is shared, per mesh and ``lane``.
 
         Raises:
             CannotTravel: an argument has no form on the wire; says which.
@@ -117,7 +120,7 @@ class RpcNode:
             list(buffers),
         )
         owing = {target.rank: target for target in targets}
-        call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes)
+        call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes, lane=lane)
         self.post(lambda: self._begin(call, envelope))
         return rid
 
@@ -212,7 +215,7 @@ class RpcNode:
         if self._closed is not None:
             self.calls.fail(call.rid, copy.copy(self._closed))
             return
-        window = self._windows.setdefault(call.mesh, Window())
+        window = self._windows.setdefault((call.mesh, call.lane), Window())
         if window.is_overfull(call.num_bytes):
             self.calls.fail(call.rid, _window_full(call, window))
             return
@@ -325,7 +328,7 @@ class RpcNode:
         if timer is not None:
             timer.cancel()
         self._held.pop(call.rid, None)
-        window = self._windows[call.mesh]
+        window = self._windows[call.mesh, call.lane]
         was_idle = not self._ready
         self._ready += window.leave(call.rid, call.num_bytes)
         if was_idle and self._ready:

@@ -2,8 +2,7 @@
 
 Consumes an exception and its origin on one side, the description on the other; produces an exception that is both
 a ``RemoteError`` and, where that class is loaded here, of the original type, so ``except ValueError`` works as it
-would locally. Invariants: rebuilding imports nothing and runs no code of the original class; describing and
-rebuilding never raise; an error that crosses several hops keeps its first origin and traceback.
+would locally. Invariants: rebuilding imports nothing and runs no code of the original class; an error that crosses several hops keeps its first origin and traceback.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def rebuild_exception(data: Mapping[str, Any]) -> MilesError:
 
 def _describe_ours(exc: MilesError) -> dict[str, Any]:
     lineage = [[c.__module__, c.__qualname__] for c in type(exc).__mro__ if issubclass(c, MilesError)]
-    kept = {str(k): p for k, v in getattr(exc, "fields", {}).items() if (p := packed(v)) is not None}
+    kept = {str(k): p for k, v in exc.fields.items() if (p := packed(v)) is not None}
     texts = {k: shorten(str(getattr(exc, k, "")), 65536) for k in ("code", "what", "evidence", "advice")}
     return {**texts, "fields": kept, "lineage": lineage}
 
