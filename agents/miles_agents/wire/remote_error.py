@@ -2,7 +2,8 @@
 
 Consumes an exception and its origin on one side, the description on the other; produces an exception that is both
 a ``RemoteError`` and, where that class is loaded here, of the original type, so ``except ValueError`` works as it
-would locally. Invariants: rebuilding imports nothing and runs no code of the original class; an error that crosses several hops keeps its first origin and traceback.
+would locally. Invariants: rebuilding imports nothing and runs no code of the original class; an error that crosses
+several hops keeps its first origin and traceback.
 """
 
 from __future__ import annotations
