@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miles_controller.config import ControllerConfig
     from miles_controller.controller import Controller
-    from miles_controller.meshes import OwnedMesh
+    from miles_controller.owned_mesh import OwnedMesh
     from miles_controller.placement import Placement, Request
     from miles_controller.policy import Policy
 
 _EXPORTS = {
     "Controller": "controller",
     "ControllerConfig": "config",
-    "OwnedMesh": "meshes",
+    "OwnedMesh": "owned_mesh",
     "Placement": "placement",
     "Policy": "policy",
     "Request": "placement",

@@ -44,8 +44,9 @@ from miles_controller.config import ControllerConfig, forwarded_environment
 from miles_controller.events import Event, EventLog
 from miles_controller.fabric import Fabric, Node
 from miles_controller.lock_service import LockService
-from miles_controller.meshes import MeshSupervisor, OwnedMesh, SpawnPlan
+from miles_controller.meshes import MeshSupervisor, SpawnPlan
 from miles_controller.nodes_missing import NodesMissing, nodes_missing
+from miles_controller.owned_mesh import OwnedMesh
 from miles_controller.placement import InfeasiblePlacement, Inventory, Placement, Request, Slot, place
 from miles_controller.policy import Policy
 from miles_controller.reports import Reports

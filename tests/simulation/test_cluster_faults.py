@@ -10,7 +10,7 @@ from support.simulated_actors import EXECUTED, Probe
 from miles_agents.rpc.errors import StaleHandle, WorkerDied
 from miles_agents.simulation import Fate
 from miles_controller import Policy
-from miles_controller.meshes import MeshFailed
+from miles_controller.owned_mesh import MeshFailed
 
 EIGHT = {"hosts": 2, "gpus": 4}
 
