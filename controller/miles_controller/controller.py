@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import sys
 import time
@@ -28,14 +27,14 @@ from typing import Any
 from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import outside_of_calls
-from miles_agents.rpc.errors import ControllerLost, NoSuchActor, WorkerDied
+from miles_agents.rpc.errors import ControllerLost, WorkerDied
 from miles_agents.rpc.host import ActorHost
 from miles_agents.rpc.inline import InlineExecutors
 from miles_agents.rpc.lock import Lock
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Shape
 from miles_agents.runtime_dir import RuntimeDir, runtime_dir
-from miles_agents.wire.envelope import CONTROLLER_MESH, FIRST_USER_MESH, Address
+from miles_agents.wire.envelope import CONTROLLER_MESH, Address
 from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
 from miles_agents.wire.transport import Transport
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqNetwork
@@ -44,13 +43,14 @@ from miles_controller.config import ControllerConfig, forwarded_environment
 from miles_controller.events import Event, EventLog
 from miles_controller.fabric import Fabric, Node
 from miles_controller.lock_service import LockService
+from miles_controller.mesh_keeper import MeshKeeper
 from miles_controller.meshes import MeshSupervisor, SpawnPlan
 from miles_controller.nodes_missing import NodesMissing, nodes_missing
 from miles_controller.owned_mesh import OwnedMesh
-from miles_controller.placement import InfeasiblePlacement, Inventory, Placement, Request, Slot, place
+from miles_controller.placement import Inventory, Placement, Request, Slot
 from miles_controller.policy import Policy
 from miles_controller.reports import Reports
-from miles_controller.services import NameTaken, ServiceHandle, ServiceKeeper
+from miles_controller.services import ServiceHandle, ServiceKeeper
 from miles_controller.status_server import StatusServer
 
 __all__ = ["Controller", "ControllerConfig", "NodesMissing"]
@@ -73,9 +73,7 @@ class Controller:
         self._keys: dict[str, AgentKey] = {}
         self._owned = ExitStack()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._meshes: dict[str, MeshSupervisor] = {}
-        self._by_id: dict[int, MeshSupervisor] = {}
-        self._num_meshes = 0
+        self.meshes = MeshKeeper(self)
         self._incarnation = 0
         self._entered = False
         self.status_server: StatusServer | None = None
@@ -134,7 +132,7 @@ class Controller:
         self.fabric.dismissed.update(dict.fromkeys(names, reason))
         nodes = [node for node in self.fabric.nodes if node.name in names]
         going = {node.name for node in nodes}
-        for mesh in self._meshes.values():
+        for mesh in self.meshes.living:
             mesh.stopping = mesh.stopping or any(rank.slot.node in going for rank in mesh.ranks)
         for node in nodes:
             if node.peer is not None:
@@ -174,7 +172,7 @@ class Controller:
             "lock_acquire": self.locks.acquire,
             "lock_give_up": self.locks.give_up,
             "lock_release": self.locks.release,
-            "lookup": self._lookup,
+            "lookup": self.meshes.lookup,
         }
         for name, function in endpoints.items():
             host.bind(EndpointInfo(name, "io", True, False), function)
@@ -216,19 +214,13 @@ class Controller:
 
     def inventory(self) -> Inventory:
         """What there is, and what is used by whom, now."""
-        used: dict[tuple[str, int], str] = {}
-        for mesh in self._meshes.values():
-            for rank in mesh.ranks:
-                for device in rank.slot.devices:
-                    key = (rank.slot.node, device)
-                    used[key] = f"{used[key]}+{mesh.name}" if key in used else mesh.name
-        return Inventory.of([node.info for node in self.fabric.nodes], used=used)
+        return self.meshes.inventory()
 
     # -- meshes ----------------------------------------------------------------------------------------------
 
     def place(self, requests: Sequence[Request], *, num_spares: int = 0) -> Placement:
         """Place gangs together on what is free now; see ``placement.place``. Raises InfeasiblePlacement."""
-        return place(self.inventory(), requests, num_spares=num_spares)
+        return self.meshes.place(requests, num_spares=num_spares)
 
     async def spawn(
         self,
@@ -265,14 +257,6 @@ class Controller:
         Raises:
             InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor raised); nothing is left.
         """
-        if name in self._meshes:
-            raise NameTaken(
-                f"there is a mesh {name!r} already",
-                evidence=f"meshes: {', '.join(self._meshes)}",
-                advice="Stop it first, or choose another name.",
-            )
-        shape = Shape.of(**(dims or {"ranks": 1}))
-        slots = self._slots(name, dims or {}, placement, devices_per_rank, oversubscribe=oversubscribe)
         plan = SpawnPlan(
             where=class_location(actor),
             args=args,
@@ -284,68 +268,31 @@ class Controller:
             term_grace_s=term_grace_s,
             bind_numa=bind_numa,
         )
-        mesh = FIRST_USER_MESH + self._num_meshes
-        self._num_meshes += 1
-        supervisor = MeshSupervisor(self, mesh, name, shape=shape, slots=slots, plan=plan, policy=policy or Policy())
-        self._meshes[name] = self._by_id[mesh] = supervisor
-        await supervisor.start()
-        self.events.emit("mesh_started", name, f"{len(shape)} ranks ({shape.extent})")
-        return supervisor.handle
-
-    def _slots(
-        self, name: str, dims: Mapping[str, int], placement: Placement | None, devices: int, *, oversubscribe: bool
-    ) -> list[Slot]:
-        if placement is None:
-            num_ranks = math.prod(dims.values())
-            per_node = num_ranks // dims["hosts"] if dims.get("hosts", 0) > 0 else None
-            request = Request(name, num_ranks, devices, max_ranks_per_node=per_node, oversubscribe=oversubscribe)
-            placement = self.place([request])
-        return [parts[0] for parts in placement.slots[name]]
+        return await self.meshes.spawn(
+            name, plan, policy or Policy(), dims=dims, placement=placement, devices_per_rank=devices_per_rank,
+            oversubscribe=oversubscribe,
+        )  # fmt: skip
 
     def find_mesh(self, name: str) -> OwnedMesh | None:
         """The living mesh of that name; None also while it is being started."""
-        supervisor = self._meshes.get(name)
-        return supervisor.handle if supervisor is not None and supervisor.has_started else None
+        return self.meshes.find(name)
 
     def supervisor_of(self, mesh: int) -> MeshSupervisor | None:
         """For the reports of agents."""
-        return self._by_id.get(mesh)
+        return self.meshes.supervisor_of(mesh)
 
     def mesh_left(self, supervisor: MeshSupervisor) -> None:
         """A mesh has ended; its name is free."""
-        if self._meshes.get(supervisor.name) is supervisor:
-            del self._meshes[supervisor.name]
-        self._by_id.pop(supervisor.mesh, None)
+        self.meshes.left(supervisor)
 
     def spare_for(self, supervisor: MeshSupervisor, slot: Slot) -> str:
         """A living node with these devices free, for a rank that lost its own. Raises InfeasiblePlacement."""
-        inventory = self.inventory()
-        for node in self.fabric.nodes:
-            devices = inventory.get(node.name)
-            if devices is not None and set(slot.devices) <= set(devices.free):
-                return node.name
-        raise InfeasiblePlacement(
-            f"no node can take over a rank of {supervisor.name} from {slot.node}",
-            evidence=f"no living node has the devices {list(slot.devices)} free",
-            advice="Bring the node back, or keep spare nodes.",
-        )
+        return self.meshes.spare_for(supervisor, slot)
 
     def next_incarnation(self) -> int:
         """A number that was never given out before."""
         self._incarnation += 1
         return self._incarnation
-
-    async def _lookup(self, name: str) -> ActorMesh:
-        supervisor = self._meshes.get(name)
-        if supervisor is None or not supervisor.has_started:
-            started = [mesh.name for mesh in self._meshes.values() if mesh.has_started]
-            raise NoSuchActor(
-                f"there is no mesh {name!r}" if supervisor is None else f"mesh {name!r} is still being started",
-                evidence=f"meshes: {', '.join(started) or 'none'}",
-                advice="Spawn it first, or check the name.",
-                may_have_run=False,
-            )
-        return ActorMesh(supervisor.info, supervisor.shape)
 
     # -- services, locks, events, status -----------------------------------------------------------------------
 
@@ -376,7 +323,7 @@ class Controller:
         """A snapshot in plain values: what the status page serves."""
         from miles_controller.snapshot import snapshot
 
-        return snapshot(self, list(self._meshes.values()))
+        return snapshot(self, self.meshes.living)
 
     # -- for the parts of the controller -------------------------------------------------------------------------
 
@@ -400,7 +347,7 @@ class Controller:
     def on_node_beat(self, node: Node, facts: dict[str, Any]) -> None:
         """Fabric: news of workers."""
         for mesh, rank, incarnation, _pid, _state, rank_facts in facts.get("workers", []):
-            supervisor = self._by_id.get(mesh)
+            supervisor = self.meshes.supervisor_of(mesh)
             if supervisor is not None:
                 supervisor.on_node_facts(node, rank, incarnation, rank_facts)
 
@@ -409,7 +356,7 @@ class Controller:
         for (mesh, rank), route in list(self.fabric.workers.items()):
             if route.node is node:
                 self.locks.holder_died(route.address)
-                supervisor = self._by_id.get(mesh)
+                supervisor = self.meshes.supervisor_of(mesh)
                 if supervisor is not None:
                     supervisor.on_exit(rank, route.address.incarnation, error.what)
         self.locks.holder_died(node.address)
@@ -423,7 +370,7 @@ class Controller:
         self.locks.holder_died(address)
         if not expected:
             self.events.emit("worker_died", route.label, error.what, evidence=error.evidence)
-        supervisor = self._by_id.get(address.mesh)
+        supervisor = self.meshes.supervisor_of(address.mesh)
         if supervisor is not None:
             supervisor.on_exit(address.rank, address.incarnation, error.fields.get("exit", error.what))
 
@@ -437,7 +384,7 @@ class Controller:
                 if (passed.key, passed.receiver) in told:
                     continue
                 told.add((passed.key, passed.receiver))
-                supervisor = self._by_id.get(passed.receiver.mesh)
+                supervisor = self.meshes.supervisor_of(passed.receiver.mesh)
                 if supervisor is not None:
                     await supervisor.report_overdue(passed.receiver.rank, passed.method, now - passed.since)
             told &= {(passed.key, passed.receiver) for passed in overdue}
