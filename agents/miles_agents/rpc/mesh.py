@@ -10,8 +10,9 @@ verb           reaches                                  gives
 ``stream``     every rank                               (point, value) as they come
 =============  =======================================  =================================
 
-A call is under way when the verb returns, awaited or not. Arrays and large bytes are not copied: they must not change
-until the call has ended. Handles travel: pass them to actors as arguments.
+A call is under way when the verb returns, awaited or not. Arrays and large bytes among the arguments are
+not copied: they must not change until the call has ended; what an endpoint returns is copied. Handles travel: pass
+them to actors as arguments.
 """
 
 from __future__ import annotations

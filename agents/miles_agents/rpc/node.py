@@ -25,7 +25,7 @@ from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
 from miles_agents.rpc.context import find_call
 from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WindowFull
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode
+from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, own_buffers
 from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
@@ -137,11 +137,14 @@ class RpcNode:
         self.send(self.answer_to(request, kind, value))
 
     def answer_to(self, request: Envelope, kind: int, value: Any = None) -> Envelope:
-        """An answer to send, encoded on the calling thread. Raises CannotTravel."""
+        """An answer to send, encoded on the calling thread. Raises CannotTravel.
+
+        It owns its bytes: nothing holds an endpoint that was answered back from changing what it returned.
+        """
         if kind not in (wire.REPLY, wire.ITEM):
             return request.answer(kind, self.address)
         body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
-        return request.answer(kind, self.address, body, list(buffers))
+        return request.answer(kind, self.address, body, list(own_buffers(buffers)))
 
     def send(self, envelope: Envelope) -> None:
         """Send an envelope on its way, after everything that this thread posted before."""
@@ -160,7 +163,7 @@ class RpcNode:
         except Exception as trouble:  # noqa: BLE001 - boundary: a class of user code; its caller must be answered
             description = describe_exception(_indescribable(error, trouble), origin, [])
         body, buffers = encode(description, what="error")
-        self.send(request.answer(wire.ERROR, source or self.address, body, list(buffers)))
+        self.send(request.answer(wire.ERROR, source or self.address, body, list(own_buffers(buffers))))
 
     def origin(self, method: str, elapsed_s: float) -> Origin:
         """Where an error of this process comes from."""

@@ -48,6 +48,7 @@ __all__ = [
     "UnknownType",
     "decode",
     "encode",
+    "own_buffers",
     "register_converter",
     "register_type",
 ]
@@ -84,6 +85,11 @@ def encode(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview]]
     if has_bytes and may_hold_bytes_like(value):
         return _encode_walking(value, what, try_leaves=False)
     return _sized(body, out)
+
+
+def own_buffers(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """The same buffers; those that somebody could still change are copied."""
+    return [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in buffers]
 
 
 def decode(body: Buffer, buffers: Sequence[Buffer], *, libraries: Libraries) -> Any:
