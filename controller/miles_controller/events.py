@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from miles_controller.event_file import EventFile
+
 logger = logging.getLogger(__name__)
 _HISTORY = 1000
 _SUBSCRIBER_QUEUE = 10_000
+_CLOSE_S = 2.0
 _WARNINGS = frozenset(
     {"node_suspect", "node_dead", "worker_died", "worker_silent", "mesh_failed", "call_overdue", "service_failed"}
 )
@@ -32,25 +35,45 @@ class Event:
 
 
 class EventLog:
-    """Takes events, keeps the last 1,000, writes all. Subscribers that fall 10,000 behind lose the oldest."""
+    """Takes events, keeps the last 1,000, writes all. Subscribers that fall 10,000 behind lose the oldest.
+
+    Telling never fails and never waits, so that it can stand in the middle of anything; ``num_lost`` counts what the
+    file could not take.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self._subscribers: set[asyncio.Queue[Event]] = set()
-        self._file = None if path is None else path.open("a", encoding="utf-8")
+        self._num_unlogged = 0
+        self._file = None if path is None else EventFile(path)
 
     def emit(self, kind: str, subject: str, text: str, **fields: Any) -> None:
         """Something happened."""
         event = Event(kind, subject, text, fields)
         self.history.append(event)
-        logger.log(logging.WARNING if kind in _WARNINGS else logging.INFO, "%s: %s", subject, text)
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(event), default=str) + "\n")
-            self._file.flush()
         for queue in self._subscribers:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(event)
+        try:
+            logger.log(logging.WARNING if kind in _WARNINGS else logging.INFO, "%s: %s", subject, text)
+        except Exception:  # noqa: BLE001  boundary: handlers are the embedder's
+            self._num_unlogged += 1
+        if self._file is not None:
+            self._write(self._file, event)
+
+    @property
+    def num_lost(self) -> int:
+        """Events that did not come into the file or the log."""
+        return self._num_unlogged + (self._file.num_lost if self._file is not None else 0)
+
+    def _write(self, file: EventFile, event: Event) -> None:
+        try:
+            line = json.dumps(asdict(event), default=str)
+        except Exception as error:  # noqa: BLE001  boundary: fields may hold anything
+            file.lost(f"an event of kind {event.kind} cannot be written as JSON: {error!r}")
+        else:
+            file.put(line)
 
     async def subscribe(self, *kinds: str) -> AsyncIterator[Event]:
         """Events from now on, of these kinds (all by default), until the iteration is left."""
@@ -81,7 +104,7 @@ class EventLog:
             self._subscribers.discard(queue)
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file; what a stalled disk does not take within seconds is given up. Idempotent."""
+        file, self._file = self._file, None
+        if file is not None and not file.close(timeout_s=_CLOSE_S):
+            logger.warning("the file of events was not written to its end: its disk does not answer")

@@ -27,6 +27,7 @@ from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Env
 from miles_agents.wire.keys import AllowList
 from miles_agents.wire.link import LinkAcceptor, Peer
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 from miles_controller import membership
 from miles_controller.events import EventLog
@@ -116,7 +117,7 @@ class Fabric:
         self.switch = Switch(self._resolve)
         self.node = RpcNode(Address(CONTROLLER_MESH, 0, incarnation), "controller", self.switch.route)
         self.switch.attach(self.node)
-        self.link = LinkAcceptor(self)
+        self.link = LinkAcceptor(self, NETWORK)
         self.workers: dict[tuple[int, int], WorkerRoute] = {}
         self.impostors = 0
         self.dismissed: dict[str, str] = {}
@@ -261,9 +262,9 @@ class Fabric:
         if node.peer is None:
             self._by_peer[peer] = node
             node.attach(peer)
+            self._seats[node.name].arrived.set()
             self._events.emit("node_joined", node.name, f"joined with {len(node.info.devices)} devices")
             self._observer.on_node_joined(node)
-            self._seats[node.name].arrived.set()
 
     def on_peer_down(self, peer: Peer) -> None:
         """A hint; the lease decides."""
@@ -302,8 +303,10 @@ class Fabric:
     # -- membership ------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._apply(membership.Tick())
-        self._timer = self.loop.call_later(self.timings.beat_s / 2, self._tick)
+        try:
+            self._apply(membership.Tick())
+        finally:
+            self._timer = self.loop.call_later(self.timings.beat_s / 2, self._tick)
 
     def _apply(self, event: membership.Event) -> None:
         now = self.loop.time()
@@ -350,12 +353,12 @@ class Fabric:
         if node.peer is not None:
             self._by_peer.pop(node.peer, None)
             self.link.end_session(node.peer)
-        self._events.emit("node_gone" if "goodbye" in cause else "node_dead", name, cause)
         self.switch.receiver_died(node.address, error)
         for route in list(self.workers.values()):
             if route.node is node and route.dead is None:
                 route.dead = error
                 self.switch.receiver_died(route.address, error)
+        self._events.emit("node_gone" if "goodbye" in cause else "node_dead", name, cause)
         self._observer.on_node_ended(node, error)
 
 

@@ -342,9 +342,9 @@ class MeshSupervisor:
             evidence="\n".join(causes),
             advice="Read the first cause and its log; spawn the mesh anew, or give it a policy that restarts.",
         )
-        self.controller.events.emit("mesh_failed", self.name, reason, causes=list(causes))
         if not self.failed.done():
             self.failed.set_result(error)
+        self.controller.events.emit("mesh_failed", self.name, reason, causes=list(causes))
 
     def _arm_timer(self) -> None:
         if self._timer is not None:
