@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, MAX_METHOD_CHARS, Address, Envelope, MalformedFrame
 from miles_agents.wire.frames import UnsendableMessage
-from miles_agents.wire.session import Session, parse_envelopes, parse_frame
+from miles_agents.wire.session import Pace, Session, parse_frame, parse_items
 
 SESSION = 77
 HUGE = 2**63 - 1
@@ -22,7 +22,7 @@ def an_envelope(number, size=0, buffers=()):
 
 
 def small_session():
-    return Session(SESSION, window_bytes=WINDOW_BYTES, window_messages=WINDOW_MESSAGES)
+    return Session(SESSION, Pace(None, WINDOW_BYTES, WINDOW_MESSAGES))
 
 
 class End:
@@ -61,7 +61,7 @@ class End:
         self.session.on_ack(frame.ack)
         self.acked = max(self.acked, frame.ack)
         if frame.kind == wire.DATA:
-            envelopes = parse_envelopes(frame.payload, frames[1:], 0.0)
+            envelopes = parse_items(frame.payload, frames[1:], 0.0)
             self.delivered += self.session.on_data(frame.seq, envelopes, wire.total_bytes(frames))
             self.ask(self.session.missing(frame.seq - 1))
         elif frame.kind == wire.RESEND:
@@ -229,7 +229,7 @@ def batches(session):
 
 def sent_numbers(batch):
     frame = parse_frame(batch.frames[0])
-    return [e.rid for e in parse_envelopes(frame.payload, batch.frames[1:], 0.0)]
+    return [e.rid for e in parse_items(frame.payload, batch.frames[1:], 0.0)]
 
 
 def test_messages_of_one_tick_travel_together_with_their_buffers():
@@ -386,7 +386,7 @@ def test_any_bytes_are_a_frame_or_malformed(data):
 @pytest.mark.parametrize("payload", [None, 1, "x", b"x", {}, [None], [[]], [1], [[0] * 14]], ids=repr)
 def test_what_is_not_a_list_of_envelopes_is_malformed(payload):
     with pytest.raises(MalformedFrame):
-        parse_envelopes(payload, [], 0.0)
+        parse_items(payload, [], 0.0)
 
 
 def test_buffers_that_belong_to_nobody_are_malformed():
@@ -394,7 +394,7 @@ def test_buffers_that_belong_to_nobody_are_malformed():
     session.send(an_envelope(1, 0, [b"mine"]))
     (batch,) = batches(session)
     payload = parse_frame(batch.frames[0]).payload
-    assert len(parse_envelopes(payload, [b"mine"], 0.0)) == 1
+    assert len(parse_items(payload, [b"mine"], 0.0)) == 1
     for buffers in ([], [b"mine", b"more"], [b"not of this size"]):
         with pytest.raises(MalformedFrame):
-            parse_envelopes(payload, buffers, 0.0)
+            parse_items(payload, buffers, 0.0)

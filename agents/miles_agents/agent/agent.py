@@ -41,6 +41,7 @@ from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.link import LinkDialer, Peer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Agent:
         self._joined = asyncio.Event()
         self._stdin_open = True
         self._lag_s = 0.0
-        self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello)
+        self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello, NETWORK)
         self.uplink = _Uplink(self.link)
         self.switch = Switch(self._resolve)
         self._lease: Lease | None = None

@@ -42,6 +42,9 @@ NO_DEADLINE = -1
 MAX_METHOD_CHARS = 200
 MAX_INLINE_BYTES = MAX_FRAME_BYTES - 16 * 1024 * 1024
 """The body shares a frame with the headers of its batch, so it has to leave them room."""
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024 * 1024
+"""Of all buffers and the body together."""
+MAX_BUFFERS = 100_000
 MAX_NUMBER = 2**63 - 1
 """Numbers of an envelope lie between 0 and this."""
 _MAX_REMAINING_MS = 2**53
@@ -96,7 +99,7 @@ class Envelope:
         """Bytes that the message occupies in windows: body, buffers and a flat cost for the header."""
         total = len(self.body) + 64
         for buffer in self.buffers:
-            total += _num_bytes(buffer)
+            total += buffer_bytes(buffer)
         return total
 
     def receivers(self) -> list[Target]:
@@ -127,7 +130,7 @@ class Envelope:
             # An infinite deadline is a number too; min() makes it one that fits.
             remaining = int(max(0.0, min((self.deadline - now) * 1000, _MAX_REMAINING_MS)))
         source = self.source
-        sizes = [_num_bytes(buffer) for buffer in self.buffers]
+        sizes = [buffer_bytes(buffer) for buffer in self.buffers]
         return [
             self.kind, self.rid, source[0], source[1], source[2], self.mesh, self.targets, self.size,
             self.method, remaining, self.flags, self.trace, sizes, self.body,
@@ -163,8 +166,10 @@ def _unsendable(envelope: Envelope) -> str:
     if type(envelope.body) is not bytes or len(envelope.body) > MAX_INLINE_BYTES:
         return f"a body of {len(envelope.body)} bytes; limit {MAX_INLINE_BYTES}"
     for buffer in envelope.buffers:
-        if _num_bytes(buffer) > MAX_FRAME_BYTES or not memoryview(buffer).c_contiguous:
-            return f"a buffer of {_num_bytes(buffer)} bytes, or not contiguous; limit {MAX_FRAME_BYTES}"
+        if buffer_bytes(buffer) > MAX_FRAME_BYTES or not memoryview(buffer).c_contiguous:
+            return f"a buffer of {buffer_bytes(buffer)} bytes, or not contiguous; limit {MAX_FRAME_BYTES}"
+    if envelope.num_bytes > MAX_MESSAGE_BYTES or len(envelope.buffers) > MAX_BUFFERS:
+        return f"{envelope.num_bytes} bytes, {len(envelope.buffers)} buffers; limits {MAX_MESSAGE_BYTES}, {MAX_BUFFERS}"
     return ""
 
 
@@ -173,7 +178,8 @@ def is_natural(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_NUMBER
 
 
-def _num_bytes(buffer: Buffer) -> int:
+def buffer_bytes(buffer: Buffer) -> int:
+    """Bytes of a buffer, whatever its items are."""
     return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
 
 
@@ -232,7 +238,7 @@ def _matching_buffers(sizes: Any, buffers: Sequence[Buffer]) -> list[Buffer]:
         raise malformed("an envelope announces buffers that did not come")
     taken = list(buffers[: len(sizes)])
     for size, buffer in zip(sizes, taken, strict=True):
-        if type(size) is not int or size != _num_bytes(buffer):
+        if type(size) is not int or size != buffer_bytes(buffer):
             raise malformed("a buffer's size differs from the one announced")
     return taken
 

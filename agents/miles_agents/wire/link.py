@@ -28,7 +28,7 @@ from miles_agents.wire.link_handlers import (
     LinkStats,
     Refusal,
 )
-from miles_agents.wire.session import Frame, Session, parse_envelopes, parse_frame
+from miles_agents.wire.session import LOCAL, Frame, Pace, Session, parse_frame, parse_items
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport
 
 
@@ -172,8 +172,8 @@ class _Link:
 
     def _read_data(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler) -> None:
         session = peer.session
-        envelopes = parse_envelopes(frame.payload, frames[1:], self.loop.time())
-        fresh = session.on_data(frame.seq, envelopes, wire.total_bytes(frames))
+        items = parse_items(frame.payload, frames[1:], self.loop.time())
+        fresh = session.on_data(frame.seq, items, wire.total_bytes(frames))
         for envelope in fresh:
             if self._closed or peer.is_over:
                 break  # an envelope before it ended the session
@@ -202,9 +202,10 @@ def _beat(payload: Any) -> tuple[int, dict[str, Any]]:
 class LinkAcceptor(_Link):
     """The side that others dial: a controller for its agents, an agent for its workers."""
 
-    def __init__(self, handler: AcceptorHandler) -> None:
+    def __init__(self, handler: AcceptorHandler, pace: Pace = LOCAL) -> None:
         super().__init__()
         self._handler = handler
+        self._pace = pace
         self._by_session: dict[int, Peer] = {}
         self._by_connection: dict[Connection, Peer] = {}
 
@@ -251,7 +252,7 @@ class LinkAcceptor(_Link):
             if isinstance(verdict, Refusal):
                 self._refuse(connection, frame.session, verdict)
                 return
-            peer = Peer(verdict.name, Session(frame.session), user_id, self, verdict.grant)
+            peer = Peer(verdict.name, Session(frame.session, self._pace), user_id, self, verdict.grant)
             self._by_session[frame.session] = peer
         elif peer.user_id != user_id:
             self._refuse(connection, frame.session, Refusal("this session belongs to another key"))
@@ -304,11 +305,14 @@ class LinkAcceptor(_Link):
 class LinkDialer(_Link):
     """The side that dials: an agent to its controller, a worker to its agent."""
 
-    def __init__(self, handler: DialerHandler, session_id: int, hello: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, handler: DialerHandler, session_id: int, hello: Callable[[], dict[str, Any]], pace: Pace = LOCAL
+    ) -> None:
         super().__init__()
         self._handler = handler
         self._hello = hello
-        self.peer = Peer("dialed", Session(session_id), "", self)
+        self._pace = pace
+        self.peer = Peer("dialed", Session(session_id, pace), "", self)
         self._welcomed = False
         self._refused = False
         self._greeted_at = -1e9
@@ -334,7 +338,7 @@ class LinkDialer(_Link):
     def renew_session(self, session_id: int) -> None:
         """Say the next HELLO as somebody new. Only after a refusal, and before the first WELCOME: nothing is lost."""
         assert not self._welcomed
-        self.peer.session = Session(session_id)
+        self.peer.session = Session(session_id, self._pace)
 
     def on_up(self, connection: Connection) -> None:
         """Transport: connected (again)."""

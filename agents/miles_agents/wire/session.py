@@ -1,6 +1,8 @@
 """A session: the numbered conversation of two processes, over connections that come and go. Pure; no I/O.
 
 Consumes: envelopes to send; frames of the peer. Produces: link frames; the peer's envelopes, in order, each once.
+With ``fragment_bytes`` a large envelope goes in pieces (``wire/fragments.py``), each an item with a number of its own;
+together with a small window that bounds how long a frame without a number (a beat) waits behind data.
 Waits for: acknowledgements, within a window of bytes and messages. What unblocks it: any frame of the peer (all
 carry an acknowledgement), or the reconnect that resumes it.
 
@@ -13,7 +15,7 @@ HELLO      0                             dict: who dials, what it offers
 WELCOME    0                             dict: what the acceptor grants
 REFUSE     0                             dict: code and reason
 RESET      0                             None: "say HELLO first"
-DATA       number of the first envelope  list of envelopes; buffers follow as frames
+DATA       number of the first item      list of items; buffers follow as frames
 ACK        0                             None
 RESEND     first number that is missing  None
 BEAT       highest number sent           [beat id, dict of facts]
@@ -22,7 +24,7 @@ GOODBYE    0                             text: the reason
 =========  ============================  =============================================
 
 ``ack`` is the highest number up to which everything was received. Invariants: numbers are given when an envelope is
-accepted, so order is decided once; an envelope is kept until acknowledged; a number is delivered once; a frame whose
+accepted, so order is decided once; an item is kept until acknowledged; a number is delivered once; a frame whose
 session differs is dropped, whoever sends it; no frame of a peer, however wrong, makes this end forget what it never
 sent.
 """
@@ -36,7 +38,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from miles_agents.wire.envelope import Envelope, check_sendable, envelope_from_plain, is_natural, malformed
+from miles_agents.wire.envelope import Envelope, buffer_bytes, check_sendable, is_natural, malformed
+from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -50,6 +53,21 @@ ACK_MESSAGES = 64
 ACK_BYTES = 4 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much of a session may be under way. ``fragment_bytes`` None: messages go whole, whatever their size."""
+
+    fragment_bytes: int | None = None
+    window_bytes: int = WINDOW_BYTES
+    window_messages: int = WINDOW_MESSAGES
+
+
+LOCAL = Pace()
+"""Between processes of one node, where bytes cost nothing but a copy."""
+NETWORK = Pace(fragment_bytes=1024 * 1024, window_bytes=8 * 1024 * 1024)
+"""Between nodes: what is under way passes in time for a beat behind it, also at a few MB/s."""
+
+
 class Frame(NamedTuple):
     """A parsed link frame. ``payload`` is checked only as far as the kind demands."""
 
@@ -61,10 +79,10 @@ class Frame(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """An envelope with the place in the conversation that it was given."""
+    """An item with the place in the conversation that it was given."""
 
     seq: int
-    envelope: Envelope
+    item: Item
     num_bytes: int
 
 
@@ -113,32 +131,31 @@ def parse_frame(data: Buffer) -> Frame:
     return Frame(kind, session, seq, ack, payload)
 
 
-def parse_envelopes(payload: Any, buffers: Sequence[Buffer], now: float) -> list[Envelope]:
-    """The envelopes of a DATA frame with the buffers that belong to each. Raises MalformedFrame."""
+def parse_items(payload: Any, buffers: Sequence[Buffer], now: float) -> list[Item]:
+    """The items of a DATA frame with the buffers that belong to each. Raises MalformedFrame."""
     if type(payload) is not list:
         raise malformed("the payload of DATA is not a list")
-    envelopes = []
+    items = []
     used = 0
     for plain in payload:
-        envelope, taken = envelope_from_plain(plain, buffers[used:] if used else buffers, now)
-        envelopes.append(envelope)
+        item, taken = item_from_plain(plain, buffers[used:] if used else buffers, now)
+        items.append(item)
         used += taken
     if used != len(buffers):
         raise malformed(f"{len(buffers) - used} buffers belong to no envelope")
-    return envelopes
+    return items
 
 
 class Session:
     """One end of a session. See the module's docstring for its contract."""
 
-    def __init__(
-        self, session_id: int, *, window_bytes: int = WINDOW_BYTES, window_messages: int = WINDOW_MESSAGES
-    ) -> None:
+    def __init__(self, session_id: int, pace: Pace = LOCAL) -> None:
         self.session_id = session_id
         self.stats = SessionStats()
         self.received = 0
-        self._window_bytes = window_bytes
-        self._window_messages = window_messages
+        self._pace = pace
+        self._ack_bytes = min(ACK_BYTES, pace.window_bytes // 8)
+        self._assembly = Assembly()
         self._next_seq = 1
         self._highest_sent = 0
         self._waiting: deque[Numbered] = deque()
@@ -159,17 +176,25 @@ class Session:
 
     @property
     def num_unacknowledged(self) -> int:
-        """Envelopes that the peer has not acknowledged, sent or not."""
+        """Items that the peer has not acknowledged, sent or not."""
         return len(self._unacked) + len(self._waiting)
 
     def send(self, envelope: Envelope) -> None:
-        """Accept an envelope: give it its number and keep it until the peer has it.
+        """Accept an envelope: give it its number (or numbers) and keep it until the peer has it.
 
         Raises:
             UnsendableMessage: no peer would take it. It got no number.
         """
         check_sendable(envelope)
-        self._waiting.append(Numbered(self._next_seq, envelope, envelope.num_bytes))
+        fragment_bytes = self._pace.fragment_bytes
+        if fragment_bytes is None:
+            self._number(envelope)
+        else:
+            for item in cut(envelope, fragment_bytes):
+                self._number(item)
+
+    def _number(self, item: Item) -> None:
+        self._waiting.append(Numbered(self._next_seq, item, item.num_bytes))
         self._next_seq += 1
 
     def has_sendable(self) -> bool:
@@ -192,14 +217,14 @@ class Session:
             self._unacked.append(numbered)
             self._unacked_bytes += numbered.num_bytes
             total += numbered.num_bytes
-            plains.append(numbered.envelope.to_plain(now))
-            buffers.extend(numbered.envelope.buffers)
+            plains.append(numbered.item.to_plain(now))
+            buffers.extend(numbered.item.buffers)
         self._highest_sent = max(self._highest_sent, self._unacked[-1].seq)
         head = pack_frame(DATA, self.session_id, first, self._acknowledge(), plains)
         return Batch(first, [head, *buffers])
 
     def rewind(self, seq: int) -> None:
-        """Envelopes from ``seq`` on have to be sent again (unsendable, lost, or the link is new)."""
+        """Items from ``seq`` on have to be sent again (unsendable, lost, or the link is new)."""
         while self._unacked and self._unacked[-1].seq >= seq:
             numbered = self._unacked.pop()
             self._unacked_bytes -= numbered.num_bytes
@@ -228,18 +253,22 @@ class Session:
 
     # -- receiving -------------------------------------------------------------------------------------------
 
-    def on_data(self, seq: int, envelopes: list[Envelope], num_bytes: int) -> list[Envelope]:
-        """Envelopes numbered from ``seq`` (at least 1); returns those that are new and in order."""
+    def on_data(self, seq: int, items: list[Item], num_bytes: int) -> list[Envelope]:
+        """Items numbered from ``seq`` (at least 1); returns the envelopes that are new, whole and in order.
+
+        Raises MalformedFrame if a message in pieces is none; nothing changes then.
+        """
         if seq > self.received + 1:
             self.stats.gaps += 1
             return []
-        fresh = envelopes[self.received + 1 - seq :]
-        self.stats.repeated += len(envelopes) - len(fresh)
+        fresh = items[self.received + 1 - seq :]
+        envelopes = self._assembly.take(fresh)
+        self.stats.repeated += len(items) - len(fresh)
         self.received += len(fresh)
-        self.stats.delivered += len(fresh)
-        self._ack_owed_messages += len(envelopes)
+        self.stats.delivered += len(envelopes)
+        self._ack_owed_messages += len(items)
         self._ack_owed_bytes += num_bytes
-        return fresh
+        return envelopes
 
     def missing(self, peer_last_sent: int) -> int | None:
         """First number to ask for again, given how far the peer says it is; None if nothing is to be asked.
@@ -258,7 +287,7 @@ class Session:
 
     def ack_due(self) -> bool:
         """Enough was received since the last acknowledgement to send one on its own."""
-        return self._ack_owed_messages >= ACK_MESSAGES or self._ack_owed_bytes >= ACK_BYTES
+        return self._ack_owed_messages >= ACK_MESSAGES or self._ack_owed_bytes >= self._ack_bytes
 
     def control(self, kind: int, payload: Any = None, *, seq: int = 0) -> list[Buffer]:
         """A frame that carries no envelopes; it acknowledges like any other."""
@@ -272,9 +301,10 @@ class Session:
     def _fits(self, num_bytes: int) -> bool:
         if not self._unacked:
             return True
-        return len(self._unacked) < self._window_messages and self._unacked_bytes + num_bytes <= self._window_bytes
+        pace = self._pace
+        return len(self._unacked) < pace.window_messages and self._unacked_bytes + num_bytes <= pace.window_bytes
 
 
 def total_bytes(frames: Sequence[Buffer]) -> int:
     """Bytes of a message with all its frames."""
-    return sum(f.nbytes if isinstance(f, memoryview) else len(f) for f in frames)
+    return sum(map(buffer_bytes, frames))
