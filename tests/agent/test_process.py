@@ -410,20 +410,34 @@ class FakeGpu:
         return {min(pids): self.size} if len(self.asked) <= self.questions else {}
 
 
-async def test_killing_waits_until_gpu_memory_is_free(table: ProcessTable, tmp_path: Path) -> None:
-    child = await table.spawn(python(tmp_path, REPORT + "forever()"))
+async def test_killing_waits_until_gpu_memory_is_free(tmp_path: Path) -> None:
     gpu = FakeGpu(questions=2)
-    report = await table.kill_tree(child, grace_s=0, gpu=gpu)
+    table = ProcessTable(gpu=gpu)
+    child = await table.spawn(python(tmp_path, REPORT + "forever()"))
+    report = await table.kill_tree(child, grace_s=0)
     assert report.clean
     assert gpu.asked == [{child.pid}] * 3
+    table.close()
 
 
-async def test_gpu_memory_that_stays_is_reported(table: ProcessTable, tmp_path: Path) -> None:
+async def test_killing_all_waits_for_gpu_memory_too(tmp_path: Path) -> None:
+    gpu = FakeGpu(questions=2)
+    table = ProcessTable(gpu=gpu)
     child = await table.spawn(python(tmp_path, REPORT + "forever()"))
-    report = await table.kill_tree(child, grace_s=0, gpu=FakeGpu(questions=10**6), gpu_s=0.15)
+    (report,) = await table.kill_all(grace_s=0)
+    assert report.clean
+    assert gpu.asked == [{child.pid}] * 3
+    table.close()
+
+
+async def test_gpu_memory_that_stays_is_reported(tmp_path: Path) -> None:
+    table = ProcessTable(gpu=FakeGpu(questions=10**6))
+    child = await table.spawn(python(tmp_path, REPORT + "forever()"))
+    report = await table.kill_tree(child, grace_s=0, gpu_s=0.15)
     assert report.gpu_bytes == {child.pid: 5 << 20}
     assert not report.clean
     assert f"pid {child.pid} still holds 5 MiB of GPU memory" in report.describe()
+    table.close()
 
 
 async def test_all_children_are_killed_together(table: ProcessTable, tmp_path: Path) -> None:

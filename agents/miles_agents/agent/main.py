@@ -38,6 +38,7 @@ from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer, ZmqNetwork
 
 KEY_FD_VARIABLE = "MILES_KEY_FD"
 EXIT_FENCED = 70
+_REMEMBERED_LIVES = 100
 logger = logging.getLogger(__name__)
 
 
@@ -112,16 +113,15 @@ class _Process:
             for number in (signal.SIGTERM, signal.SIGINT):
                 name = signal.Signals(number).name
                 loop.add_signal_handler(number, functools.partial(self._end, f"{name} received", orderly=True))
-            table = ProcessTable()
+            table = ProcessTable(gpu=NvmlProbe() if info.gpus else None)
             owned.callback(table.close)
-            ports = PortLeases(interface=None)
+            ports = PortLeases(interface=info.addresses[0] if self.options.interface else None)
             owned.callback(ports.close)
             directory = runtime_dir(f"{self.key.run_id[:20]}-{os.getpid()}")
             owned.enter_context(directory)
             network = ZmqNetwork()
             owned.callback(network.close)
             owned.callback(self._watch_stdin(loop))
-            gpu = NvmlProbe() if info.gpus else None
             log_dir = self._make_log_dir()
             lives = 0
             fenced: list[int] = []
@@ -140,7 +140,7 @@ class _Process:
                     accept=lambda link, address=address: ZmqAcceptor(  # type: ignore[misc]
                         address, link, curve=None, allow=None, network=network, timings=self.options.timings
                     ),
-                    starter=ProcessStarter(table, info, gpu),
+                    starter=ProcessStarter(table, info),
                     log_dir=log_dir,
                     processes=table,
                     ports=ports,
@@ -148,7 +148,7 @@ class _Process:
                     join_timeout_s=self.options.join_timeout_s,
                 )
                 fence, incarnation = await self._live(parts, table)
-                fenced.append(incarnation)
+                fenced = [*fenced, incarnation][-_REMEMBERED_LIVES:]
                 if self.ending is not None or fence.orderly or not self.stdin_open:
                     return self.ending or fence
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)

@@ -90,11 +90,13 @@ def become_subreaper() -> None:
 class ProcessTable:
     """All children of the agent. One per process; belongs to the event loop of the main thread."""
 
-    def __init__(self, *, oom: OomWatch | None = None) -> None:
-        """``oom``: tells out-of-memory kills; by default for the cgroup of this process."""
+    def __init__(self, *, oom: OomWatch | None = None, gpu: GpuMemoryProbe | None = None) -> None:
+        """``oom``: tells out-of-memory kills; by default for the cgroup of this process. ``gpu``: if given, a killed
+        tree counts as gone only when none of its processes holds GPU memory."""
         become_subreaper()
         self._children: dict[int, Child] = {}
         self._oom = oom or OomWatch.of_this_process()
+        self._gpu = gpu
         self._strangers = {stat.id for pid in children_of(os.getpid()) if (stat := read_stat(pid)) is not None}
 
     @property
@@ -166,11 +168,10 @@ class ProcessTable:
         *,
         grace_s: float,
         kill_s: float = 10.0,
-        gpu: GpuMemoryProbe | None = None,
         gpu_s: float = 10.0,
     ) -> KillReport:
         """End a child with everything below it, and all orphans. See ``process_kill.kill_tree``."""
-        return await process_kill.kill_tree(child, self, grace_s=grace_s, kill_s=kill_s, gpu=gpu, gpu_s=gpu_s)
+        return await process_kill.kill_tree(child, self, grace_s=grace_s, kill_s=kill_s, gpu=self._gpu, gpu_s=gpu_s)
 
     async def kill_all(self, *, grace_s: float, kill_s: float = 10.0) -> list[KillReport]:
         """``kill_tree`` for every child at the same time."""

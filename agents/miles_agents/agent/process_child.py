@@ -33,6 +33,8 @@ class Child:
         stat = read_stat(pid)
         self.start_time = stat.start_time if stat is not None else 0
         """Clock ticks since boot, field 22 of /proc/<pid>/stat."""
+        self.tree: dict[ProcessId, None] = {self.id: None}
+        """It, and what was seen below it when it was killed; ordered, without repeats."""
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[Exit] = self._loop.create_future()
         """Resolves when the child has been reaped. Never fails. Do not cancel it; see ``wait``."""

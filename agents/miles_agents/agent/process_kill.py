@@ -91,8 +91,9 @@ async def kill_tree(
     """
     loop = asyncio.get_running_loop()
     start = loop.time()
-    # Ordered and without repeats; taken before the first signal, because GPU memory outlives who obeys TERM.
-    seen = dict.fromkeys([child.id])
+    # Taken before the first signal, because GPU memory outlives who obeys TERM; and kept with the child, because
+    # whoever looks once more after its end has to know whose memory to wait for.
+    seen = child.tree
     if child.exit is None:
         seen |= dict.fromkeys(stat.id for stat in descendants(child.pid))
     if grace_s > 0 and child.send_group(signal.SIGTERM):
@@ -102,7 +103,7 @@ async def kill_tree(
     survivors = await _end_all(child, kin, deadline=loop.time() + kill_s, seen=seen)
     held = {}
     if gpu is not None:
-        held = await _gpu_memory_left(gpu, [process.pid for process in seen], deadline=loop.time() + gpu_s)
+        held = await _gpu_memory_left(gpu, seen, deadline=loop.time() + gpu_s)
     return KillReport(
         exit=child.exit,
         ended_by_itself=ended_by_itself,
@@ -174,10 +175,16 @@ def _left(child: Child | None, kin: Kin) -> tuple[Survivor, ...]:
     return tuple(survivor for process in left if (survivor := describe_survivor(process)) is not None)
 
 
-async def _gpu_memory_left(probe: GpuMemoryProbe, pids: Collection[int], *, deadline: float) -> dict[int, int]:
+async def _gpu_memory_left(probe: GpuMemoryProbe, tree: Iterable[ProcessId], *, deadline: float) -> dict[int, int]:
     loop = asyncio.get_running_loop()
     while True:
-        held = probe.used_bytes(pids)
+        held = probe.used_bytes([process.pid for process in tree if not _is_reused(process)])
         if not held or loop.time() >= deadline:
             return held
         await asyncio.sleep(GPU_PAUSE_S)
+
+
+def _is_reused(process: ProcessId) -> bool:
+    """Whether the number means another process by now."""
+    stat = read_stat(process.pid)
+    return stat is not None and stat.id != process

@@ -30,6 +30,8 @@ _PLACEHOLDER = re.compile(r"\{(?:(port|host)|ports\[([^\]{}]*)\])\}")
 _ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 _ALIVE = (Phase.STARTING, Phase.READY, Phase.PAUSED, Phase.RELEASED, Phase.RESUMING)
 EVIDENCE_LINES = 20
+_GPU_ROUNDS = 3
+"""How often an ended service's GPU memory is waited for (by ``kill_tree``, with its own bound)."""
 
 
 class ServiceDied(PeerFault):
@@ -268,15 +270,24 @@ class Service:
         exited = await asyncio.shield(child.exited)
         self._cancel_probe()
         # What it left behind may hold its ports and its GPU memory: it is not gone before that is.
-        while True:
-            report = await self._starter.kill_tree(child, grace_s=0.0)
-            if report.clean:
-                break
-            _log.error("service %s has ended but leaves something: %s", self.spec.name, report.describe())
-            await asyncio.sleep(self.spec.numbers.kill_again_s)
+        left = await self._end_what_is_left(child)
         self._child = None
         in_use = any(_ADDRESS_IN_USE.search(line) for line in self._log_tail(RING_LINES))
-        self._events.put_nowait(life.Exited(attempt, exited.describe(), in_use))
+        self._events.put_nowait(life.Exited(attempt, exited.describe() + left, in_use))
+
+    async def _end_what_is_left(self, child: Child) -> str:
+        """Until nothing of it runs. Returns what is to be said of GPU memory that nobody can be killed for."""
+        rounds = 0
+        while True:
+            report = await self._starter.kill_tree(child, grace_s=0.0)
+            rounds += 1
+            if report.clean:
+                return ""
+            _log.error("service %s has ended but leaves something: %s", self.spec.name, report.describe())
+            if not report.survivors and rounds >= _GPU_ROUNDS:
+                return f"; {sum(report.gpu_bytes.values()) >> 20} MiB of GPU memory were not given back"
+            if report.survivors:
+                await asyncio.sleep(self.spec.numbers.kill_again_s)
 
     async def _start(self, attempt: int, new_ports: bool) -> Child:
         spec = self.spec

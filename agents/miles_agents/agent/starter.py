@@ -15,7 +15,6 @@ from typing import Protocol
 from miles_agents.agent.process import ProcessTable
 from miles_agents.agent.process_child import Child
 from miles_agents.agent.process_exit import Exit
-from miles_agents.agent.process_gpu import GpuMemoryProbe
 from miles_agents.agent.process_launch import Command
 from miles_agents.node_info import NodeInfo
 from miles_agents.worker.main import STACK_SIGNAL
@@ -45,7 +44,7 @@ class WorkerProcess(Protocol):
         """End it with everything below it; returns what was done, for people. Confirmed when this returns."""
 
     async def sweep(self) -> None:
-        """After its end: end what it left behind."""
+        """After its end: end what it left behind, and wait for its GPU memory."""
 
 
 class WorkerStarter(Protocol):
@@ -58,12 +57,9 @@ class WorkerStarter(Protocol):
 class ProcessStarter:
     """Real processes. ``python`` runs the workers."""
 
-    def __init__(
-        self, table: ProcessTable, info: NodeInfo, gpu: GpuMemoryProbe | None, python: str = sys.executable
-    ) -> None:
+    def __init__(self, table: ProcessTable, info: NodeInfo, python: str = sys.executable) -> None:
         self._table = table
         self._info = info
-        self._gpu = gpu
         self._python = python
 
     async def start(self, birth: Birth, log_path: Path) -> WorkerProcess:
@@ -84,7 +80,7 @@ class ProcessStarter:
                 pass_fds=(fd,),
                 numa_node=self._numa_node(spec),
             )
-            return _RealWorker(self._table, await self._table.spawn(command), self._gpu)
+            return _RealWorker(self._table, await self._table.spawn(command))
         finally:
             os.close(fd)
 
@@ -95,10 +91,9 @@ class ProcessStarter:
 
 
 class _RealWorker:
-    def __init__(self, table: ProcessTable, child: Child, gpu: GpuMemoryProbe | None) -> None:
+    def __init__(self, table: ProcessTable, child: Child) -> None:
         self._table = table
         self._child = child
-        self._gpu = gpu
 
     @property
     def pid(self) -> int:
@@ -115,11 +110,11 @@ class _RealWorker:
         self._child.send(STACK_SIGNAL)
 
     async def kill(self, grace_s: float) -> str:
-        report = await self._table.kill_tree(self._child, grace_s=grace_s, gpu=self._gpu)
+        report = await self._table.kill_tree(self._child, grace_s=grace_s)
         return report.describe()
 
     async def sweep(self) -> None:
-        await self._table.reap_orphans()
+        await self._table.kill_tree(self._child, grace_s=0.0)
 
 
 def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo) -> dict[str, str]:

@@ -123,8 +123,10 @@ class WorkerPool:
         log_path = self.agent.parts.log_dir / f"{spec.mesh_name}-{spec.rank}.{spec.incarnation}.log"
         worker = Worker(spec, life, log_path)
         key = (spec.mesh, spec.rank)
-        if key in self._workers:
-            raise _still_there(self._workers[key])
+        while (before := self._workers.get(key)) is not None:
+            if before.dead is None:
+                raise _still_there(before)
+            await asyncio.shield(before.gone)  # what it left, its GPU memory for one, is about to be gone
         self._workers[key] = worker
         self._by_token[worker.token] = worker
         own = self.agent.address
