@@ -81,6 +81,18 @@ async def test_lines_of_ranks_arrive_merged_and_with_their_source(controller, wr
     forwarder.close()
 
 
+async def test_a_service_is_named_without_a_rank_and_merged_with_nobody(controller, write):
+    forwarder = LogForwarder("node-a", controller.send)
+    forwarder.add("web", None, write("web", "hello\nhello\n"), now())
+    forwarder.add("engine", None, write("engine", "hello\nlast words"), now())
+    async with running(forwarder):
+        assert await forwarder.flush(now() + 10)
+        assert forwarder.finish("engine", None, now()) == ["hello", "last words"]
+        assert await forwarder.flush(now() + 10)
+    assert controller.lines == ["web@node-a | hello"] * 2 + ["engine@node-a | hello", "engine@node-a | last words"]
+    forwarder.close()
+
+
 async def test_polling_sends_without_a_flush(controller, write):
     forwarder = LogForwarder("node-a", controller.send)
     path = write("x", "")

@@ -1,6 +1,7 @@
 """Services in a real cluster: children that are not ours inside, killed, stopped, fenced and lost with their node."""
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -178,3 +179,22 @@ async def test_services_of_a_dead_node_are_lost_and_their_processes_gone(tmp_pat
 
 def _named(cluster, name):
     return [found for found in cluster.controller.status()["services"] if found["name"] == name]
+
+
+async def test_what_a_service_writes_is_shown_with_its_name_also_its_last_words(cluster, caplog):
+    caplog.set_level(logging.INFO, "miles.remote")
+    code = (
+        "import http.server, sys\n"
+        "print('loading the model', flush=True)\n"
+        "class Server(http.server.SimpleHTTPRequestHandler):\n"
+        "    def log_message(self, *args): pass\n"
+        "server = http.server.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), Server)\n"
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (sys.stdout.write('goodbye'), sys.stdout.flush(), sys.exit()))\n"
+        "server.serve_forever()\n"
+    )
+    service = await start(cluster, "talker", (sys.executable, "-c", code, "{port}"))
+    await eventually(lambda: "talker@node-0 | loading the model" in caplog.messages, DEADLINE_S)
+    await service.stop()
+    await eventually(lambda: "talker@node-0 | goodbye" in caplog.messages, DEADLINE_S)
+    assert caplog.messages.count("talker@node-0 | loading the model") == 1

@@ -30,14 +30,14 @@ Send: TypeAlias = Callable[[list[Entry]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class LogSource:
-    """Whose lines: ``trainer[3]@node-a``."""
+    """Whose lines: ``trainer[3]@node-a``, or ``web@node-a`` for a process without ranks (a service)."""
 
     group: str
-    rank: int
+    rank: int | None
     node: str
 
     def __str__(self) -> str:
-        return f"{self.group}[{self.rank}]@{self.node}"
+        return f"{self.group}@{self.node}" if self.rank is None else f"{self.group}[{self.rank}]@{self.node}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,11 @@ class LogForwarder:
         self._turn = 0
         self._cap_at = 0.0
 
-    def add(self, group: str, rank: int, path: Path, now: float, *, start: int = 0) -> LogTail:
-        """Follow a process from byte ``start`` of its file on; its lines also stand in the returned tail's ring."""
+    def add(self, group: str, rank: int | None, path: Path, now: float, *, start: int = 0) -> LogTail:
+        """Follow a process from byte ``start`` of its file on; its lines also stand in the returned tail's ring.
+
+        ``rank`` None: a service, whose lines all count as those of rank 0 do and are merged with nobody's.
+        """
         source = LogSource(group, rank, self._node)
         if source in self._processes:
             self.finish(group, rank, now)
@@ -144,7 +147,7 @@ class LogForwarder:
         self._processes[source] = _Process(source, tail, bucket)
         return tail
 
-    def finish(self, group: str, rank: int, now: float) -> list[str]:
+    def finish(self, group: str, rank: int | None, now: float) -> list[str]:
         """The process has exited: forward its last lines, forget it, and return them (at most 200)."""
         process = self._processes.pop(LogSource(group, rank, self._node), None)
         if process is None:
@@ -226,7 +229,7 @@ class LogForwarder:
     def _take(self, process: _Process, lines: list[str], now: float, *, limited: bool = True) -> None:
         source = process.source
         for line in lines:
-            want, process.filter_state = wanted(source.rank, line, process.filter_state)
+            want, process.filter_state = wanted(source.rank or 0, line, process.filter_state)
             if not want:
                 continue
             size = len(line)
@@ -236,6 +239,8 @@ class LogForwarder:
                     process.report_at = now + self._limits.report_s
                 process.dropped_lines += 1
                 process.dropped_bytes += size
+            elif source.rank is None:
+                self._put([str(source), now, line, []], size)
             else:
                 self._put_merged(self._dedup.add(source.group, source.rank, line, now), now)
 
@@ -252,7 +257,8 @@ class LogForwarder:
     def _notice(self, process: _Process, text: str, now: float) -> None:
         """Say something about a process. Its own held lines go first."""
         source = process.source
-        self._put_merged(self._dedup.release(source.group, source.rank), now)
+        if source.rank is not None:
+            self._put_merged(self._dedup.release(source.group, source.rank), now)
         self._put([str(source), now, text, []], len(text))
 
     def _cap(self, process: _Process, now: float) -> None:

@@ -169,7 +169,9 @@ class Orders:
         service = Service(spec, parts.processes, parts.ports, self._on_change)
         task = self.tasks.create_task(service.run(), name=f"service {spec.name}")
         self._services[spec.name] = (service, task)
-        task.add_done_callback(lambda _: self._services.pop(spec.name, None))
+        logs = self._pool().logs
+        logs.add(spec.name, None, spec.log_path, self.agent.loop.time(), start=_size(spec.log_path))
+        task.add_done_callback(lambda _: self._forget_service(spec.name))
         if ready_timeout_s is not None:
             deadline = self.agent.loop.time() + ready_timeout_s
             try:
@@ -181,6 +183,10 @@ class Orders:
                     raise _not_ready(service, ready_timeout_s) from None
                 raise
         return self._describe(service)
+
+    def _forget_service(self, name: str) -> None:
+        self._services.pop(name, None)
+        self._pool().logs.finish(name, None, self.agent.loop.time())
 
     async def steer_service(self, name: str, order: str, why: str) -> None:
         """``order``: pause, release, released, resume or fence."""
