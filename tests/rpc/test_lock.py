@@ -18,6 +18,17 @@ from miles_agents.wire.envelope import CONTROLLER_MESH
 from miles_controller.lock_service import LockService
 
 
+class CancelsOnGrant(Lock):
+    """Cancels the task that acquires it in the very turn of the loop that brings the grant."""
+
+    task: asyncio.Task
+
+    def acquire(self):
+        asked = super().acquire()
+        asked.add_done_callback(lambda _: self.task.cancel())
+        return asked
+
+
 class Worker(Actor):
     """Holds a lock for as long as it is told."""
 
@@ -53,6 +64,47 @@ class Worker(Actor):
     async def lose(self):
         async with Lock("weights", hold_s=1.0, controller=self.controller):
             await asyncio.sleep(2.0)
+
+    @endpoint
+    async def hold_twice(self):
+        """Two tasks, and then one in itself."""
+
+        async def use(name):
+            async with Lock("weights", controller=self.controller):
+                self.log.append(f"{name} in")
+                await asyncio.sleep(1.0)
+                self.log.append(f"{name} out")
+
+        await asyncio.gather(use("first"), use("second"))
+        async with Lock("weights", controller=self.controller):
+            try:
+                await Lock("weights", timeout_s=2.0, controller=self.controller).acquire()
+            except DeadlineExceeded:
+                self.log.append("waited for itself")
+
+    @endpoint
+    async def cancel_on_leaving(self):
+        lock = await Lock("weights", controller=self.controller).__aenter__()
+        task = asyncio.create_task(lock.__aexit__(None, None, None))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    @endpoint
+    async def cancel_when_granted(self):
+        lock = CancelsOnGrant("weights", controller=self.controller)
+        lock.task = task = asyncio.create_task(lock.__aenter__())
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    @endpoint
+    async def leave_late(self):
+        lock = await Lock("weights", controller=self.controller).__aenter__()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.log.append("leaves")
+            await lock.__aexit__(None, None, None)
 
     @endpoint
     async def find(self):
@@ -149,4 +201,43 @@ async def test_a_grant_that_crosses_the_callers_deadline_is_taken_back():
         assert log == ["gave up"]
         await mesh.slice(ranks=1).wait_at_most.call_one(20.0)
         assert log == ["gave up", "got it"]
+        await eventually(lambda: locks.snapshot() == {})
+
+
+@virtual
+async def test_tasks_of_one_process_exclude_each_other_and_one_waits_for_itself():
+    async with wired() as net:
+        handle, locks = controller_of(net)
+        log = []
+        await net.spawn(Worker, log, handle).hold_twice.call_one()
+        assert log == ["first in", "first out", "second in", "second out", "waited for itself"]
+        await eventually(lambda: locks.snapshot() == {})
+
+
+@virtual
+async def test_a_release_goes_out_though_its_task_is_cancelled():
+    async with wired() as net:
+        handle, locks = controller_of(net)
+        mesh = net.spawn(Worker, [], handle)
+        net.delay_s = 0.5  # the release and what would cancel it arrive together
+        await mesh.cancel_on_leaving.call_one()
+        await eventually(lambda: locks.snapshot() == {})
+
+
+@virtual
+async def test_a_grant_is_given_back_if_its_task_is_cancelled_before_it_goes_on():
+    async with wired() as net:
+        handle, locks = controller_of(net)
+        await net.spawn(Worker, [], handle).cancel_when_granted.call_one()
+        await eventually(lambda: locks.snapshot() == {})
+
+
+@virtual
+async def test_a_release_goes_out_though_the_deadline_of_its_call_has_passed():
+    async with wired() as net:
+        handle, locks = controller_of(net)
+        log = []
+        with pytest.raises(DeadlineExceeded):
+            await net.spawn(Worker, log, handle).options(timeout_s=1.0).leave_late.call_one()
+        await eventually(lambda: log == ["leaves"])
         await eventually(lambda: locks.snapshot() == {})

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from miles_agents.rpc.lock_table import (
+    MAX_GRAVES,
     Acquire,
     Cancel,
     DeadLockHolder,
@@ -13,7 +14,6 @@ from miles_agents.rpc.lock_table import (
     Grant,
     Holder,
     HolderDied,
-    LockHeldByYou,
     LockTable,
     Refuse,
     Release,
@@ -50,13 +50,24 @@ def test_tokens_grow_over_all_locks():
     assert [effect.token for effect in effects] == [1, 2, 3]
 
 
-def test_a_holder_that_asks_again_or_waits_already_is_refused():
-    again = Waiter(A.holder, 2)
-    table, effects = run(Acquire("w", A), Acquire("w", again))
-    assert [type(effect) for effect in effects] == [Grant, Refuse]
-    assert isinstance(refusal_error(effects[1]), LockHeldByYou)
-    _, effects = run(Acquire("w", B), Acquire("w", Waiter(B.holder, 2)), table=table)
-    assert [effect.reason for effect in effects] == ["held_by_you"]
+def test_requests_of_one_holder_wait_for_each_other_and_go_with_its_death():
+    second, third = Waiter(A.holder, 2), Waiter(A.holder, 3)
+    table, effects = run(Acquire("w", A), Acquire("w", second), Acquire("w", third), Acquire("w", B))
+    assert effects == [Grant("w", A, 1)]
+    table, effects = run(Release("w", Waiter(A.holder, 9), 1), table=table)
+    assert effects[1:] == [Grant("w", second, 2)]
+    _, effects = run(HolderDied(A.holder), table=table)
+    assert effects == [Grant("w", B, 3)]
+
+
+def test_a_bounded_number_of_the_dead_is_remembered_the_latest_of_them():
+    holders = [Holder(mesh, 0, 5) for mesh in range(MAX_GRAVES + 2)]
+    table, _ = run(*(HolderDied(holder) for holder in [holders[0], *holders[1:3], holders[0], *holders[3:]]))
+    assert len(table.graves) == MAX_GRAVES
+    refused = [table.graves.find(holder) is not None for holder in holders]
+    assert [mesh for mesh, was in enumerate(refused) if not was] == [1, 2]
+    assert table.graves.find(Holder(0, 0, 4)) == 5
+    assert table.graves.find(Holder(0, 0, 6)) is None
 
 
 def test_a_stale_token_and_a_foreign_release_are_refused():
@@ -135,9 +146,6 @@ class Locks(RuleBasedStateMachine):
     def acquire(self, name, rank, hold_s):
         self.request += 1
         waiter, queue = Waiter(self.holder(rank), self.request), self.queues.setdefault(name, [])
-        if any(other.holder == waiter.holder for other, _ in queue):
-            assert [effect.reason for effect in self.play(Acquire(name, waiter, hold_s))] == ["held_by_you"]
-            return
         queue.append((waiter, hold_s))
         if len(queue) == 1:
             self.promote(name)

@@ -14,7 +14,6 @@ from support.simulated import CONTROLLER, SimulatedCluster, outcome, simulate
 from support.simulated_actors import EXECUTED, Probe
 
 from miles_agents.errors import PeerFault
-from miles_agents.rpc.lock_table import LockHeldByYou
 from miles_agents.wire.memory_transport import Faults
 from miles_controller import Policy
 
@@ -189,7 +188,7 @@ class World:
         for what, call in self.calls:
             assert call.done(), f"never ended: {what}"
             error = await outcome(call)
-            assert not isinstance(error, Exception) or isinstance(error, PeerFault | LockHeldByYou), (what, error)
+            assert not isinstance(error, Exception) or isinstance(error, PeerFault), (what, error)
             event(f"{what.split()[0]}: {type(error).__name__ if isinstance(error, Exception) else 'answered'}")
         for tag, call in self.tags.items():
             if not isinstance(await outcome(call), Exception):

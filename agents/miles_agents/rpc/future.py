@@ -114,10 +114,15 @@ class CallFuture(Generic[T]):
 
     def cancel(self) -> bool:
         """Ask the callee to stop. False if the call is over already. The future ends when the callee confirms."""
-        if self._done:
+        if self._done or self._cancel is _over:
             return False
         self._cancel(True)
         return True
+
+    def insist(self) -> CallFuture[T]:
+        """Nothing cancels the call any more: whoever awaits this and is cancelled only ends the waiting."""
+        self._cancel = _over
+        return self
 
     def add_done_callback(self, callback: Callable[[CallFuture[T]], None]) -> None:
         """Call back on the runtime's loop when done; at once if it is."""

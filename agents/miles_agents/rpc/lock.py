@@ -1,16 +1,19 @@
 """What actors ask of the runtime: named locks over the whole run, meshes by name, ports of their node.
 
-A lock belongs to the process that acquired it and is given to the next waiter when that process dies. It is not
-reentrant. ``token`` grows with every grant: hand it to whatever the lock protects, so that a holder that lost the lock
+A lock belongs to the process that acquired it and is given to the next waiter when that process dies. Tasks and threads
+of one process exclude each other like those of two. It is not reentrant: whoever asks again for what it holds waits for
+itself, until its deadline. A release always goes out: neither a deadline nor a cancellation of its caller holds it
+back. ``token`` grows with every grant: hand it to whatever the lock protects, so that a holder that lost the lock
 (``hold_s`` ran out) can be refused there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from types import TracebackType
 
-from miles_agents.rpc.context import current_actor, find_actor
+from miles_agents.rpc.context import current_actor, find_actor, outside_of_calls
 from miles_agents.rpc.errors import NotAnActorProcess
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
@@ -20,6 +23,8 @@ _tickets = itertools.count(1)
 
 class Lock:
     """A named lock: ``async with Lock("weights"):`` on a loop, ``with Lock("weights"):`` on a thread.
+
+    One object is for one task or thread at a time; others make their own, of the same name.
 
     Args:
         name: Everybody who uses this name in the run shares the lock.
@@ -44,26 +49,39 @@ class Lock:
 
     def acquire(self) -> CallFuture[int]:
         """Ask for it; the future brings the token."""
-        controller = self._handle().options(timeout_s=self._timeout_s)
+        controller = self._handle()
         ticket = next(_tickets)
-        future: CallFuture[int] = controller.endpoint("lock_acquire").call_one(self.name, self._hold_s, ticket)
+        timed = controller.options(timeout_s=self._timeout_s)
+        future: CallFuture[int] = timed.endpoint("lock_acquire").call_one(self.name, self._hold_s, ticket)
+        context = outside_of_calls()  # giving up must not end with the deadline that makes it necessary
 
         def give_up_unless_granted(over: CallFuture[int]) -> None:
             # The grant may be on its way while the deadline or a cancellation ends the call: nobody would release it.
             if over.exception() is not None:
-                controller.endpoint("lock_give_up").broadcast(ticket)
+                context.run(controller.endpoint("lock_give_up").broadcast, ticket)
 
         future.add_done_callback(give_up_unless_granted)
         return future
 
     def release(self, token: int) -> CallFuture[None]:
-        """Give it back. The future fails with StaleLockToken if it was not held any more."""
-        future: CallFuture[None] = self._handle().endpoint("lock_release").call_one(self.name, token)
-        return future
+        """Give it back, whatever happens to the caller. The future fails with StaleLockToken if it was not held."""
+        release = self._handle().endpoint("lock_release")
+        future: CallFuture[None] = outside_of_calls().run(release.call_one, self.name, token)
+        return future.insist()
 
     async def __aenter__(self) -> Lock:
-        self.token = await self.acquire()
+        asked = self.acquire()
+        try:
+            self.token = await asked
+        except asyncio.CancelledError:
+            context = outside_of_calls()
+            asked.add_done_callback(lambda over: context.run(self._release_if_granted, over))
+            raise
         return self
+
+    def _release_if_granted(self, over: CallFuture[int]) -> None:
+        if over.exception() is None:  # the grant was here when its task was cancelled
+            self.release(over.get())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -7,8 +7,8 @@ Invariants: a lock has at most one holder; waiters are served in the order in wh
 a grant, its own cancel or its own death; tokens only grow, over all locks, so that a resource that remembers the
 largest token it has seen can refuse whoever lost the lock without noticing; the dead hold nothing and never will.
 
-A lock is not reentrant. A holder that asks again, or that waits already, is refused: behind itself it would wait
-forever. Two tasks of one actor exclude each other with a lock of their own language, not with this one.
+A lock is not reentrant. Each request of a process is a waiter of its own, so that two tasks of one process exclude
+each other like those of two; one that asks again for what it holds waits behind itself, until it gives up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from miles_agents.errors import ConfigError, InternalError, PeerFault
-
-
-class LockHeldByYou(ConfigError):
-    """An actor asked for a lock that it holds or waits for already."""
-
-    code = "E-LOCK-001"
+from miles_agents.errors import InternalError, PeerFault
 
 
 class StaleLockToken(PeerFault):
@@ -38,7 +32,10 @@ class DeadLockHolder(PeerFault):
     code = "E-LOCK-003"
 
 
-RefuseReason: TypeAlias = Literal["held_by_you", "stale_token", "dead"]
+RefuseReason: TypeAlias = Literal["stale_token", "dead"]
+
+MAX_GRAVES = 10_000
+"""How many of the dead are remembered: requests of theirs may be under way only shortly after their death."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,18 +155,43 @@ class Lock:
     waiting: tuple[Acquire, ...] = ()
 
 
+class Graves:
+    """The newest dead incarnation of each ``(mesh, rank)``; of the latest ``MAX_GRAVES`` that died.
+
+    All versions of a table share it and it is changed in place: who is dead stays dead.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._newest)
+
+    def find(self, holder: Holder) -> int | None:
+        """The incarnation in whose grave this holder lies; None while it may live."""
+        newest = self._newest.get((holder.mesh, holder.rank))
+        return newest if newest is not None and holder.incarnation <= newest else None
+
+    def dig(self, holder: Holder) -> None:
+        """This life and all earlier ones of its rank are over."""
+        key = (holder.mesh, holder.rank)
+        self._newest[key] = max(holder.incarnation, self._newest.pop(key, holder.incarnation))
+        if len(self._newest) > MAX_GRAVES:
+            del self._newest[next(iter(self._newest))]
+
+
 @dataclass(frozen=True, slots=True)
 class LockTable:
     """All locks that are held, by name; copied on write.
 
     Attributes:
         last_token: The largest token given out so far.
-        dead: The newest dead incarnation of each ``(mesh, rank)``.
+        graves: Who asks in vain.
     """
 
     locks: Mapping[str, Lock] = field(default_factory=dict)
     last_token: int = 0
-    dead: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    graves: Graves = field(default_factory=Graves, compare=False)
 
     def next_expiry(self) -> float | None:
         """When the next `Tick` has something to do."""
@@ -192,17 +214,10 @@ def step(table: LockTable, event: Event, now: float) -> tuple[LockTable, tuple[E
             return _expire(table, now)
 
 
-def refusal_error(refuse: Refuse) -> LockHeldByYou | StaleLockToken | DeadLockHolder:
+def refusal_error(refuse: Refuse) -> StaleLockToken | DeadLockHolder:
     """The error that whoever was refused should see."""
     name, holder, evidence = refuse.name, refuse.waiter.holder, refuse.evidence
     match refuse.reason:
-        case "held_by_you":
-            return LockHeldByYou(
-                f"lock {name!r} was asked for again by {holder}",
-                evidence=evidence,
-                advice="Release the lock before asking again; it is not reentrant.",
-                lock=name,
-            )
         case "stale_token":
             return StaleLockToken(
                 f"lock {name!r} is no longer held by {holder} under this token",
@@ -220,20 +235,13 @@ def refusal_error(refuse: Refuse) -> LockHeldByYou | StaleLockToken | DeadLockHo
 
 
 def _acquire(table: LockTable, event: Acquire, now: float) -> tuple[LockTable, tuple[Effect, ...]]:
-    holder = event.waiter.holder
-    newest_dead = table.dead.get((holder.mesh, holder.rank))
-    if newest_dead is not None and holder.incarnation <= newest_dead:
+    newest_dead = table.graves.find(event.waiter.holder)
+    if newest_dead is not None:
         evidence = f"incarnation {newest_dead} was declared dead"
         return table, (Refuse(event.name, event.waiter, "dead", evidence),)
     lock = table.locks.get(event.name)
     if lock is None:
         return _grant(table, event, (), now)
-    if lock.held.waiter.holder == holder:
-        evidence = f"held since {now - lock.held.since:.1f} s under token {lock.held.token}"
-        return table, (Refuse(event.name, event.waiter, "held_by_you", evidence),)
-    if any(other.waiter.holder == holder for other in lock.waiting):
-        evidence = f"it waits already; the lock is held by {lock.held.waiter.holder}"
-        return table, (Refuse(event.name, event.waiter, "held_by_you", evidence),)
     return _with_lock(table, event.name, replace(lock, waiting=(*lock.waiting, event))), ()
 
 
@@ -261,9 +269,7 @@ def _bury(table: LockTable, dead: Holder, now: float) -> tuple[LockTable, tuple[
         holder = waiter.holder
         return (holder.mesh, holder.rank) == (dead.mesh, dead.rank) and holder.incarnation <= dead.incarnation
 
-    key = (dead.mesh, dead.rank)
-    newest = max(dead.incarnation, table.dead.get(key, dead.incarnation))
-    table = replace(table, dead={**table.dead, key: newest})
+    table.graves.dig(dead)
     effects: list[Effect] = []
     for name, lock in list(table.locks.items()):
         waiting = tuple(other for other in lock.waiting if not gone(other.waiter))
