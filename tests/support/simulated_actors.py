@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 
 from miles_agents import Actor, Lock, current_actor, current_call, endpoint, lookup
+from miles_agents.errors import ConfigError
 from miles_agents.rpc.errors import StaleHandle
 
 EXECUTED: Counter = Counter()
@@ -109,6 +110,14 @@ class Probe(Actor):
     @endpoint
     async def greeted(self):
         return list(await self.task)
+
+    @endpoint
+    async def order(self, mesh, name, *args):
+        """Call an endpoint of the runtime itself; its error's code, or what it answered."""
+        try:
+            return await mesh.endpoint(name).call_one(*args)
+        except ConfigError as error:
+            return error.code
 
     @endpoint
     def source(self):

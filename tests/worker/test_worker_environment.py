@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from miles_agents import Actor, endpoint, lease_ports
-from miles_agents.agent.orders import NotYourOrder
 from miles_agents.agent.starter import worker_environment
 from miles_agents.node_info import Gpu, NodeInfo
 from miles_agents.rpc.context import current_actor
+from miles_agents.rpc.guard import NotYourOrder
 from miles_agents.rpc.shape import Shape
 from miles_agents.worker.spec import WorkerSpec
 from miles_controller import Controller, ControllerConfig

@@ -18,8 +18,10 @@ from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
 from miles_agents.agent.worker_pool import nobody_cares
 from miles_agents.errors import ConfigError, PeerFault
+from miles_agents.names import checked_name
 from miles_agents.rpc.context import current_call, outside_of_calls
 from miles_agents.rpc.errors import DeadlineExceeded
+from miles_agents.rpc.guard import not_your_order
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import CONTROLLER_MESH
@@ -43,12 +45,6 @@ class NotOffered(ConfigError):
     """This agent has no means for the order (an agent of a simulation, say)."""
 
     code = "E-AGENT-003"
-
-
-class NotYourOrder(ConfigError):
-    """An agent obeys its controller; an actor tried to give it an order."""
-
-    code = "E-AGENT-004"
 
 
 class Orders:
@@ -84,6 +80,7 @@ class Orders:
         """Start a worker from a plain ``WorkerSpec``; returns its pid and log path once it can be called."""
         pool = self._pool()
         spec = WorkerSpec.from_plain(plain)
+        checked_name("mesh", spec.mesh_name)
         try:
             return await pool.start(spec)
         except asyncio.CancelledError:
@@ -282,7 +279,7 @@ def service_spec(plain: dict[str, Any], log_dir: Path, base_env: dict[str, str])
     fields["env"] = {**base_env, **fields.get("env", {})}
     fields["cwd"] = Path(fields["cwd"]) if fields.get("cwd") else None
     fields["numbers"] = service_life.LifeNumbers(**fields.get("numbers", {}))
-    fields["log_path"] = log_dir / f"{fields['name']}.log"
+    fields["log_path"] = log_dir / f"{checked_name('service', fields['name'])}.log"
     return ServiceSpec(**fields)
 
 
@@ -291,11 +288,7 @@ def _for_controller(name: str, order: Callable[..., Awaitable[Any]]) -> Callable
     async def guarded(*args: Any) -> Any:
         source = current_call().source
         if source.mesh != CONTROLLER_MESH:
-            raise NotYourOrder(
-                f"only the controller may order {name}",
-                evidence=f"rank {source.rank} of mesh {source.mesh} tried",
-                advice="Do it from where the controller runs.",
-            )
+            raise not_your_order(name, source)
         return await order(*args)
 
     return guarded

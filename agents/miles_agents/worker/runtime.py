@@ -18,8 +18,9 @@ from typing import Any
 
 from miles_agents.agent import lease as leases
 from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, Tick
-from miles_agents.rpc.actor import EndpointInfo
+from miles_agents.rpc.actor import EndpointInfo, Thread
 from miles_agents.rpc.context import ActorContext
+from miles_agents.rpc.guard import obeying
 from miles_agents.rpc.host import ActorHost, Executors
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
@@ -71,10 +72,11 @@ class WorkerRuntime:
         self._last_tick = self.loop.time()
         self._lag_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self.host.bind(EndpointInfo("__construct__", "main", False, False), self._construct)
-        self.host.bind(EndpointInfo("__close__", "main", False, False), self._close_actor)
-        self.host.bind(EndpointInfo("__exit__", "io", False, False), self._exit)
-        self.host.bind(EndpointInfo("__stack__", "io", False, False), thread_stacks)
+        master = Address(CONTROLLER_MESH, 0, spec.controller_incarnation)
+        self._bind("__construct__", "main", self._construct, master)
+        self._bind("__close__", "main", self._close_actor, master)
+        self._bind("__exit__", "io", self._exit, master)
+        self._bind("__stack__", "io", thread_stacks, master, Address(AGENT_MESH, *birth.agent))
 
     def start(self, dial: Callable[[Any], Transport]) -> None:
         """Dial the agent and begin to beat."""
@@ -89,6 +91,9 @@ class WorkerRuntime:
         self.link.close()
 
     # -- endpoints of every worker ---------------------------------------------------------------------------
+
+    def _bind(self, name: str, thread: Thread, order: Callable[..., Any], *masters: Address) -> None:
+        self.host.bind(EndpointInfo(name, thread, False, False), obeying(name, order, masters))
 
     def _construct(self, where: dict[str, str], args: list[Any], kwargs: dict[str, Any]) -> list[list[Any]]:
         return construct(self.host, where, args, kwargs)
