@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from miles_agents.errors import MilesError
+from miles_agents.names import checked_name
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, WorkerDied
@@ -65,7 +66,7 @@ class Controller:
         self, config: ControllerConfig | None = None, *, listen: Callable[[Any], Transport] | None = None
     ) -> None:
         self.config = config or ControllerConfig()
-        self.run_id = self.config.run_id or f"run-{secrets.token_hex(4)}"
+        self.run_id = checked_name("run", self.config.run_id or f"run-{secrets.token_hex(4)}")
         self.forwarded_env: dict[str, str] = {}
         self._listen = listen
         self.allowed = AllowList()
@@ -255,8 +256,10 @@ class Controller:
             start_timeout_s: For each of: process up, actor constructed.
 
         Raises:
-            InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor raised); nothing is left.
+            BadName, InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor raised); nothing
+                is left.
         """
+        checked_name("mesh", name)
         plan = SpawnPlan(
             where=class_location(actor),
             args=args,

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from miles_agents.errors import MilesError
+from miles_agents.names import checked_name
 from miles_agents.node_info import BadNodeInfo, NodeInfo
 from miles_agents.rpc.errors import NodeLost, NoSuchActor, StaleHandle
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
@@ -147,7 +148,8 @@ class Fabric:
     # -- nodes -----------------------------------------------------------------------------------------------
 
     def expect(self, name: str) -> None:
-        """A node of that name may join."""
+        """A node of that name may join. Raises BadName."""
+        checked_name("node", name)
         if name not in self._seats:
             seat = self._seats[name] = _Seat(len(self._seats))
             self._by_rank.append(seat)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles_agents.errors import ConfigError, MilesError
+from miles_agents.names import checked_name
 from miles_controller.fabric import Node
 
 if TYPE_CHECKING:
@@ -100,9 +101,10 @@ class ServiceKeeper:
         ``cwd``, ``health_path``, ``health_port``, ``expected_status``, ``numbers``.
 
         Raises:
-            NoSuchNode, NameTaken; CannotStart, ServiceDied, ServiceNotReady: with the last lines of its log, and
-                nothing is left.
+            BadName, NoSuchNode, NameTaken; CannotStart, ServiceDied, ServiceNotReady: with the last lines of its
+                log, and nothing is left.
         """
+        checked_name("service", name)
         place = self._node(node)
         if (place.name, name) in self._services:
             raise NameTaken(

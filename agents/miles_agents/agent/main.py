@@ -31,6 +31,7 @@ from miles_agents.agent.process_gpu import NvmlProbe
 from miles_agents.agent.reaper import watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
+from miles_agents.names import checked_name
 from miles_agents.runtime_dir import runtime_dir
 from miles_agents.timings import Timings
 from miles_agents.wire.keys import AgentKey
@@ -95,7 +96,7 @@ class _Process:
     def __init__(self, options: AgentOptions, key: AgentKey) -> None:
         self.options = options
         self.key = key
-        self.node = options.node or key.node
+        self.node = checked_name("node", options.node or key.node)
         self.agent: Agent | None = None
         self.stdin_open = True
         self.ending: Fence | None = None
@@ -154,7 +155,7 @@ class _Process:
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
 
     def _make_log_dir(self) -> Path:
-        run_dir = Path(self.options.run_dir or Path("runs") / self.key.run_id).resolve()
+        run_dir = Path(self.options.run_dir or Path("runs") / checked_name("run", self.key.run_id)).resolve()
         log_dir = run_dir / "logs" / self.node
         log_dir.mkdir(parents=True, exist_ok=True)
         return log_dir
