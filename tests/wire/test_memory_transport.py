@@ -103,6 +103,21 @@ def test_delays_alone_neither_reorder_nor_lose(seed, low, high, count):
     run_virtual(main())
 
 
+def test_a_slow_link_takes_as_long_as_the_size_demands_and_those_behind_wait():
+    async def main():
+        pair = Pair()
+        await pair.meet()
+        pair.network.set_faults("a", "b", Faults(bytes_per_s=1000.0))
+        began = asyncio.get_running_loop().time()
+        for size in (5000, 10):
+            assert pair.dialer.send(DIALED, [bytes(size)])
+        await pair.heard.until(lambda: len(pair.heard.messages) == 2)
+        assert [len(message.data[0]) for message in pair.heard.messages] == [5000, 10]
+        assert 5.01 <= asyncio.get_running_loop().time() - began < 5.02
+
+    run_virtual(main())
+
+
 def received_under(faults, seed, count=400):
     async def main():
         pair = Pair(seed=seed)

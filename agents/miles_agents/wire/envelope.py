@@ -168,7 +168,7 @@ def _unsendable(envelope: Envelope) -> str:
     for buffer in envelope.buffers:
         if buffer_bytes(buffer) > MAX_FRAME_BYTES or not memoryview(buffer).c_contiguous:
             return f"a buffer of {buffer_bytes(buffer)} bytes, or not contiguous; limit {MAX_FRAME_BYTES}"
-    if envelope.num_bytes > MAX_MESSAGE_BYTES or len(envelope.buffers) > MAX_BUFFERS:
+    if envelope.num_bytes > MAX_MESSAGE_BYTES or len(envelope.buffers) >= MAX_BUFFERS:
         return f"{envelope.num_bytes} bytes, {len(envelope.buffers)} buffers; limits {MAX_MESSAGE_BYTES}, {MAX_BUFFERS}"
     return ""
 

@@ -128,10 +128,19 @@ def item_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tuple[
     return envelope_from_plain(plain, buffers, now)
 
 
-class _Progress(NamedTuple):
-    """How far a run of pieces is: sizes of its whole buffers; of the one that is not, its size and what is there."""
+class _Whole(NamedTuple):
+    """A buffer that is whole, and those before it: a chain, so that a step costs the same however long the run is."""
 
-    whole: tuple[int, ...] = ()
+    size: int
+    before: _Whole | None
+    place: int
+    num_bytes: int
+
+
+class _Progress(NamedTuple):
+    """How far a run of pieces is: its whole buffers; of the one that is not, its size and what is there."""
+
+    whole: _Whole | None = None
     total: int = 0
     filled: int = 0
 
@@ -176,19 +185,30 @@ class Assembly:
 def _after(progress: _Progress, item: Item) -> _Progress:
     """Where an item leads. Raises MalformedFrame if it does not belong there."""
     if isinstance(item, Fragment):
-        whole, total, filled = progress
-        if filled and item.total != total:
-            raise malformed("the pieces of a buffer differ on its size")
-        if not filled and (len(whole) >= MAX_BUFFERS or sum(whole) + item.total > MAX_MESSAGE_BYTES):
-            raise malformed("a message in pieces is larger than any may be")
-        filled += len(item.piece)
-        if filled > item.total:
-            raise malformed("the pieces of a buffer exceed its size")
-        return _Progress((*whole, item.total)) if filled == item.total else _Progress(whole, item.total, filled)
+        return _with_piece(progress, item)
     if isinstance(item, Head):
-        sizes = [size for size in (*item.sizes, item.body_bytes) if size]
-        if progress.filled or list(progress.whole) != sizes:
-            raise malformed("a message in pieces is not what its pieces were")
-    elif progress != _IDLE:
+        whole = progress.whole
+        for size in reversed([size for size in (*item.sizes, item.body_bytes) if size]):
+            if whole is None or whole.size != size:
+                raise malformed("a message in pieces is not what its pieces were")
+            whole = whole.before
+        if progress.filled or whole is not None:
+            raise malformed("a message in pieces is less than its pieces were")
+    elif progress.filled or progress.whole is not None:
         raise malformed("a message comes between the pieces of another")
     return _IDLE
+
+
+def _with_piece(progress: _Progress, item: Fragment) -> _Progress:
+    whole, total, filled = progress
+    count, num_bytes = (whole.place, whole.num_bytes) if whole is not None else (0, 0)
+    if filled and item.total != total:
+        raise malformed("the pieces of a buffer differ on its size")
+    if count >= MAX_BUFFERS or num_bytes + item.total > MAX_MESSAGE_BYTES:
+        raise malformed("a message in pieces is larger than any may be")
+    filled += len(item.piece)
+    if filled > item.total:
+        raise malformed("the pieces of a buffer exceed its size")
+    if filled < item.total:
+        return _Progress(whole, item.total, filled)
+    return _Progress(_Whole(item.total, whole, count + 1, num_bytes + item.total))

@@ -20,6 +20,7 @@ class Faults:
     """What one direction between two hosts does to messages. Probabilities in [0, 1]; delays in seconds.
 
     ``reorder`` is the chance that a message is overtaken by those sent up to ``reorder_s`` after it.
+    With ``bytes_per_s`` a message takes as long as its size demands, and those behind it wait.
     """
 
     drop: float = 0.0
@@ -27,6 +28,7 @@ class Faults:
     reorder: float = 0.0
     delay_s: tuple[float, float] = (0.0, 0.0)
     reorder_s: float = 0.01
+    bytes_per_s: float | None = None
 
 
 _NO_FAULTS = Faults()
@@ -122,6 +124,8 @@ class Lane:
         due = max(self._last_due, now + network.latency_s)
         if faults.delay_s[1]:
             due = max(self._last_due, now + network.latency_s + rng.uniform(*faults.delay_s))
+        if faults.bytes_per_s is not None:
+            due += sum(map(len, message)) / faults.bytes_per_s
         if faults.reorder and rng.random() < faults.reorder:
             self._add(due + rng.uniform(0.0, faults.reorder_s), message)
         else:
