@@ -48,7 +48,7 @@ from miles_controller.mesh_keeper import MeshKeeper
 from miles_controller.meshes import MeshSupervisor, SpawnPlan
 from miles_controller.nodes_missing import NodesMissing, nodes_missing
 from miles_controller.owned_mesh import OwnedMesh
-from miles_controller.placement import Inventory, Placement, Request, Slot
+from miles_controller.placement import Inventory, Placement, Request
 from miles_controller.policy import Policy
 from miles_controller.reports import Reports
 from miles_controller.services import ServiceHandle, ServiceKeeper
@@ -128,13 +128,14 @@ class Controller:
 
     async def dismiss(self, *names: str, reason: str) -> None:
         """Goodbye to the agents of these nodes: each ends its workers with their grace, says goodbye itself, and is
-        waited for, ``leave_timeout_s`` at most. What had its ranks there is stopped, not failed. An agent that comes
-        (back) later is refused, until ``issue_key`` invites its node again."""
+        waited for, ``leave_timeout_s`` at most. Ranks there are expected to end; those elsewhere stay supervised, and
+        a mesh that has no rank elsewhere is stopped. An agent that comes (back) later is refused, until ``issue_key``
+        invites its node again."""
         self.fabric.dismissed.update(dict.fromkeys(names, reason))
         nodes = [node for node in self.fabric.nodes if node.name in names]
         going = {node.name for node in nodes}
         for mesh in self.meshes.living:
-            mesh.stopping = mesh.stopping or any(rank.slot.node in going for rank in mesh.ranks)
+            mesh.on_dismissed(going)
         for node in nodes:
             if node.peer is not None:
                 node.peer.say_goodbye(reason)
@@ -256,7 +257,8 @@ class Controller:
             start_timeout_s: For each of: process up, actor constructed.
 
         Raises:
-            BadName, InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor raised); nothing
+            BadName, BadPlacementRequest, InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor
+                raised); nothing
                 is left.
         """
         checked_name("mesh", name)
@@ -287,10 +289,6 @@ class Controller:
     def mesh_left(self, supervisor: MeshSupervisor) -> None:
         """A mesh has ended; its name is free."""
         self.meshes.left(supervisor)
-
-    def spare_for(self, supervisor: MeshSupervisor, slot: Slot) -> str:
-        """A living node with these devices free, for a rank that lost its own. Raises InfeasiblePlacement."""
-        return self.meshes.spare_for(supervisor, slot)
 
     def next_incarnation(self) -> int:
         """A number that was never given out before."""

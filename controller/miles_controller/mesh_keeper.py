@@ -2,7 +2,8 @@
 
 Consumes: spawns of the owner, ends of meshes. Produces: supervisors, placements, the inventory. Waits for: a mesh to
 start, bounded by its own deadlines. Invariants: a name and a number belong to one living mesh at a time, and a number
-is never used again; a device is counted as used for as long as a living mesh has a rank on it.
+is never used again; a device is counted as used for as long as a living mesh has a rank on it, a spare node for as long
+as a mesh of its placement lives.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.errors import NoSuchActor
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.shape import Shape
 from miles_agents.wire.envelope import FIRST_USER_MESH
+from miles_controller.gangs import Gang, Gangs, check_placement
 from miles_controller.meshes import MeshSupervisor, SpawnPlan
 from miles_controller.owned_mesh import OwnedMesh
-from miles_controller.placement import InfeasiblePlacement, Inventory, Placement, Request, Slot, place
+from miles_controller.placement import Inventory, Placement, Request, Slot, place
 from miles_controller.policy import Policy
 from miles_controller.services import NameTaken
 
@@ -32,6 +35,8 @@ class MeshKeeper:
         self._controller = controller
         self._by_name: dict[str, MeshSupervisor] = {}
         self._by_id: dict[int, MeshSupervisor] = {}
+        self._gangs = Gangs()
+        self._gang_of: dict[str, Gang] = {}
         self._num_meshes = 0
 
     @property
@@ -65,41 +70,44 @@ class MeshKeeper:
 
     def inventory(self) -> Inventory:
         """What there is, and what is used by whom, now."""
-        used: dict[tuple[str, int], str] = {}
-        for mesh in self._by_name.values():
-            for rank in mesh.ranks:
-                for device in rank.slot.devices:
-                    key = (rank.slot.node, device)
-                    used[key] = f"{used[key]}+{mesh.name}" if key in used else mesh.name
-        return Inventory.of([node.info for node in self._controller.fabric.nodes], used=used)
+        return self._gangs.inventory(self._infos())
+
+    def _infos(self) -> list[NodeInfo]:
+        return [node.info for node in self._controller.fabric.nodes]
 
     def place(self, requests: Sequence[Request], *, num_spares: int = 0) -> Placement:
         """Place gangs together on what is free now."""
         return place(self.inventory(), requests, num_spares=num_spares)
 
-    def slots(
+    def _placed(
         self, name: str, dims: Mapping[str, int], placement: Placement | None, devices: int, *, oversubscribe: bool
-    ) -> list[Slot]:
-        """Where the ranks of a mesh go, by the caller's placement or one of its own."""
+    ) -> Placement:
+        """The caller's placement, if it can be used, or one of its own."""
+        num_ranks = math.prod(dims.values())
         if placement is None:
-            num_ranks = math.prod(dims.values())
-            per_node = num_ranks // dims["hosts"] if dims.get("hosts", 0) > 0 else None
-            request = Request(name, num_ranks, devices, max_ranks_per_node=per_node, oversubscribe=oversubscribe)
-            placement = self.place([request])
-        return [parts[0] for parts in placement.slots[name]]
+            per_node = num_ranks // dims["hosts"] if next(iter(dims)) == "hosts" else None
+            request = Request(name, num_ranks, devices, ranks_per_node=per_node, oversubscribe=oversubscribe)
+            return self.place([request])
+        gang = self._gangs.find(placement)
+        current = placement if gang is None or name not in gang.current.slots else gang.current
+        inventory = self._gangs.inventory(self._infos(), without=gang, keeps=False)
+        check_placement(current, name, num_ranks, inventory, reserves_spares=gang is None)
+        return placement
 
-    def spare_for(self, supervisor: MeshSupervisor, slot: Slot) -> str:
-        """A living node with these devices free, for a rank that lost its own. Raises InfeasiblePlacement."""
-        inventory = self.inventory()
-        for node in self._controller.fabric.nodes:
-            devices = inventory.get(node.name)
-            if devices is not None and set(slot.devices) <= set(devices.free):
-                return node.name
-        raise InfeasiblePlacement(
-            f"no node can take over a rank of {supervisor.name} from {slot.node}",
-            evidence=f"no living node has the devices {list(slot.devices)} free",
-            advice="Bring the node back, or keep spare nodes.",
-        )
+    def slot_of(self, name: str, rank: int) -> Slot:
+        """Where a rank is to run now. If its node is lost, all ranks that were placed there together move together.
+
+        Raises:
+            InfeasiblePlacement: nothing fits.
+        """
+        gang, fabric = self._gang_of[name], self._controller.fabric
+        lost = gang.current.slots[name][rank][0].node
+        if fabric.find(lost) is None:
+            known = fabric.membership.members[lost].info
+            self._gangs.move(gang, lost, known.device_kind if known is not None else None, self._infos())
+            now = gang.current.slots[name][rank][0].node
+            self._controller.events.emit("ranks_moved", lost, f"what {'+'.join(gang.living)} had there goes to {now}")
+        return gang.current.slots[name][rank][0]
 
     # -- from spawn to end -----------------------------------------------------------------------------------
 
@@ -110,7 +118,10 @@ class MeshKeeper:
         """Start a mesh and wait until all of it is constructed; see ``Controller.spawn``."""
         self.refuse_taken(name)
         shape = Shape.of(**(dims or {"ranks": 1}))
-        slots = self.slots(name, dims or {}, placement, devices_per_rank, oversubscribe=oversubscribe)
+        sizes = dims or {"ranks": 1}
+        placement = self._placed(name, sizes, placement, devices_per_rank, oversubscribe=oversubscribe)
+        self._gang_of[name] = gang = self._gangs.join(placement, name)
+        slots = [parts[0] for parts in gang.current.slots[name]]
         mesh = FIRST_USER_MESH + self._num_meshes
         self._num_meshes += 1
         supervisor = MeshSupervisor(self._controller, mesh, name, shape=shape, slots=slots, plan=plan, policy=policy)
@@ -132,4 +143,5 @@ class MeshKeeper:
         """A mesh has ended; its name is free."""
         if self._by_name.get(supervisor.name) is supervisor:
             del self._by_name[supervisor.name]
+            self._gangs.leave(self._gang_of.pop(supervisor.name), supervisor.name)
         self._by_id.pop(supervisor.mesh, None)

@@ -113,6 +113,7 @@ class Request:
         colocate_with: Share the devices of that request: rank j covers its devices j*k to j*k+k-1 in rank order.
         kind: Only a ``service`` may span nodes.
         max_ranks_per_node: No more ranks of this request on one node.
+        ranks_per_node: Exactly so many ranks of this request on each node that it uses.
         nodes: Only these nodes.
         device_kind: Only nodes that offer this kind; None: any.
         oversubscribe: Let ranks share devices, also such as others use, where there are too few.
@@ -124,6 +125,7 @@ class Request:
     colocate_with: str | None = None
     kind: Literal["ranks", "service"] = "ranks"
     max_ranks_per_node: int | None = None
+    ranks_per_node: int | None = None
     nodes: tuple[str, ...] | None = None
     device_kind: Literal["gpu", "cpu"] | None = None
     oversubscribe: bool = False
@@ -226,16 +228,20 @@ def place(inventory: Inventory, requests: Sequence[Request], *, num_spares: int 
     return packer.placement()
 
 
-def replace(placement: Placement, lost_nodes: Collection[str], inventory: Inventory) -> Placement:
+def replace(
+    placement: Placement, lost_nodes: Collection[str], inventory: Inventory, *, anywhere: bool = False
+) -> Placement:
     """Move the ranks of lost nodes to spare nodes, one spare for each lost node; all others stay where they are.
 
     Args:
         inventory: The state now; spares must be in it.
+        anywhere: Not only spare nodes may be used, but all that have room.
 
     Raises:
-        InfeasiblePlacement: There are too few spares that fit.
+        InfeasiblePlacement: There are too few nodes that fit.
     """
-    spares = [node for name in placement.spares if name not in lost_nodes and (node := inventory.get(name)) is not None]
+    names = [node.name for node in inventory.nodes] if anywhere else placement.spares
+    spares = [node for name in names if name not in lost_nodes and (node := inventory.get(name)) is not None]
     lost = [node for node in placement.nodes if node in lost_nodes]
     match = _match({node: [spare.name for spare in spares if _fits(placement, node, spare)] for node in lost})
     if len(match) < len(lost):
@@ -243,28 +249,32 @@ def replace(placement: Placement, lost_nodes: Collection[str], inventory: Invent
             f"{node} is lost with {len(_devices_on(placement, node))} devices in use by {_names_on(placement, node)}"
             for node in lost
         ]
-        short = f"{len(lost)} nodes to replace, {len(match)} of {len(spares)} spare nodes fit"
-        names = tuple(spare.name for spare in spares)
-        raise _infeasible("lost nodes cannot be replaced", [short, *needs], inventory, placement.requests, names)
+        which = "nodes" if anywhere else "spare nodes"
+        short = f"{len(lost)} nodes to replace, {len(match)} of {len(spares)} {which} fit"
+        problems = [short, *needs]
+        raise _infeasible("lost nodes cannot be replaced", problems, inventory, placement.requests, placement.spares)
     devices = {
-        node: dict(zip(_devices_on(placement, node), _free_of(inventory, spare), strict=False))
+        node: dict(zip(_devices_on(placement, node), _offered(placement, node, inventory.get(spare)), strict=False))
         for node, spare in match.items()
     }
 
-    def moved(slot: Slot) -> Slot:
+    def moved(name: str, slot: Slot) -> Slot:
         if slot.node not in match:
             return slot
-        there = tuple(devices[slot.node][device] for device in slot.devices)
-        return dataclasses.replace(slot, node=match[slot.node], devices=there)
+        spare = match[slot.node]
+        there = tuple(sorted(devices[slot.node][device] for device in slot.devices))
+        others = [slot for ranks in placement.slots[name] for slot in ranks if slot.node == spare]
+        node_rank = others[0].node_rank if others else slot.node_rank
+        return Slot(spare, there, slot.local_rank + len(others), node_rank)
 
     return dataclasses.replace(
         placement,
         slots={
-            name: tuple(tuple(moved(slot) for slot in slots) for slots in ranks)
+            name: tuple(tuple(moved(name, slot) for slot in slots) for slots in ranks)
             for name, ranks in placement.slots.items()
         },
         head=match.get(placement.head, placement.head),
-        spares=tuple(spare.name for spare in spares if spare.name not in match.values()),
+        spares=tuple(name for name in placement.spares if name not in lost_nodes and name not in match.values()),
     )
 
 
@@ -280,9 +290,21 @@ def _names_on(placement: Placement, node: str) -> str:
     return ", ".join(dict.fromkeys(name for name, _ in placement.ranks_on(node)))
 
 
-def _free_of(inventory: Inventory, name: str) -> tuple[int, ...]:
-    node = inventory.get(name)
-    return node.free if node else ()
+def _offered(placement: Placement, lost: str, spare: NodeDevices | None) -> tuple[int, ...]:
+    """Devices that the ranks of a lost node may take: free ones first, then others if all of them may share."""
+    if spare is None:
+        return ()
+    names = {name for name, _ in placement.ranks_on(lost)}
+    share = all(request.oversubscribe for request in placement.requests if request.name in names)
+    return spare.free + (tuple(device for device in spare.healthy if device in spare.used) if share else ())
+
+
+def _crowds(placement: Placement, request: Request, lost: str, spare: str) -> bool:
+    """Whether the ranks of a lost node would be too many with those that are on the spare node already."""
+    counts = [sum(name == request.name for name, _ in placement.ranks_on(node)) for node in (lost, spare)]
+    if counts[0] and counts[1] and request.ranks_per_node is not None:
+        return True
+    return request.max_ranks_per_node is not None and sum(counts) > request.max_ranks_per_node
 
 
 def _fits(placement: Placement, lost: str, spare: NodeDevices) -> bool:
@@ -291,8 +313,12 @@ def _fits(placement: Placement, lost: str, spare: NodeDevices) -> bool:
     spans = any(len(placement.slots[name][rank]) > 1 for name, rank in placement.ranks_on(lost))
     if spans and not (spare.wholly_free and len(spare.free) == need):
         return False
-    allowed = all(request.allows(spare.info) for request in placement.requests if request.name in names)
-    return allowed and len(spare.free) >= need
+    allowed = all(
+        request.allows(spare.info) and not _crowds(placement, request, lost, spare.name)
+        for request in placement.requests
+        if request.name in names
+    )
+    return allowed and len(_offered(placement, lost, spare)) >= need
 
 
 def _match(options: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -28,9 +28,12 @@ def request_problems(inventory: Inventory, requests: Sequence[Request], num_spar
             ("num_ranks", request.num_ranks, 1),
             ("devices_per_rank", request.devices_per_rank, 0),
             ("max_ranks_per_node", request.max_ranks_per_node, 1),
+            ("ranks_per_node", request.ranks_per_node, 1),
         ):
             if value is not None and value < least:
                 problems.append(f"{request.name}: {key}={value} is below {least}")
+        if request.ranks_per_node and request.num_ranks % request.ranks_per_node:
+            problems.append(f"{request.name}: {request.num_ranks} ranks are no multiple of {request.ranks_per_node}")
         for node in request.nodes or ():
             if node not in known:
                 problems.append(f"{request.name}: no node is called {node!r}{_nearest(node, known)}")
@@ -124,6 +127,8 @@ class Packer:
     def _counts(self, request: Request, allowed: Sequence[NodeDevices]) -> list[int]:
         """Ranks for each node; their sum falls short where there is no room."""
         size, missing = request.devices_per_rank, request.num_ranks
+        if request.ranks_per_node is not None:
+            return self._slice_counts(request, allowed, request.ranks_per_node)
         limit = request.max_ranks_per_node or missing
         counts = []
         for node in allowed:
@@ -139,6 +144,20 @@ class Packer:
                 missing -= more
             if missing == before:
                 break
+        return counts
+
+    def _slice_counts(self, request: Request, allowed: Sequence[NodeDevices], per_node: int) -> list[int]:
+        """As many ranks on each node as a slice has, or none."""
+        size, missing = request.devices_per_rank, request.num_ranks
+        counts = [0] * len(allowed)
+        for shares in (False, True) if request.oversubscribe else (False,):
+            for index, node in enumerate(allowed):
+                room = len(node.healthy) // size * per_node if shares else len(self._free(node)) // size
+                if missing and not counts[index] and room >= per_node:
+                    counts[index] = per_node
+                    missing -= per_node
+                    if shares:
+                        self._shared.add(request.name)
         return counts
 
     def _chunks(self, request: Request, node: NodeDevices) -> Iterator[tuple[int, ...]]:
@@ -174,7 +193,7 @@ class Packer:
     def _place_without_devices(self, request: Request) -> None:
         used = {node for node, _ in self._taken}
         nodes = sorted(self._allowed(request), key=lambda node: node.name not in used)
-        limit = request.max_ranks_per_node or request.num_ranks
+        limit = request.ranks_per_node or request.max_ranks_per_node or request.num_ranks
         places = [node.name for node in nodes for _ in range(limit)][: request.num_ranks]
         if len(places) < request.num_ranks:
             self.problems.append(
@@ -223,6 +242,12 @@ class Packer:
                 problems.append(f"{label}: rank {rank} would be on {', '.join(outside)}, which it may not use")
         limit = request.max_ranks_per_node
         per_node = [name for parts in ranks for name, _ in parts]
+        exactly = request.ranks_per_node
+        problems += [
+            f"{label}: {per_node.count(name)} ranks on {name}, exactly {exactly} are asked for"
+            for name in dict.fromkeys(per_node)
+            if exactly is not None and per_node.count(name) != exactly
+        ]
         return problems + [
             f"{label}: {per_node.count(name)} ranks on {name}, at most {limit} are allowed"
             for name in dict.fromkeys(per_node)
@@ -252,4 +277,5 @@ class Packer:
             f"({request.num_ranks} ranks x {request.devices_per_rank}), {sum(free)} free on {len(allowed)} nodes; "
             f"the largest single node has {max(free, default=0)} free; room for {room} ranks"
             + (f" (at most {limit} on a node)" if limit else "")
+            + (f" (exactly {request.ranks_per_node} on each node)" if request.ranks_per_node else "")
         )

@@ -88,6 +88,7 @@ def _conditions(request: Request) -> str:
     found = [
         (request.colocate_with is not None, f"shares with {request.colocate_with}"),
         (request.max_ranks_per_node is not None, f"at most {request.max_ranks_per_node} ranks on a node"),
+        (request.ranks_per_node is not None, f"exactly {request.ranks_per_node} ranks on each node"),
         (request.nodes is not None, f"only on {', '.join(request.nodes or ())}"),
         (request.device_kind is not None, f"{request.device_kind} only"),
         (request.oversubscribe, "may share devices"),

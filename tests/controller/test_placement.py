@@ -318,3 +318,23 @@ def test_replacing_moves_exactly_what_was_lost(nodes, devices, num_spares, data)
         assert (old == new) == (old[0].node not in lost)
     assert not set(after.nodes) & (lost | set(after.spares))
     assert len(after.used()) == nodes * devices
+
+
+def test_slices_lie_on_one_node_each_and_nodes_that_cannot_hold_one_are_skipped():
+    placement = place(cluster(2, 4, 2, 6), [Request("train", 8, ranks_per_node=4)])
+    assert [slots[0].node for slots in placement.slots["train"]] == ["n1"] * 4 + ["n3"] * 4
+    with pytest.raises(InfeasiblePlacement, match=r"room for 4 ranks \(exactly 4 on each node\)"):
+        place(cluster(2, 4, 2), [Request("train", 8, ranks_per_node=4)])
+    with pytest.raises(BadPlacementRequest, match="8 ranks are no multiple of 3"):
+        place(cluster(8), [Request("train", 8, ranks_per_node=3)])
+
+
+def test_slices_that_may_share_devices_still_have_a_node_each():
+    placement = place(cluster(2, 4), [Request("train", 8, ranks_per_node=4, oversubscribe=True)])
+    assert [slots[0].node for slots in placement.slots["train"]] == ["n0"] * 4 + ["n1"] * 4
+    assert placement.shared == ("train",)
+
+
+def test_colocated_slices_must_come_out_as_asked():
+    with pytest.raises(InfeasiblePlacement, match="2 ranks on n0, exactly 1 are asked for"):
+        place(cluster(2), [Request("train", 2), Request("engine", 2, colocate_with="train", ranks_per_node=1)])
