@@ -2,19 +2,20 @@
 
 Consumes: exits and silence that agents report, the clock, orders of the owner. Produces: started, restarted and ended
 workers; events; current handles. Waits for: agents, each order with a deadline or until the node is dead. Invariants:
-each death of a rank reaches the policy once; every respawn has a new incarnation; when ``stop`` returns, nothing of the
-mesh runs (on nodes that live: confirmed by their agents; on dead ones: fenced).
+each death of a rank reaches the policy once, unless its node was dismissed; every respawn has a new incarnation; when
+``stop`` returns, nothing of the mesh runs (on nodes that live: confirmed by their agents; on dead ones: fenced); what
+is not confirmed keeps its devices, and the mesh its name.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from miles_agents.errors import MilesError, PeerFault
+from miles_agents.errors import MilesError
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
 from miles_agents.rpc.shape import Shape
@@ -23,14 +24,12 @@ from miles_agents.worker.spec import WorkerSpec
 from miles_controller import policy as policies
 from miles_controller.fabric import Node, WorkerRoute
 from miles_controller.owned_mesh import MeshFailed, OwnedMesh
-from miles_controller.placement import Slot
+from miles_controller.placement import InfeasiblePlacement, Slot
 from miles_controller.policy import FailMesh, KillRank, Policy, ReportHung, RespawnRank, Supervision
+from miles_controller.rank_end import NotEnded, describe, end_rank, not_ended
 
 if TYPE_CHECKING:
     from miles_controller.controller import Controller
-
-logger = logging.getLogger(__name__)
-_ORDER_S = 60.0
 
 
 @dataclass(slots=True)
@@ -44,6 +43,7 @@ class Rank:
     log: str = ""
     state: str = "starting"
     evidence: str = ""
+    dismissed: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,11 +80,13 @@ class MeshSupervisor:
         self.handle = OwnedMesh(self.info, shape, controller.fabric.node)
         self.handle._supervisor = self
         self.loop = asyncio.get_running_loop()
-        self.failed: asyncio.Future[MeshFailed] = self.loop.create_future()
+        self.failed: asyncio.Future[MeshFailed | None] = self.loop.create_future()
         self.stopping = False
         self._supervision: Supervision | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._respawns: dict[int, asyncio.Task[None]] = {}
+        self._ended = False
+        self._unconfirmed: set[int] = set()
 
     @property
     def has_started(self) -> bool:
@@ -126,7 +128,7 @@ class MeshSupervisor:
                 advice="Bring the node back, or place the mesh again without it.",
             )
         rank.incarnation = controller.next_incarnation()
-        rank.state, rank.evidence, rank.pid = "starting", "", 0
+        rank.state, rank.evidence, rank.pid, rank.dismissed = "starting", "", 0, False
         spec = self._spec(rank)
         address = Address(self.mesh, rank.rank, rank.incarnation)
         controller.fabric.workers[self.mesh, rank.rank] = WorkerRoute(address, node, spec.label)
@@ -170,75 +172,132 @@ class MeshSupervisor:
         self.info.endpoints = {info.name: info for info in map(endpoint_from_plain, plain)}
 
     async def _give_up(self) -> None:
-        self.stopping = True
-        await self._end_ranks("the mesh did not come up", 0.0)
-        self._leave()
+        self._stop_supervision()
+        errors = await self._end_ranks("the mesh did not come up", 0.0)
+        self._leave_if_gone(errors)
+        if errors:
+            self.controller.events.emit("mesh_not_ended", self.name, self._not_ended(errors).what)
 
     # -- ending ----------------------------------------------------------------------------------------------
 
     async def stop(self, *, grace_s: float | None, close_actors: bool) -> None:
-        """End all ranks, confirmed. Idempotent."""
+        """End all ranks, confirmed. Idempotent. Raises NotEnded if some may live on; the others have ended."""
+        self._stop_supervision()
+        try:
+            alive = [rank for rank in self.ranks if rank.state in ("up", "silent")]
+            if close_actors and alive and not self._ended:
+                timeout_s = self.plan.term_grace_s if grace_s is None else grace_s
+                await self._close_actors(alive, max(timeout_s, 0.1))
+            errors = await self._end_ranks("the mesh is stopped", grace_s)
+        finally:
+            self._settle(None)
+        self._leave_if_gone(errors)
+        if errors:
+            raise self._not_ended(errors)
+
+    def on_dismissed(self, nodes: Collection[str]) -> None:
+        """These nodes are sent away: what ends there was asked to. A mesh that has no other nodes is stopped."""
+        for rank in self.ranks:
+            rank.dismissed = rank.dismissed or (rank.slot.node in nodes and rank.state in ("up", "silent"))
+        if self.has_started and all(rank.slot.node in self.controller.fabric.dismissed for rank in self.ranks):
+            self._stop_supervision()
+            self._settle(None)
+            self._leave_if_gone({rank.rank for rank in self.ranks if rank.state != "dead"})
+
+    def _stop_supervision(self) -> None:
         self.stopping = True
         for task in self._respawns.values():
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        alive = [rank for rank in self.ranks if rank.state in ("up", "silent")]
-        if close_actors and alive and len(alive) == len(self.ranks):
-            timeout_s = self.plan.term_grace_s if grace_s is None else grace_s
-            await self._close_actors(max(timeout_s, 0.1))
-        await self._end_ranks("the mesh is stopped", grace_s)
-        self._leave()
-        self.controller.events.emit("mesh_stopped", self.name, "all ranks have ended")
 
-    async def _close_actors(self, timeout_s: float) -> None:
-        closing = self.handle.options(timeout_s=timeout_s, return_exceptions=True).endpoint("__close__").call()
-        for point, outcome in (await closing).items():
-            if isinstance(outcome, Exception):
-                self.controller.events.emit("close_failed", self.name, f"{point!r}: {outcome}")
-
-    async def _end_ranks(self, why: str, grace_s: float | None) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for rank in self.ranks:
-                if rank.incarnation and rank.state != "dead":
-                    tasks.create_task(self._end_rank(rank, why, grace_s))
-
-    async def _end_rank(self, rank: Rank, why: str, grace_s: float | None) -> None:
-        """Confirmed by the agent, or made moot by the death of its node."""
-        node = self.controller.fabric.find(rank.slot.node)
-        if node is None:
+    def _leave_if_gone(self, unconfirmed: Collection[int]) -> None:
+        """Give everything back, once nothing may live on any more."""
+        first, self._ended = not self._ended, True
+        self._unconfirmed = set(unconfirmed)
+        if self._unconfirmed or (not first and self.controller.supervisor_of(self.mesh) is not self):
             return
-        grace = self.plan.term_grace_s if grace_s is None else grace_s
-        agent = self.controller.fabric.agent(node).options(timeout_s=grace + _ORDER_S)
-        try:
-            await agent.endpoint("end_worker").call_one(self.mesh, rank.rank, rank.incarnation, why, grace_s)
-        except PeerFault as error:  # it is dead already, or its whole node is
-            logger.debug("%s[%d]: %s", self.name, rank.rank, error.what)
-
-    async def kill_rank(self, rank: int, why: str) -> None:
-        """Kill one rank; the policy sees a death."""
-        await self._end_rank(self.ranks[rank], why, 0.0)
-
-    def _leave(self) -> None:
         for rank in self.ranks:
             self.controller.fabric.workers.pop((self.mesh, rank.rank), None)
         self.controller.mesh_left(self)
+        if self.has_started:
+            self.controller.events.emit("mesh_stopped", self.name, "all ranks have ended")
+
+    def _not_ended(self, errors: Mapping[int, Exception]) -> NotEnded:
+        return not_ended(self.name, errors, {rank.rank: rank.slot.node for rank in self.ranks})
+
+    def _settle(self, outcome: MeshFailed | None) -> bool:
+        if self.failed.done():
+            return False
+        self.failed.set_result(outcome)
+        return True
+
+    async def _close_actors(self, alive: Sequence[Rank], timeout_s: float) -> None:
+        # The dead ones refuse at once; which they are may change meanwhile.
+        closing = self.handle.options(timeout_s=timeout_s, return_exceptions=True).endpoint("__close__").call()
+        outcomes = list((await closing).values)
+        for rank in alive:
+            outcome = outcomes[rank.rank]
+            if isinstance(outcome, Exception):
+                self.controller.events.emit("close_failed", f"{self.name}[{rank.rank}]", describe(outcome))
+
+    async def _end_ranks(self, why: str, grace_s: float | None) -> dict[int, Exception]:
+        """Try all, whatever happens to some; returns those that are not confirmed to have ended, with the reason."""
+        begun = [r for r in self.ranks if r.incarnation and (r.state != "dead" or r.rank in self._unconfirmed)]
+        ends = (self._end_rank(rank, why, grace_s) for rank in begun)
+        outcomes = await asyncio.gather(*ends, return_exceptions=True)
+        failed: dict[int, Exception] = {}
+        for rank, outcome in zip(begun, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                failed[rank.rank] = outcome
+            elif outcome is not None:
+                raise outcome
+        return failed
+
+    async def _end_rank(self, rank: Rank, why: str, grace_s: float | None) -> None:
+        address = Address(self.mesh, rank.rank, rank.incarnation)
+        grace = self.plan.term_grace_s if grace_s is None else grace_s
+        await end_rank(self.controller.fabric, rank.slot.node, address, why, grace_s=grace)
+
+    async def kill_rank(self, rank: int, why: str) -> None:
+        """Kill one rank; the policy sees a death. Raises NotEnded."""
+        try:
+            await self._end_rank(self.ranks[rank], why, 0.0)
+        except Exception as error:
+            raise self._not_ended({rank: error}) from error
+
+    async def _kill_for_policy(self, rank: Rank, incarnation: int, why: str) -> None:
+        """Kill a rank that the policy wants dead; it waits for the death, so it is told of one that came before."""
+        if rank.incarnation != incarnation:
+            return
+        try:
+            await self.kill_rank(rank.rank, why)
+        except NotEnded as error:
+            self._fail(f"{error.what}; it was to be killed: {why}", (error.evidence,))
+        if rank.incarnation == incarnation and rank.state == "dead":
+            self._step(policies.RankDied(rank.rank, incarnation, rank.evidence))
 
     # -- what agents report ----------------------------------------------------------------------------------
 
     def on_exit(self, rank_number: int, incarnation: int, cause: str) -> None:
         """A life of a rank ended."""
         rank = self.ranks[rank_number]
-        if rank.incarnation != incarnation or rank.state == "dead":
+        if rank.incarnation != incarnation:
             return
-        rank.state, rank.evidence = "dead", cause
-        if not self.stopping:
+        was_dead = rank.state == "dead"
+        rank.state = "dead"
+        if rank_number in self._unconfirmed:
+            self._leave_if_gone(self._unconfirmed - {rank_number})
+        if was_dead:
+            return
+        rank.evidence = cause
+        if not self.stopping and not rank.dismissed:
             self._step(policies.RankDied(rank_number, incarnation, cause))
 
     def on_silent(self, rank_number: int, incarnation: int, silence_s: float, evidence: str) -> None:
         """A rank gives no sign of life."""
         rank = self.ranks[rank_number]
-        if rank.incarnation == incarnation and rank.state == "up":
+        if rank.incarnation == incarnation and rank.state == "up" and not rank.dismissed:
             rank.state, rank.evidence = "silent", evidence
             since = self.loop.time() - silence_s
             self._step(policies.RankFrozen(rank_number, incarnation, since, evidence))
@@ -287,8 +346,9 @@ class MeshSupervisor:
 
     def _carry_out(self, effect: policies.Effect) -> None:
         match effect:
-            case KillRank(rank, _, reason):
-                self.controller.background(self.kill_rank(rank, reason), f"kill {self.name}[{rank}]")
+            case KillRank(rank, incarnation, reason):
+                kill = self._kill_for_policy(self.ranks[rank], incarnation, reason)
+                self.controller.background(kill, f"kill {self.name}[{rank}]")
             case RespawnRank(rank, at):
                 task = self.controller.background(self._respawn(rank, at), f"respawn {self.name}[{rank}]")
                 self._respawns[rank] = task
@@ -312,13 +372,11 @@ class MeshSupervisor:
         rank = self.ranks[rank_number]
         try:
             await asyncio.sleep(max(0.0, at - self.loop.time()))
-            self._move_if_lost(rank)
+            rank.slot = self.controller.meshes.slot_of(self.name, rank_number)
             await self._start_process(rank)
             await self._construct([rank])
-        except MilesError as error:
-            await self._end_rank(rank, "its respawn failed", 0.0)
-            rank.state = "dead"
-            self._step(policies.RespawnFailed(rank_number, error.what))
+        except Exception as error:  # noqa: BLE001  boundary: the owner's functions may raise anything
+            await self._respawn_failed(rank, error)
             return
         finally:
             self._respawns.pop(rank_number, None)
@@ -330,21 +388,27 @@ class MeshSupervisor:
         text = f"restarted as incarnation {rank.incarnation}, pid {rank.pid} on {rank.slot.node}"
         self.controller.events.emit("worker_restarted", f"{self.name}[{rank_number}]", text)
 
-    def _move_if_lost(self, rank: Rank) -> None:
-        if self.controller.fabric.find(rank.slot.node) is None:
-            rank.slot = replace(rank.slot, node=self.controller.spare_for(self, rank.slot))
+    async def _respawn_failed(self, rank: Rank, error: Exception) -> None:
+        try:
+            await self._end_rank(rank, "its respawn failed", 0.0)
+        except Exception as survivor:  # noqa: BLE001  boundary: whatever it is, a second life beside it is worse
+            reason = f"rank {rank.rank} did not come back, and what was begun is not confirmed to have ended"
+            self._fail(reason, (describe(error), describe(survivor)))
+            return
+        rank.state = "dead"
+        self._step(policies.RespawnFailed(rank.rank, _full_story(error)))
 
     def _fail(self, reason: str, causes: tuple[str, ...]) -> None:
         for task in self._respawns.values():
             task.cancel()
+        headline = reason.partition("\n")[0]
         error = MeshFailed(
-            f"mesh {self.name} failed: {reason}",
+            f"mesh {self.name} failed: {headline}",
             evidence="\n".join(causes),
             advice="Read the first cause and its log; spawn the mesh anew, or give it a policy that restarts.",
         )
-        if not self.failed.done():
-            self.failed.set_result(error)
-        self.controller.events.emit("mesh_failed", self.name, reason, causes=list(causes))
+        if self._settle(error):
+            self.controller.events.emit("mesh_failed", self.name, headline, causes=list(causes))
 
     def _arm_timer(self) -> None:
         if self._timer is not None:
@@ -367,7 +431,8 @@ class MeshSupervisor:
             "ranks": [
                 {
                     "rank": r.rank, "node": r.slot.node, "devices": list(r.slot.devices), "pid": r.pid,
-                    "incarnation": r.incarnation, "state": r.state, "evidence": r.evidence, "log": r.log, **r.facts,
+                    "incarnation": r.incarnation, "state": r.state, "evidence": r.evidence, "log": r.log,
+                    "facts": r.facts,
                 }
                 for r in self.ranks
             ],
@@ -378,3 +443,13 @@ class MeshSupervisor:
         there = self.ranks[rank]
         if there.incarnation == incarnation and there.slot.node == node.name:
             there.facts = facts
+
+
+def _full_story(error: Exception) -> str:
+    """With the table, if it is about room; with the stack, if it is the owner's."""
+    if isinstance(error, InfeasiblePlacement):
+        return f"{error.what}\n{error.evidence}"
+    if isinstance(error, MilesError):
+        return error.what
+    stack = "".join(traceback.format_exception(error)).rstrip()
+    return f"{error!r}\n{stack}"

@@ -26,7 +26,12 @@ class OwnedMesh(ActorMesh):
     _supervisor: MeshSupervisor
 
     async def stop(self, *, grace_s: float | None = None) -> None:
-        """End all ranks: ``Actor.close`` on each, TERM, grace, KILL; returns when nothing runs any more."""
+        """End all ranks: ``Actor.close`` on those that live, TERM, grace, KILL; returns when nothing runs any more.
+
+        Raises:
+            NotEnded: some ranks are not confirmed to have ended. The others have; the mesh keeps its name and the
+                devices of those. It may be stopped again.
+        """
         await self._supervisor.stop(grace_s=grace_s, close_actors=True)
 
     async def kill(self, *, rank: int | None = None) -> None:
@@ -36,8 +41,8 @@ class OwnedMesh(ActorMesh):
         else:
             await self._supervisor.kill_rank(rank, "killed by its owner")
 
-    async def wait_failed(self) -> MeshFailed:
-        """Until the mesh has failed; returns why. Stopping it in good order is no failure."""
+    async def wait_failed(self) -> MeshFailed | None:
+        """Until the mesh has failed; returns why. None: it was stopped, or all its nodes were dismissed."""
         return await asyncio.shield(self._supervisor.failed)
 
     @property

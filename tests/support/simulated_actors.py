@@ -130,3 +130,10 @@ class Picky(Actor):
     def __init__(self, rank):
         if current_actor().rank == rank:
             raise ValueError(f"rank {rank} is not wanted")
+
+
+class Closer(Probe):
+    """Counts in which ranks it was closed."""
+
+    def close(self):
+        EXECUTED["closed", current_actor().rank] += 1
