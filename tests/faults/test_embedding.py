@@ -140,7 +140,7 @@ async def test_a_timeout_of_asyncio_around_a_call_cancels_it_there(tmp_path):
                 await mesh.hang_async.call_one()
         error = await error_of(mesh.options(timeout_s=0.2).hang_async.call_one(), DeadlineExceeded)
         assert isinstance(error, TimeoutError)
-        await eventually(lambda: _rank(cluster.controller.status())["running"] == 0, DEADLINE_S)
+        await eventually(lambda: _rank(cluster.controller.status())["facts"].get("running") == 0, DEADLINE_S)
 
 
 async def page(url, token=""):

@@ -159,7 +159,7 @@ async def test_a_worker_that_waits_for_another_one_that_is_killed_gets_the_same_
     cluster.identities()
     pid = await victim.pid.call_one()
     calling = caller.call_victim.call_one(victim, "hang")
-    await eventually(lambda: _rank(cluster, "victim", 0).get("running"), 20.0)
+    await eventually(lambda: _rank(cluster, "victim", 0)["facts"].get("running"), 20.0)
     kill(pid)
     error = await error_of(calling, WorkerDied)
     assert "SIGKILL" in str(error) and error.fields["pid"] == pid
@@ -173,10 +173,10 @@ async def test_answers_owed_to_a_killed_caller_are_cancelled_not_kept(cluster):
     caller = await cluster.controller.spawn("caller", Caller)
     cluster.identities()
     calling = caller.call_victim.call_one(victim, "hang_async")
-    await eventually(lambda: _rank(cluster, "victim", 0).get("running"), 20.0)
+    await eventually(lambda: _rank(cluster, "victim", 0)["facts"].get("running"), 20.0)
     await caller.kill()
     await error_of(calling, WorkerDied)
-    await eventually(lambda: _rank(cluster, "victim", 0).get("running") == 0, 20.0)
+    await eventually(lambda: _rank(cluster, "victim", 0)["facts"].get("running") == 0, 20.0)
     await victim.stop()
 
 

@@ -18,6 +18,7 @@ from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import last_words
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
+from miles_agents.agent.worker_facts import known_facts
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
 from miles_agents.errors import MilesError, PeerFault
 from miles_agents.rpc.context import outside_of_calls
@@ -262,7 +263,7 @@ class WorkerPool:
         """A worker lives."""
         worker = self._by_peer.get(peer)
         if worker is not None:
-            worker.facts = facts
+            worker.facts = known_facts(facts)
             self._step(worker, Heard())
         return {}
 
