@@ -10,6 +10,14 @@ from miles_agents.errors import PeerFault
 
 _T = TypeVar("_T", int, str)
 
+MAX_CPU_SLOTS = 4096
+MAX_GPUS = 64
+MAX_ADDRESSES = 64
+MAX_INDEX = 4095
+MAX_STRING = 256
+MAX_NUMBER = 2**62
+"""What a description may hold at most: placements go through all devices of all nodes."""
+
 
 class BadNodeInfo(PeerFault):
     """A node described itself in a way that makes no sense."""
@@ -55,7 +63,7 @@ class Gpu:
         fields = _mapping(value, "gpu")
         numa = fields.get("numa_node")
         return cls(
-            index=_natural(fields, "index"),
+            index=_natural(fields, "index", MAX_INDEX),
             uuid=_field(fields, "uuid", str),
             name=_field(fields, "name", str),
             memory_bytes=_natural(fields, "memory_bytes"),
@@ -117,10 +125,10 @@ class NodeInfo:
     def from_plain(cls, value: object) -> NodeInfo:
         """Inverse of `to_plain`. Raises `BadNodeInfo` and says which field is wrong."""
         fields = _mapping(value, "node")
-        addresses = _items(fields, "addresses")
-        if not all(isinstance(address, str) for address in addresses):
-            raise _bad("addresses", addresses, "a list of strings")
-        gpus = tuple(Gpu.from_plain(gpu) for gpu in _items(fields, "gpus"))
+        addresses = _items(fields, "addresses", MAX_ADDRESSES)
+        if not all(isinstance(address, str) and len(address) <= MAX_STRING for address in addresses):
+            raise _bad("addresses", addresses, f"a list of strings of at most {MAX_STRING} characters")
+        gpus = tuple(Gpu.from_plain(gpu) for gpu in _items(fields, "gpus", MAX_GPUS))
         if len({gpu.index for gpu in gpus}) != len(gpus):
             raise _bad("gpus", [gpu.index for gpu in gpus], "GPUs with different indices")
         node = _field(fields, "node", str)
@@ -131,7 +139,7 @@ class NodeInfo:
             hostname=_field(fields, "hostname", str),
             addresses=tuple(addresses),
             gpus=gpus,
-            cpu_slots=_natural(fields, "cpu_slots"),
+            cpu_slots=_natural(fields, "cpu_slots", MAX_CPU_SLOTS),
             cores=_natural(fields, "cores"),
             memory_bytes=_natural(fields, "memory_bytes"),
             python=_field(fields, "python", str),
@@ -158,18 +166,22 @@ def _field(fields: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
     value = fields.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise _bad(key, value, kind.__name__)
+    if isinstance(value, str) and len(value) > MAX_STRING:
+        raise _bad(key, value, f"at most {MAX_STRING} characters")
     return value
 
 
-def _natural(fields: Mapping[str, Any], key: str) -> int:
+def _natural(fields: Mapping[str, Any], key: str, most: int = MAX_NUMBER) -> int:
     value = _field(fields, key, int)
-    if value < 0:
-        raise _bad(key, value, "0 or more")
+    if not 0 <= value <= most:
+        raise _bad(key, value, f"0 to {most}")
     return value
 
 
-def _items(fields: Mapping[str, Any], key: str) -> list[Any]:
+def _items(fields: Mapping[str, Any], key: str, most: int) -> list[Any]:
     value = fields.get(key)
     if not isinstance(value, list | tuple):
         raise _bad(key, value, "a list")
+    if len(value) > most:
+        raise _bad(key, f"a list of {len(value)}", f"at most {most}")
     return list(value)

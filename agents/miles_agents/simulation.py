@@ -26,6 +26,7 @@ from miles_agents.agent.agent import Agent, AgentParts
 from miles_agents.agent.lease import Fence
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.process_launch import CannotStart
+from miles_agents.agent.starter import Killed
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.errors import WorkerDied
@@ -37,6 +38,7 @@ from miles_agents.worker.runtime import WorkerRuntime
 from miles_agents.worker.spec import Birth, WorkerSpec
 
 _FIRST_PID = 1000
+_KILL_S = 10.0
 _NO_FILES = Path("/nonexistent/simulated-logs")
 
 
@@ -121,6 +123,9 @@ class SimulatedWorker:
     Attributes:
         host: Its host on the memory network, for faults between it and its agent.
         gone_at: Loop time of its end, None while it lives.
+        stubborn: It does not end on TERM.
+        unkillable: It does not end on KILL either (state D).
+        sweep_s: How long what it left behind takes to end.
     """
 
     def __init__(self, starter: InProcessStarter, pid: int, birth: Birth) -> None:
@@ -128,6 +133,9 @@ class SimulatedWorker:
         self.birth = birth
         self.host = f"{birth.node}/worker-{pid}"
         self.gone_at: float | None = None
+        self.stubborn = False
+        self.unkillable = False
+        self.sweep_s = 0.0
         self.runtime: WorkerRuntime | None = None
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[Exit] = self._loop.create_future()
@@ -152,19 +160,26 @@ class SimulatedWorker:
     def print_stacks(self) -> None:
         """There is no process of its own whose stacks could be printed."""
 
-    async def kill(self, grace_s: float) -> str:
-        """TERM ends it at once, or, if it is frozen, KILL after the grace. Waits while the agent is frozen."""
+    async def kill(self, grace_s: float) -> Killed:
+        """TERM ends it at once, or, if it is frozen or stubborn, KILL after the grace. Waits while the agent is
+        frozen."""
         await self._starter.agent_runs.wait()
         if self.gone_at is not None:
-            return "it was gone already"
-        if grace_s > 0 and self._frozen:
+            return Killed("it was gone already")
+        if grace_s > 0 and (self._frozen or self.stubborn):
             await asyncio.sleep(grace_s)
-        number = signal.SIGTERM if grace_s > 0 and not self._frozen else signal.SIGKILL
+            grace_s = 0.0
+        if self.unkillable:
+            await asyncio.sleep(_KILL_S)
+            return Killed("not ended", (f"pid {self.pid} state D",))
+        number = signal.SIGTERM if grace_s > 0 else signal.SIGKILL
         self.end(Exit(code=None, signal=number))
-        return f"ended by {number.name}"
+        return Killed(f"ended by {number.name}")
 
-    async def sweep(self) -> None:
-        """It leaves nothing behind."""
+    async def sweep(self) -> Killed:
+        """It leaves nothing behind, but takes ``sweep_s``."""
+        await asyncio.sleep(self.sweep_s)
+        return Killed("nothing was left")
 
     # -- what befalls it -----------------------------------------------------------------------------------------
 
@@ -395,7 +410,7 @@ class SimulatedNode:
             finally:
                 life.ended_at = self._loop.time()
                 self.starter.kill_all()
-            self._fenced.append(life.agent.incarnation)
+            self._fenced.append(life.agent.session_id)
             if life.over.orderly:
                 return
 

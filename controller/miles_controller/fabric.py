@@ -236,10 +236,10 @@ class Fabric:
             info = NodeInfo.from_plain(hello.get("info"))
         except BadNodeInfo as error:
             return Refusal(f"{error.what}: {error.evidence}")
+        if info.node != name:
+            return Refusal(f"{name!r} describes itself as another node: field 'node' = {info.node!r}")
         self._refusal = ""
-        for incarnation in hello.get("fenced") or ():
-            cause = "its agent fenced itself, ended everything and joins again"
-            self._apply(membership.Evidence(name, int(incarnation), cause))
+        self._believe_fenced(name, hello.get("fenced"))
         if name in self.dismissed:
             return Refusal(f"the run does not want this node any more: {self.dismissed[name]}")
         self._apply(membership.Hello(name, str(session_id), info))
@@ -253,6 +253,14 @@ class Fabric:
             "timings": asdict(self.timings),
         }
         return Admission(name, grant)
+
+    def _believe_fenced(self, name: str, sessions: object) -> None:
+        """An agent tells which of its lives it has ended; whoever only has its key does not know their session ids."""
+        for session in sessions if isinstance(sessions, list) else ():
+            node = self._by_session.get(session) if isinstance(session, int) else None
+            if node is not None and node.name == name:
+                cause = "its agent fenced itself, ended everything and joins again"
+                self._apply(membership.Evidence(name, node.incarnation, cause))
 
     def on_peer_up(self, peer: Peer, *, resumed: bool) -> None:
         """An agent is connected (again)."""

@@ -11,7 +11,7 @@ silence alone declares death no earlier than ``dead_s`` after a beat was *receiv
 
 A new session of a node whose old one lives, silent or not, has to wait: until the old one is dead by time, or somebody
 who can know says that it is over (``Evidence``: the launcher that saw the reaper exit, or the node's own agent, which
-tells in its next HELLO which of its lives it has fenced).
+tells in its next HELLO which of its lives it has fenced, by session ids that nobody else knows).
 """
 
 from __future__ import annotations

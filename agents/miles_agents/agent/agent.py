@@ -6,7 +6,7 @@ Waits for: the controller, for as long as the lease lasts. What unblocks everyth
 
 Invariants: workers reach the network only through here; a message of theirs carries their own address or is dropped; a
 request passed to a worker is answered by it or, at its death, from here; when ``run`` returns, nothing that this life
-started still runs. It knows transports and process starting only by their interfaces.
+started still runs, and when it raises, the error names what does; no task's failure costs the others anything. It knows transports and process starting only by their interfaces.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from miles_agents.agent import lease as leases
+from miles_agents.agent.background import Background
 from miles_agents.agent.errors import AgentRefused, ControllerUnreachable
+from miles_agents.agent.farewell import say_goodbye
 from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, StdinClosed, Tick
 from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.orders import Orders
 from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
+from miles_agents.agent.worker_ending import WorkerWouldNotDie
 from miles_agents.agent.worker_pool import WorkerPool
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
@@ -52,8 +55,8 @@ StartTransport = Callable[[Any], Transport]
 class AgentParts:
     """What an agent is made of; simulations put twins in.
 
-    ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the incarnations
-    that earlier lives of this process had, of which nothing runs any more.
+    ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the session ids
+    of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them.
     """
 
     info: NodeInfo
@@ -93,6 +96,10 @@ class Agent:
         self._joined = asyncio.Event()
         self._stdin_open = True
         self._lag_s = 0.0
+        self._ending = ""
+        self._graceless = False
+        self._dismissed = False
+        self._undead: WorkerWouldNotDie | None = None
         self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello, NETWORK)
         self.uplink = _Uplink(self.link)
         self.switch = Switch(self._resolve)
@@ -108,6 +115,11 @@ class Agent:
         self._early: list[Envelope] | None = []
 
     @property
+    def session_id(self) -> int:
+        """What only this life and the controller know: who knows it later may speak of this life."""
+        return self.link.peer.session.session_id
+
+    @property
     def address(self) -> Address:
         """The agent's own, once it has joined."""
         assert self.node is not None
@@ -119,31 +131,28 @@ class Agent:
         Raises:
             AgentRefused: the controller does not want this node, or not within ``join_timeout_s``.
             ControllerUnreachable: no answer within ``join_timeout_s``.
+            WorkerWouldNotDie: something that this life started cannot be killed.
         """
         self.link.attach(self.parts.dial)
+        background = Background()
         try:
             if not await self._join():
                 return self._verdict()
             assert self.workers is not None and self.orders is not None
-            async with asyncio.TaskGroup() as tasks:
-                self.workers.tasks = tasks
-                self.orders.tasks = tasks
-                self._serve_what_waited()
-                beating = tasks.create_task(self._beat_forever(), name="beats")
-                logs = tasks.create_task(self.workers.logs.run(), name="logs")
-                polling = tasks.create_task(self._poll_logs(), name="log tails")
-                try:
-                    await self._over
-                finally:
-                    beating.cancel()
-                    await self._end_everything()
-                    polling.cancel()
-                    logs.cancel()
+            self.workers.tasks = self.orders.tasks = background
+            self._serve_what_waited()
+            background.create_task(self._beat_forever(), name="beats")
+            background.create_task(self._forward_logs(), name="log forwarding")
+            background.create_task(self._poll_logs(), name="log tails")
+            await self._over
+            await self._end_everything()
             return self._verdict()
         finally:
+            await background.close()
             self.link.close()
             if self._lease_timer is not None:
                 self._lease_timer.cancel()
+            self._lease = None
             if self._host is not None:
                 self._host.close()
             if self.workers is not None:
@@ -152,7 +161,7 @@ class Agent:
                 self.node.close(_controller_lost())
 
     def _verdict(self) -> Fence:
-        over = self._over.result()
+        over = self._undead or self._over.result()
         if isinstance(over, MilesError):
             raise over
         return over
@@ -187,20 +196,32 @@ class Agent:
         return self._joined.is_set()
 
     async def _end_everything(self) -> None:
+        """Whatever failed before: end workers and services, and tell the controller. The lease is judged meanwhile."""
         assert self.workers is not None and self.orders is not None
-        over = self._over.result() if self._over.done() else Fence("the agent failed")
+        over = self._over.result()
         orderly = isinstance(over, Fence) and over.orderly
-        reason = over.reason if isinstance(over, Fence) else over.what
+        reason = self._ending = over.reason if isinstance(over, Fence) else over.what
         logger.info("%s ends: %s", self.parts.info.node, reason)
-        self.workers.end_all(reason, orderly=orderly)
-        self.orders.end_all(reason)
-        await self.workers.wait_all_dead()
-        await self.orders.wait_all_dead()
-        if orderly:
-            await self.workers.logs.flush(self.loop.time() + 1.0)
-        if self.link.peer.is_up:  # also after a fence: whoever can still be told need not wait for the lease to end
-            self.link.peer.say_goodbye(reason)
-            await asyncio.sleep(0.05)  # the transport does not linger: let the goodbye leave
+        self._order_the_end(reason, orderly=orderly and not self._graceless)
+        left = [*await self.workers.wait_all_dead(), *await self.orders.wait_all_dead()]
+        if left:
+            what = f"the agent of {self.parts.info.node} ends, but cannot end everything that it started"
+            self._undead = WorkerWouldNotDie.because(what, left)
+            logger.error("%s", self._undead)
+            reason = "; ".join([f"{reason}; not everything could be ended", *left])
+        if orderly and not self._graceless:
+            with self.link.boundary("sending the last logs"):
+                await self.workers.logs.flush(self.loop.time() + 1.0)
+        # Also after a fence: whoever can still be told need not wait for the lease to end.
+        with self.link.boundary("saying goodbye"):
+            await say_goodbye(self.link, reason, is_dismissed=lambda: self._dismissed)
+
+    def _order_the_end(self, why: str, *, orderly: bool) -> None:
+        assert self.workers is not None and self.orders is not None
+        with self.link.boundary("ending the workers"):
+            self.workers.end_all(why, orderly=orderly)
+        with self.link.boundary("ending the services"):
+            self.orders.end_all(why, orderly=orderly)
 
     # -- routing ---------------------------------------------------------------------------------------------
 
@@ -231,7 +252,8 @@ class Agent:
     def _serve_what_waited(self) -> None:
         waited, self._early = self._early, None
         for envelope in waited or ():
-            self.on_envelope(self.link.peer, envelope)
+            with self.link.boundary("an early envelope"):
+                self.on_envelope(self.link.peer, envelope)
 
     def _answer_unknown(self, envelope: Envelope, target: Target) -> None:
         assert self.node is not None and self.workers is not None
@@ -299,29 +321,41 @@ class Agent:
 
     def on_goodbye(self, peer: Peer, reason: str) -> None:
         """The run ends in good order."""
+        self._dismissed = True
         self._finish(Fence(f"the controller said goodbye: {reason}", orderly=True))
 
     # -- time ------------------------------------------------------------------------------------------------
 
     async def _beat_forever(self) -> None:
-        assert self.workers is not None
+        """Also while everything is being ended: the node is held for as long as anything runs."""
         due = self.loop.time()
         while True:
             self._lag_s = max(0.0, self.loop.time() - due)
-            self._lease_event(Tick())
-            if self._over.done():
-                return
-            facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
-            self._lease_event(BeatSent(self.link.beat(facts)))
-            self.workers.tick()
+            with self.link.boundary("a beat"):
+                self._beat()
             due = self.loop.time() + self.timings.beat_s
             await asyncio.sleep(self.timings.beat_s)
+
+    def _beat(self) -> None:
+        assert self.workers is not None
+        self._lease_event(Tick())
+        facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
+        self._lease_event(BeatSent(self.link.beat(facts)))
+        self.workers.tick()
 
     async def _poll_logs(self) -> None:
         assert self.workers is not None
         while True:
             await asyncio.sleep(0.1)
-            self.workers.logs.poll(self.loop.time())
+            with self.link.boundary("reading logs"):
+                self.workers.logs.poll(self.loop.time())
+
+    async def _forward_logs(self) -> None:
+        assert self.workers is not None
+        while True:
+            with self.link.boundary("forwarding logs"):
+                await self.workers.logs.run()
+            await asyncio.sleep(1.0)
 
     def _send_logs(self, controller: ActorMesh) -> Callable[[list[Any]], Any]:
         async def send(batch: list[Any]) -> None:
@@ -331,7 +365,7 @@ class Agent:
         return send
 
     def _lease_event(self, event: leases.Event) -> None:
-        if self._lease is None or self._over.done():
+        if self._lease is None or self._lease.fenced is not None:
             return
         self._lease, effects = leases.step(self._lease, event, self.loop.time())
         for effect in effects:
@@ -342,12 +376,19 @@ class Agent:
         # Not with the next beat: the node is somebody else's soon after the lease is over.
         if self._lease_timer is not None:
             self._lease_timer.cancel()
-        if not self._over.done():
+        if self._lease.fenced is None:
             self._lease_timer = self.loop.call_at(self._lease.next_tick, self._lease_event, Tick())
 
     def _finish(self, over: Fence | MilesError) -> None:
+        """The first reason counts; a later one that allows no grace takes what is left of it."""
         if not self._over.done():
             self._over.set_result(over)
+        elif not self._graceless and not (isinstance(over, Fence) and over.orderly):
+            self._graceless = True
+            if self._ending:
+                why = over.reason if isinstance(over, Fence) else over.what
+                logger.warning("what still runs gets no grace any more: %s", why)
+                self._order_the_end(why, orderly=False)
 
 
 def _controller_lost() -> ControllerLost:

@@ -32,6 +32,7 @@ from miles_agents.agent.reaper import watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
 from miles_agents.names import checked_name
+from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import runtime_dir
 from miles_agents.timings import Timings
 from miles_agents.wire.keys import AgentKey
@@ -148,24 +149,22 @@ class _Process:
                     fenced=tuple(fenced),
                     join_timeout_s=self.options.join_timeout_s,
                 )
-                fence, incarnation = await self._live(parts, table)
-                fenced = [*fenced, incarnation][-_REMEMBERED_LIVES:]
+                fence, session = await self._live(parts, table)
+                fenced = [*fenced, session][-_REMEMBERED_LIVES:]
                 if self.ending is not None or fence.orderly or not self.stdin_open:
                     return self.ending or fence
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
 
     def _make_log_dir(self) -> Path:
-        run_dir = Path(self.options.run_dir or Path("runs") / checked_name("run", self.key.run_id)).resolve()
-        log_dir = run_dir / "logs" / self.node
-        log_dir.mkdir(parents=True, exist_ok=True)
-        return log_dir
+        run_dir = Path(self.options.run_dir or Path("runs") / checked_name("run", self.key.run_id))
+        return usable_directory(run_dir / "logs" / self.node)
 
     async def _live(self, parts: AgentParts, table: ProcessTable) -> tuple[Fence, int]:
         agent = self.agent = Agent(parts, self.options.timings)
         if self.ending is not None:
             return self.ending, 0
         try:
-            return await agent.run(), agent.incarnation
+            return await agent.run(), agent.session_id
         finally:
             self.agent = None
             await table.kill_all(grace_s=0.0)
