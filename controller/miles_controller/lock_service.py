@@ -9,6 +9,7 @@ from miles_agents.errors import MilesError
 from miles_agents.rpc import lock_table
 from miles_agents.rpc.context import current_call
 from miles_agents.rpc.lock_table import Acquire, Cancel, Grant, Holder, HolderDied, LockTable, Refuse, Release, Waiter
+from miles_agents.rpc.seconds import checked_seconds
 from miles_agents.wire.envelope import Address
 
 
@@ -23,9 +24,10 @@ class LockService:
 
     async def acquire(self, name: str, hold_s: float | None, ticket: int) -> int:
         """Endpoint: wait for the lock; returns the token. ``ticket`` is the caller's own number for this request."""
+        held_s = checked_seconds("hold_s", hold_s, positive=True)
         waiter = Waiter(Holder(*current_call().source), -ticket)  # below 0, where the numbers of releases are not
         granted = self._expect(waiter)
-        self._step(Acquire(name, waiter, hold_s))
+        self._step(Acquire(name, waiter, held_s))
         try:
             token = await granted
         except asyncio.CancelledError:

@@ -17,6 +17,7 @@ from miles_agents.rpc.context import current_actor, find_actor, outside_of_calls
 from miles_agents.rpc.errors import NotAnActorProcess
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
+from miles_agents.rpc.seconds import checked_seconds
 
 _tickets = itertools.count(1)
 
@@ -31,6 +32,9 @@ class Lock:
         hold_s: The longest that it may be held; then it goes to the next waiter. None: as long as the holder lives.
         timeout_s: The longest to wait for it; None: until the calling endpoint's deadline, if it has one.
         controller: For use outside of an actor: the controller's handle.
+
+    Raises:
+        NotADuration: ``hold_s`` is not a positive finite number, or ``timeout_s`` not a finite one.
     """
 
     def __init__(
@@ -43,8 +47,8 @@ class Lock:
     ) -> None:
         self.name = name
         self.token: int | None = None
-        self._hold_s = hold_s
-        self._timeout_s = timeout_s
+        self._hold_s = checked_seconds("hold_s", hold_s, positive=True)
+        self._timeout_s = checked_seconds("timeout_s", timeout_s)
         self._controller = controller
 
     def acquire(self) -> CallFuture[int]:

@@ -28,6 +28,7 @@ from miles_agents.rpc.context import find_actor
 from miles_agents.rpc.errors import NotAnActorProcess, NotAnEndpoint, WrongVerb
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.node import RpcNode
+from miles_agents.rpc.seconds import checked_seconds
 from miles_agents.rpc.shape import Point, Shape, ValueMesh
 from miles_agents.rpc.sinks import MeshSink, OneSink, StreamSink, TakenSink
 from miles_agents.rpc.streams import CallStream
@@ -111,11 +112,15 @@ class ActorMesh:
         return self._with(self._shape.flatten(name))
 
     def options(self, *, timeout_s: float | None = None, return_exceptions: bool | None = None) -> ActorMesh:
-        """The same mesh, called with a deadline, or collecting errors in place of failing at the first."""
+        """The same mesh, called with a deadline, or collecting errors in place of failing at the first.
+
+        Raises:
+            NotADuration: ``timeout_s`` is not a finite number.
+        """
         part = self._with(self._shape)
         changes: dict[str, Any] = {}
         if timeout_s is not None:
-            changes["timeout_s"] = timeout_s
+            changes["timeout_s"] = checked_seconds("timeout_s", timeout_s)
         if return_exceptions is not None:
             changes["return_exceptions"] = return_exceptions
         part._options = replace(self._options, **changes)
