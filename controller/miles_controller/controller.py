@@ -34,6 +34,7 @@ from miles_agents.rpc.inline import InlineExecutors
 from miles_agents.rpc.lock import Lock
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Shape
+from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import RuntimeDir, runtime_dir
 from miles_agents.wire.envelope import CONTROLLER_MESH, Address
 from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
@@ -46,7 +47,7 @@ from miles_controller.fabric import Fabric, Node
 from miles_controller.lock_service import LockService
 from miles_controller.mesh_keeper import MeshKeeper
 from miles_controller.meshes import MeshSupervisor, SpawnPlan
-from miles_controller.nodes_missing import NodesMissing, nodes_missing
+from miles_controller.nodes_missing import NodesMissing, nodes_missing, refuse_unknown
 from miles_controller.owned_mesh import OwnedMesh
 from miles_controller.placement import Inventory, Placement, Request
 from miles_controller.policy import Policy
@@ -84,14 +85,13 @@ class Controller:
     async def __aenter__(self) -> Controller:
         refuse_inside_loading_script()
         config = self.config
-        if config.run_dir is not None:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = None if config.run_dir is None else usable_directory(config.run_dir)
         if config.forward_env:
             self.forwarded_env = forwarded_environment()
         self.forwarded_env.update(config.env)
         # Later runs give out larger numbers than earlier ones, without anything on disk.
         self._incarnation = time.time_ns() // 1_000_000
-        self.events = EventLog(None if config.run_dir is None else config.run_dir / "events.jsonl")
+        self.events = EventLog(None if run_dir is None else run_dir / "events.jsonl")
         self._owned.callback(self.events.close)
         try:
             self.fabric = Fabric(self, self.allowed, config.timings, self.events, self._incarnation)
@@ -204,8 +204,10 @@ class Controller:
         """Until these nodes (default: all whose names are known) have joined.
 
         Raises:
+            NoSuchNode: the run expects no node of that name.
             NodesMissing: some have not, within ``timeout_s``; says which, and who was turned away.
         """
+        refuse_unknown(self.fabric, names)
         wanted = list(names) or list(self.fabric.membership.members)
         try:
             async with asyncio.timeout(timeout_s):

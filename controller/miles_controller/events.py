@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from miles_agents.run_files import UnusableRunDirectory
 from miles_controller.event_file import EventFile
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,17 @@ class EventLog:
     """Takes events, keeps the last 1,000, writes all. Subscribers that fall 10,000 behind lose the oldest.
 
     Telling never fails and never waits, so that it can stand in the middle of anything; ``num_lost`` counts what the
-    file could not take.
+    file could not take. Raises UnusableRunDirectory if there cannot be a file.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self._subscribers: set[asyncio.Queue[Event]] = set()
         self._num_unlogged = 0
-        self._file = None if path is None else EventFile(path)
+        try:
+            self._file = None if path is None else EventFile(path)
+        except OSError as error:
+            raise UnusableRunDirectory.because(path or Path(), error) from None
 
     def emit(self, kind: str, subject: str, text: str, **fields: Any) -> None:
         """Something happened."""

@@ -15,7 +15,8 @@ from typing import Protocol
 from miles_agents.agent.process import ProcessTable
 from miles_agents.agent.process_child import Child
 from miles_agents.agent.process_exit import Exit
-from miles_agents.agent.process_launch import Command
+from miles_agents.agent.process_kill import KillReport
+from miles_agents.agent.process_launch import CannotStart, Command
 from miles_agents.node_info import NodeInfo
 from miles_agents.worker.main import STACK_SIGNAL
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth, WorkerSpec
@@ -75,7 +76,7 @@ class ProcessStarter:
             command = Command(
                 argv=(self._python, "-m", "miles_agents.worker"),
                 env=env,
-                cwd=Path(spec.cwd or Path.cwd()),
+                cwd=_working_directory(spec),
                 log_path=log_path,
                 pass_fds=(fd,),
                 numa_node=self._numa_node(spec),
@@ -88,6 +89,17 @@ class ProcessStarter:
         if not spec.bind_numa or not spec.devices:
             return None
         return next((gpu.numa_node for gpu in self._info.gpus if gpu.index == spec.devices[0]), None)
+
+
+def _working_directory(spec: WorkerSpec) -> Path:
+    try:
+        return Path(spec.cwd or Path.cwd())
+    except OSError as error:
+        raise CannotStart(
+            f"cannot start {spec.label}: the agent's working directory is gone",
+            evidence=str(error),
+            advice="Start the agent in a directory that stays for as long as the run does.",
+        ) from None
 
 
 class _RealWorker:
