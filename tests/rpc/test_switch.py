@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from support.wired import eventually, virtual, wired
 
+from miles_agents.errors import InternalError
 from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.errors import NoSuchActor, WorkerDied
 from miles_agents.wire import envelope as wire
+from miles_agents.wire.frames import UnsendableMessage
 
 
 class Worker(Actor):
@@ -109,6 +111,36 @@ async def test_a_call_leaves_the_list_with_its_answer_of_any_kind():
         with pytest.raises(TypeError):
             await mesh.echo.call()
         await eventually(lambda: len(net.switch.in_flight) == 0)
+
+
+class Refusing:
+    """A way on that takes no calls."""
+
+    def __init__(self, trouble, *, answers_for_itself=False):
+        self.trouble = trouble
+        self.answers_for_itself = answers_for_itself
+
+    def send(self, envelope):
+        if envelope.kind == wire.CALL:
+            raise self.trouble
+
+
+@virtual
+@pytest.mark.parametrize("answers_for_itself", [False, True])
+async def test_a_call_that_the_way_on_refuses_is_answered_and_forgotten(answers_for_itself):
+    async with wired() as net:
+        mesh, asker = net.spawn(Worker, ranks=3), net.spawn(Worker, name="asker")
+        too_long = UnsendableMessage("too long", evidence="it", advice="shorten it")
+        for rank, trouble in ((0, too_long), (1, OSError("odd"))):
+            hop = Refusing(trouble, answers_for_itself=answers_for_itself)
+            net._hops[net.address(mesh, rank)] = hop
+        values = await mesh.options(return_exceptions=True).echo.call("v")
+        assert [type(values[0]), values[2]] == [UnsendableMessage, "v"]
+        assert isinstance(values[1], InternalError)
+        assert "OSError: odd" in values[1].evidence
+        with pytest.raises(UnsendableMessage, match="too long"):
+            await asker.ask.call_one(mesh.slice(ranks=0), "from afar")
+        assert len(net.switch.in_flight) == 0
 
 
 @virtual

@@ -2,19 +2,23 @@
 
 The agent has one for its workers, the controller one for all nodes. Consumes: envelopes of links and of the process
 itself. Produces: envelopes on other links, or errors back to the sender. Invariant: a CALL that enters a switch is
-passed on or answered; one that was passed on is answered by its receiver, or by ``receiver_died``.
+passed on or answered, also if the way on refuses it; one that was passed on is answered by its receiver, or by
+``receiver_died``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from miles_agents.errors import MilesError
+from miles_agents.errors import InternalError, MilesError
 from miles_agents.rpc.inflight import InFlight, Passed
 from miles_agents.rpc.node import RpcNode
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.envelope import Address, Envelope, Target
+
+logger = logging.getLogger(__name__)
 
 
 class Hop(Protocol):
@@ -78,7 +82,14 @@ class Switch:
         if envelope.kind == wire.CALL and not hop.answers_for_itself:
             for target in targets:
                 self.in_flight.passed(envelope, Address(envelope.mesh, target.rank, target.incarnation), now)
-        hop.send(envelope)
+        try:
+            hop.send(envelope)
+        except Exception as trouble:
+            if envelope.kind != wire.CALL:
+                raise
+            logger.exception("%s could not be passed on", envelope.method)
+            for target in targets:
+                self._undeliverable(envelope, target, _not_passed_on(envelope, trouble))
 
     def _undeliverable(self, envelope: Envelope, target: Target, error: MilesError) -> None:
         if envelope.kind != wire.CALL or self._node is None:
@@ -99,6 +110,16 @@ class LocalHop:
     def send(self, envelope: Envelope) -> None:
         """Deliver."""
         self._node.deliver(envelope)
+
+
+def _not_passed_on(envelope: Envelope, trouble: Exception) -> MilesError:
+    if isinstance(trouble, MilesError):
+        return trouble
+    return InternalError(
+        f"{envelope.method} could not be passed on to mesh {envelope.mesh}",
+        evidence=f"{type(trouble).__name__}: {trouble}",
+        advice="Report this.",
+    )
 
 
 def _request_of(passed: Passed) -> Envelope:
