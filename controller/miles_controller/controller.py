@@ -94,7 +94,7 @@ class Controller:
         self.events = EventLog(None if run_dir is None else run_dir / "events.jsonl")
         self._owned.callback(self.events.close)
         try:
-            self.fabric = Fabric(self, self.allowed, config.timings, self.events, self._incarnation)
+            self.fabric = Fabric(self, self.allowed, config.timings, self.events, self.next_incarnation)
             self.locks = LockService()
             self.services = ServiceKeeper(self)
             self._serve()

@@ -110,13 +110,13 @@ class Fabric:
     """See the module's docstring."""
 
     def __init__(
-        self, observer: FabricObserver, allow: AllowList, timings: Timings, events: EventLog, incarnation: int
+        self, observer: FabricObserver, allow: AllowList, timings: Timings, events: EventLog, number: Callable[[], int]
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.timings = timings
-        self.membership = Membership((), timings, first_incarnation=incarnation)
+        self.membership = Membership((), timings, number=number)
         self.switch = Switch(self._resolve)
-        self.node = RpcNode(Address(CONTROLLER_MESH, 0, incarnation), "controller", self.switch.route)
+        self.node = RpcNode(Address(CONTROLLER_MESH, 0, number()), "controller", self.switch.route)
         self.switch.attach(self.node)
         self.link = LinkAcceptor(self, NETWORK)
         self.workers: dict[tuple[int, int], WorkerRoute] = {}

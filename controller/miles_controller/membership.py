@@ -17,8 +17,10 @@ tells in its next HELLO which of its lives it has fenced, by session ids that no
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -192,18 +194,13 @@ class Membership:
     Args:
         nodes: Names of the nodes that may join.
         timings: ``suspect_s`` and ``dead_s`` are used.
-        first_incarnation: The first number to give out; larger than all that were given out before.
+        number: Gives a number that nothing else ever had, as the incarnation of a life.
     """
 
-    def __init__(self, nodes: Iterable[str], timings: Timings, *, first_incarnation: int = 1) -> None:
+    def __init__(self, nodes: Iterable[str], timings: Timings, *, number: Callable[[], int] | None = None) -> None:
         self.members = {node: Member(node) for node in nodes}
         self._timings = timings
-        self._next_incarnation = first_incarnation
-
-    @property
-    def next_incarnation(self) -> int:
-        """The number that the next welcome will give out."""
-        return self._next_incarnation
+        self._number = number or functools.partial(next, itertools.count(1))
 
     def missing(self) -> tuple[str, ...]:
         """Nodes that have never joined."""
@@ -274,8 +271,7 @@ class Membership:
             reason = f"{event.node} is taken by an agent that was heard {now - member.heard_at:.1f} s ago"
             member.move(member.state, "turned a second agent away", now)
             return (Refuse(event.node, reason, event.session),)
-        member.session, member.incarnation, member.info = event.session, self._next_incarnation, event.info
-        self._next_incarnation += 1
+        member.session, member.incarnation, member.info = event.session, self._number(), event.info
         member.heard_at, member.link_up = now, True
         member.move("alive", f"joined as incarnation {member.incarnation}", now)
         return (Welcome(event.node, event.session, member.incarnation),)

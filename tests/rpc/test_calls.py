@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from miles_agents.rpc.calls import CallTable, OpenCall
-from miles_agents.wire.envelope import Target
+from miles_agents.rpc.calls import MAX_CHOSEN, CallTable, OpenCall
+from miles_agents.wire.envelope import Address, Target
 
 RANKS = 4
 MESHES = (2, 3)
@@ -70,11 +70,14 @@ class TableMachine(RuleBasedStateMachine):
         rid = data.draw(st.sampled_from(list(self.owing)))
         return rid, data.draw(st.sampled_from(sorted(self.owing[rid])))
 
+    def of(self, rid, rank):
+        return Address(self.mesh[rid], rank, 50 + rank)
+
     @precondition(lambda self: self.owing)
     @rule(data=st.data(), ends=st.booleans())
     def answers(self, data, ends):
         rid, rank = self.pick(data)
-        answer = self.table.end(rid, rank, 50 + rank) if ends else self.table.value(rid, rank, 50 + rank, "v")
+        answer = self.table.end(rid, self.of(rid, rank)) if ends else self.table.value(rid, self.of(rid, rank), "v")
         assert self.sinks[rid].told[-1] == (("end", rank, None) if ends else ("value", rank, "v"))
         self.owing[rid].discard(rank)
         self.ended_if(rid, answer, not self.owing[rid])
@@ -83,7 +86,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def yields(self, data):
         rid, rank = self.pick(data)
-        assert self.table.item(rid, rank, 50 + rank, "i")
+        assert self.table.item(rid, self.of(rid, rank), "i")
         assert self.sinks[rid].told[-1] == ("item", rank, "i")
 
     @precondition(lambda self: self.owing)
@@ -91,7 +94,7 @@ class TableMachine(RuleBasedStateMachine):
     def fails_there(self, data):
         rid, rank = self.pick(data)
         error = ValueError()
-        call, stop = self.table.error(rid, rank, 50 + rank, error)
+        call, stop = self.table.error(rid, self.of(rid, rank), error)
         assert self.sinks[rid].told[-1] == ("error", rank, error)
         self.owing[rid].discard(rank)
         fast = self.sinks[rid].fail_fast
@@ -118,16 +121,18 @@ class TableMachine(RuleBasedStateMachine):
         assert told == (set() if rid in self.cancelling else self.owing[rid])
         self.cancelling.add(rid)
 
-    @rule(data=st.data(), rank=st.integers(0, RANKS - 1))
-    def strangers_and_latecomers_speak(self, data, rank):
+    @rule(data=st.data(), rank=st.integers(0, RANKS - 1), other_mesh=st.booleans())
+    def strangers_and_latecomers_speak(self, data, rank, other_mesh):
         rid = data.draw(st.integers(0, self.rid + 1))
-        incarnation = 50 + rank if rank not in self.owing.get(rid, ()) else 49
+        asked = rank in self.owing.get(rid, ())
+        mesh = self.mesh.get(rid, MESHES[0]) + (1 if other_mesh else 0)
+        stranger = Address(mesh, rank, 49 if asked and not other_mesh else 50 + rank)
         late = self.table.stats.late
         told = {known: list(sink.told) for known, sink in self.sinks.items()}
-        assert self.table.value(rid, rank, incarnation, "x") is None
-        assert self.table.end(rid, rank, incarnation) is None
-        assert not self.table.item(rid, rank, incarnation, "x")
-        assert self.table.error(rid, rank, incarnation, ValueError()) == (None, [])
+        assert self.table.value(rid, stranger, "x") is None
+        assert self.table.end(rid, stranger) is None
+        assert not self.table.item(rid, stranger, "x")
+        assert self.table.error(rid, stranger, ValueError()) == (None, [])
         assert self.table.stats.late == late + 4
         assert told == {known: sink.told for known, sink in self.sinks.items()}
         if rid not in self.owing:
@@ -164,8 +169,8 @@ TestTable.settings = settings(max_examples=60, stateful_step_count=30, deadline=
 def test_the_answers_reach_the_sink_by_position_in_the_mesh_that_was_called():
     table, sink = CallTable(), Recorder()
     table.open(OpenCall(1, 2, "work", {6: target(6, position=0), 2: target(2, position=1)}, sink, 0.0, 1))
-    table.value(1, 2, 52, "b")
-    assert table.value(1, 6, 56, "a").rid == 1
+    table.value(1, Address(2, 2, 52), "b")
+    assert table.value(1, Address(2, 6, 56), "a").rid == 1
     assert sink.told == [("value", 1, "b"), ("value", 0, "a")]
 
 
@@ -179,7 +184,7 @@ def test_equals_are_chosen_in_turn_whatever_else_is_called_meanwhile():
         for offset in range(3):  # as many other calls as there are ranks
             opened(table, 10 * turn + offset, [rank], mesh=3)
         opened(table, 10 * turn + 9, [rank])
-        table.value(10 * turn + 9, rank, 50 + rank, None)
+        table.value(10 * turn + 9, Address(2, rank, 50 + rank), None)
     assert chosen == [0, 1, 2] * 3
 
 
@@ -202,3 +207,12 @@ def test_nothing_is_kept_of_calls_that_are_over():
         table.fail(rid, ValueError())
     assert len(table) == 0
     assert table._owed == {}
+
+
+def test_of_many_ranks_only_the_latest_choices_are_remembered():
+    table = CallTable()
+    for mesh in range(MAX_CHOSEN + 10):
+        table.least_owing(mesh, [target(0)])
+        table.least_owing(0, [target(0)])  # chosen all the time, so never forgotten
+    assert len(table._chosen) == MAX_CHOSEN
+    assert table.least_owing(0, [target(0), target(1)]).rank == 1

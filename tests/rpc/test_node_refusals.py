@@ -9,7 +9,8 @@ from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
-from miles_agents.wire.envelope import CONTROLLER_MESH, Address
+from miles_agents.wire.codec import encode
+from miles_agents.wire.envelope import CONTROLLER_MESH, REPLY, Address
 from miles_agents.wire.frames import UnsendableMessage
 
 
@@ -51,3 +52,16 @@ async def test_a_full_window_of_one_thread_does_not_hold_up_another():
         await asyncio.sleep(1)
         assert await mesh.open.call_one() == 1000
         await waiting[1000]
+
+
+@virtual
+async def test_an_answer_of_another_mesh_with_the_same_rank_and_incarnation_is_no_answer():
+    sent = []
+    node = RpcNode(Address(CONTROLLER_MESH, 0, 1), "caller", sent.append)
+    call = ActorMesh(MeshInfo(7, "far", {0: 5}), Shape.of(ranks=1), node).anything.call_one()
+    (request,) = sent
+    for mesh, what in ((8, "forged"), (7, "true")):
+        body, _ = encode(what)
+        node.deliver(request.answer(REPLY, Address(mesh, 0, 5), body))
+    assert await call == "true"
+    assert node.calls.stats.late == 1

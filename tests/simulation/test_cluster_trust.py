@@ -95,3 +95,15 @@ def test_the_largest_description_is_accepted():
     assert NodeInfo.from_plain(info.to_plain()) == info
     with pytest.raises(BadNodeInfo, match="'node'"):
         NodeInfo.from_plain(dataclasses.replace(info, node="n" * 257).to_plain())
+
+
+def test_no_two_lives_of_anything_have_the_same_incarnation():
+    async def story():
+        async with SimulatedCluster(3) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe, dims={"r": 8})
+            fabric = cluster.controller.fabric
+            given = [fabric.node.address.incarnation, *(node.incarnation for node in fabric.nodes)]
+            given += [rank.incarnation for rank in mesh._supervisor.ranks]
+            assert len(set(given)) == 1 + 3 + 8
+
+    simulate(story)

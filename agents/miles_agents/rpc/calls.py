@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from miles_agents.wire.envelope import Target
+from miles_agents.wire.envelope import Address, Target
 
 
 class Sink(Protocol):
@@ -61,6 +61,10 @@ class CallStats:
     late: int = 0
 
 
+MAX_CHOSEN = 10_000
+"""Ranks of which it is known when they were last chosen; the one chosen longest ago is forgotten first."""
+
+
 class CallTable:
     """All calls of one process that are not over."""
 
@@ -98,41 +102,42 @@ class CallTable:
 
         least = min(targets, key=debt)
         self._turn += 1
+        self._chosen.pop((mesh, least.rank), None)  # the dict is in order of turns
         self._chosen[mesh, least.rank] = self._turn
+        if len(self._chosen) > MAX_CHOSEN:
+            del self._chosen[next(iter(self._chosen))]
         return least
 
-    def value(self, rid: int, rank: int, incarnation: int, value: Any) -> OpenCall | None:
+    def value(self, rid: int, source: Address, value: Any) -> OpenCall | None:
         """An answer came. Returns the call if this ended it."""
-        call = self._answered(rid, rank, incarnation)
+        call = self._answered(rid, source)
         if call is None:
             return None
-        call.sink.on_value(self._paid(call, rank).position, value)
+        call.sink.on_value(self._paid(call, source.rank).position, value)
         return self._settle_if_complete(call)
 
-    def end(self, rid: int, rank: int, incarnation: int) -> OpenCall | None:
+    def end(self, rid: int, source: Address) -> OpenCall | None:
         """A generator finished. Returns the call if this ended it."""
-        call = self._answered(rid, rank, incarnation)
+        call = self._answered(rid, source)
         if call is None:
             return None
-        call.sink.on_end(self._paid(call, rank).position)
+        call.sink.on_end(self._paid(call, source.rank).position)
         return self._settle_if_complete(call)
 
-    def item(self, rid: int, rank: int, incarnation: int, item: Any) -> bool:
+    def item(self, rid: int, source: Address, item: Any) -> bool:
         """A generator yielded. False if nobody waits for it."""
-        call = self._answered(rid, rank, incarnation)
+        call = self._answered(rid, source)
         if call is None:
             return False
-        call.sink.on_item(call.owing[rank].position, item)
+        call.sink.on_item(call.owing[source.rank].position, item)
         return True
 
-    def error(
-        self, rid: int, rank: int, incarnation: int, error: BaseException
-    ) -> tuple[OpenCall | None, list[Target]]:
+    def error(self, rid: int, source: Address, error: BaseException) -> tuple[OpenCall | None, list[Target]]:
         """A receiver failed. Returns the call if this ended it, and who must be told to stop."""
-        call = self._answered(rid, rank, incarnation)
+        call = self._answered(rid, source)
         if call is None:
             return None, []
-        call.sink.on_error(self._paid(call, rank).position, error)
+        call.sink.on_error(self._paid(call, source.rank).position, error)
         if not call.sink.fail_fast:
             return self._settle_if_complete(call), []
         outstanding = self._forgiven(call)
@@ -164,14 +169,14 @@ class CallTable:
         call.cancelling = True
         return list(call.owing.values())
 
-    def is_owed(self, rid: int, rank: int, incarnation: int) -> bool:
+    def is_owed(self, rid: int, source: Address) -> bool:
         """Whether a call still waits for this receiver; if not, its answer is counted as late."""
-        return self._answered(rid, rank, incarnation) is not None
+        return self._answered(rid, source) is not None
 
-    def _answered(self, rid: int, rank: int, incarnation: int) -> OpenCall | None:
+    def _answered(self, rid: int, source: Address) -> OpenCall | None:
         call = self._open.get(rid)
-        target = call.owing.get(rank) if call is not None else None
-        if call is None or target is None or target.incarnation != incarnation:
+        target = call.owing.get(source.rank) if call is not None else None
+        if call is None or target is None or (call.mesh, target.incarnation) != (source.mesh, source.incarnation):
             self.stats.late += 1
             return None
         return call
@@ -223,6 +228,11 @@ class Window:
     def num_waiting(self) -> int:
         """Calls that wait for room."""
         return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is unanswered and nothing waits."""
+        return self.calls == 0 and not self._waiting
 
     def is_overfull(self, num_bytes: int) -> bool:
         """Whether even waiting is refused."""

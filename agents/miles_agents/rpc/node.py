@@ -33,6 +33,8 @@ from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_e
 logger = logging.getLogger(__name__)
 Libraries = Literal["import", "opaque"]
 _HOST = socket.gethostname()
+MAX_WINDOWS = 1000
+"""With so many, those with nothing open are dropped: meshes come and go, their numbers never return."""
 
 
 class Host(Protocol):
@@ -192,8 +194,7 @@ class RpcNode:
             elif kind == wire.CALL:
                 self.answer_error(envelope, _hosts_nothing(envelope, self.label))
             return
-        source = envelope.source
-        self._on_answer(envelope, source.rank, source.incarnation)
+        self._on_answer(envelope, envelope.source)
 
     def close(self, error: MilesError) -> None:
         """End every call with ``error``; calls that are begun later end the same way."""
@@ -218,7 +219,7 @@ class RpcNode:
         if self._closed is not None:
             self.calls.fail(call.rid, copy.copy(self._closed))
             return
-        window = self._windows.setdefault((call.mesh, call.lane), Window())
+        window = self._window_of(call)
         if window.is_overfull(call.num_bytes):
             self.calls.fail(call.rid, _window_full(call, window))
             return
@@ -235,6 +236,15 @@ class RpcNode:
         if may_go:
             self._ready.append(call.rid)
 
+    def _window_of(self, call: OpenCall) -> Window:
+        key = (call.mesh, call.lane)
+        window = self._windows.get(key)
+        if window is None:
+            if len(self._windows) >= MAX_WINDOWS:
+                self._windows = {other: kept for other, kept in self._windows.items() if not kept.is_idle}
+            window = self._windows[key] = Window()
+        return window
+
     def _launch(self, envelope: Envelope) -> None:
         """Send a call; one that no peer would take fails here, and not by its deadline."""
         try:
@@ -242,28 +252,28 @@ class RpcNode:
         except UnsendableMessage as error:
             self._ended(self.calls.fail(envelope.rid, error)[0])
 
-    def _on_answer(self, envelope: Envelope, rank: int, incarnation: int) -> None:
+    def _on_answer(self, envelope: Envelope, source: Address) -> None:
         rid, kind = envelope.rid, envelope.kind
-        if not self.calls.is_owed(rid, rank, incarnation):
+        if not self.calls.is_owed(rid, source):
             return
         if kind == wire.REPLY:
             value = self._decoded(envelope)
             if isinstance(value, _Failed):
-                self._on_error(rid, rank, incarnation, value.error)
+                self._on_error(rid, source, value.error)
             else:
-                self._ended(self.calls.value(rid, rank, incarnation, value))
+                self._ended(self.calls.value(rid, source, value))
         elif kind == wire.STARTED:
-            self._ended(self.calls.value(rid, rank, incarnation, None))
+            self._ended(self.calls.value(rid, source, None))
         elif kind == wire.ERROR:
-            self._on_error(rid, rank, incarnation, self._rebuilt(envelope))
+            self._on_error(rid, source, self._rebuilt(envelope))
         elif kind == wire.ITEM:
             value = self._decoded(envelope)
             if isinstance(value, _Failed):
-                self._on_error(rid, rank, incarnation, value.error)
+                self._on_error(rid, source, value.error)
             else:
-                self.calls.item(rid, rank, incarnation, value)
+                self.calls.item(rid, source, value)
         elif kind == wire.END:
-            self._ended(self.calls.end(rid, rank, incarnation))
+            self._ended(self.calls.end(rid, source))
 
     def _decoded(self, envelope: Envelope) -> Any:
         try:
@@ -284,8 +294,8 @@ class RpcNode:
                 advice="Start all processes of a run from the same version of the code; if they are, report this.",
             )
 
-    def _on_error(self, rid: int, rank: int, incarnation: int, error: BaseException) -> None:
-        call, stop = self.calls.error(rid, rank, incarnation, error)
+    def _on_error(self, rid: int, source: Address, error: BaseException) -> None:
+        call, stop = self.calls.error(rid, source, error)
         if call is not None:
             self._tell(wire.CANCEL, call, stop)
         self._ended(call)
