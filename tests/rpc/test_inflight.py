@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from miles_agents.rpc.inflight import InFlight, RequestKey, expects_answer, is_one_way
+from miles_agents.rpc.inflight import MAX_METHODS, InFlight, RequestKey, expects_answer, is_one_way
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.envelope import Address, Envelope
 
@@ -109,3 +109,16 @@ def test_a_request_is_overdue_by_the_measure_of_its_own_method():
     assert hop.overdue(210.0, at_least_s=10.0, factor=5.0) == []
     assert [p.method for p in hop.overdue(211.0, at_least_s=10.0, factor=5.0)] == ["fast", "new"]
     assert [p.method for p in hop.overdue(701.0, at_least_s=10.0, factor=5.0)] == ["slow", "fast", "new"]
+
+
+def test_of_many_methods_those_that_took_longest_are_remembered():
+    hop = InFlight()
+    sender, receiver = SENDERS[0], RECEIVERS[0]
+    for number in range(MAX_METHODS + 50):
+        request = call(sender, number, receiver, method=f"m{number}")
+        hop.passed(request, receiver, 0.0)
+        hop.answered(request.answer(wire.REPLY, receiver), 1000.0 if number == 0 else 10.0 + number)
+    assert len(hop._longest) == MAX_METHODS
+    for number in (0, 1):
+        hop.passed(call(sender, number, receiver, method=f"m{number}"), receiver, 0.0)
+    assert [late.method for late in hop.overdue(500.0, at_least_s=100.0, factor=1.0)] == ["m1"]

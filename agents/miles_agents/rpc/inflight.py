@@ -33,6 +33,10 @@ class Passed:
     trace: int
 
 
+MAX_METHODS = 1000
+"""Methods of which it is known how long they took: those that took longest."""
+
+
 class InFlight:
     """Requests by receiver."""
 
@@ -100,6 +104,8 @@ class InFlight:
         took = now - passed.since
         if took > self._longest.get(passed.method, 0.0):
             self._longest[passed.method] = took
+            if len(self._longest) > MAX_METHODS:
+                del self._longest[min(self._longest, key=self._longest.__getitem__)]
 
 
 def expects_answer(envelope: Envelope) -> bool:

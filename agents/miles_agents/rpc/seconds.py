@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
 from miles_agents.errors import ConfigError
-
-_MOST = 1e300
 
 
 class NotADuration(ConfigError):
@@ -24,10 +23,14 @@ def checked_seconds(argument: str, value: Any, *, positive: bool = False) -> flo
     """
     if value is None:
         return None
-    if not isinstance(value, Real) or not abs(value) <= _MOST or (positive and value <= 0):
+    try:
+        seconds = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds) or (positive and seconds <= 0):
         raise NotADuration(
             f"{argument} is not a {'positive ' if positive else ''}finite number of seconds",
             evidence=f"{argument}={value!r:.100}",
             advice=f"Give seconds as a number; for no limit of its own, leave {argument} out or pass None.",
         )
-    return float(value)
+    return seconds
