@@ -6,7 +6,7 @@ import pytest
 from support.simulated import SimulatedCluster, outcome, simulate
 from support.simulated_actors import EXECUTED, Closer, Probe
 
-from miles_agents.rpc.errors import NodeLost
+from miles_agents.rpc.errors import NodeLost, WorkerDied
 from miles_controller import Policy
 from miles_controller.owned_mesh import MeshFailed
 from miles_controller.rank_end import NotEnded
@@ -175,5 +175,32 @@ def test_ranks_elsewhere_stay_supervised_when_a_node_is_dismissed(kind):
             cluster.worker(mesh, 0).kill_9()
             assert "rank 0" in (await failure_of(mesh)).what
             assert len(cluster.living) == (1 if kind == "fail" else 0)
+
+    simulate(story)
+
+
+# -- what is known of calls to the dead ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_node", [False, True])
+def test_a_call_made_after_the_death_has_not_run_and_one_before_it_may_have(whole_node):
+    async def story():
+        async with SimulatedCluster(2) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe, dims=TWO_NODES)
+            caller = await cluster.controller.spawn("caller", Probe)
+            pending = mesh.slice(hosts=1).wait.call_one(1e5)
+            from_worker = caller.wait_for.call_one(mesh.slice(hosts=1), 1e5)
+            await asyncio.sleep(1.0)
+            if whole_node:
+                await cluster.nodes["node-1"].crash()
+            else:
+                cluster.worker(mesh, 1).kill_9()
+            for call in (pending, from_worker):
+                assert (await outcome(call)).fields["may_have_run"] is True
+            await failure_of(mesh)
+            for call in (mesh.slice(hosts=1).greet.call_one("x"), caller.wait_for.call_one(mesh.slice(hosts=1), 1.0)):
+                error = await outcome(call)
+                assert isinstance(error, NodeLost if whole_node else WorkerDied)
+                assert error.fields["may_have_run"] is False
 
     simulate(story)

@@ -8,6 +8,7 @@ passed on or answered, also if the way on refuses it; one that was passed on is 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -96,7 +97,7 @@ class Switch:
             self.dropped += 1
             return
         receiver = Address(envelope.mesh, target.rank, target.incarnation)
-        self._node.answer_error(envelope, error, source=receiver)
+        self._node.answer_error(envelope, _did_not_run(error), source=receiver)
 
 
 class LocalHop:
@@ -120,6 +121,15 @@ def _not_passed_on(envelope: Envelope, trouble: Exception) -> MilesError:
         evidence=f"{type(trouble).__name__}: {trouble}",
         advice="Report this.",
     )
+
+
+def _did_not_run(error: MilesError) -> MilesError:
+    """The same for a call that was not passed on: what is said of those that were is not true of it."""
+    if not error.fields.get("may_have_run"):
+        return error
+    other = copy.copy(error)
+    other.fields = {**error.fields, "may_have_run": False}
+    return other
 
 
 def _request_of(passed: Passed) -> Envelope:
