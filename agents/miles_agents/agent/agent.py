@@ -26,6 +26,7 @@ from miles_agents.agent.farewell import say_goodbye
 from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, StdinClosed, Tick
 from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.orders import Orders
+from miles_agents.agent.overdue_reports import OverdueReports
 from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
@@ -109,6 +110,7 @@ class Agent:
         self.node: RpcNode | None = None
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
+        self._overdue: OverdueReports | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
         self._turned_away = ""
@@ -284,6 +286,7 @@ class Agent:
         logs = LogForwarder(self.parts.info.node, self._send_logs(controller))
         self.workers = WorkerPool(self, controller, logs)
         self.orders = Orders(self, controller)
+        self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
         for name, function in self.orders.endpoints().items():
             host.bind(EndpointInfo(name, "io", True, False), function)
@@ -342,6 +345,8 @@ class Agent:
         facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
         self._lease_event(BeatSent(self.link.beat(facts)))
         self.workers.tick()
+        if self._overdue is not None:
+            self._overdue.tick()
 
     async def _poll_logs(self) -> None:
         assert self.workers is not None

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_agents.agent import service_life
+from miles_agents.agent.background import Background
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
-from miles_agents.agent.worker_pool import nobody_cares
+from miles_agents.agent.worker_pool import nobody_cares, too_late
 from miles_agents.errors import ConfigError, PeerFault
 from miles_agents.names import checked_name
 from miles_agents.rpc.context import current_call, outside_of_calls
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _STACK_S = 2.0
 _PRINTED_STACK_S = 1.0
+_SERVICE_END_S = 25.0
+"""From the end of the grace: killing (10 s), GPU memory (10 s), margin."""
 
 
 class UnknownService(ConfigError):
@@ -52,7 +56,9 @@ class Orders:
 
     def __init__(self, agent: Agent, controller: ActorMesh) -> None:
         self.agent = agent
-        self.tasks: asyncio.TaskGroup | None = None
+        self.tasks: Background | None = None
+        self._leaving = ""
+        self._end_by = math.inf
         self._controller = controller
         self._services: dict[str, tuple[Service, asyncio.Task[None]]] = {}
 
@@ -156,6 +162,8 @@ class Orders:
         parts = self.agent.parts
         if parts.processes is None or parts.ports is None or self.tasks is None:
             raise _not_offered("start_service")
+        if self._leaving:
+            raise too_late(f"service {plain.get('name')!r}", self._leaving)
         spec = service_spec(plain, parts.log_dir, {**os.environ, **parts.base_env})
         if spec.name in self._services:
             raise UnknownService(
@@ -210,16 +218,28 @@ class Orders:
         service.stop(why)
         await asyncio.wait([task])
 
-    def end_all(self, why: str) -> None:
-        """End every service."""
+    def end_all(self, why: str, *, orderly: bool) -> None:
+        """End every service and start none any more; ``orderly`` gives them their grace. May be said again."""
+        self._leaving = why
+        grace_s = 0.0
         for service, _ in list(self._services.values()):
+            if orderly:
+                grace_s = max(grace_s, service.spec.numbers.grace_s)
+            else:
+                service.fence(why)
             service.stop(why)
+        self._end_by = min(self._end_by, self.agent.loop.time() + grace_s + _SERVICE_END_S)
 
-    async def wait_all_dead(self) -> None:
-        """Until no service is left; each one's stop is bounded by its own numbers."""
-        tasks = [task for _, task in self._services.values()]
-        if tasks:
-            await asyncio.wait(tasks)
+    async def wait_all_dead(self) -> list[str]:
+        """After ``end_all``: until no service is left but what cannot be killed, which is returned, for people."""
+        loop = self.agent.loop
+        while (tasks := [task for _, task in self._services.values()]) and loop.time() < self._end_by:
+            await asyncio.wait(tasks, timeout=min(1.0, self._end_by - loop.time()))
+        return [
+            f"service {name}: {service.state.phase.value}, pid {service.state.pid}"
+            for name, (service, task) in self._services.items()
+            if not task.done()
+        ]
 
     async def status(self) -> dict[str, Any]:
         """Workers, services, ports and counters of this node, as plain values."""

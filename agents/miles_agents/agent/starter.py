@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,19 @@ from miles_agents.worker.main import STACK_SIGNAL
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth, WorkerSpec
 
 RUN_TAG_VARIABLE = "MILES_RUN"
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """What became of an order to end a worker, for people. ``survivors``: pid and state of what runs all the same."""
+
+    text: str
+    survivors: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, report: KillReport) -> Killed:
+        """From what the process table says."""
+        return cls(report.describe(), tuple(survivor.describe() for survivor in report.survivors))
 
 
 class WorkerProcess(Protocol):
@@ -41,11 +55,11 @@ class WorkerProcess(Protocol):
     def print_stacks(self) -> None:
         """Ask for all stacks on its stderr, without the interpreter's help."""
 
-    async def kill(self, grace_s: float) -> str:
-        """End it with everything below it; returns what was done, for people. Confirmed when this returns."""
+    async def kill(self, grace_s: float) -> Killed:
+        """End it with everything below it; confirmed when this returns, in bounded time. May be cancelled."""
 
-    async def sweep(self) -> None:
-        """After its end: end what it left behind, and wait for its GPU memory."""
+    async def sweep(self) -> Killed:
+        """After its end: end what it left behind, and wait for its GPU memory; in bounded time."""
 
 
 class WorkerStarter(Protocol):
@@ -121,12 +135,11 @@ class _RealWorker:
     def print_stacks(self) -> None:
         self._child.send(STACK_SIGNAL)
 
-    async def kill(self, grace_s: float) -> str:
-        report = await self._table.kill_tree(self._child, grace_s=grace_s)
-        return report.describe()
+    async def kill(self, grace_s: float) -> Killed:
+        return Killed.of(await self._table.kill_tree(self._child, grace_s=grace_s))
 
-    async def sweep(self) -> None:
-        await self._table.kill_tree(self._child, grace_s=0.0)
+    async def sweep(self) -> Killed:
+        return Killed.of(await self._table.kill_tree(self._child, grace_s=0.0))
 
 
 def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo) -> dict[str, str]:

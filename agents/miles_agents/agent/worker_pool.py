@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from miles_agents.agent import worker_life
+from miles_agents.agent import worker_ending, worker_life
+from miles_agents.agent.background import Background
 from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import last_words
 from miles_agents.agent.process_exit import Exit
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LOG_TAIL_LINES = 50
 _DRAIN_S = 0.2
+_PREDECESSOR_S = 30.0
 _REMEMBERED_DEATHS = 1000
 
 
@@ -68,6 +71,12 @@ class Worker:
         """The process executes, or never will."""
         self.drained = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
+        self.kill_at = math.inf
+        """Loop time at which the grace of ``ending`` is over."""
+        self.killed_at = math.inf
+        """Loop time at which ``ending`` was through."""
+        self.left: tuple[str, ...] = ()
+        """What of it could not be killed."""
         self._waiting: list[Envelope] = []
 
     def send(self, envelope: Envelope) -> None:
@@ -91,7 +100,7 @@ class WorkerPool:
     def __init__(self, agent: Agent, controller: ActorMesh, logs: LogForwarder) -> None:
         self.agent = agent
         self.logs = logs
-        self.tasks: asyncio.TaskGroup | None = None
+        self.tasks: Background | None = None
         self._controller = controller
         self._loop = asyncio.get_running_loop()
         self._workers: dict[tuple[int, int], Worker] = {}
@@ -112,8 +121,9 @@ class WorkerPool:
             WorkerNeverReady: it ended, or took too long, before it said hello.
             ControllerLost: this agent is about to leave the run.
         """
+        await self._wait_for_burial(spec)
         if self._leaving:
-            raise _too_late(spec, self._leaving)
+            raise too_late(spec.label, self._leaving)
         timings = self.agent.timings
         life = worker_life.begin(
             self._loop.time(),
@@ -123,12 +133,7 @@ class WorkerPool:
         )
         log_path = self.agent.parts.log_dir / f"{spec.mesh_name}-{spec.rank}.{spec.incarnation}.log"
         worker = Worker(spec, life, log_path)
-        key = (spec.mesh, spec.rank)
-        while (before := self._workers.get(key)) is not None:
-            if before.dead is None:
-                raise _still_there(before)
-            await asyncio.shield(before.gone)  # what it left, its GPU memory for one, is about to be gone
-        self._workers[key] = worker
+        self._workers[spec.mesh, spec.rank] = worker
         self._by_token[worker.token] = worker
         own = self.agent.address
         birth = Birth(
@@ -153,33 +158,61 @@ class WorkerPool:
         await worker.ready
         return {"pid": worker.process.pid, "log": str(log_path)}
 
+    async def _wait_for_burial(self, spec: WorkerSpec) -> None:
+        """A predecessor whose death was told still has to go: what it left, its GPU memory for one."""
+        deadline = self._loop.time() + _PREDECESSOR_S
+        while (before := self._workers.get((spec.mesh, spec.rank))) is not None:
+            if before.dead is None or self._loop.time() >= deadline:
+                raise _still_there(before)
+            await asyncio.wait([before.gone], timeout=deadline - self._loop.time())
+
     async def end(self, worker: Worker, why: str, grace_s: float) -> str:
-        """End a worker and everything below it; returns what was done, once it is done."""
+        """End a worker and everything below it; returns what was done, once it is done.
+
+        Raises:
+            WorkerWouldNotDie: something of it still runs.
+        """
         self._step(worker, StopAsked(why))
-        if worker.ending is None and self.tasks is not None:
-            worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
-        return await asyncio.shield(worker.gone)
+        self._begin_end(worker, grace_s)
+        return await worker_ending.wait_gone(worker)
+
+    def _begin_end(self, worker: Worker, grace_s: float) -> None:
+        """An order with less grace than the one that is carried out takes its place; any other changes nothing."""
+        assert self.tasks is not None
+        if worker.life.state == "dead" and worker.ending is not None:
+            return  # its burial ends what it left
+        kill_at = self._loop.time() + grace_s
+        if worker.ending is not None and not worker.ending.done():
+            if kill_at >= worker.kill_at:
+                return
+            worker.ending.cancel()
+        worker.kill_at = kill_at
+        worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
         await worker.begun.wait()  # what is being executed right now cannot be killed yet, and must not be forgotten
-        if worker.process is not None:
-            report = await worker.process.kill(grace_s)
-            logger.info("%s: %s", worker.spec.label, report)
+        try:
+            if worker.process is not None:
+                killed = await worker.process.kill(grace_s)
+                worker.left = killed.survivors
+                logger.log(
+                    logging.ERROR if killed.survivors else logging.INFO, "%s: %s", worker.spec.label, killed.text
+                )
+        except Exception as error:
+            logger.exception("%s could not be ended", worker.spec.label)
+            worker.left = (f"pid {worker.life.pid}: ending it failed: {error!r}",)
+        worker.killed_at = self._loop.time()
 
     def end_all(self, why: str, *, orderly: bool) -> None:
-        """End every worker and start none any more; ``orderly`` gives them their grace."""
+        """End every worker and start none any more; ``orderly`` gives them their grace. May be said again."""
         self._leaving = why
         for worker in list(self._workers.values()):
             self._step(worker, StopAsked(why))
-            if worker.ending is None and self.tasks is not None:
-                grace_s = worker.spec.term_grace_s if orderly else 0.0
-                worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
+            self._begin_end(worker, worker.spec.term_grace_s if orderly else 0.0)
 
-    async def wait_all_dead(self) -> None:
-        """Until no worker is left; ``kill`` of the process table bounds it."""
-        gone = [worker.gone for worker in self._workers.values()]
-        if gone:
-            await asyncio.wait(gone)
+    async def wait_all_dead(self) -> list[str]:
+        """After ``end_all``: until no worker is left but what cannot be killed, which is returned, for people."""
+        return await worker_ending.wait_all(list(self._workers.values()))
 
     def close(self) -> None:
         """Leave the network, let go of the logs."""
@@ -303,9 +336,8 @@ class WorkerPool:
                 case Heard():
                     self._report("worker_heard", worker)
                 case Kill(why):
-                    if self.tasks is not None and worker.ending is None:
-                        worker.ending = self.tasks.create_task(self._end(worker, 0.0), name=f"end {worker.spec.label}")
-                        logger.warning("%s: %s", worker.spec.label, why)
+                    logger.warning("%s: %s", worker.spec.label, why)
+                    self._begin_end(worker, 0.0)
                 case Dead():
                     assert self.tasks is not None
                     self.tasks.create_task(self._bury(worker, effect), name=f"bury {worker.spec.label}")
@@ -315,31 +347,48 @@ class WorkerPool:
         self._step(worker, Exited(how))
 
     async def _bury(self, worker: Worker, death: Dead) -> None:
-        """Read what it still said, answer for it, tell the controller, end what it left behind."""
+        """Read what it still said, answer for it, tell the controller, end what it left behind.
+
+        A step that fails is logged, and the others are made.
+        """
+        spec = worker.spec
         if worker.peer is not None and worker.peer.is_up:
             try:
                 async with asyncio.timeout(_DRAIN_S):
                     await worker.drained.wait()
             except TimeoutError:
-                logger.debug("%s: its link was not seen to close", worker.spec.label)
-        spec = worker.spec
-        tail = self.logs.finish(spec.mesh_name, spec.rank, self._loop.time())[-LOG_TAIL_LINES:]
+                logger.debug("%s: its link was not seen to close", spec.label)
+        tail: list[str] = []
+        with self.link.boundary(f"reading the last lines of {spec.label}"):
+            tail = self.logs.finish(spec.mesh_name, spec.rank, self._loop.time())[-LOG_TAIL_LINES:]
         error = self._death_of(worker, death, tail)
         worker.dead = error
         self._remember(worker.address, error)
-        self.agent.switch.receiver_died(worker.address, error)
-        self._report("worker_exited", worker, [death.cause, death.expected, tail])
+        with self.link.boundary(f"answering for {spec.label}"):
+            self.agent.switch.receiver_died(worker.address, error)
+        with self.link.boundary(f"telling the death of {spec.label}"):
+            self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():
             worker.ready.set_exception(_never_ready(worker, death, tail))
             worker.ready.exception()  # looked at: start() may have been cancelled meanwhile
-        if worker.peer is not None:
-            self.link.end_session(worker.peer)
-        if worker.process is not None:
-            await worker.process.sweep()
-        if self.agent.parts.ports is not None:
-            self.agent.parts.ports.release(spec.label)
+        await self._clear_away(worker)
         self._forget(worker)
         worker.gone.set_result(death.cause)
+
+    async def _clear_away(self, worker: Worker) -> None:
+        spec = worker.spec
+        with self.link.boundary(f"closing the session of {spec.label}"):
+            if worker.peer is not None:
+                self.link.end_session(worker.peer)
+        with self.link.boundary(f"ending what {spec.label} left"):
+            if worker.process is not None:
+                swept = await worker.process.sweep()
+                worker.left = swept.survivors
+                if swept.survivors:
+                    logger.error("%s has ended but leaves something: %s", spec.label, swept.text)
+        with self.link.boundary(f"releasing the ports of {spec.label}"):
+            if self.agent.parts.ports is not None:
+                self.agent.parts.ports.release(spec.label)
 
     def _death_of(self, worker: Worker, death: Dead, tail: list[str]) -> WorkerDied:
         node, pid = self.agent.parts.info.node, worker.life.pid
@@ -397,9 +446,10 @@ def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverRea
     )
 
 
-def _too_late(spec: WorkerSpec, why: str) -> ControllerLost:
+def too_late(label: str, why: str) -> ControllerLost:
+    """The refusal of a start while everything is being ended."""
     return ControllerLost(
-        f"{spec.label} was not started: the agent is about to leave the run",
+        f"{label} was not started: the agent is about to leave the run",
         evidence=why,
         advice="Start it on another node, or wait until the node has joined again.",
         may_have_run=False,
