@@ -33,6 +33,7 @@ from miles_agents.rpc.host import ActorHost
 from miles_agents.rpc.inline import InlineExecutors
 from miles_agents.rpc.lock import Lock
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
+from miles_agents.rpc.overdue import CHECK_S, OverdueWatch
 from miles_agents.rpc.shape import Shape
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import RuntimeDir, runtime_dir
@@ -57,7 +58,6 @@ from miles_controller.status_server import StatusServer
 
 __all__ = ["Controller", "ControllerConfig", "NodesMissing"]
 logger = logging.getLogger(__name__)
-_OVERDUE_CHECK_S = 5.0
 
 
 class Controller:
@@ -95,6 +95,7 @@ class Controller:
         self._owned.callback(self.events.close)
         try:
             self.fabric = Fabric(self, self.allowed, config.timings, self.events, self.next_incarnation)
+            self.fabric.overdue_s = config.overdue_s
             self.locks = LockService()
             self.services = ServiceKeeper(self)
             self._serve()
@@ -378,19 +379,14 @@ class Controller:
             supervisor.on_exit(address.rank, address.incarnation, error.fields.get("exit", error.what))
 
     async def _watch_overdue(self) -> None:
-        told: set[Any] = set()
+        watch = OverdueWatch(self.fabric.switch.in_flight, self.config.overdue_s)
         while True:
-            await asyncio.sleep(_OVERDUE_CHECK_S)
+            await asyncio.sleep(CHECK_S)
             now = self.fabric.loop.time()
-            overdue = self.fabric.switch.in_flight.overdue(now, at_least_s=self.config.overdue_s, factor=5.0)
-            for passed in overdue:
-                if (passed.key, passed.receiver) in told:
-                    continue
-                told.add((passed.key, passed.receiver))
+            for passed in watch.news(now):
                 supervisor = self.meshes.supervisor_of(passed.receiver.mesh)
                 if supervisor is not None:
                     await supervisor.report_overdue(passed.receiver.rank, passed.method, now - passed.since)
-            told &= {(passed.key, passed.receiver) for passed in overdue}
 
 
 def _over(run_id: str) -> ControllerLost:

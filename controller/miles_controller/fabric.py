@@ -112,6 +112,7 @@ class Fabric:
     def __init__(
         self, observer: FabricObserver, allow: AllowList, timings: Timings, events: EventLog, number: Callable[[], int]
     ) -> None:
+        self.overdue_s = 60.0
         self.loop = asyncio.get_running_loop()
         self.timings = timings
         self.membership = Membership((), timings, number=number)
@@ -251,6 +252,7 @@ class Fabric:
             "rank": node.rank,
             "controller": self.node.address.incarnation,
             "timings": asdict(self.timings),
+            "overdue_s": self.overdue_s,
         }
         return Admission(name, grant)
 

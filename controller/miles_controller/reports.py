@@ -11,6 +11,7 @@ from miles_agents.rpc.context import current_call
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.wire.envelope import AGENT_MESH, Address
 from miles_controller.fabric import Node
+from miles_controller.remote_lines import fit_lines
 
 if TYPE_CHECKING:
     from miles_controller.controller import Controller
@@ -30,6 +31,7 @@ class Reports:
             "worker_exited": self.worker_exited,
             "worker_silent": self.worker_silent,
             "worker_heard": self.worker_heard,
+            "call_overdue": self.call_overdue,
             "service_changed": self.service_changed,
             "take_logs": self.take_logs,
         }
@@ -65,6 +67,13 @@ class Reports:
         if supervisor is not None and self._reporter(Address(mesh, rank, incarnation)) is not None:
             supervisor.on_heard(rank, incarnation)
 
+    async def call_overdue(self, mesh: int, rank: int, incarnation: int, method: str, age_s: float) -> None:
+        """A call between workers of the calling agent, which never came by here, is much older than usual."""
+        supervisor = self._controller.supervisor_of(mesh)
+        if supervisor is not None and self._reporter(Address(mesh, rank, incarnation)) is not None:
+            told = supervisor.report_overdue(rank, method, age_s)
+            self._controller.background(told, f"overdue {supervisor.name}[{rank}]")
+
     async def service_changed(self, node: str, name: str, change: dict[str, Any]) -> None:
         """A service changed its phase."""
         reporter = self._calling_agent()
@@ -72,10 +81,16 @@ class Reports:
             self._controller.services.on_change(reporter, name, change)
 
     async def take_logs(self, node: str, batch: list[list[Any]]) -> None:
-        """Log lines of workers: [source, time, text, ranks that repeated it]."""
-        for source, _, text, ranks in batch:
-            repeated = f" (x{len(ranks)}: ranks {ranks})" if ranks else ""
-            remote_logger.info("%s | %s%s", source, text, repeated)
+        """Log lines of processes of the calling agent: [source, time, text, ranks that repeated it]."""
+        reporter = self._calling_agent()
+        if reporter is None or reporter.name != node:
+            self._controller.fabric.link.stats.drop("log lines in another's name")
+            return
+        for line in fit_lines(node, batch):
+            if line is None:
+                self._controller.fabric.link.stats.drop("log lines in another's name")
+            else:
+                remote_logger.info("%s", line)
 
     def _calling_agent(self) -> Node | None:
         source = current_call().source
