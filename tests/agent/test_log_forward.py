@@ -7,6 +7,7 @@ import pytest
 from support.procs import eventually
 
 from miles_agents.agent.log_forward import ForwardLimits, LogForwarder, TokenBucket, render
+from miles_agents.agent.logs import last_lines
 from miles_agents.errors import PeerFault
 
 
@@ -196,6 +197,28 @@ async def test_large_files_are_capped(controller, write):
     forwarder.add("trainer", 1, path, now())
     forwarder.poll(now())
     assert path.stat().st_blocks * 512 <= 200_000
+    forwarder.close()
+
+
+async def test_a_log_that_its_process_replaced_by_a_directory_is_told_once_and_hurts_nobody(controller, write):
+    forwarder = LogForwarder("node-a", controller.send, ForwardLimits(cap_s=0.0))
+    wrecked = write("wrecked", "")
+    wrecked.unlink()
+    (wrecked / "below").mkdir(parents=True)
+    forwarder.add("trainer", 0, wrecked, now())
+    forwarder.add("other", 0, write("other", ""), now())
+    async with running(forwarder):
+        for _ in range(3):
+            forwarder.poll(now())
+        write("other", "hello\n")
+        assert await forwarder.flush(now() + 10)
+        assert forwarder.finish("trainer", 0, now()) == []
+        assert await forwarder.flush(now() + 10)
+    told = [line for line in controller.lines if str(wrecked) in line]
+    assert len(told) == 1 and "Is a directory" in told[0], told
+    assert "other[0]@node-a | hello" in controller.lines
+    assert forwarder.num_faults >= 3
+    assert "Is a directory" in last_lines(wrecked)[0]
     forwarder.close()
 
 

@@ -122,3 +122,18 @@ def test_gpu_memory_is_summed_over_gpus_for_the_pids_asked_for() -> None:
     probe = NvmlProbe(nvml)
     assert nvml.started
     assert probe.used_bytes({10, 11, 99}) == {10: 200, 11: 0}
+    assert probe.num_faults == 1
+
+
+class LostDriver(FakeNvml):
+    """The driver was reloaded: nothing is answered any more."""
+
+    def nvmlDeviceGetCount(self) -> int:
+        raise self.NVMLError("Driver Not Loaded")
+
+
+def test_a_driver_that_does_not_answer_is_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    probe = NvmlProbe(LostDriver())
+    assert [probe.used_bytes({10}) for _ in range(3)] == [{}, {}, {}]
+    assert probe.num_faults == 3
+    assert [record.getMessage().count("Driver Not Loaded") for record in caplog.records] == [1]

@@ -6,7 +6,8 @@ Waits for: the controller, for as long as the lease lasts. What unblocks everyth
 
 Invariants: workers reach the network only through here; a message of theirs carries their own address or is dropped; a
 request passed to a worker is answered by it or, at its death, from here; when ``run`` returns, nothing that this life
-started still runs, and when it raises, the error names what does; no task's failure costs the others anything. It knows transports and process starting only by their interfaces.
+started still runs, and when it raises for that reason, the error names what does; the failure of a task costs no other
+anything. It knows transports and process starting only by their interfaces.
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ class _Process:
     dropped_bytes: int = 0
     report_at: float = 0.0
     can_shrink: bool = True
+    fault_told: bool = False
 
 
 @dataclass(slots=True)
@@ -131,6 +132,8 @@ class LogForwarder:
         self._queue = _Queue()
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
+        self.num_faults = 0
+        """How often a file could not be read or kept small. Told once for each file."""
         self._turn = 0
         self._cap_at = 0.0
 
@@ -153,7 +156,8 @@ class LogForwarder:
         if process is None:
             return []
         # The last words of a process that said too much are the ones to keep: no limit but the burst holds for them.
-        lines = process.tail.finish(int(self._limits.burst_bytes))
+        lines = self._read(process, lambda: process.tail.finish(int(self._limits.burst_bytes)), now)
+        process.tail.close()
         self._take(process, lines, now, limited=False)
         self._report_dropped(process, now)
         return process.tail.last_lines()
@@ -173,7 +177,7 @@ class LogForwarder:
             process = processes[(index + self._turn) % len(processes)]
             before = process.tail.offset
             if budget > 0:
-                self._take(process, process.tail.read(min(budget, self._limits.poll_file_bytes)), now)
+                self._take(process, self._read_some(process, budget, now), now)
             budget -= process.tail.offset - before
             if process.dropped_lines and now >= process.report_at:
                 self._report_dropped(process, now)
@@ -208,10 +212,10 @@ class LogForwarder:
         """
         loop = asyncio.get_running_loop()
         for process in list(self._processes.values()):
-            end = process.tail.size()
+            end = self._size(process)
             while process.tail.offset < end and loop.time() < deadline:
                 before = process.tail.offset
-                lines = process.tail.read(min(end - before, self._limits.poll_file_bytes))
+                lines = self._read_some(process, end - before, loop.time())
                 self._take(process, lines, loop.time())
                 await asyncio.sleep(0)
                 if process.tail.offset == before:
@@ -261,6 +265,29 @@ class LogForwarder:
             self._put_merged(self._dedup.release(source.group, source.rank), now)
         self._put([str(source), now, text, []], len(text))
 
+    def _read_some(self, process: _Process, max_bytes: int, now: float) -> list[str]:
+        return self._read(process, lambda: process.tail.read(min(max_bytes, self._limits.poll_file_bytes)), now)
+
+    def _read(self, process: _Process, read: Callable[[], list[str]], now: float) -> list[str]:
+        """The file is the process's: whatever it makes of it (a directory, say) is told once and hurts nobody else."""
+        try:
+            return read()
+        except OSError as error:
+            self._note_fault(process, f"cannot be read: {error.strerror or error}", now)
+            return []
+
+    def _size(self, process: _Process) -> int:
+        try:
+            return process.tail.size()
+        except OSError:
+            return 0
+
+    def _note_fault(self, process: _Process, what: str, now: float) -> None:
+        self.num_faults += 1
+        if not process.fault_told:
+            process.fault_told = True
+            self._notice(process, f"[log: {process.tail.path} {what}]", now)
+
     def _cap(self, process: _Process, now: float) -> None:
         if not process.can_shrink:
             return
@@ -269,6 +296,8 @@ class LogForwarder:
         except LogCannotShrink as error:
             process.can_shrink = False  # said once for each file
             self._notice(process, f"[log: {error.what}: {error.evidence}]", now)
+        except OSError as error:
+            self._note_fault(process, f"cannot be kept small: {error.strerror or error}", now)
 
     def _put_merged(self, lines: list[Merged], now: float) -> None:
         for line in lines:

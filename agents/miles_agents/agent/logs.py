@@ -232,12 +232,15 @@ def _seek(fd: int, offset: int, whence: int, size: int) -> int:
 
 
 def last_lines(path: Path, count: int = 20, *, start: int = 0, max_bytes: int = 64 * 1024) -> list[str]:
-    """The last lines of a file, not from before byte ``start``; empty if there is no file. For error reports."""
+    """The last lines of a file, not from before byte ``start``; empty if there is no file. For error reports: a file
+    that cannot be read is said in place of its lines."""
     tail = LogTail(path, start=start)
     try:
         if tail.size() >= start:
             tail.finish(max_bytes)
         return tail.last_lines(count)
+    except OSError as error:
+        return [f"[log: {path} cannot be read: {error.strerror or error}]"]
     finally:
         tail.close()
 
