@@ -2,13 +2,17 @@
 
 import asyncio
 import dataclasses
+import logging
 
 import pytest
 from support.simulated import SimulatedCluster, simulate
 from support.simulated_actors import Probe
 
 from miles_agents.node_info import BadNodeInfo, Gpu, NodeInfo
+from miles_agents.rpc.mesh import ActorMesh, MeshInfo
+from miles_agents.rpc.shape import Shape
 from miles_agents.simulation import simulated_info
+from miles_agents.wire.envelope import CONTROLLER_MESH
 from miles_agents.wire.keys import AgentKey
 from miles_agents.wire.link_handlers import Refusal
 
@@ -107,3 +111,27 @@ def test_no_two_lives_of_anything_have_the_same_incarnation():
             assert len(set(given)) == 1 + 3 + 8
 
     simulate(story)
+
+
+def test_log_lines_are_taken_from_the_agent_of_their_node_only(caplog):
+    caplog.set_level(logging.INFO, "miles.remote")
+
+    async def story():
+        async with SimulatedCluster(2) as cluster:
+            mesh = await cluster.controller.spawn("m", Probe)
+            own = cluster.controller.fabric.node
+            handle = MeshInfo(CONTROLLER_MESH, "controller", {0: own.address.incarnation})
+
+            async def say(speaker, node, source, text):
+                controller = ActorMesh(handle, Shape.of(controller=1), speaker)
+                await controller.endpoint("take_logs").call_one(node, [[source, 1.0, text, []]])
+
+            agents = [cluster.nodes[name].agent.node for name in cluster.names]
+            await say(agents[0], "node-0", "m[0]@node-0", "mine\x1b[2J")
+            await say(agents[1], "node-0", "m[0]@node-0", "in another's name")
+            await say(agents[1], "node-1", "m[0]@node-0", "of another's process")
+            await say(cluster.worker(mesh, 0).runtime.node, "node-0", "m[0]@node-0", "of a worker")
+            await say(own, "node-0", "m[0]@node-0", "of nobody")
+
+    simulate(story)
+    assert [record.getMessage() for record in caplog.records if record.name == "miles.remote"] == ["m[0]@node-0 | mine"]
