@@ -93,8 +93,8 @@ class Controller:
         self._incarnation = time.time_ns() // 1_000_000
         self.events = EventLog(None if run_dir is None else run_dir / "events.jsonl")
         self._owned.callback(self.events.close)
+        self.fabric = Fabric(self, self.allowed, config.timings, self.events, self.next_incarnation)
         try:
-            self.fabric = Fabric(self, self.allowed, config.timings, self.events, self.next_incarnation)
             self.fabric.overdue_s = config.overdue_s
             self.locks = LockService()
             self.services = ServiceKeeper(self)
@@ -105,7 +105,7 @@ class Controller:
             if config.status:
                 await self._start_status()
         except BaseException:
-            self._owned.close()
+            await self._close()
             raise
         self._entered = True
         self.background(self._watch_overdue(), "overdue calls")
@@ -122,9 +122,15 @@ class Controller:
                 task.cancel()
             if self._tasks:
                 await asyncio.wait(list(self._tasks))
+            await self._close()
+
+    async def _close(self) -> None:
+        """Let go of all that entering opened, as far as it got."""
+        try:
             self.fabric.close(_over(self.run_id))
             if self.status_server is not None:
                 await self.status_server.close()
+        finally:
             self._owned.close()
 
     async def dismiss(self, *names: str, reason: str) -> None:
