@@ -1,4 +1,4 @@
-"""Log lines that agents forward, made fit for a console: theirs, one line each, bounded, nothing that steers it. Pure."""
+"""Log lines that agents forward, made fit for a console: theirs, one line each, bounded, unable to steer it. Pure."""
 
 from __future__ import annotations
 
