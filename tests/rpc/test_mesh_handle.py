@@ -19,7 +19,7 @@ class Worker(Actor):
         yield 1
 
     @endpoint(thread="io")
-    def slice(self): ...
+    def progress(self): ...
 
 
 @virtual
@@ -29,13 +29,13 @@ async def test_a_handle_knows_its_ranks_and_endpoints():
         assert len(mesh) == 6
         assert mesh.name == "trainers"
         assert repr(mesh) == "<ActorMesh trainers (hosts=2, gpus=3)>"
-        assert set(mesh.endpoints) == {"train", "items", "slice"}
+        assert set(mesh.endpoints) == {"train", "items", "progress"}
         assert repr(mesh.train) == "<Endpoint trainers.train>"
         part = mesh.slice(hosts=1).flatten("ranks")
         assert [(t.rank, t.position) for t in part.targets()] == [(3, 0), (4, 1), (5, 2)]
         assert part.shape.extent.dims == ("ranks",)
         assert [t.incarnation for t in part.targets()] == [net.address(mesh, rank).incarnation for rank in (3, 4, 5)]
-        assert mesh.endpoint("slice").name == "slice", "a name that the handle has itself"
+        assert repr(mesh.endpoint("progress")) == repr(mesh.progress)
 
 
 @virtual
@@ -72,7 +72,7 @@ async def test_an_unknown_endpoint_names_the_nearest():
         with pytest.raises(NotAnEndpoint, match="trainers has no endpoint 'trian'") as caught:
             mesh.trian
         assert caught.value.advice == "Did you mean 'train'?"
-        assert "items, slice, train" in caught.value.evidence
+        assert "items, progress, train" in caught.value.evidence
         assert not hasattr(mesh, "nothing")
         assert not hasattr(mesh, "_private")
         with pytest.raises(NotAnEndpoint) as caught:

@@ -32,6 +32,7 @@ from miles_agents.agent.reaper import watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
 from miles_agents.names import checked_name
+from miles_agents.node_info import NodeInfo
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import runtime_dir
 from miles_agents.timings import Timings
@@ -117,7 +118,7 @@ class _Process:
                 loop.add_signal_handler(number, functools.partial(self._end, f"{name} received", orderly=True))
             table = ProcessTable(gpu=NvmlProbe() if info.gpus else None)
             owned.callback(table.close)
-            ports = PortLeases(interface=info.addresses[0] if self.options.interface else None)
+            ports = _port_leases(info, self.options.interface)
             owned.callback(ports.close)
             directory = runtime_dir(f"{self.key.run_id[:20]}-{os.getpid()}")
             owned.enter_context(directory)
@@ -201,3 +202,8 @@ class _Process:
             loop.remove_reader(0)
 
         return stop
+
+
+def _port_leases(info: NodeInfo, interface: str | None) -> PortLeases:
+    """Ports that are free on the address that peers are told, if one was chosen; it is the first of the node's."""
+    return PortLeases(interface=info.addresses[0] if interface else None)

@@ -23,6 +23,13 @@ from miles_agents.errors import ConfigError
 Thread = Literal["main", "async", "io"]
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__miles_endpoint__"
+RESERVED_NAMES = frozenset(
+    {
+        "endpoint", "endpoints", "failure", "flatten", "from_plain", "kill", "log_tail", "name", "node", "options",
+        "shape", "slice", "stack", "stop", "targets", "to_plain", "wait_failed",
+    }
+)  # fmt: skip
+"""What handles have themselves: ``mesh.stop`` ends the mesh, whatever its actors call so. Held by a test."""
 
 
 class BadEndpoint(ConfigError):
@@ -70,7 +77,7 @@ def endpoint(method: F | None = None, *, thread: Thread | None = None, group: st
         group: Async endpoints of one thread that share a group never overlap. (Sync ones never overlap anyway.)
 
     Raises:
-        BadEndpoint: the combination cannot work.
+        BadEndpoint: the combination cannot work, or handles have something of that name themselves.
     """
 
     def mark(function: F) -> F:
@@ -85,6 +92,7 @@ def _info(function: Callable[..., Any], thread: Thread | None, group: str | None
     is_generator = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
     where: Thread = thread or ("async" if is_async else "main")
     name = function.__name__
+    _check_name(name)
     problem = None
     if where not in ("main", "async", "io"):
         problem = f"thread={where!r}; allowed are 'main', 'async', 'io'"
@@ -103,6 +111,16 @@ def _info(function: Callable[..., Any], thread: Thread | None, group: str | None
             advice="Drop thread= or group=, or make the method async where it has to be.",
         )
     return EndpointInfo(name, where, is_async, is_generator, group)
+
+
+def _check_name(name: str) -> None:
+    if name in RESERVED_NAMES or name.startswith("_"):
+        raise BadEndpoint(
+            f"an endpoint cannot be called {name}",
+            evidence=f"mesh.{name} would not reach it: names that begin with _ and these belong to handles themselves: "
+            f"{', '.join(sorted(RESERVED_NAMES))}",
+            advice="Give the method another name.",
+        )
 
 
 def endpoints_of(cls: type) -> dict[str, EndpointInfo]:

@@ -90,7 +90,7 @@ class ActorMesh:
         return self.endpoint(name)
 
     def endpoint(self, name: str) -> Endpoint:
-        """The endpoint of that name; for names that are also methods of the handle.
+        """The endpoint of that name.
 
         Names like ``__close__`` are those of the runtime; every worker has them, no actor declares them.
 
