@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from miles_agents.errors import MilesError
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import ActorContext, CallContext, actor_variable, call_variable
-from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WrongVerb
+from miles_agents.rpc.errors import NoSuchActor
+from miles_agents.rpc.errors_made import call_cancelled, expired, needs_a_stream
 from miles_agents.rpc.inbox import Cancelling, Claim, Inbox, Request, Stage
 from miles_agents.rpc.inflight import RequestKey
 from miles_agents.rpc.mesh import no_such_endpoint
@@ -95,7 +96,7 @@ class ActorHost:
             self.node.answer_error(envelope, no_such_endpoint(self.node.label, envelope.method, names))
             return
         if info.is_generator and not envelope.flags & wire.STREAM:
-            self.node.answer_error(envelope, _needs_a_stream(self.node.label, info.name))
+            self.node.answer_error(envelope, needs_a_stream(self.node.label, info.name))
             return
         request = Request(key, envelope, envelope.receivers()[0], info, self.node.loop.time())
         if not self.inbox.add(request):
@@ -231,7 +232,7 @@ class ActorHost:
                 self.node.answer(request.envelope, wire.STARTED)
             return True
         if claim is Claim.EXPIRED and self.inbox.over(request):
-            self._refuse(request, _expired(request, self.node))
+            self._refuse(request, expired(request, self.node))
         self._credits.pop(request.key, None)
         return False
 
@@ -286,35 +287,6 @@ class ActorHost:
     def _refuse(self, request: Request, error: MilesError) -> None:
         if not request.envelope.flags & wire.ONE_WAY or request.stage.value != "running":
             self.node.answer_error(request.envelope, error)
-
-
-def call_cancelled(method: str, label: str, *, may_have_run: bool) -> CallCancelled:
-    """The end of a call that nobody wants any more."""
-    return CallCancelled(
-        f"{label}.{method} was cancelled",
-        evidence="it had started" if may_have_run else "it had not started and never will",
-        advice="Nothing, if you cancelled it; else look for the failure that made a group call give up.",
-        may_have_run=may_have_run,
-    )
-
-
-def _expired(request: Request, node: RpcNode) -> DeadlineExceeded:
-    waited = node.loop.time() - request.arrived_at
-    return DeadlineExceeded(
-        f"{node.label}.{request.endpoint.name} was not started: its deadline had passed",
-        evidence=f"it waited {waited:.3f} s for its turn",
-        advice="Give the call more time, or call less at once.",
-        may_have_run=False,
-    )
-
-
-def _needs_a_stream(label: str, name: str) -> WrongVerb:
-    return WrongVerb(
-        f"{label}.{name} is a generator endpoint and was called for one answer",
-        evidence="it yields many items, one answer would lose them",
-        advice="Use stream.",
-        may_have_run=False,
-    )
 
 
 def no_actor(envelope: Envelope, target: Target, label: str, why: str) -> NoSuchActor:

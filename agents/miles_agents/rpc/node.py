@@ -20,10 +20,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from miles_agents.errors import MilesError, UserCodeError
+from miles_agents.errors import MilesError
 from miles_agents.rpc.calls import CallTable, OpenCall, Sink, Window
 from miles_agents.rpc.context import find_call
-from miles_agents.rpc.errors import CallCancelled, DeadlineExceeded, NoSuchActor, WindowFull
+from miles_agents.rpc.errors_made import (
+    cancelled_here,
+    deadline_exceeded,
+    hosts_nothing,
+    indescribable,
+    naming_the_argument,
+    window_full,
+)
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, own_buffers
 from miles_agents.wire.envelope import Address, Envelope, Target
@@ -99,7 +106,7 @@ class RpcNode:
         try:
             body, buffers = encode([list(args), kwargs], what="arguments")
         except CannotTravel as error:
-            raise _naming_the_argument(args, kwargs) or error from None
+            raise naming_the_argument(args, kwargs) or error from None
         rid = next(self._rids)
         context = find_call()
         now = self.loop.time()
@@ -163,7 +170,7 @@ class RpcNode:
         try:
             description = describe_exception(error, origin, [])
         except Exception as trouble:  # noqa: BLE001 - boundary: a class of user code; its caller must be answered
-            description = describe_exception(_indescribable(error, trouble), origin, [])
+            description = describe_exception(indescribable(error, trouble), origin, [])
         body, buffers = encode(description, what="error")
         self.send(request.answer(wire.ERROR, source or self.address, body, list(own_buffers(buffers))))
 
@@ -192,7 +199,7 @@ class RpcNode:
             if self.host is not None:
                 self.host.deliver(envelope)
             elif kind == wire.CALL:
-                self.answer_error(envelope, _hosts_nothing(envelope, self.label))
+                self.answer_error(envelope, hosts_nothing(envelope, self.label))
             return
         self._on_answer(envelope, envelope.source)
 
@@ -221,11 +228,11 @@ class RpcNode:
             return
         window = self._window_of(call)
         if window.is_overfull(call.num_bytes):
-            self.calls.fail(call.rid, _window_full(call, window))
+            self.calls.fail(call.rid, window_full(call, window))
             return
         if envelope.deadline is not None:
             if envelope.deadline <= self.loop.time():
-                self.calls.fail(call.rid, _deadline_exceeded(call, 0.0, was_sent=False))
+                self.calls.fail(call.rid, deadline_exceeded(call, 0.0, was_sent=False))
                 return
             self._deadlines[call.rid] = self.loop.call_at(envelope.deadline, self._expire, call.rid)
         may_go = window.admit(call.rid, call.num_bytes)
@@ -305,7 +312,7 @@ class RpcNode:
         if call is None:
             return
         was_sent = rid not in self._held
-        error = _deadline_exceeded(call, self.loop.time() - call.started_at, was_sent=was_sent)
+        error = deadline_exceeded(call, self.loop.time() - call.started_at, was_sent=was_sent)
         ended, stop = self.calls.fail(rid, error)
         if was_sent:
             self._tell(wire.CANCEL, call, stop)
@@ -319,7 +326,7 @@ class RpcNode:
         if wait and was_sent:
             self._tell(wire.CANCEL, call, self.calls.cancel(rid))
             return
-        ended, stop = self.calls.fail(rid, _cancelled_here(call, was_sent=was_sent))
+        ended, stop = self.calls.fail(rid, cancelled_here(call, was_sent=was_sent))
         if was_sent:
             self._tell(wire.CANCEL, call, stop)
         self._ended(ended)
@@ -367,59 +374,3 @@ class _Failed:
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
-
-
-def _naming_the_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> CannotTravel | None:
-    named = [*((f"argument {i}", value) for i, value in enumerate(args))]
-    named += [(f"argument {name}", value) for name, value in kwargs.items()]
-    for what, value in named:
-        try:
-            encode(value, what=what)
-        except CannotTravel as error:
-            return error
-    return None
-
-
-def _indescribable(error: BaseException, trouble: Exception) -> UserCodeError:
-    return UserCodeError(
-        f"the callee raised {type(error).__name__}, which cannot be described",
-        evidence=f"describing it raised {type(trouble).__name__}: {trouble}",
-        advice="Let the class call the constructor of its base, and keep its attributes readable.",
-    )
-
-
-def _hosts_nothing(envelope: Envelope, label: str) -> NoSuchActor:
-    return NoSuchActor(
-        f"{envelope.method} reached {label}, which hosts no actor",
-        evidence="this process only makes calls",
-        advice="Get a fresh handle with lookup(name).",
-        may_have_run=False,
-    )
-
-
-def _deadline_exceeded(call: OpenCall, waited_s: float, *, was_sent: bool) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"{call.method} on mesh {call.mesh} did not answer within its deadline",
-        evidence=f"{len(call.owing)} receivers have not answered after {waited_s:.3f} s; "
-        + ("the request was sent and may have run" if was_sent else "the request was never sent"),
-        advice="Give the call more time, or look at the stack of the callee.",
-        may_have_run=was_sent,
-    )
-
-
-def _cancelled_here(call: OpenCall, *, was_sent: bool) -> CallCancelled:
-    return CallCancelled(
-        f"{call.method} on mesh {call.mesh} was cancelled by its caller",
-        evidence="it was sent and may have run" if was_sent else "it was not sent and never will be",
-        advice="Nothing, if you cancelled it; else look for the failure that made a group call give up.",
-        may_have_run=was_sent,
-    )
-
-
-def _window_full(call: OpenCall, window: Window) -> WindowFull:
-    return WindowFull(
-        f"{call.method} on mesh {call.mesh} cannot be queued",
-        evidence=f"{window.calls} calls ({window.bytes} bytes) are unanswered and {window.num_waiting} more wait",
-        advice="Await earlier calls before making more; send bulk data through the shared store.",
-        may_have_run=False,
-    )
