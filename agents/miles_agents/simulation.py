@@ -349,6 +349,7 @@ class SimulatedNode:
         self._join_timeout_s = join_timeout_s
         self._loop = asyncio.get_running_loop()
         self._fenced: list[int] = []
+        self.reaper = 0
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -367,6 +368,7 @@ class SimulatedNode:
     def start(self) -> None:
         """Start the agent process (anew: it knows nothing of the one before)."""
         self._fenced = []
+        self.reaper += 1
         self._task = self._loop.create_task(self._live_on(), name=f"agent of {self.host}")
 
     async def wait_ended(self, timeout_s: float | None = None) -> None:
@@ -423,6 +425,7 @@ class SimulatedNode:
             starter=self.starter,
             log_dir=_NO_FILES,
             fenced=tuple(self._fenced),
+            reaper=self.reaper,
             join_timeout_s=self._join_timeout_s,
             forward_logs=False,
         )

@@ -203,9 +203,12 @@ class Controller:
             self._keys[node] = AgentKey(self.run_id, node, self._server_keys.public, pair)
         return self._keys[node].to_line()
 
-    def report_node_exit(self, node: str, evidence: str) -> None:
-        """Somebody saw the node's reaper end: nothing that its agent started is left. The node is dead at once."""
-        self.fabric.evidence(node, evidence)
+    def report_node_exit(self, node: str, evidence: str, *, reaper: int | None = None) -> None:
+        """Somebody saw the node's reaper end: nothing that its agent started is left. The node is dead at once.
+
+        ``reaper`` is the pid of the one that ended: news of it cannot harm its successor. None: whoever is there now.
+        """
+        self.fabric.evidence(node, evidence, reaper=reaper)
 
     async def wait_for_nodes(self, *names: str, timeout_s: float = 60.0) -> None:
         """Until these nodes (default: all whose names are known) have joined.

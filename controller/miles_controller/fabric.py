@@ -75,6 +75,7 @@ class Node:
         self.ended = asyncio.Event()
         self.facts: dict[str, Any] = {}
         self.farewell = ""
+        self.reaper = 0
         self._waiting: list[Envelope] = []
 
     @property
@@ -179,10 +180,12 @@ class Fabric:
         info = MeshInfo(AGENT_MESH, f"agent of {node.name}", {node.rank: node.incarnation})
         return ActorMesh(info, Shape(Extent((), ()), (node.rank,)), self.node)
 
-    def evidence(self, name: str, cause: str) -> None:
-        """Somebody saw the end of a node's agent and of all that it started."""
+    def evidence(self, name: str, cause: str, *, reaper: int | None = None) -> None:
+        """Somebody saw the end of a node's agent and of all that it started (None: the current one)."""
         node = self.find(name)
-        if node is not None:
+        if node is not None and reaper not in (None, node.reaper):
+            self._events.emit("node_exit_late", name, f"an earlier reaper, pid {reaper}, has ended: {cause}")
+        elif node is not None:
             self._apply(membership.Evidence(name, node.incarnation, cause))
 
     def worker_died(self, address: Address, error: MilesError) -> WorkerRoute | None:
@@ -247,6 +250,8 @@ class Fabric:
         node = self._by_session.get(session_id)
         if node is None:
             return Refusal(self._refusal or "the node cannot join now", final=name not in self._seats)
+        reaper = hello.get("reaper")
+        node.reaper = reaper if isinstance(reaper, int) else 0
         grant = {
             "incarnation": node.incarnation,
             "rank": node.rank,

@@ -46,8 +46,8 @@ class ControllerLike(Protocol):
     def issue_key(self, node: str) -> str:
         """A new key bundle for that node, one line of JSON."""
 
-    def report_node_exit(self, node: str, evidence: str) -> None:
-        """The node's reaper has ended by itself: nothing that it started is left running."""
+    def report_node_exit(self, node: str, evidence: str, *, reaper: int) -> None:
+        """The node's reaper, of this pid, has ended by itself: nothing that it started is left running."""
 
     async def dismiss(self, *nodes: str, reason: str) -> None:
         """Say goodbye to the agents of these nodes and wait, for a bounded time, until they have left in good order."""
@@ -188,7 +188,7 @@ class LocalAgents:
         if code < 0 or code == EXIT_NOT_CLEAN:
             log.error("no proof that the node is clean: %s", story)  # the controller's own verdict has to wait
         else:
-            self._controller.report_node_exit(agent.node, story)
+            self._controller.report_node_exit(agent.node, story, reaper=agent.pid)
 
     def _running(self) -> list[LocalAgent]:
         return [agent for agent in self._agents.values() if not agent.exited.done()]

@@ -20,12 +20,14 @@ class Controller:
 
     def __init__(self):
         self.exits = {}
+        self.reapers = {}
 
     def issue_key(self, node):
         return f'{{"node":"{node}"}}'
 
-    def report_node_exit(self, node, evidence):
+    def report_node_exit(self, node, evidence, *, reaper):
         assert node not in self.exits
+        self.reapers[node] = reaper
         self.exits[node] = evidence
 
     async def dismiss(self, *nodes, reason):
@@ -67,6 +69,7 @@ async def test_each_node_gets_an_agent_with_its_key_and_flags(agents, controller
             assert told["ppid"] == started.agents[node].pid
         assert controller.exits == {}
     assert sorted(controller.exits) == ["node-0", "node-1"]
+    assert controller.reapers == {node: agent.pid for node, agent in started.agents.items()}
     assert "exited with code 0" in controller.exits["node-0"]
     assert [agent.exited.result() for agent in started.agents.values()] == [0, 0]
 
@@ -167,7 +170,7 @@ from miles_launcher.local import LocalAgents
 class Controller:
     address = "tcp://127.0.0.1:7100"
     def issue_key(self, node): return "{}"
-    def report_node_exit(self, node, evidence): pass
+    def report_node_exit(self, node, evidence, *, reaper): pass
     async def dismiss(self, *nodes, reason): pass
 
 async def main():

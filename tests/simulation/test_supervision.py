@@ -204,3 +204,26 @@ def test_a_call_made_after_the_death_has_not_run_and_one_before_it_may_have(whol
                 assert error.fields["may_have_run"] is False
 
     simulate(story)
+
+
+# -- news of deaths that come late -----------------------------------------------------------------------------
+
+
+def test_news_of_the_end_of_an_earlier_reaper_leaves_its_successor_alone():
+    async def story():
+        async with SimulatedCluster(1) as cluster:
+            node, controller = cluster.nodes["node-0"], cluster.controller
+            first = node.reaper
+            await node.crash()
+            controller.report_node_exit("node-0", "seen at once", reaper=first)
+            assert controller.fabric.find("node-0") is None
+            node.start()
+            await controller.wait_for_nodes()
+            mesh = await controller.spawn("m", Probe)
+            controller.report_node_exit("node-0", "seen by somebody slow", reaper=first)
+            assert await mesh.greet.call_one("x") == "hello, x"
+            await node.crash()
+            controller.report_node_exit("node-0", "seen", reaper=node.reaper)
+            assert isinstance(await outcome(mesh.greet.call_one("x")), NodeLost)
+
+    simulate(story)

@@ -41,10 +41,10 @@ class Door:
     def issue_key(self, node: str) -> str:
         return self.controller.issue_key(node)
 
-    def report_node_exit(self, node: str, evidence: str) -> None:
+    def report_node_exit(self, node: str, evidence: str, *, reaper: int) -> None:
         self.exits.append((node, evidence))
         if self.tells_exits:
-            self.controller.report_node_exit(node, evidence)
+            self.controller.report_node_exit(node, evidence, reaper=reaper)
 
     async def dismiss(self, *nodes: str, reason: str) -> None:
         await self.controller.dismiss(*nodes, reason=reason)

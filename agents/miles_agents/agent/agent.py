@@ -58,7 +58,8 @@ class AgentParts:
     """What an agent is made of; simulations put twins in.
 
     ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the session ids
-    of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them.
+    of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them. ``reaper``:
+    the pid of this agent's parent, by which its launcher knows it; 0 without one.
     """
 
     info: NodeInfo
@@ -70,6 +71,7 @@ class AgentParts:
     ports: PortLessor | None = None
     base_env: dict[str, str] = field(default_factory=dict)
     fenced: tuple[int, ...] = ()
+    reaper: int = 0
     join_timeout_s: float = 60.0
     forward_logs: bool = True
 
@@ -270,7 +272,9 @@ class Agent:
 
     def _hello(self) -> dict[str, Any]:
         self._greeted_at = self.loop.time()
-        return {"node": self.parts.info.node, "info": self.parts.info.to_plain(), "fenced": list(self.parts.fenced)}
+        parts = self.parts
+        told = {"node": parts.info.node, "info": parts.info.to_plain(), "fenced": list(parts.fenced)}
+        return {**told, "reaper": parts.reaper}
 
     def on_welcome(self, grant: dict[str, Any]) -> None:
         """The controller takes this node into the run."""

@@ -28,7 +28,7 @@ from miles_agents.agent.lease import Fence
 from miles_agents.agent.ports import PortLeases
 from miles_agents.agent.process import ProcessTable
 from miles_agents.agent.process_gpu import NvmlProbe
-from miles_agents.agent.reaper import watch_reaper
+from miles_agents.agent.reaper import LIFELINE_VARIABLE, watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
 from miles_agents.names import checked_name
@@ -111,6 +111,7 @@ class _Process:
         )
         for notice in inventory_notices(info):
             logger.info(notice)
+        reaper = os.getppid() if LIFELINE_VARIABLE in os.environ else 0
         with ExitStack() as owned:
             owned.callback(watch_reaper(loop, functools.partial(self._end, "the reaper died", orderly=False)))
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,6 +149,7 @@ class _Process:
                     processes=table,
                     ports=ports,
                     fenced=tuple(fenced),
+                    reaper=reaper,
                     join_timeout_s=self.options.join_timeout_s,
                 )
                 fence, session = await self._live(parts, table)
