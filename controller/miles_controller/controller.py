@@ -366,12 +366,11 @@ class Controller:
 
     def on_node_ended(self, node: Node, error: MilesError) -> None:
         """Fabric: all ranks there have died."""
-        for (mesh, rank), route in list(self.fabric.workers.items()):
-            if route.node is node:
-                self.locks.holder_died(route.address)
-                supervisor = self.meshes.supervisor_of(mesh)
-                if supervisor is not None:
-                    supervisor.on_exit(rank, route.address.incarnation, error.what)
+        for (mesh, rank), route in list(node.workers.items()):
+            self.locks.holder_died(route.address)
+            supervisor = self.meshes.supervisor_of(mesh)
+            if supervisor is not None:
+                supervisor.on_exit(rank, route.address.incarnation, error.what)
         self.locks.holder_died(node.address)
         self.services.on_node_ended(node, error)
 

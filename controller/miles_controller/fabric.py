@@ -75,6 +75,7 @@ class Node:
         self.ended = asyncio.Event()
         self.facts: dict[str, Any] = {}
         self.farewell = ""
+        self.workers: dict[tuple[int, int], WorkerRoute] = {}
         self.reaper = 0
         self._waiting: list[Envelope] = []
 
@@ -187,6 +188,18 @@ class Fabric:
             self._events.emit("node_exit_late", name, f"an earlier reaper, pid {reaper}, has ended: {cause}")
         elif node is not None:
             self._apply(membership.Evidence(name, node.incarnation, cause))
+
+    def add_worker(self, route: WorkerRoute) -> None:
+        """A rank lives there from now on, and not where it lived before."""
+        key = (route.address.mesh, route.address.rank)
+        self.drop_worker(*key)
+        self.workers[key] = route.node.workers[key] = route
+
+    def drop_worker(self, mesh: int, rank: int) -> None:
+        """Its mesh has ended."""
+        route = self.workers.pop((mesh, rank), None)
+        if route is not None:
+            route.node.workers.pop((mesh, rank), None)
 
     def worker_died(self, address: Address, error: MilesError) -> WorkerRoute | None:
         """An agent reported the end of a worker (and has answered for it). None if that was known."""
@@ -371,8 +384,8 @@ class Fabric:
             self._by_peer.pop(node.peer, None)
             self.link.end_session(node.peer)
         self.switch.receiver_died(node.address, error)
-        for route in list(self.workers.values()):
-            if route.node is node and route.dead is None:
+        for route in list(node.workers.values()):
+            if route.dead is None:
                 route.dead = error
                 self.switch.receiver_died(route.address, error)
         self._events.emit("node_gone" if "goodbye" in cause else "node_dead", name, cause)

@@ -131,7 +131,7 @@ class MeshSupervisor:
         rank.state, rank.evidence, rank.pid, rank.dismissed = "starting", "", 0, False
         spec = self._spec(rank)
         address = Address(self.mesh, rank.rank, rank.incarnation)
-        controller.fabric.workers[self.mesh, rank.rank] = WorkerRoute(address, node, spec.label)
+        controller.fabric.add_worker(WorkerRoute(address, node, spec.label))
         agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
         started = await agent.endpoint("start_worker").call_one(spec.to_plain())
         rank.pid, rank.log = started["pid"], started["log"]
@@ -218,7 +218,7 @@ class MeshSupervisor:
         if self._unconfirmed or (not first and self.controller.supervisor_of(self.mesh) is not self):
             return
         for rank in self.ranks:
-            self.controller.fabric.workers.pop((self.mesh, rank.rank), None)
+            self.controller.fabric.drop_worker(self.mesh, rank.rank)
         self.controller.mesh_left(self)
         if self.has_started:
             self.controller.events.emit("mesh_stopped", self.name, "all ranks have ended")
@@ -330,7 +330,8 @@ class MeshSupervisor:
         there = self.ranks[rank]
         node = self.controller.fabric.find(there.slot.node)
         if node is None:
-            raise self.controller.fabric.workers[self.mesh, rank].dead or WorkerDied(f"{self.name}[{rank}] is gone")
+            route = self.controller.fabric.workers.get((self.mesh, rank))
+            raise (route.dead if route is not None else None) or WorkerDied(f"{self.name}[{rank}] is gone")
         agent = self.controller.fabric.agent(node).options(timeout_s=10.0)
         return await agent.endpoint(order).call_one(self.mesh, rank, there.incarnation, *args)
 

@@ -227,3 +227,30 @@ def test_news_of_the_end_of_an_earlier_reaper_leaves_its_successor_alone():
             assert isinstance(await outcome(mesh.greet.call_one("x")), NodeLost)
 
     simulate(story)
+
+
+def test_a_node_knows_its_workers_through_restarts_moves_and_ends():
+    async def story():
+        async with SimulatedCluster(3, cpu_slots=2) as cluster:
+            fabric = cluster.controller.fabric
+            policy = Policy("restart")
+            mesh = await cluster.controller.spawn("m", Probe, dims={"hosts": 2, "r": 2}, policy=policy)
+
+            def check(where):
+                assert {node.name: sorted(node.workers) for node in fabric.nodes if node.workers} == where
+                assert sum(len(node.workers) for node in fabric.nodes) == len(fabric.workers)
+
+            number = mesh._info.mesh
+            check({"node-0": [(number, 0), (number, 1)], "node-1": [(number, 2), (number, 3)]})
+            cluster.worker(mesh, 0).kill_9()
+            await cluster.event("worker_restarted", "m[0]")
+            lost = fabric.find("node-1")
+            await cluster.nodes["node-1"].crash()
+            await cluster.event("worker_restarted", "m[3]")
+            await cluster.event("worker_restarted", "m[2]")
+            check({"node-0": [(number, 0), (number, 1)], "node-2": [(number, 2), (number, 3)]})
+            assert not lost.workers
+            await mesh.stop()
+            check({})
+
+    simulate(story)
