@@ -233,7 +233,8 @@ class Controller:
     # -- meshes ----------------------------------------------------------------------------------------------
 
     def place(self, requests: Sequence[Request], *, num_spares: int = 0) -> Placement:
-        """Place gangs together on what is free now; see ``placement.place``. Raises InfeasiblePlacement."""
+        """Place gangs together on what is free now; see ``placement.place``. Nothing is taken yet: its devices and
+        spare nodes are when a mesh is spawned by it. Raises BadPlacementRequest, InfeasiblePlacement."""
         return self.meshes.place(requests, num_spares=num_spares)
 
     async def spawn(
