@@ -1,4 +1,4 @@
-"""How a life of an agent ends: what gets grace, what gets none, what will not die, and who hears of it. Virtual time."""
+"""How a life of an agent ends: who gets grace and who none, what will not die, who hears of it. Virtual time."""
 
 import asyncio
 
@@ -197,6 +197,7 @@ def test_what_fails_in_the_background_costs_neither_the_node_nor_a_death(broken)
             await asyncio.sleep(30.0)
             assert await innocent.greet.call_one("x") == "hello, x"
             assert len(cluster.nodes["node-0"].lives) == 1
+            assert len(pool.facts()) == 1  # the dead one was buried, so its name is free
 
     simulate(story)
 
