@@ -20,8 +20,11 @@ _HISTORY = 1000
 _SUBSCRIBER_QUEUE = 10_000
 _CLOSE_S = 2.0
 _WARNINGS = frozenset(
-    {"node_suspect", "node_dead", "worker_died", "worker_silent", "mesh_failed", "call_overdue", "service_failed"}
-)
+    {
+        "background_failed", "call_overdue", "close_failed", "mesh_failed", "mesh_not_ended", "node_dead",
+        "node_left_behind", "node_refused", "node_suspect", "service_failed", "worker_died", "worker_silent",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

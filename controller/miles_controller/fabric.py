@@ -352,10 +352,11 @@ class Fabric:
                     self._events.emit("node_recovered", name, "heard again")
                 case membership.NodeDead(name, _, cause):
                     story = self.membership.describe(name, now)
-                    self._end(name, cause, story)
+                    self._end(name, "node_dead", cause, story)
                 case membership.NodeGone(name, _):
                     node = self.find(name)
-                    self._end(name, f"it said goodbye: {node.farewell if node is not None else ''}", "")
+                    farewell = node.farewell if node is not None else ""
+                    self._end(name, "node_gone", f"it said goodbye: {farewell}", "")
 
     def _welcome(self, name: str, session_id: int, incarnation: int) -> None:
         seat = self._seats[name]
@@ -365,14 +366,16 @@ class Fabric:
         seat.node = node
         self._by_session[session_id] = node
 
-    def _end(self, name: str, cause: str, story: str) -> None:
+    def _end(self, name: str, kind: str, cause: str, story: str) -> None:
+        """A life of a node is over; ``kind`` is the event's. Only the first line of the cause makes headlines."""
         seat = self._seats[name]
         node, seat.node = seat.node, None
         if node is None:
             return
+        headline, _, details = cause.partition("\n")
         error = NodeLost(
-            f"node {name} (incarnation {node.incarnation}) is lost: {cause}",
-            evidence=story or cause,
+            f"node {name} (incarnation {node.incarnation}) is lost: {headline}",
+            evidence="\n".join(part for part in (details, story) if part) or cause,
             advice="Look at the node (power, network, its agent's log); what ran there has been fenced.",
             node=name,
             may_have_run=True,
@@ -388,7 +391,7 @@ class Fabric:
             if route.dead is None:
                 route.dead = error
                 self.switch.receiver_died(route.address, error)
-        self._events.emit("node_gone" if "goodbye" in cause else "node_dead", name, cause)
+        self._events.emit(kind, name, headline, details=details)
         self._observer.on_node_ended(node, error)
 
 
@@ -396,7 +399,7 @@ def _stale(mesh: int, target: Target) -> StaleHandle:
     return StaleHandle(
         f"rank {target.rank} of mesh {mesh} is not incarnation {target.incarnation} any more",
         evidence="the process that the handle names was replaced, or its node was",
-        advice="Get a fresh handle with lookup(name), or use the one of the controller.",
+        advice="Get a fresh handle with lookup(name); if it is being restarted, wait for `worker_restarted` first.",
         may_have_run=False,
     )
 

@@ -160,7 +160,9 @@ class MeshSupervisor:
         """Make the actors of processes that are up, and only then let callers see them. Returns the endpoints."""
         plan = self.plan
         born = {rank.rank: rank.incarnation for rank in ranks}
-        shape = Shape.of(ranks=len(self.shape)).slice(ranks=slice(ranks[0].rank, ranks[-1].rank + 1))
+        shape = self.shape
+        if len(ranks) < len(self.shape):
+            shape = Shape.of(ranks=len(self.shape)).slice(ranks=slice(ranks[0].rank, ranks[-1].rank + 1))
         mesh = ActorMesh(MeshInfo(self.mesh, self.name, born), shape, self.controller.fabric.node)
         timed = mesh.options(timeout_s=plan.start_timeout_s)
         made = await timed.endpoint("__construct__").call(plan.where, list(plan.args), plan.kwargs)

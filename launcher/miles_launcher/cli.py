@@ -91,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument(
         "--join-timeout-s", type=float, metavar="SECONDS", help="give up when the controller does not answer (60)"
     )
+    defaults = Timings()
     for name in _TIMING_FLAGS:
-        agent.add_argument(_flag(name), type=float, metavar="SECONDS", help=f"default {getattr(Timings, name, '')}")
+        agent.add_argument(_flag(name), type=float, metavar="SECONDS", help=f"default {getattr(defaults, name):g}")
 
     status = commands.add_parser("status", allow_abbrev=False, help="show what a run on this machine does")
     status.add_argument("--run", metavar="RUN", help="run id (needed if several run)")

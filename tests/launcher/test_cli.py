@@ -174,6 +174,15 @@ def test_a_command_line_that_does_not_parse_exits_with_2(argv, capsys):
     assert "usage: miles" in capsys.readouterr().err
 
 
+def test_the_help_of_an_agent_names_its_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["agent", "--help"])
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--fence-s SECONDS default 15" in said
+    assert "<" not in said
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])

@@ -6,6 +6,7 @@ import pytest
 from support.wired import virtual, wired
 
 from miles_agents.rpc.actor import Actor, endpoint
+from miles_agents.rpc.errors import WrongVerb
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
@@ -38,6 +39,10 @@ class Gate(Actor):
         self.num_waiting += 1
         await self.gate.wait()
 
+    @endpoint
+    async def items(self):
+        yield 1
+
     @endpoint(thread="io")
     def open(self):
         self.gate.set()
@@ -65,3 +70,13 @@ async def test_an_answer_of_another_mesh_with_the_same_rank_and_incarnation_is_n
         node.deliver(request.answer(REPLY, Address(mesh, 0, 5), body))
     assert await call == "true"
     assert node.calls.stats.late == 1
+
+
+@virtual
+async def test_a_stream_that_is_awaited_says_how_to_read_it():
+    async with wired() as net:
+        mesh = net.spawn(Gate)
+        with pytest.raises(WrongVerb, match="items was awaited") as refused:
+            await mesh.items.call_one()
+        assert "async for" in refused.value.advice
+        assert [item async for item in mesh.items.call_one()] == [1]

@@ -10,9 +10,9 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from miles_agents.rpc.errors import WouldDeadlock
+from miles_agents.rpc.errors import WouldDeadlock, WrongVerb
 from miles_agents.rpc.future import wake
 
 T = TypeVar("T")
@@ -44,6 +44,15 @@ class CallStream(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<CallStream {self._label} {'ended' if self._ended else 'open'}>"
+
+    def __await__(self) -> NoReturn:
+        """Refused: there are many items to wait for, not one."""
+        self.close()
+        raise WrongVerb(
+            f"{self._label} was awaited",
+            evidence="it is a generator endpoint: it yields items, one by one",
+            advice="Iterate: `async for item in ...` on a loop, `for item in ...` on a thread.",
+        )
 
     def __aiter__(self) -> CallStream[T]:
         return self
