@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve this machine to a controller. The key bundle is read from stdin, whose end later tells the "
         "agent that its starter is gone; with --key-file it is read from there.",
     )
-    agent.add_argument("--controller", required=True, metavar="tcp://HOST:PORT", help="where the controller listens")
+    # Checked by us: argparse would name the missing flag and not the misspelt one that was meant for it.
+    agent.add_argument("--controller", metavar="tcp://HOST:PORT", help="where the controller listens (needed)")
     agent.add_argument("--key-file", metavar="PATH", help="file with the key bundle (mode 0600, owned by you)")
     agent.add_argument("--node", metavar="NAME", help="name of this node (default: the one in the key bundle)")
     agent.add_argument("--cpu-slots", type=int, metavar="N", help="slots offered where there is no GPU")
@@ -133,6 +134,12 @@ def _check(options: argparse.Namespace) -> None:
         InvalidAgentFlag: A flag's value is out of its range.
         InvalidTimings: The timings are out of order.
     """
+    if options.controller is None:
+        raise InvalidAgentFlag(
+            "--controller is missing",
+            evidence="an agent dials its controller",
+            advice="Give the address that the controller printed: --controller tcp://HOST:PORT.",
+        )
     address = _ADDRESS.fullmatch(options.controller)
     if not address or not 0 < int(address[2]) < 65536:
         raise InvalidAgentFlag(

@@ -166,12 +166,24 @@ def test_a_flag_that_cannot_work_is_refused_before_anything_starts(flags, code, 
     assert code in told
 
 
-@pytest.mark.parametrize("argv", [[], ["agent"], ["agent", "--contr", "x"], ["agent", "--cpu-slots", "x"], ["stat"]])
+@pytest.mark.parametrize("argv", [[], ["agent", "--contr", "x"], ["agent", "--cpu-slots", "x"], ["stat"]])
 def test_a_command_line_that_does_not_parse_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
     assert "usage: miles" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["agent", "--controler", "tcp://x:1"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --controler" in capsys.readouterr().err
+
+
+def test_a_missing_controller_is_an_error_with_its_four_parts(capsys):
+    assert main(["agent"]) == 2
+    assert "--controller is missing" in capsys.readouterr().err
 
 
 def test_the_help_of_an_agent_names_its_defaults(capsys):
