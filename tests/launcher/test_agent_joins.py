@@ -114,6 +114,33 @@ async def test_a_key_of_another_run_gets_nowhere_and_hears_why(agents, tmp_path)
 
 
 @pytest.mark.full
+async def test_an_agent_whose_starter_goes_while_it_joins_still_joins(agents):
+    async with Controller(ControllerConfig(status=False)) as controller:
+        read, write = os.pipe()
+        process = agents("--controller", controller.address, "--beat-s", "0.2", stdin=read)
+        os.close(read)
+        os.write(write, controller.issue_key("node-a").encode() + b"\n")
+        os.close(write)
+        await controller.wait_for_nodes("node-a", timeout_s=30)
+        await eventually(lambda: controller.fabric.nodes[0].facts.get("stdin_open") is False)
+    assert (await output(process))[0] == 0
+
+
+@pytest.mark.full
+async def test_an_agent_that_nobody_waits_for_any_more_ends_long_before_its_patience(agents):
+    async with Controller(ControllerConfig(status=False)) as controller:
+        line, address = controller.issue_key("node-a"), controller.address
+    read, write = os.pipe()
+    process = agents("--controller", address, "--join-timeout-s", "600", stdin=read)
+    os.close(read)
+    os.write(write, line.encode() + b"\n")
+    os.close(write)
+    code, said = await output(process)
+    assert code == 70
+    assert "the launcher went away before the controller was reached" in said
+
+
+@pytest.mark.full
 async def test_the_end_of_stdin_and_of_the_link_end_an_agent_at_once(agents, tmp_path):
     timings = Timings(beat_s=0.2, suspect_s=30.0, fence_s=60.0, dead_s=70.0)
     flags = [f"--{name.replace('_', '-')}={getattr(timings, name)}" for name in timings.__dataclass_fields__]

@@ -50,6 +50,8 @@ from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
+_ORPHAN_S = 2.0
+"""How long an agent whose launcher is gone still waits for its WELCOME."""
 StartTransport = Callable[[Any], Transport]
 
 
@@ -175,6 +177,10 @@ class Agent:
         """The launcher's end of the lifeline is gone."""
         self._stdin_open = False
         self._lease_event(StdinClosed())
+        if self._lease is None:  # the WELCOME may be under way, and the controller counts on this node by now
+            self.loop.call_later(_ORPHAN_S, self._end_unless_joined)
+
+    def _end_unless_joined(self) -> None:
         if self._lease is None:
             self._finish(Fence("the launcher went away before the controller was reached"))
 
@@ -298,6 +304,8 @@ class Agent:
         self._lease = Lease.start(
             self._greeted_at, fence_s=self.timings.fence_s, suspect_s=self.timings.suspect_s, link_up=True
         )
+        if not self._stdin_open:
+            self._lease_event(StdinClosed())
         self._joined.set()
 
     def on_refused(self, refusal: Refusal) -> None:
