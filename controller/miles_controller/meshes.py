@@ -265,7 +265,7 @@ class MeshSupervisor:
         """Kill one rank; the policy sees a death. Raises NotEnded."""
         try:
             await self._end_rank(self.ranks[rank], why, 0.0)
-        except Exception as error:
+        except Exception as error:  # boundary: whatever went wrong, the owner is told that it is not ended
             raise self._not_ended({rank: error}) from error
 
     async def _kill_for_policy(self, rank: Rank, incarnation: int, why: str) -> None:

@@ -198,7 +198,7 @@ class WorkerPool:
                 logger.log(
                     logging.ERROR if killed.survivors else logging.INFO, "%s: %s", worker.spec.label, killed.text
                 )
-        except Exception as error:
+        except Exception as error:  # boundary: an ending that fails is reported as one that left something
             logger.exception("%s could not be ended", worker.spec.label)
             worker.left = (f"pid {worker.life.pid}: ending it failed: {error!r}",)
         worker.killed_at = self._loop.time()

@@ -85,7 +85,7 @@ class Switch:
                 self.in_flight.passed(envelope, Address(envelope.mesh, target.rank, target.incarnation), now)
         try:
             hop.send(envelope)
-        except Exception as trouble:
+        except Exception as trouble:  # boundary: whatever a hop raises, its call has to end
             if envelope.kind != wire.CALL:
                 raise
             logger.exception("%s could not be passed on", envelope.method)
