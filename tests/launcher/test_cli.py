@@ -244,6 +244,10 @@ FULL = {
                 "hostname": "host-a", "cpu_slots": 0, "memory_bytes": 64 * 2**30,
                 "gpus": [{"name": "H100"}, {"name": "H100"}],
             },
+            "store": {
+                "used_bytes": 2**29, "held_bytes": 2**30, "limit_bytes": 6 * 2**30,
+                "objects": 3, "holders": 4, "waiting": 1,
+            },
         },
         {"name": "node-1", "state": "expected", "heard_s_ago": None},
     ],
@@ -270,8 +274,8 @@ async def test_status_shows_nodes_ranks_services_locks_and_events(status):
             code, out, err = await status()
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "node-0 alive 0.5 s host-a 2 x H100 64 GiB" in lines
-    assert "node-1 expected - - - -" in lines
+    assert any(line.startswith("node-0 alive 0.5 s host-a 2 x H100 64 GiB 0.5 of 6.0 GiB") for line in lines)
+    assert "node-1 expected - - - - -" in lines
     assert "mesh odd [bold]name (gpus=2)" in lines
     assert "0 node-0 0 41 up train for 5 min (+2)" in lines
     assert "1 node-0 1 42 dead: killed by SIGKILL (9) idle" in lines
