@@ -50,6 +50,7 @@ def key_file(tmp_path):
 
 def test_the_agent_gets_its_flags_and_the_key_but_not_where_others_can_see_it(fake_agent, report):
     flags = ["--node", "node-0", "--cpu-slots", "4", "--interface", "lo", "--run-dir", "/tmp/x", "--beat-s", "0.5"]
+    flags += ["--store-bytes", "9000000"]
     result = run_agent(flags, env=fake_agent)
     assert (result.returncode, result.stderr) == (0, b"")
     told = report()
@@ -155,6 +156,7 @@ def test_a_terminal_is_not_asked_for_a_key():
         ([*ADDRESS, "--node", "a/b"], "E-CLI-001"),
         ([*ADDRESS, "--node", ""], "E-CLI-001"),
         ([*ADDRESS, "--cpu-slots", "-1"], "E-CLI-001"),
+        ([*ADDRESS, "--store-bytes", "4096"], "E-CLI-001"),
         ([*ADDRESS, "--fence-s", "30"], "E-CFG-001"),
         ([*ADDRESS, "--beat-s", "nan"], "E-CFG-001"),
     ],
