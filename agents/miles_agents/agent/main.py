@@ -31,6 +31,7 @@ from miles_agents.agent.process_gpu import NvmlProbe
 from miles_agents.agent.reaper import LIFELINE_VARIABLE, watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
+from miles_agents.free_memory import return_free_memory
 from miles_agents.names import checked_name
 from miles_agents.node_info import NodeInfo
 from miles_agents.run_files import usable_directory
@@ -129,6 +130,7 @@ class _Process:
             network = ZmqNetwork()
             owned.callback(network.close)
             owned.callback(self._watch_stdin(loop))
+            return_free_memory()
             log_dir = self._make_log_dir()
             lives = 0
             fenced: list[int] = []
