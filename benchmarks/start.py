@@ -3,8 +3,8 @@
     python benchmarks/start.py [--ranks 8] [--rounds 3] [--modules torch]
 
 Each round starts its own controller and agent. ``start`` is the time from entering the controller to a node that has
-joined; ``spawn`` from there to constructed actors that have the modules; both on the wall. ``cpu``: of a worker, from its
-birth to its first answer. ``PSS``: of all workers together, shared pages counted once.
+joined; ``spawn`` from there to constructed actors that have the modules; both on the wall. ``cpu``: of a worker, from
+its birth to its first answer. ``PSS``: of all workers together, shared pages counted once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ async def one_round(way: str, ranks: int, modules: list[str]) -> Took:
 
 async def zygote_is_ready(controller: Controller) -> None:
     """By what the agent's beats say."""
-    while not any(zygote["state"] == "ready" for zygote in controller.status()["nodes"][0].get("zygotes", [])):
+    agent = controller.fabric.agent(controller.fabric.find("n0")).endpoint("status")
+    while not any(zygote["state"] == "ready" for zygote in (await agent.call_one())["zygotes"]):  # noqa: ASYNC110 - asked, not told
         await asyncio.sleep(0.05)
 
 

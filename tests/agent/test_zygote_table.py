@@ -27,7 +27,14 @@ def used(table, which, now=0.0):
 
 def test_what_is_read_once_makes_another_profile_and_what_differs_by_rank_does_not():
     base = {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
-    late = {"RANK": "3", "MASTER_ADDR": "n0", "MILES_RUN": "r:7", "NCCL_DEBUG": "INFO", "HTTPS_PROXY": "x", "no_proxy": ""}
+    late = {
+        "RANK": "3",
+        "MASTER_ADDR": "n0",
+        "MILES_RUN": "r:7",
+        "NCCL_DEBUG": "INFO",
+        "HTTPS_PROXY": "x",
+        "no_proxy": "",
+    }
     assert all(map(is_late, late))
     assert profile(**base) == profile(**base, **late)
     for name in ("LD_PRELOAD", "PYTHONHASHSEED", "PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TZ", "MINE"):

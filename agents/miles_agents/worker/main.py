@@ -64,7 +64,8 @@ class ThreadExecutors:
 def main() -> NoReturn:
     """Entry point of ``python -m miles_agents.worker``."""
     with os.fdopen(int(os.environ.pop(SPEC_FD_VARIABLE)), "rb") as file:
-        run(file.read())
+        packed = file.read()
+    run(packed)
 
 
 def run(packed: bytes) -> NoReturn:
