@@ -55,6 +55,7 @@ def _node(controller: Controller, name: str, now: float) -> dict[str, Any]:
         found["inventory"] = node.info.to_plain()
         found["lag_s"] = node.facts.get("lag_s", 0.0)
         found["zygotes"] = node.facts.get("zygotes", [])
+        found["store"] = node.facts.get("store")
     return found
 
 

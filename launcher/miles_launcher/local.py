@@ -103,6 +103,7 @@ class LocalAgents:
         cpu_slots: Slots that each node offers where there is no GPU; None: the agent's default.
         timings: Passed to the agents; None: their defaults.
         preload: Modules to have imported in a zygote of each agent, ready when a mesh with this ``preload`` is spawned.
+        store_bytes: Size of each agent's shared-memory store; None: a tenth of the machine's memory.
         env: The agents' whole environment; None: this process's.
         grace_s: Wait after each step of stopping: end of lifeline, SIGTERM, kill of the agent, kill of everything.
     """
@@ -116,6 +117,7 @@ class LocalAgents:
         cpu_slots: int | None = None,
         timings: Timings | None = None,
         preload: Sequence[str] | None = None,
+        store_bytes: int | None = None,
         env: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
     ) -> None:
@@ -123,6 +125,8 @@ class LocalAgents:
         self._nodes = list(nodes)
         self._run_dir = run_dir
         self._flags = _flags(controller.address, run_dir, cpu_slots, timings, check_start(preload, "auto"))
+        if store_bytes is not None:
+            self._flags += ["--store-bytes", str(store_bytes)]
         self._env = dict(os.environ if env is None else env)
         self._grace_s = grace_s
         self._agents: dict[str, LocalAgent] = {}

@@ -250,6 +250,7 @@ class Orders:
             "zygotes": agent.parts.zygotes.facts() if agent.parts.zygotes is not None else [],
             "dropped": {**agent.link.stats.dropped, **self._pool().link.stats.dropped},
             "in_flight": len(agent.switch.in_flight),
+            "store": None if agent.store is None else agent.store.status(),
         }
 
     def zygote_news(self, kind: str, text: str) -> None:
