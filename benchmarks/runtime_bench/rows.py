@@ -14,6 +14,9 @@ MONARCH = "monarch"
 RELAY = "relay"
 IPC = "ipc"
 MEMCPY = "memcpy"
+HOPS_MAIN = "hops.main"
+HOPS_IO = "hops.io"
+HOPS_FLIGHT = "hops.flight"
 
 COLUMN_TITLES = {
     OURS: "ours",
@@ -22,6 +25,9 @@ COLUMN_TITLES = {
     RELAY: "bare zmq, relay",
     IPC: "bare zmq, ipc",
     MEMCPY: "memcpy, one process",
+    HOPS_MAIN: "main-thread endpoint",
+    HOPS_IO: "io endpoint",
+    HOPS_FLIGHT: "main-thread endpoint, 1,000 in flight",
 }
 
 SYSTEMS = ("ours", "ray", "monarch", "bare")
@@ -120,6 +126,14 @@ def _bulk_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _hop_rows() -> tuple[Row, ...]:
+    rows = [Row("caller to endpoint (p50)", "there", "us"), Row("endpoint to caller (p50)", "back", "us")]
+    processes = ("controller", "agent", "worker")
+    rows += [Row(f"CPU time of the {process} per call", f"cpu.{process}", "us") for process in processes]
+    rows += [Row(f"threads woken in the {process} per call", f"woken.{process}", "") for process in processes]
+    return tuple(rows)
+
+
 CASES = (
     Case(
         "echo",
@@ -154,6 +168,7 @@ CASES = (
         SYSTEMS,
         deadline_s=400.0,
     ),
+    Case("hops", "Where the time of our calls goes", (HOPS_MAIN, HOPS_IO, HOPS_FLIGHT), _hop_rows(), ("ours",)),
     Case(
         "bulk",
         "One way to another worker of the same node, until it has read every byte",

@@ -23,7 +23,7 @@ from miles_agents import Actor, endpoint
 from miles_agents.rpc.errors import WorkerDied
 from miles_controller import Controller, ControllerConfig
 from miles_launcher.local import LocalAgents
-from runtime_bench import sampling
+from runtime_bench import our_hops, sampling
 from runtime_bench.child import Effort, Reporter
 from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, START_SIZE
 from runtime_bench.sampling import BULK_MIB, NUM_IN_FLIGHT, TEXT
@@ -131,6 +131,11 @@ async def _group(controller: Controller, reporter: Reporter, effort: Effort) -> 
     await sampling.group_async(reporter, effort, lambda: mesh.echo_io.call(TEXT), "group.io")
 
 
+async def _hops(reporter: Reporter, effort: Effort) -> None:
+    async with _cluster(1) as (controller, agents):
+        await our_hops.measure(controller, _only_child(agents.agents[_NODE].pid), reporter, effort)
+
+
 async def _bulk(controller: Controller, reporter: Reporter, effort: Effort) -> None:
     producer = await controller.spawn("producer", Producer)
     consumer = await controller.spawn("consumer", Consumer)
@@ -229,6 +234,7 @@ CASES: dict[str, Callable[[Reporter, Effort], None]] = {
     "echo": _case(1, _echo),
     "flight": _case(1, _flight),
     "group": _case(GROUP_SIZE, _group),
+    "hops": lambda reporter, effort: uvloop.run(_hops(reporter, effort)),
     "bulk": _case(2, _bulk),
     "start": lambda reporter, effort: uvloop.run(_start(reporter, effort)),
     "kill": _case(1, _kill),
