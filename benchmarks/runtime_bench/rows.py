@@ -190,7 +190,10 @@ CASES = (
         "kill",
         "kill -9 of a worker with a call pending, until the error is at the caller",
         (OURS, RAY, MONARCH),
-        (Row("median of a round", "kill", "ms", asked=Asked((Bound(50.0), Bound(1.0, RAY)), _at_most(5.0))),),
+        (
+            Row("median of a round", "kill", "ms", asked=Asked((Bound(50.0), Bound(1.0, RAY)), _at_most(5.0))),
+            Row("of which until the kernel has ended the process", "kill.kernel", "ms"),
+        ),
     ),
     Case(
         "freeze",
