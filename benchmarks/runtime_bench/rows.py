@@ -13,6 +13,7 @@ RAY = "ray"
 MONARCH = "monarch"
 RELAY = "relay"
 IPC = "ipc"
+PIPE = "pipe"
 MEMCPY = "memcpy"
 HOPS_MAIN = "hops.main"
 HOPS_IO = "hops.io"
@@ -24,6 +25,7 @@ COLUMN_TITLES = {
     MONARCH: "Monarch",
     RELAY: "bare zmq, relay",
     IPC: "bare zmq, ipc",
+    PIPE: "pipe",
     MEMCPY: "memcpy, one process",
     HOPS_MAIN: "main-thread endpoint",
     HOPS_IO: "io endpoint",
@@ -31,7 +33,7 @@ COLUMN_TITLES = {
 }
 
 SYSTEMS = ("ours", "ray", "monarch", "bare")
-"""Child processes are started per case, round and system. ``bare`` measures the columns relay, ipc and memcpy."""
+"""Child processes are started per case, round and system. ``bare`` measures the floors."""
 
 DISTRIBUTIONS = {"ours": "miles", "ray": "ray", "monarch": "torchmonarch", "bare": "pyzmq"}
 """Whose version is told, and what has to be installed for a system to be measured."""
@@ -138,7 +140,7 @@ CASES = (
     Case(
         "echo",
         "Echo of 64 characters, one call at a time",
-        _CALL_COLUMNS,
+        (*_CALL_COLUMNS, PIPE),
         (
             Row("p50, main-thread endpoint", "echo.p50", "us", "echo.main.p50", asked=_ECHO),
             Row("p50, io endpoint", "echo.p50", "us", "echo.io.p50", asked=_ECHO),
