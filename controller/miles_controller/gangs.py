@@ -17,6 +17,7 @@ from miles_controller.placement import (
     BadPlacementRequest,
     InfeasiblePlacement,
     Inventory,
+    NodeDevices,
     Placement,
     Slot,
     replace,
@@ -79,8 +80,9 @@ class Gangs:
                         who.setdefault((slot.node, device), {})[name] = None
             if gang is not without:
                 label = f"spare of {'+'.join(gang.living)}"
+                spares = set(gang.current.spares)
                 for info in infos:
-                    for device in info.devices if info.node in gang.current.spares else ():
+                    for device in info.devices if info.node in spares else ():
                         who.setdefault((info.node, device), {})[label] = None
         return Inventory.of(infos, used={key: "+".join(names) for key, names in who.items()})
 
@@ -107,8 +109,9 @@ def check_placement(
         BadPlacementRequest: It cannot; with all problems.
     """
     problems = _problems(placement, name, num_ranks, inventory)
+    there = inventory.by_name()
     for spare in placement.spares if reserves_spares else ():
-        node = inventory.get(spare)
+        node = there.get(spare)
         if node is not None and node.used:
             problems.append(f"spare node {spare} is taken by {_takers(node.used)}")
     if problems:
@@ -123,6 +126,7 @@ def _problems(placement: Placement, name: str, num_ranks: int, inventory: Invent
     if name not in placement.slots:
         return [f"the placement has no request {name!r}; it has {', '.join(placement.slots) or 'none'}"]
     ranks = placement.slots[name]
+    there = inventory.by_name()
     problems = []
     if len(ranks) != num_ranks:
         problems.append(f"{len(ranks)} ranks were placed, the dimensions ask for {num_ranks}")
@@ -131,12 +135,13 @@ def _problems(placement: Placement, name: str, num_ranks: int, inventory: Invent
         if len(parts) != 1:
             problems.append(f"rank {rank} spans {', '.join(slot.node for slot in parts)}; an actor has one node")
         for slot in parts:
-            problems += [f"rank {rank}: {problem}" for problem in _slot_problems(slot, inventory, shares=shares)]
+            problems += [
+                f"rank {rank}: {problem}" for problem in _slot_problems(slot, there.get(slot.node), shares=shares)
+            ]
     return problems
 
 
-def _slot_problems(slot: Slot, inventory: Inventory, *, shares: bool) -> list[str]:
-    node = inventory.get(slot.node)
+def _slot_problems(slot: Slot, node: NodeDevices | None, *, shares: bool) -> list[str]:
     if node is None:
         return [f"node {slot.node} is not there"]
     missing = [device for device in slot.devices if device not in node.healthy]

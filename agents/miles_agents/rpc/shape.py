@@ -10,6 +10,7 @@ Everything is row-major: the last dimension varies fastest. Two numbers must not
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import keyword
 import math
@@ -232,6 +233,8 @@ class Shape:
     ranks: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if self.ranks is _counting(len(self.extent)):
+            return
         distinct = len(set(self.ranks)) == len(self.ranks) and min(self.ranks, default=0) >= 0
         if len(self.ranks) != len(self.extent) or not distinct:
             raise BadExtent(
@@ -248,7 +251,7 @@ class Shape:
     @classmethod
     def whole(cls, extent: Extent) -> Shape:
         """All of a mesh of this extent."""
-        return cls(extent, tuple(range(len(extent))))
+        return cls(extent, _counting(len(extent)))
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -276,7 +279,8 @@ class Shape:
 
     def to_plain(self) -> dict[str, Any]:
         """The value as a dict of plain values; ``ranks`` is None where they count up from 0."""
-        whole = self.ranks == tuple(range(len(self)))
+        all_ranks = _counting(len(self))
+        whole = self.ranks is all_ranks or self.ranks == all_ranks
         return {
             "dims": list(self.extent.dims),
             "sizes": list(self.extent.sizes),
@@ -362,6 +366,12 @@ class ValueMesh(Generic[T_co]):
         ]
         more = [f"... {len(self) - 8} more"] if len(self) > 8 else []
         return f"ValueMesh({self.shape.extent})[{'; '.join(shown + more)}]"
+
+
+@functools.lru_cache(maxsize=32)
+def _counting(size: int) -> tuple[int, ...]:
+    """The ranks of whole meshes, which are large and many: a shape travels to every rank of its mesh."""
+    return tuple(range(size))
 
 
 def _checked(index: int, size: int, dim: str, extent: Extent) -> int:
