@@ -36,13 +36,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from scale_story import QUICK, Effort, Figures, measure
 
 from miles_agents import Actor, endpoint
 from miles_agents.virtual_cost import run_costed
 from miles_controller import Controller, ControllerConfig
 from miles_controller.owned_mesh import OwnedMesh
 from miles_launcher.local import LocalAgents
+from scale_story import QUICK, Effort, Figures, measure
 
 NUM_FLOODERS = 4
 

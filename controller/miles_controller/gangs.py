@@ -72,11 +72,12 @@ class Gangs:
     def inventory(self, infos: Sequence[NodeInfo], *, without: Gang | None = None, keeps: bool = True) -> Inventory:
         """What there is, and what is used or kept by whom. ``without``: as if this gang kept no spares, and with
         ``keeps=False``, as if it used nothing either."""
+        there = {info.node for info in infos}
         who: dict[tuple[str, int], dict[str, None]] = {}
         for gang in self._gangs:
             if gang is not without or keeps:
                 for name, slot in gang.uses(planned=gang is without):
-                    for device in slot.devices:
+                    for device in slot.devices if slot.node in there else ():
                         who.setdefault((slot.node, device), {})[name] = None
             if gang is not without:
                 label = f"spare of {'+'.join(gang.living)}"
@@ -93,10 +94,12 @@ class Gangs:
             InfeasiblePlacement: nothing fits; they stay where they were.
         """
         fitting = [info for info in infos if kind in (None, info.device_kind)]
-        inventory = self.inventory(fitting, without=gang)
+        kept = set(gang.current.spares)
+        spares = [info for info in fitting if info.node in kept]
         try:
-            gang.current = replace(gang.current, (lost,), inventory)
+            gang.current = replace(gang.current, (lost,), self.inventory(spares, without=gang))
         except InfeasiblePlacement:
+            inventory = self.inventory(fitting, without=gang)
             gang.current = replace(gang.current, (lost,), inventory, anywhere=True)
 
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import miles_agents
 from miles_agents.errors import ConfigError, EnvironmentFault, MilesError
+from miles_agents.store.ref import MIN_STORE_BYTES
 from miles_agents.timings import Timings
 
 KEY_FD_VARIABLE = "MILES_KEY_FD"
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--interface", metavar="IF", help="network interface, or its address, for this node's ports")
     agent.add_argument("--run-dir", metavar="DIR", help="directory for logs and journals")
     agent.add_argument(
+        "--store-bytes", type=int, metavar="N", help="shared memory for the store (default: a tenth of the node's)"
+    )
+    agent.add_argument(
         "--join-timeout-s", type=float, metavar="SECONDS", help="give up when the controller does not answer (60)"
     )
     defaults = Timings()
@@ -158,6 +162,12 @@ def _check(options: argparse.Namespace) -> None:
             f"--cpu-slots {options.cpu_slots} is no number of slots",
             evidence="a node cannot offer fewer than 0",
             advice="Give 0 or more, or leave it out for the default.",
+        )
+    if options.store_bytes is not None and options.store_bytes < MIN_STORE_BYTES:
+        raise InvalidAgentFlag(
+            f"--store-bytes {options.store_bytes} is too little",
+            evidence=f"the smallest store has {MIN_STORE_BYTES}",
+            advice="Give more, or leave it out for a tenth of the node's memory.",
         )
     if options.join_timeout_s is not None and options.join_timeout_s <= 0:
         raise InvalidAgentFlag(

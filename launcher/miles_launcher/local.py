@@ -101,6 +101,7 @@ class LocalAgents:
         run_dir: Logs go to ``<run_dir>/logs/agent-<node>.log``; also passed to the agents.
         cpu_slots: Slots that each node offers where there is no GPU; None: the agent's default.
         timings: Passed to the agents; None: their defaults.
+        store_bytes: Size of each agent's shared-memory store; None: a tenth of the machine's memory.
         env: The agents' whole environment; None: this process's.
         grace_s: Wait after each step of stopping: end of lifeline, SIGTERM, kill of the agent, kill of everything.
     """
@@ -113,6 +114,7 @@ class LocalAgents:
         run_dir: Path,
         cpu_slots: int | None = None,
         timings: Timings | None = None,
+        store_bytes: int | None = None,
         env: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
     ) -> None:
@@ -120,6 +122,8 @@ class LocalAgents:
         self._nodes = list(nodes)
         self._run_dir = run_dir
         self._flags = _flags(controller.address, run_dir, cpu_slots, timings)
+        if store_bytes is not None:
+            self._flags += ["--store-bytes", str(store_bytes)]
         self._env = dict(os.environ if env is None else env)
         self._grace_s = grace_s
         self._agents: dict[str, LocalAgent] = {}

@@ -44,6 +44,7 @@ from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
+from miles_agents.store.node_store import NodeStore, StoreParts
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.link import LinkDialer, Peer
@@ -63,10 +64,10 @@ StartTransport = Callable[[Any], Transport]
 class AgentParts:
     """What an agent is made of; simulations put twins in.
 
-    ``processes`` and ``ports`` are None where only workers can be started (simulations). ``open_tail`` None: what
-    processes print is in files. ``fenced``: the session ids
-    of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them. ``reaper``:
-    the pid of this agent's parent, by which its launcher knows it; 0 without one.
+    ``processes`` and ``ports`` are None where only workers can be started, ``store`` where there is none (simulations).
+    ``open_tail`` None: what processes print is in files. ``fenced``: the session ids of earlier lives of this process,
+    of which nothing runs any more; nobody but the controller knows them. ``reaper``: the pid of this agent's parent, by
+    which its launcher knows it; 0 without one.
     """
 
     info: NodeInfo
@@ -76,6 +77,7 @@ class AgentParts:
     log_dir: Path
     processes: ProcessStarter | None = None
     ports: PortLessor | None = None
+    store: StoreParts | None = None
     base_env: dict[str, str] = field(default_factory=dict)
     fenced: tuple[int, ...] = ()
     reaper: int = 0
@@ -122,6 +124,7 @@ class Agent:
         self.node: RpcNode | None = None
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
+        self.store: NodeStore | None = None
         self._overdue: OverdueReports | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
@@ -139,6 +142,11 @@ class Agent:
         assert self.node is not None
         return self.node.address
 
+    @property
+    def store_path(self) -> str:
+        """Where this node's workers ask its store; empty if there is none."""
+        return "" if self.store is None else str(self.store.parts.socket_path)
+
     async def run(self) -> Fence:
         """Join, serve, and end cleanly; returns why it ended.
 
@@ -154,6 +162,8 @@ class Agent:
                 return self._verdict()
             assert self.workers is not None and self.orders is not None
             self.workers.tasks = self.orders.tasks = background
+            if self.store is not None:
+                self.store.tasks = background
             self._serve_what_waited()
             background.create_task(self._beat_forever(), name="beats")
             background.create_task(self._forward_logs(), name="log forwarding")
@@ -171,6 +181,8 @@ class Agent:
                 self._host.close()
             if self.workers is not None:
                 self.workers.close()
+            if self.store is not None:
+                self.store.close()
             if self.node is not None:
                 self.node.close(_controller_lost())
 
@@ -303,6 +315,8 @@ class Agent:
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
         logs = LogForwarder(self.parts.info.node, self._send_logs(controller), open_tail=self.parts.open_tail)
         self.workers = WorkerPool(self, controller, logs)
+        if self.parts.store is not None:
+            self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
         self.orders = Orders(self, controller)
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
@@ -364,7 +378,10 @@ class Agent:
         assert self.workers is not None
         self._lease_event(Tick())
         news = self._news.news(self.workers.facts(), self.loop.time())
-        beat = self.link.beat({"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": news})
+        facts: dict[str, Any] = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": news}
+        if self.store is not None:
+            facts["store"] = self.store.facts()
+        beat = self.link.beat(facts)
         self._news.sent(beat, news, self.loop.time())
         self._lease_event(BeatSent(beat))
         self.workers.tick()

@@ -31,10 +31,12 @@ from miles_agents.agent.process_gpu import NvmlProbe
 from miles_agents.agent.reaper import LIFELINE_VARIABLE, watch_reaper
 from miles_agents.agent.starter import ProcessStarter
 from miles_agents.errors import MilesError
+from miles_agents.free_memory import return_free_memory
 from miles_agents.names import checked_name
 from miles_agents.node_info import NodeInfo
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import runtime_dir
+from miles_agents.store.node_store import store_parts
 from miles_agents.timings import Timings
 from miles_agents.wire.keys import AgentKey
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer, ZmqNetwork
@@ -56,6 +58,7 @@ class AgentOptions:
     run_dir: str | None = None
     key_file: str | None = None
     join_timeout_s: float = 60.0
+    store_bytes: int | None = None
     timings: Timings = field(default_factory=Timings)
 
 
@@ -69,6 +72,7 @@ def parse_options(argv: list[str]) -> AgentOptions:
     parser.add_argument("--run-dir")
     parser.add_argument("--key-file")
     parser.add_argument("--join-timeout-s", type=float, default=60.0)
+    parser.add_argument("--store-bytes", type=int)
     numbers = [number.name for number in fields(Timings)]
     for name in numbers:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Timings(), name))
@@ -126,6 +130,7 @@ class _Process:
             network = ZmqNetwork()
             owned.callback(network.close)
             owned.callback(self._watch_stdin(loop))
+            return_free_memory()
             log_dir = self._make_log_dir()
             lives = 0
             fenced: list[int] = []
@@ -148,6 +153,7 @@ class _Process:
                     log_dir=log_dir,
                     processes=table,
                     ports=ports,
+                    store=store_parts(info, self.options.store_bytes, directory.socket_path(f"store{lives}")),
                     fenced=tuple(fenced),
                     reaper=reaper,
                     join_timeout_s=self.options.join_timeout_s,

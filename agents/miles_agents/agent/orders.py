@@ -276,6 +276,7 @@ class Orders:
             "services": [self._describe(service) for service, _ in self._services.values()],
             "dropped": {**agent.link.stats.dropped, **self._pool().link.stats.dropped},
             "in_flight": len(agent.switch.in_flight),
+            "store": None if agent.store is None else agent.store.status(),
         }
 
     def _on_change(self, change: ServiceChange) -> None:

@@ -143,6 +143,7 @@ class WorkerPool:
             worker.token,
             self.agent.parts.info.node,
             timings,
+            self.agent.store_path,
         )
         try:
             worker.process = await self.agent.parts.starter.start(birth, log_path)
@@ -230,6 +231,11 @@ class WorkerPool:
             evidence=f"node {self.agent.parts.info.node} runs {[w.spec.label for w in self._workers.values()]}",
             advice="Get a fresh handle with lookup(name).",
         )
+
+    def label_of(self, token: str) -> str | None:
+        """The living worker with that token, for people."""
+        worker = self._by_token.get(token)
+        return None if worker is None or worker.dead is not None else worker.spec.label
 
     # -- routing ---------------------------------------------------------------------------------------------
 
@@ -386,6 +392,9 @@ class WorkerPool:
                 worker.left = swept.survivors
                 if swept.survivors:
                     logger.error("%s has ended but leaves something: %s", spec.label, swept.text)
+        with self.link.boundary(f"telling the store of the end of {spec.label}"):
+            if self.agent.store is not None:
+                self.agent.store.worker_gone(worker.token)
         with self.link.boundary(f"releasing the ports of {spec.label}"):
             if self.agent.parts.ports is not None:
                 self.agent.parts.ports.release(spec.label)

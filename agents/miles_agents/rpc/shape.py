@@ -28,6 +28,8 @@ R = TypeVar("R")
 Selector: TypeAlias = "int | slice | EllipsisType"
 """What to take of one dimension: an int drops the dimension, a slice keeps it, ``...`` keeps all of it."""
 
+MAX_RANKS = 2**20
+"""A shape that arrives from elsewhere has no more: it says so in a few bytes, and each rank takes memory here."""
 _TAKEN_BY_POINT = frozenset({"coordinates", "extent", "get", "items", "keys", "values"})
 
 
@@ -294,6 +296,8 @@ class Shape:
         dims, sizes, ranks = fields.get("dims"), fields.get("sizes"), fields.get("ranks", ())
         try:
             extent = Extent(_all_of(dims, str), _all_of(sizes, int))
+            if ranks is None and len(extent) > MAX_RANKS:
+                raise TypeError(f"more than {MAX_RANKS} ranks")
             return cls.whole(extent) if ranks is None else cls(extent, _all_of(ranks, int))
         except (TypeError, ConfigError) as error:
             raise BadPlainShape(

@@ -57,6 +57,7 @@ class WorkerRuntime:
         self.context = ActorContext(
             self.node, spec.run_id, spec.mesh_name, spec.rank, spec.shape, spec.incarnation,
             birth.node, spec.devices, spec.local_rank, dict(spec.facts), controller, agent,
+            (birth.store, birth.token) if birth.store else None,
         )  # fmt: skip
         self.host.context = self.context
         self._executors = executors

@@ -88,7 +88,7 @@ def _plain_value(value: Any) -> Any:
 class Birth:
     """A worker's spec and how it reaches its agent. ``token`` proves to the agent who it is.
 
-    ``agent``: the agent's own rank among the agents, and its incarnation.
+    ``agent``: the agent's own rank among the agents, and its incarnation. ``store``: the socket of the node's store.
     """
 
     spec: WorkerSpec
@@ -97,6 +97,7 @@ class Birth:
     token: str
     node: str
     timings: Timings
+    store: str = ""
 
     def pack(self) -> bytes:
         """Bytes for the inherited descriptor."""
@@ -107,6 +108,7 @@ class Birth:
             "token": self.token,
             "node": self.node,
             "timings": asdict(self.timings),
+            "store": self.store,
         }
         packed: bytes = msgpack.packb(plain)
         return packed
@@ -119,7 +121,8 @@ class Birth:
             spec = WorkerSpec.from_plain(plain["spec"])
             timings = Timings(**plain["timings"])
             rank, incarnation = plain["agent"]
-            return cls(spec, plain["agent_address"], (rank, incarnation), plain["token"], plain["node"], timings)
+            agent = (rank, incarnation)
+            return cls(spec, plain["agent_address"], agent, plain["token"], plain["node"], timings, plain["store"])
         except (KeyError, TypeError, ValueError) as error:
             raise InternalError(
                 "the worker cannot read what its agent told it",
