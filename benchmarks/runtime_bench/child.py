@@ -1,7 +1,7 @@
 """One system, one case, one round: ``python -m runtime_bench.child SYSTEM CASE FD EFFORT``.
 
 Figures go to the pipe ``FD`` as lines of JSON; whatever the system prints goes where it likes. The parent ends this
-process with SIGINT, which unwinds the case's contexts; should the parent die, the kernel sends it SIGTERM.
+process with SIGTERM, which unwinds the case's contexts; should the parent die, the kernel sends the same.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import ctypes
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -145,7 +144,7 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # unwinds its contexts
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
         psutil.wait_procs(_below(), timeout=_LEAVE_S)  # an agent whose starter is gone ends by itself, in order
@@ -155,16 +154,24 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
                     other.kill()
             psutil.wait_procs(left, timeout=1.0)
         process.wait()
+        _reap()
 
 
 def _below() -> list[psutil.Process]:
-    """All that runs below this process. Orphans that have ended are reaped on the way."""
+    """All that runs below this process."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found
+
+
+def _reap() -> None:
+    """Orphans that came here and have ended: whoever comes after us may not do it."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
 
 
 def _tail(path: Path) -> str:

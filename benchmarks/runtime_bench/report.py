@@ -71,6 +71,8 @@ def _summary(cases: Iterable[Case], results: Results) -> str:
                     figures.verdict(row, spreads),
                 ]
             )
+    if not rows:
+        return "### Summary\n\nNothing of what was measured is asked for."
     return "### Summary\n\n" + table(["measured", "ours", "vs Ray", "vs Monarch", "must", "goal", "verdict"], rows)
 
 
@@ -98,7 +100,7 @@ def _cell(column: str, row: Row, spreads: dict[str, Spread | None], results: Res
     if found is None:
         return results.why_missing.get(column, _NOTHING)
     text = f"{_figure(found, row)}{_range(found)}"
-    if column == OURS or spreads[OURS] is None:
+    if column == OURS or spreads.get(OURS) is None:
         return text
     return f"{text}, {_times(spreads, row, column)}"
 
@@ -108,7 +110,7 @@ def _figure(found: Spread | None, row: Row) -> str:
         return _NOTHING
     if math.isinf(found.median):
         return f"not within {row.cap:g} s"
-    return f"{number(found.median)} {row.unit}"
+    return f"{number(found.median)} {row.unit}".rstrip()
 
 
 def _range(found: Spread) -> str:

@@ -13,7 +13,11 @@ RAY = "ray"
 MONARCH = "monarch"
 RELAY = "relay"
 IPC = "ipc"
+PIPE = "pipe"
 MEMCPY = "memcpy"
+HOPS_MAIN = "hops.main"
+HOPS_IO = "hops.io"
+HOPS_FLIGHT = "hops.flight"
 
 COLUMN_TITLES = {
     OURS: "ours",
@@ -21,11 +25,15 @@ COLUMN_TITLES = {
     MONARCH: "Monarch",
     RELAY: "bare zmq, relay",
     IPC: "bare zmq, ipc",
+    PIPE: "pipe",
     MEMCPY: "memcpy, one process",
+    HOPS_MAIN: "main-thread endpoint",
+    HOPS_IO: "io endpoint",
+    HOPS_FLIGHT: "main-thread endpoint, 1,000 in flight",
 }
 
 SYSTEMS = ("ours", "ray", "monarch", "bare")
-"""Child processes are started per case, round and system. ``bare`` measures the columns relay, ipc and memcpy."""
+"""Child processes are started per case, round and system. ``bare`` measures the floors."""
 
 DISTRIBUTIONS = {"ours": "miles", "ray": "ray", "monarch": "torchmonarch", "bare": "pyzmq"}
 """Whose version is told, and what has to be installed for a system to be measured."""
@@ -120,11 +128,19 @@ def _bulk_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _hop_rows() -> tuple[Row, ...]:
+    rows = [Row("caller to endpoint (p50)", "there", "us"), Row("endpoint to caller (p50)", "back", "us")]
+    processes = ("controller", "agent", "worker")
+    rows += [Row(f"CPU time of the {process} per call", f"cpu.{process}", "us") for process in processes]
+    rows += [Row(f"threads woken in the {process} per call", f"woken.{process}", "") for process in processes]
+    return tuple(rows)
+
+
 CASES = (
     Case(
         "echo",
         "Echo of 64 characters, one call at a time",
-        _CALL_COLUMNS,
+        (*_CALL_COLUMNS, PIPE),
         (
             Row("p50, main-thread endpoint", "echo.p50", "us", "echo.main.p50", asked=_ECHO),
             Row("p50, io endpoint", "echo.p50", "us", "echo.io.p50", asked=_ECHO),
@@ -154,6 +170,7 @@ CASES = (
         SYSTEMS,
         deadline_s=400.0,
     ),
+    Case("hops", "Where the time of our calls goes", (HOPS_MAIN, HOPS_IO, HOPS_FLIGHT), _hop_rows(), ("ours",)),
     Case(
         "bulk",
         "One way to another worker of the same node, until it has read every byte",
@@ -175,7 +192,10 @@ CASES = (
         "kill",
         "kill -9 of a worker with a call pending, until the error is at the caller",
         (OURS, RAY, MONARCH),
-        (Row("median of a round", "kill", "ms", asked=Asked((Bound(50.0), Bound(1.0, RAY)), _at_most(5.0))),),
+        (
+            Row("median of a round", "kill", "ms", asked=Asked((Bound(50.0), Bound(1.0, RAY)), _at_most(5.0))),
+            Row("of which until the kernel has ended the process", "kill.kernel", "ms"),
+        ),
     ),
     Case(
         "freeze",

@@ -13,6 +13,7 @@ TEXT = "x" * 64
 NUM_IN_FLIGHT = 1000
 MIB = 1 << 20
 BULK_MIB = (64, 256)
+NUM_BULK_WARM_UP = 2
 
 _US = 1e6
 _MS = 1e3

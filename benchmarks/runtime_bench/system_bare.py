@@ -1,7 +1,8 @@
 """Floors: what ZeroMQ and the memory give without a runtime. No names, no sessions, no deadlines, no errors.
 
 ``relay``: controller - agent - worker in three processes, tcp with CURVE between the first two and ipc between the
-last two, as in a run. ``ipc``: controller and worker, directly. ``memcpy``: one process copies and reads.
+last two, as in a run. ``ipc``: controller and worker, directly. ``pipe``: two processes that wake each other.
+``memcpy``: one process copies and reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import zmq
 
 from runtime_bench import sampling
 from runtime_bench.child import Effort, Reporter
-from runtime_bench.rows import GROUP_SIZE, IPC, MEMCPY, RELAY
+from runtime_bench.rows import GROUP_SIZE, IPC, MEMCPY, PIPE, RELAY
 from runtime_bench.sampling import BULK_MIB, NUM_IN_FLIGHT, TEXT
 
 _BODY = TEXT.encode()
@@ -177,6 +178,23 @@ def _direct(num_workers: int) -> Iterator[_Controller]:
             yield controller
 
 
+@contextlib.contextmanager
+def _pipe() -> Iterator[Callable[[], None]]:
+    """A call that goes to another process by a pipe and comes back by another."""
+    (far_in, near_out), (near_in, far_out) = os.pipe(), os.pipe()
+
+    def far_end() -> None:
+        while True:
+            os.write(far_out, os.read(far_in, len(_BODY)))
+
+    def call() -> None:
+        os.write(near_out, _BODY)
+        os.read(near_in, len(_BODY))
+
+    with _forked(far_end):
+        yield call
+
+
 def _free_port() -> int:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         return int(socket.bind_to_random_port("tcp://127.0.0.1"))
@@ -186,6 +204,8 @@ def _echo(reporter: Reporter, effort: Effort) -> None:
     for column, connect in ((RELAY, _relay), (IPC, _direct)):
         with connect(1) as controller:
             sampling.echo(reporter, effort, controller.call, column=column)
+    with _pipe() as call:
+        sampling.echo(reporter, effort, call, column=PIPE)
 
 
 def _flight(reporter: Reporter, effort: Effort) -> None:

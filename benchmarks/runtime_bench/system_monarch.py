@@ -18,7 +18,7 @@ from monarch.actor import Actor, endpoint, shutdown_context, this_host
 from runtime_bench import sampling
 from runtime_bench.child import Effort, Reporter
 from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, START_SIZE
-from runtime_bench.sampling import BULK_MIB, NUM_IN_FLIGHT, TEXT
+from runtime_bench.sampling import BULK_MIB, NUM_BULK_WARM_UP, NUM_IN_FLIGHT, TEXT
 
 
 class Echo(Actor):
@@ -125,7 +125,8 @@ def _bulk(reporter: Reporter, effort: Effort) -> None:
         for kind in ("numpy", "torch"):
             for mib in BULK_MIB:
                 producer.make.call_one(kind, mib).get()
-                producer.send.call_one(consumer).get()
+                for _ in range(NUM_BULK_WARM_UP):
+                    producer.send.call_one(consumer).get()
                 seconds = [producer.send.call_one(consumer).get() for _ in range(effort.num_bulk)]
                 reporter.sample(f"bulk.{kind}.{mib}", sampling.mib_per_s(mib, seconds))
 

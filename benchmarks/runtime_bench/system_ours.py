@@ -19,14 +19,14 @@ from typing import Any
 
 import uvloop
 
-from miles_agents import Actor, endpoint
+from miles_agents import Actor, endpoint, store
 from miles_agents.rpc.errors import WorkerDied
 from miles_controller import Controller, ControllerConfig
 from miles_launcher.local import LocalAgents
-from runtime_bench import sampling
+from runtime_bench import our_hops, sampling
 from runtime_bench.child import Effort, Reporter
 from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, START_SIZE
-from runtime_bench.sampling import BULK_MIB, NUM_IN_FLIGHT, TEXT
+from runtime_bench.sampling import BULK_MIB, NUM_BULK_WARM_UP, NUM_IN_FLIGHT, TEXT
 
 _NODE = "node-0"
 Body = Callable[[Controller, Reporter, Effort], Coroutine[Any, Any, None]]
@@ -69,13 +69,13 @@ class Consumer(Actor):
     """Reads what it gets; tells when it had."""
 
     @endpoint
-    def take(self, value: Any) -> float:
-        sampling.read_all(value)
+    def take(self, ref: store.Ref) -> float:
+        sampling.read_all(store.get(ref))
         return time.perf_counter()
 
 
 class Producer(Actor):
-    """Has an array, and sends it."""
+    """Has an array, and sends it through the store."""
 
     @endpoint
     def make(self, kind: str, mib: int) -> None:
@@ -84,7 +84,9 @@ class Producer(Actor):
     @endpoint
     def send(self, consumer: Any) -> float:
         begin = time.perf_counter()
-        end: float = consumer.take.call_one(self.value).get()
+        ref = store.put(self.value)
+        end: float = consumer.take.call_one(ref).get()
+        store.remove(ref)
         return end - begin
 
 
@@ -131,13 +133,19 @@ async def _group(controller: Controller, reporter: Reporter, effort: Effort) -> 
     await sampling.group_async(reporter, effort, lambda: mesh.echo_io.call(TEXT), "group.io")
 
 
+async def _hops(reporter: Reporter, effort: Effort) -> None:
+    async with _cluster(1) as (controller, agents):
+        await our_hops.measure(controller, _only_child(agents.agents[_NODE].pid), reporter, effort)
+
+
 async def _bulk(controller: Controller, reporter: Reporter, effort: Effort) -> None:
     producer = await controller.spawn("producer", Producer)
     consumer = await controller.spawn("consumer", Consumer)
     for kind in ("numpy", "torch"):
         for mib in BULK_MIB:
             await producer.make.call_one(kind, mib)
-            await producer.send.call_one(consumer)
+            for _ in range(NUM_BULK_WARM_UP):
+                await producer.send.call_one(consumer)
             seconds = [await producer.send.call_one(consumer) for _ in range(effort.num_bulk)]
             reporter.sample(f"bulk.{kind}.{mib}", sampling.mib_per_s(mib, seconds))
 
@@ -153,20 +161,38 @@ async def _start(reporter: Reporter, effort: Effort) -> None:
 
 
 async def _kill(controller: Controller, reporter: Reporter, effort: Effort) -> None:
-    seconds = []
+    until_error, until_ended = [], []
     for number in range(effort.num_kills):
         mesh = await controller.spawn(f"victim-{number}", Echo)
         pid = await mesh.pid.call_one()
         pending = mesh.hang.call_one()
         await mesh.pid.call_one()
         await asyncio.sleep(0.2)
+        ended = _exit_of(pid)
         begin = time.perf_counter()
         os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(WorkerDied):
             await pending
-        seconds.append(time.perf_counter() - begin)
+        until_error.append(time.perf_counter() - begin)
+        until_ended.append(await ended - begin)
         await mesh.stop()
-    reporter.sample("kill", statistics.median(seconds) * 1e3)
+    reporter.sample("kill", statistics.median(until_error) * 1e3)
+    reporter.sample("kill.kernel", statistics.median(until_ended) * 1e3)
+
+
+def _exit_of(pid: int) -> asyncio.Future[float]:
+    """When the kernel has ended the process: before that, nobody can know."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[float] = loop.create_future()
+    fd = os.pidfd_open(pid)
+
+    def on_exit() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+        future.set_result(time.perf_counter())
+
+    loop.add_reader(fd, on_exit)
+    return future
 
 
 async def _freeze(controller: Controller, reporter: Reporter, effort: Effort) -> None:
@@ -229,6 +255,7 @@ CASES: dict[str, Callable[[Reporter, Effort], None]] = {
     "echo": _case(1, _echo),
     "flight": _case(1, _flight),
     "group": _case(GROUP_SIZE, _group),
+    "hops": lambda reporter, effort: uvloop.run(_hops(reporter, effort)),
     "bulk": _case(2, _bulk),
     "start": lambda reporter, effort: uvloop.run(_start(reporter, effort)),
     "kill": _case(1, _kill),

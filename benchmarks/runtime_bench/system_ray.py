@@ -15,7 +15,7 @@ import ray
 from runtime_bench import sampling
 from runtime_bench.child import Effort, Reporter
 from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, START_SIZE
-from runtime_bench.sampling import BULK_MIB, NUM_IN_FLIGHT, TEXT
+from runtime_bench.sampling import BULK_MIB, NUM_BULK_WARM_UP, NUM_IN_FLIGHT, TEXT
 
 
 class Echo:
@@ -116,7 +116,8 @@ def _bulk(reporter: Reporter, effort: Effort) -> None:
     for kind in ("numpy", "torch"):
         for mib in BULK_MIB:
             ray.get(producer.make.remote(kind, mib))
-            ray.get(producer.send.remote(consumer))
+            for _ in range(NUM_BULK_WARM_UP):
+                ray.get(producer.send.remote(consumer))
             seconds = [ray.get(producer.send.remote(consumer)) for _ in range(effort.num_bulk)]
             reporter.sample(f"bulk.{kind}.{mib}", sampling.mib_per_s(mib, seconds))
 
