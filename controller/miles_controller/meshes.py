@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from miles_agents.agent.zygote_profile import profile_environment
 from miles_agents.errors import MilesError
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
@@ -66,6 +68,8 @@ class SpawnPlan:
     start_timeout_s: float
     term_grace_s: float
     bind_numa: bool
+    preload: tuple[str, ...] | None = None
+    start_method: str = "auto"
 
 
 class MeshSupervisor:
@@ -124,6 +128,11 @@ class MeshSupervisor:
             else:
                 rank.state = "up"
 
+    def _environment(self, rank: Rank) -> dict[str, str]:
+        plan = self.plan
+        own = plan.rank_env(rank.rank) if plan.rank_env else {}
+        return {**self.controller.forwarded_env, **plan.env, **own}
+
     async def _start_processes(self, node_name: str, ranks: Sequence[Rank]) -> None:
         """One order for all ranks of a node: a mesh may have thousands."""
         controller = self.controller
@@ -134,21 +143,24 @@ class MeshSupervisor:
                 evidence=controller.fabric.membership.describe(node_name, self.loop.time()),
                 advice="Bring the node back, or place the mesh again without it.",
             )
+        # Before anything is begun: the owner's function may raise. Those with equal profiles one zygote can make.
+        envs = [self._environment(rank) for rank in ranks]
+        profiles = [profile_environment(env) for env in envs]
+        alike = Counter(profiles)
         for rank in ranks:
             rank.incarnation = controller.next_incarnation()
             rank.state, rank.evidence, rank.pid, rank.dismissed, rank.facts = "starting", "", 0, False, {}
             address = Address(self.mesh, rank.rank, rank.incarnation)
             controller.fabric.add_worker(WorkerRoute(address, node, f"{self.name}[{rank.rank}]"))
+        lives = zip(ranks, envs, profiles, strict=True)
+        specs = [self._spec(rank, env, alike[profile]) for rank, env, profile in lives]
         agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
-        started = await agent.endpoint("start_workers").call_one(pack_specs([self._spec(rank) for rank in ranks]))
+        started = await agent.endpoint("start_workers").call_one(pack_specs(specs))
         for rank, born in zip(ranks, started, strict=True):
             rank.pid, rank.log = born["pid"], born["log"]
 
-    def _spec(self, rank: Rank) -> WorkerSpec:
+    def _spec(self, rank: Rank, env: dict[str, str], siblings: int) -> WorkerSpec:
         plan, controller = self.plan, self.controller
-        env = {**controller.forwarded_env, **plan.env}
-        if plan.rank_env is not None:
-            env.update(plan.rank_env(rank.rank))
         return WorkerSpec(
             run_id=controller.run_id,
             mesh=self.mesh,
@@ -164,6 +176,9 @@ class MeshSupervisor:
             start_timeout_s=plan.start_timeout_s,
             term_grace_s=plan.term_grace_s,
             bind_numa=plan.bind_numa,
+            preload=plan.preload,
+            start_method=plan.start_method,
+            siblings=siblings,
         )
 
     async def _construct(self, ranks: Sequence[Rank]) -> list[Any]:

@@ -57,7 +57,7 @@ def test_an_agent_that_is_told_a_bad_name_refuses_too():
         async with SimulatedCluster(1) as cluster:
             mesh = await cluster.controller.spawn("echo", Probe)
             supervisor = mesh._supervisor
-            spec = replace(supervisor._spec(supervisor.ranks[0]), mesh=99, mesh_name="../../echo")
+            spec = replace(supervisor._spec(supervisor.ranks[0], {}, 1), mesh=99, mesh_name="../../echo")
             agent = cluster.controller.fabric.agent(cluster.controller.fabric.nodes[0])
             refused = await outcome(agent.endpoint("start_workers").call_one(pack_specs([spec])))
             assert isinstance(refused, BadName)

@@ -34,6 +34,7 @@ from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
 from miles_agents.agent.worker_facts import FactNews
 from miles_agents.agent.worker_pool import WorkerPool
+from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.actor import EndpointInfo
@@ -67,7 +68,7 @@ class AgentParts:
     ``processes`` and ``ports`` are None where only workers can be started, ``store`` where there is none (simulations).
     ``open_tail`` None: what processes print is in files. ``fenced``: the session ids of earlier lives of this process,
     of which nothing runs any more; nobody but the controller knows them. ``reaper``: the pid of this agent's parent, by
-    which its launcher knows it; 0 without one.
+    which its launcher knows it; 0 without one. ``zygotes``: to tell of.
     """
 
     info: NodeInfo
@@ -81,6 +82,7 @@ class AgentParts:
     base_env: dict[str, str] = field(default_factory=dict)
     fenced: tuple[int, ...] = ()
     reaper: int = 0
+    zygotes: Zygotes | None = None
     join_timeout_s: float = 60.0
     forward_logs: bool = True
     open_tail: OpenTail | None = None
@@ -318,6 +320,8 @@ class Agent:
         if self.parts.store is not None:
             self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
         self.orders = Orders(self, controller)
+        if self.parts.zygotes is not None:
+            self.parts.zygotes.news = self.orders.zygote_news
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
         for name, function in self.orders.endpoints().items():
@@ -379,6 +383,8 @@ class Agent:
         self._lease_event(Tick())
         news = self._news.news(self.workers.facts(), self.loop.time())
         facts: dict[str, Any] = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": news}
+        if self.parts.zygotes is not None and (zygotes := self.parts.zygotes.facts()):
+            facts["zygotes"] = zygotes
         if self.store is not None:
             facts["store"] = self.store.facts()
         beat = self.link.beat(facts)
