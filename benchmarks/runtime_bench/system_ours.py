@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvloop
 
 from miles_agents import Actor, endpoint, store
@@ -225,7 +226,8 @@ async def _memory(reporter: Reporter, effort: Effort) -> None:
         mesh = await controller.spawn("echo", Echo, dims={"gpus": START_SIZE})
         for _ in range(effort.num_group_calls):
             await mesh.echo.call(TEXT)
-        reporter.sample("node", sampling.pss_mib(reaper) + sampling.pss_mib(agent))
+        workers = set((await mesh.pid.call()).values)
+        reporter.sample("node", sum(sampling.pss_mib(pid) for pid in _below(reaper) - workers))
         reporter.sample("driver", sampling.pss_mib(os.getpid()))
 
 
@@ -245,10 +247,13 @@ def _measure_memory(reporter: Reporter, effort: Effort) -> None:
 
 
 def _only_child(pid: int) -> int:
-    import psutil
-
     (child,) = psutil.Process(pid).children()
     return int(child.pid)
+
+
+def _below(pid: int) -> set[int]:
+    """Pids of a process and all its descendants."""
+    return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
 
 
 CASES: dict[str, Callable[[Reporter, Effort], None]] = {
