@@ -32,6 +32,7 @@ from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
 from miles_agents.agent.worker_pool import WorkerPool
+from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.actor import EndpointInfo
@@ -63,7 +64,7 @@ class AgentParts:
     ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the session ids
     of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them. ``reaper``:
     the pid of this agent's parent, by which its launcher knows it; 0 without one. ``store``: None where workers have
-    none (simulations).
+    none (simulations). ``zygotes``: to tell of.
     """
 
     info: NodeInfo
@@ -77,6 +78,7 @@ class AgentParts:
     base_env: dict[str, str] = field(default_factory=dict)
     fenced: tuple[int, ...] = ()
     reaper: int = 0
+    zygotes: Zygotes | None = None
     join_timeout_s: float = 60.0
     forward_logs: bool = True
 
@@ -312,6 +314,8 @@ class Agent:
         if self.parts.store is not None:
             self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
         self.orders = Orders(self, controller)
+        if self.parts.zygotes is not None:
+            self.parts.zygotes.news = self.orders.zygote_news
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
         for name, function in self.orders.endpoints().items():
@@ -371,6 +375,8 @@ class Agent:
         assert self.workers is not None
         self._lease_event(Tick())
         facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
+        if self.parts.zygotes is not None and (zygotes := self.parts.zygotes.facts()):
+            facts["zygotes"] = zygotes
         if self.store is not None:
             facts["store"] = self.store.facts()
         self._lease_event(BeatSent(self.link.beat(facts)))

@@ -69,6 +69,7 @@ class Worker:
         self.gone: asyncio.Future[str] = loop.create_future()
         self.begun = asyncio.Event()
         """The process executes, or never will."""
+        self.starting: asyncio.Task[WorkerProcess] | None = None
         self.drained = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
         self.kill_at = math.inf
@@ -145,11 +146,14 @@ class WorkerPool:
             timings,
             self.agent.store_path,
         )
+        worker.starting = self._loop.create_task(self.agent.parts.starter.start(birth, log_path))
         try:
-            worker.process = await self.agent.parts.starter.start(birth, log_path)
+            worker.process = await worker.starting
         except BaseException:
             self._forget(worker)
             worker.gone.set_result("never started")
+            if worker.life.state == "stopping" and worker.starting.cancelled():
+                raise _given_up(worker) from None
             raise
         finally:
             worker.begun.set()
@@ -191,6 +195,8 @@ class WorkerPool:
         worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
+        if worker.starting is not None:
+            worker.starting.cancel()  # it may wait for a zygote
         await worker.begun.wait()  # what is being executed right now cannot be killed yet, and must not be forgotten
         try:
             if worker.process is not None:
@@ -452,6 +458,15 @@ def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverRea
         actor=worker.spec.label,
         pid=worker.life.pid,
         exit=death.cause,
+    )
+
+
+def _given_up(worker: Worker) -> WorkerNeverReady:
+    return WorkerNeverReady(
+        f"{worker.spec.label} never said hello: it was ended before it was executed",
+        evidence=worker.life.why_stopped,
+        advice="Give it more time with start_timeout_s if it had too little; look at the load of the node.",
+        actor=worker.spec.label,
     )
 
 

@@ -97,7 +97,7 @@ class WorkerRuntime:
         self.host.bind(EndpointInfo(name, thread, False, False), obeying(name, order, masters))
 
     def _construct(self, where: dict[str, str], args: list[Any], kwargs: dict[str, Any]) -> list[list[Any]]:
-        return construct(self.host, where, args, kwargs)
+        return construct(self.host, self.birth.spec.preload or (), where, args, kwargs)
 
     def _close_actor(self) -> None:
         if self.host.actor is not None:
