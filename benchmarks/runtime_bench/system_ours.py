@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,14 @@ class Producer(Actor):
 
 
 @contextlib.asynccontextmanager
-async def _cluster(num_slots: int) -> AsyncIterator[tuple[Controller, LocalAgents]]:
+async def _cluster(
+    num_slots: int, preload: Sequence[str] | None = None
+) -> AsyncIterator[tuple[Controller, LocalAgents]]:
     with tempfile.TemporaryDirectory() as directory:
         config = ControllerConfig(nodes=(_NODE,), run_dir=Path(directory))
         async with (
             Controller(config) as controller,
-            LocalAgents(controller, [_NODE], run_dir=Path(directory), cpu_slots=num_slots) as agents,
+            LocalAgents(controller, [_NODE], run_dir=Path(directory), cpu_slots=num_slots, preload=preload) as agents,
         ):
             await controller.wait_for_nodes()
             yield controller, agents
@@ -153,8 +155,8 @@ async def _bulk(controller: Controller, reporter: Reporter, effort: Effort) -> N
 
 async def _start(reporter: Reporter, effort: Effort) -> None:
     imported = time.perf_counter()
-    async with _cluster(START_SIZE) as (controller, _):
-        mesh = await controller.spawn("torch", TorchUser, dims={"gpus": START_SIZE})
+    async with _cluster(START_SIZE, preload=("torch",)) as (controller, _):
+        mesh = await controller.spawn("torch", TorchUser, dims={"gpus": START_SIZE}, preload=("torch",))
         await mesh.torch_version.call()
         ready = time.perf_counter()
         reporter.sample("start.import", ready - reporter.began)
