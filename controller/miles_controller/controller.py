@@ -177,6 +177,7 @@ class Controller:
 
     def _serve(self) -> None:
         reports = Reports(self)
+        self._owned.callback(reports.close)
         host = ActorHost(self.fabric.node, InlineExecutors(self.fabric.loop))
         endpoints: dict[str, Callable[..., Any]] = {
             **reports.endpoints(),
