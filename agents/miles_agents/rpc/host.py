@@ -266,7 +266,7 @@ class ActorHost:
             return
         reply = self.node.answer_to(request.envelope, wire.REPLY, result)  # may refuse: then the request is still open
         if self.inbox.over(request):
-            self.node.send(reply)
+            self.node.send(reply, at_once=not len(self.inbox))  # with more to do, answers go in batches
 
     def _end_stream(self, request: Request) -> None:
         self._credits.pop(request.key, None)

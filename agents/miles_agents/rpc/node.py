@@ -61,6 +61,7 @@ class RpcNode:
         route: Callable[[Envelope], None],
         *,
         libraries: Libraries = "opaque",
+        routes_from_any_thread: bool = False,
     ) -> None:
         self.address = address
         self.label = label
@@ -70,6 +71,7 @@ class RpcNode:
         self.host: Host | None = None
         self.calls = CallTable()
         self._route = route
+        self._routes_from_any_thread = routes_from_any_thread
         self._windows: dict[tuple[int, str], Window] = {}
         self._held: dict[int, Envelope] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
@@ -155,9 +157,14 @@ class RpcNode:
         body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
         return request.answer(kind, self.address, body, list(own_buffers(buffers)))
 
-    def send(self, envelope: Envelope) -> None:
-        """Send an envelope on its way, after everything that this thread posted before."""
-        if threading.get_ident() == self.thread and not self._posted:
+    def send(self, envelope: Envelope, *, at_once: bool = False) -> None:
+        """Send an envelope on its way, after everything that this thread posted before.
+
+        ``at_once``: from this very thread where the way allows it, which spares waking the loop; else the loop does
+        it, together with what else is posted meanwhile.
+        """
+        is_here = threading.get_ident() == self.thread or (at_once and self._routes_from_any_thread)
+        if is_here and not self._posted:
             self._route(envelope)
         else:
             self.post(lambda: self._route(envelope))

@@ -126,6 +126,7 @@ class AllowList:
 
     def __init__(self) -> None:
         self._nodes: dict[str, str] = {}
+        self._proof_keys: dict[str, bytes] = {}
 
     def __contains__(self, public: object) -> bool:
         return public in self._nodes
@@ -133,8 +134,10 @@ class AllowList:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def add(self, public: str, node: str) -> None:
+    def add(self, public: str, node: str, proof_key: bytes | None = None) -> None:
         """Allow ``public`` for ``node``. A node may have several keys (a new one before the old one goes).
+
+        ``proof_key``: what the key's owner proves itself with on a unix socket (``unix_auth``); None: it cannot.
 
         Raises:
             InvalidKey: not a Z85 key.
@@ -148,14 +151,21 @@ class AllowList:
                 evidence=f"it already belongs to node {holder}",
                 advice="Generate one key pair per node.",
             )
+        if proof_key is not None:
+            self._proof_keys[public] = proof_key
 
     def revoke(self, public: str) -> bool:
         """Forget a key. False: it was not allowed anyway."""
+        self._proof_keys.pop(public, None)
         return self._nodes.pop(public, None) is not None
 
     def node_of(self, public: str) -> str | None:
         """The node that owns a key, or None for a stranger."""
         return self._nodes.get(public)
+
+    def proof_key_of(self, public: str) -> bytes | None:
+        """What the owner of a key has to prove on a unix socket; None if it is not allowed there."""
+        return self._proof_keys.get(public)
 
 
 def _public_of(secret: str) -> str:

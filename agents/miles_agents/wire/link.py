@@ -14,6 +14,7 @@ of a handler: it is counted and logged, and costs the one message that was hande
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,10 +31,15 @@ from miles_agents.wire.link_handlers import (
 )
 from miles_agents.wire.session import LOCAL, Frame, Pace, Session, parse_frame, parse_items
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport
+from miles_agents.wire.turns import current_turn
 
 
 class Peer:
-    """The other end of one session."""
+    """The other end of one session.
+
+    ``send`` may be called from any thread where the transport below allows that; everything else belongs to the loop.
+    The lock guards the session's numbers; nothing is called back while it is held.
+    """
 
     def __init__(
         self, name: str, session: Session, user_id: str, link: _Link, grant: dict[str, Any] | None = None
@@ -45,8 +51,11 @@ class Peer:
         self.connection: Connection | None = None
         self.is_over = False
         self.last_heard = asyncio.get_running_loop().time()
+        self.lock = threading.RLock()
         self._link = link
-        self._flush_scheduled = False
+        self._thread = threading.get_ident()
+        self._flush_is_due = False
+        self._tick_is_open = False
 
     @property
     def is_up(self) -> bool:
@@ -56,39 +65,89 @@ class Peer:
     def send(self, envelope: Envelope) -> None:
         """Send in order, exactly once, now or as soon as window and connection allow.
 
+        The first message of a tick leaves at once, those behind it together at the tick's end; what is sent while
+        messages are read leaves together when they are read.
+
         Raises:
             UnsendableMessage: no peer would take it; nothing was sent.
         """
-        self.session.send(envelope)
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._link.loop.call_soon(self.flush)
+        if threading.get_ident() != self._thread:
+            with self.lock:
+                self._send_now(envelope)
+            return
+        turn = current_turn()
+        if self._flush_is_due or turn.more:
+            with self.lock:
+                self.session.send(envelope)
+            if not self._flush_is_due:
+                self._flush_is_due = True
+                turn.at_end(self.flush)
+            return
+        if not turn.reading:
+            if self._tick_is_open:
+                with self.lock:
+                    self.session.send(envelope)
+                self._flush_is_due = True  # the tick's end is under way
+                return
+            self._tick_is_open = True
+            self._link.loop.call_soon(self._end_tick)
+        with self.lock:
+            self._send_now(envelope)
+
+    def _send_now(self, envelope: Envelope) -> None:
+        if self.connection is None:
+            self.session.send(envelope)
+            return
+        batch = self.session.send_at_once(envelope, self._link.loop.time())
+        if batch is None:
+            self._put()
+        else:
+            self._transmit(batch)
+
+    def _transmit(self, batch: wire.Batch) -> bool:
+        """Hand a batch to the transport; what it does not take has to be sent again."""
+        connection, sent = self.connection, False
+        if connection is not None:
+            try:
+                sent = self._link.transport.send(connection, batch.frames)
+            except Exception as error:  # boundary: what a transport raises must not take down the process's I/O
+                self._link.boundary("sending").caught(error)
+        if not sent:
+            self.session.rewind(batch.first_seq)
+        return sent
+
+    def _end_tick(self) -> None:
+        self._tick_is_open = False
+        if self._flush_is_due:
+            self.flush()
 
     def flush(self) -> None:
         """Put on the wire what may go now."""
-        self._flush_scheduled = False
+        self._flush_is_due = False
+        with self.lock:
+            self._put()
+
+    def _put(self) -> None:
         now = self._link.loop.time()
         while self.connection is not None:
             batch = self.session.next_batch(now)
-            if batch is None:
+            if batch is None or not self._transmit(batch):
                 break
-            sent = False
-            with self._link.boundary("sending"):
-                sent = self._link.transport.send(self.connection, batch.frames)
-            if not sent:
-                self.session.rewind(batch.first_seq)
-                break
-        self.acknowledge()
-
-    def acknowledge(self) -> None:
-        """Acknowledge on its own what no frame of this side has acknowledged in passing for too long."""
         if self.session.ack_due():
             self.control(wire.ACK)
 
-    def control(self, kind: int, payload: Any = None, *, seq: int = 0) -> None:
-        """Send a frame without envelopes, if there is a connection; lost otherwise."""
-        if self.connection is not None:
-            self._link.transport.send(self.connection, self.session.control(kind, payload, seq=seq))
+    def acknowledge(self) -> None:
+        """Acknowledge on its own what no frame of this side has acknowledged in passing for too long."""
+        with self.lock:
+            if self.session.ack_due():
+                self.control(wire.ACK)
+
+    def control(self, kind: int, payload: Any = None, *, seq: int | None = 0) -> None:
+        """Send a frame without envelopes, if there is a connection; lost otherwise. ``seq`` None: the last sent."""
+        with self.lock:
+            if self.connection is not None:
+                number = self.session.last_sent if seq is None else seq
+                self._link.transport.send(self.connection, self.session.control(kind, payload, seq=number))
 
     def say_goodbye(self, reason: str) -> None:
         """Tell the peer that this end leaves in good order."""
@@ -124,11 +183,14 @@ class _Link:
 
     def on_message(self, connection: Connection, frames: Sequence[Buffer], user_id: str) -> None:
         """Transport: a message. Whatever is wrong with it stays with it."""
-        if not self._closed:
-            with self.boundary("reading a message"):
-                if not frames:
-                    raise malformed("a message without frames")
-                self._on_frame(connection, parse_frame(frames[0]), frames, user_id)
+        if self._closed:
+            return
+        try:
+            if not frames:
+                raise malformed("a message without frames")
+            self._on_frame(connection, parse_frame(frames[0]), frames, user_id)
+        except Exception as error:  # boundary: one message must not take down the process's I/O
+            self.boundary("reading a message").caught(error)
 
     def _on_frame(self, connection: Connection, frame: Frame, frames: Sequence[Buffer], user_id: str) -> None:
         raise NotImplementedError
@@ -142,18 +204,23 @@ class _Link:
         if frame.session != session.session_id:
             self.stats.drop("frame of another session")
             return
-        peer.last_heard = self.loop.time()
-        session.on_ack(frame.ack)
+        now = peer.last_heard = self.loop.time()
         kind = frame.kind
         if kind == wire.DATA:
-            self._read_data(peer, frame, frames, handler)
+            self._read_data(peer, frame, frames, handler, now)
+            return
+        with peer.lock:
+            session.on_ack(frame.ack)
+        if kind == wire.ACK:
+            pass
         elif kind == wire.RESEND:
-            session.on_resend(frame.seq)
+            with peer.lock:
+                session.on_resend(frame.seq)
         elif kind == wire.BEAT:
             beat_id, facts = _beat(frame.payload)
             with self.boundary("on_beat"):
                 answer = handler.on_beat(peer, beat_id, facts)
-                peer.control(wire.ANSWER, [beat_id, answer], seq=session.last_sent)
+                peer.control(wire.ANSWER, [beat_id, answer], seq=None)
             self._mend(peer, frame.seq)
         elif kind == wire.ANSWER:
             beat_id, facts = _beat(frame.payload)
@@ -165,25 +232,42 @@ class _Link:
                 raise malformed("GOODBYE carries no text")
             with self.boundary("on_goodbye"):
                 handler.on_goodbye(peer, frame.payload)
-        elif kind != wire.ACK:
+        else:
             self.stats.drop("frame of a kind that this side does not expect")
-        if session.has_sendable():
+        if session.waiting and session.has_sendable():
             peer.flush()
 
-    def _read_data(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler) -> None:
-        session = peer.session
-        items = parse_items(frame.payload, frames[1:], self.loop.time())
-        fresh = session.on_data(frame.seq, items, wire.total_bytes(frames))
-        for envelope in fresh:
-            if self._closed or peer.is_over:
-                break  # an envelope before it ended the session
-            with self.boundary("on_envelope"):
-                handler.on_envelope(peer, envelope)
-        missing = session.missing(frame.seq - 1)
-        if missing is not None:
-            peer.control(wire.RESEND, seq=missing)
-        else:
+    def _read_data(
+        self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler, now: float
+    ) -> None:
+        session, seq = peer.session, frame.seq
+        with peer.lock:
+            session.on_ack(frame.ack)
+        items = parse_items(frame.payload, frames[1:] if len(frames) > 1 else (), now)
+        with peer.lock:
+            fresh = session.on_data(seq, items, wire.total_bytes(frames))
+        turn = current_turn()
+        more = turn.more
+        last = len(fresh) - 1
+        try:
+            for index, envelope in enumerate(fresh):
+                if self._closed or peer.is_over:
+                    break  # an envelope before it ended the session
+                turn.more = more or index < last
+                try:
+                    handler.on_envelope(peer, envelope)
+                except Exception as error:  # boundary: the code above; the envelopes behind this one are others'
+                    self.boundary("on_envelope").caught(error)
+        finally:
+            turn.more = more
+        if seq > session.received:
+            missing = session.missing(seq - 1)
+            if missing is not None:
+                peer.control(wire.RESEND, seq=missing)
+        elif session.ack_due():
             peer.acknowledge()
+        if session.waiting and session.has_sendable():
+            peer.flush()
 
     def _mend(self, peer: Peer, peer_last_sent: int) -> None:
         """A beat tells how far the peer is: ask for what did not come."""
@@ -332,7 +416,7 @@ class LinkDialer(_Link):
             self._greet(min_interval_s=0.9)
         else:
             payload = [self._num_beats, facts]
-            self.peer.control(wire.BEAT, payload, seq=self.peer.session.last_sent)
+            self.peer.control(wire.BEAT, payload, seq=None)
         return self._num_beats
 
     def renew_session(self, session_id: int) -> None:
@@ -389,8 +473,9 @@ class LinkDialer(_Link):
             raise malformed("WELCOME carries no dict with 'received' and 'grant'")
         if self.peer.connection is not None:
             return  # the answer to a HELLO that was sent twice
-        self.peer.session.resume(welcome["received"])
-        self.peer.connection = DIALED
+        with self.peer.lock:
+            self.peer.session.resume(welcome["received"])
+            self.peer.connection = DIALED
         self.peer.last_heard = self.loop.time()
         resumed = self._welcomed
         if not resumed:

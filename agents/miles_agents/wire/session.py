@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from miles_agents.wire.envelope import Envelope, buffer_bytes, check_sendable, is_natural, malformed
+from miles_agents.wire.envelope import Envelope, are_natural, buffer_bytes, check_sendable, is_natural, malformed
 from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
 from miles_agents.wire.transport import Buffer
 
@@ -51,6 +51,7 @@ BATCH_MESSAGES = 256
 BATCH_BYTES = 1024 * 1024
 ACK_MESSAGES = 64
 ACK_BYTES = 4 * 1024 * 1024
+_tuple = tuple.__new__
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +119,23 @@ def parse_frame(data: Buffer) -> Frame:
     if type(plain) is not list or len(plain) != 6:
         raise malformed("a link frame is not an array of 6 fields")
     version, kind, session, seq, ack, payload = plain
-    if type(version) is not int or version != VERSION:
+    if version != VERSION or type(version) is not int:
         # Only a number is quoted: the repr of what a stranger nested deeply enough raises.
         raise malformed(f"protocol version {version if is_natural(version) else '?'}, this side speaks {VERSION}")
-    for number in (kind, session, seq, ack):
-        if not is_natural(number):
-            raise malformed("a numeric field of a link frame is not a natural number")
+    if not are_natural((kind, session, seq, ack)):
+        raise malformed("a numeric field of a link frame is not a natural number")
     if not HELLO <= kind <= GOODBYE:
         raise malformed("a link frame of unknown kind")
     if kind in (DATA, RESEND) and seq == 0:
         raise malformed("a number of an envelope is 0; they begin at 1")
-    return Frame(kind, session, seq, ack, payload)
+    return _tuple(Frame, (kind, session, seq, ack, payload))
 
 
 def parse_items(payload: Any, buffers: Sequence[Buffer], now: float) -> list[Item]:
     """The items of a DATA frame with the buffers that belong to each. Raises MalformedFrame."""
     if type(payload) is not list:
         raise malformed("the payload of DATA is not a list")
-    items = []
+    items: list[Item] = []
     used = 0
     for plain in payload:
         item, taken = item_from_plain(plain, buffers[used:] if used else buffers, now)
@@ -158,7 +158,9 @@ class Session:
         self._assembly = Assembly()
         self._next_seq = 1
         self._highest_sent = 0
-        self._waiting: deque[Numbered] = deque()
+        self.waiting: deque[Numbered] = deque()
+        """Accepted, not on the wire yet."""
+        self._packer = msgpack.Packer()
         self._unacked: deque[Numbered] = deque()
         self._unacked_bytes = 0
         self._ack_owed_messages = 0
@@ -170,14 +172,14 @@ class Session:
     @property
     def last_sent(self) -> int:
         """Highest number that was put on the wire at least once and not taken back."""
-        if self._waiting:
-            return self._waiting[0].seq - 1
+        if self.waiting:
+            return self.waiting[0].seq - 1
         return self._next_seq - 1
 
     @property
     def num_unacknowledged(self) -> int:
         """Items that the peer has not acknowledged, sent or not."""
-        return len(self._unacked) + len(self._waiting)
+        return len(self._unacked) + len(self.waiting)
 
     def send(self, envelope: Envelope) -> None:
         """Accept an envelope: give it its number (or numbers) and keep it until the peer has it.
@@ -193,27 +195,50 @@ class Session:
             for item in cut(envelope, fragment_bytes):
                 self._number(item)
 
+    def send_at_once(self, envelope: Envelope, now: float) -> Batch | None:
+        """Accept an envelope like ``send``; if it is one item and may go now, it is the DATA message returned.
+
+        Raises:
+            UnsendableMessage: no peer would take it. It got no number.
+        """
+        num_bytes = envelope.num_bytes
+        pace = self._pace
+        whole = pace.fragment_bytes is None or num_bytes <= pace.fragment_bytes
+        if self.waiting or not whole or not self._fits(num_bytes):
+            self.send(envelope)
+            return None
+        check_sendable(envelope)
+        seq = self._next_seq
+        self._next_seq = seq + 1
+        self._unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
+        self._unacked_bytes += num_bytes
+        if seq > self._highest_sent:
+            self._highest_sent = seq
+        self._ack_owed_messages = self._ack_owed_bytes = 0
+        head = self._packer.pack((VERSION, DATA, self.session_id, seq, self.received, [envelope.to_plain(now)]))
+        return _tuple(Batch, (seq, [head, *envelope.buffers]))
+
     def _number(self, item: Item) -> None:
-        self._waiting.append(Numbered(self._next_seq, item, item.num_bytes))
+        self.waiting.append(Numbered(self._next_seq, item, item.num_bytes))
         self._next_seq += 1
 
     def has_sendable(self) -> bool:
         """Whether ``next_batch`` would return something."""
-        return bool(self._waiting) and self._fits(self._waiting[0].num_bytes)
+        return bool(self.waiting) and self._fits(self.waiting[0].num_bytes)
 
     def next_batch(self, now: float) -> Batch | None:
         """The next DATA message that the window allows, or None. It counts as sent."""
         if not self.has_sendable():
             return None
-        first = self._waiting[0].seq
+        first = self.waiting[0].seq
         plains: list[Any] = []
         buffers: list[Buffer] = []
         total = 0
-        while self._waiting and len(plains) < BATCH_MESSAGES:
-            numbered = self._waiting[0]
+        while self.waiting and len(plains) < BATCH_MESSAGES:
+            numbered = self.waiting[0]
             if plains and (total + numbered.num_bytes > BATCH_BYTES or not self._fits(numbered.num_bytes)):
                 break
-            self._waiting.popleft()
+            self.waiting.popleft()
             self._unacked.append(numbered)
             self._unacked_bytes += numbered.num_bytes
             total += numbered.num_bytes
@@ -228,17 +253,22 @@ class Session:
         while self._unacked and self._unacked[-1].seq >= seq:
             numbered = self._unacked.pop()
             self._unacked_bytes -= numbered.num_bytes
-            self._waiting.appendleft(numbered)
+            self.waiting.appendleft(numbered)
             self.stats.resent += 1
 
     def on_ack(self, ack: int) -> None:
         """The peer has everything up to ``ack``. Raises MalformedFrame if that was never sent; nothing changes then."""
         if not 0 <= ack <= self._highest_sent:
             raise malformed("a peer acknowledges what was never sent")
+        if self._unacked:
+            if self._unacked[0].seq > ack:
+                return
+        elif not self.waiting:
+            return
         while self._unacked and self._unacked[0].seq <= ack:
             self._unacked_bytes -= self._unacked.popleft().num_bytes
-        while not self._unacked and self._waiting and self._waiting[0].seq <= ack:
-            self._waiting.popleft()
+        while not self._unacked and self.waiting and self.waiting[0].seq <= ack:
+            self.waiting.popleft()
 
     def on_resend(self, seq: int) -> None:
         """The peer misses ``seq``. Only the first number that it did not acknowledge can be missing: more is stale."""
@@ -261,7 +291,7 @@ class Session:
         if seq > self.received + 1:
             self.stats.gaps += 1
             return []
-        fresh = items[self.received + 1 - seq :]
+        fresh = items[self.received + 1 - seq :] if seq <= self.received else items
         envelopes = self._assembly.take(fresh)
         self.stats.repeated += len(items) - len(fresh)
         self.received += len(fresh)

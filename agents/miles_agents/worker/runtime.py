@@ -47,7 +47,7 @@ class WorkerRuntime:
         self._left = False
         self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello)
         address = Address(spec.mesh, spec.rank, spec.incarnation)
-        self.node = RpcNode(address, spec.label, self.link.peer.send, libraries="import")
+        self.node = RpcNode(address, spec.label, self.link.peer.send, libraries="import", routes_from_any_thread=True)
         self.host = ActorHost(self.node, executors)
         info = MeshInfo(CONTROLLER_MESH, "controller", {0: spec.controller_incarnation})
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
@@ -79,7 +79,7 @@ class WorkerRuntime:
         self._bind("__stack__", "io", thread_stacks, master, Address(AGENT_MESH, *birth.agent))
 
     def start(self, dial: Callable[[Any], Transport]) -> None:
-        """Dial the agent and begin to beat."""
+        """Dial the agent and begin to beat. The transport takes messages from any thread."""
         self.link.attach(dial)
         self._tick()
 
