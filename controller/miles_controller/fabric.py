@@ -234,10 +234,10 @@ class Fabric:
         return node
 
     def _speaks_for(self, node: Node, source: Address) -> bool:
-        if source == node.address:
+        route = self.workers.get(source[:2])
+        if route is not None and route.node is node and route.address == source:
             return True
-        route = self.workers.get((source.mesh, source.rank))
-        return route is not None and route.node is node and route.address == source
+        return source == node.address
 
     # -- what the link says ----------------------------------------------------------------------------------
 

@@ -251,6 +251,9 @@ class Agent:
         if self._early is not None:  # an order can be in the same batch as the WELCOME
             self._early.append(envelope)
             return
+        if len(envelope.targets) == 3:
+            self._on_single(envelope, envelope.target)
+            return
         receivers = envelope.receivers()
         here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
         if here:
@@ -259,6 +262,16 @@ class Agent:
             for target in receivers:
                 if target not in here:
                     self._answer_unknown(envelope, target)
+
+    def _on_single(self, envelope: Envelope, target: Target) -> None:
+        hop = self._resolve(envelope.mesh, target)
+        if hop is self.uplink:
+            if envelope.kind == CALL:
+                self._answer_unknown(envelope, target)
+        elif isinstance(hop, MilesError):
+            self.switch.route(envelope)
+        else:
+            self.switch.forward(hop, envelope, target)
 
     def _serve_what_waited(self) -> None:
         waited, self._early = self._early, None

@@ -64,6 +64,8 @@ class Worker:
         self.process: WorkerProcess | None = None
         self.facts: dict[str, Any] = {}
         self.dead: WorkerDied | None = None
+        self.heard_until = -math.inf
+        """Loop time up to which its messages are no news of its life."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[str] = loop.create_future()
@@ -289,8 +291,11 @@ class WorkerPool:
         if worker is None or envelope.source != worker.address:
             self.link.stats.drop("message in another's name")
             return
-        self._step(worker, Heard())
         self.agent.switch.route(envelope)
+        now = peer.last_heard
+        if now >= worker.heard_until:  # it was heard a moment ago: nothing new
+            worker.heard_until = now + self.agent.timings.beat_s / 4
+            self._step(worker, Heard())
 
     def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
         """A worker lives."""

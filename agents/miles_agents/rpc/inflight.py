@@ -7,12 +7,12 @@ death of its receiver or its sender, whichever comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from miles_agents.wire.envelope import CALL, END, ERROR, ONE_WAY, REPLY, STARTED, Address, Envelope
 
-_LAST_ANSWERS = frozenset({REPLY, ERROR, END})
+_LAST_ANSWERS = frozenset({REPLY, ERROR, END, STARTED})
+_tuple = tuple.__new__
 
 
 class RequestKey(NamedTuple):
@@ -22,8 +22,7 @@ class RequestKey(NamedTuple):
     rid: int
 
 
-@dataclass(slots=True)
-class Passed:
+class Passed(NamedTuple):
     """A request that was passed on to one receiver."""
 
     key: RequestKey
@@ -42,6 +41,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._by_receiver: dict[Address, dict[RequestKey, Passed]] = {}
+        self._by_sender: dict[Address, dict[Address, int]] = {}  # how many requests of a sender a receiver owes
         self._longest: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -51,40 +51,63 @@ class InFlight:
         """A call was passed on to a receiver."""
         if envelope.kind != CALL:
             return
-        key = RequestKey(envelope.source, envelope.rid)
+        source = envelope.source
+        key = _tuple(RequestKey, (source, envelope.rid))
         requests = self._by_receiver.get(receiver)
         if requests is None:
             requests = self._by_receiver[receiver] = {}
-        requests[key] = Passed(key, receiver, envelope.method, now, envelope.trace)
+        requests[key] = _tuple(Passed, (key, receiver, envelope.method, now, envelope.trace))
+        receivers = self._by_sender.get(source)
+        if receivers is None:
+            receivers = self._by_sender[source] = {}
+        receivers[receiver] = receivers.get(receiver, 0) + 1
 
     def answered(self, envelope: Envelope, now: float) -> None:
         """An answer passes on its way back."""
-        if envelope.kind not in _LAST_ANSWERS and envelope.kind != STARTED:
+        if envelope.kind not in _LAST_ANSWERS:
             return
-        requests = self._by_receiver.get(envelope.source)
+        receiver = envelope.source
+        requests = self._by_receiver.get(receiver)
         if requests is None:
             return
-        targets = envelope.targets
-        key = RequestKey(Address(envelope.mesh, targets[0], targets[1]), envelope.rid)
-        passed = requests.pop(key, None)
-        if passed is not None:
+        rank, incarnation = envelope.targets[:2]
+        sender = _tuple(Address, (envelope.mesh, rank, incarnation))
+        passed = requests.pop(_tuple(RequestKey, (sender, envelope.rid)), None)
+        if passed is None:
+            return
+        if now - passed.since > self._longest.get(passed.method, 0.0):
             self._remember(passed, now)
+        self._forget(sender, receiver)
         if not requests:
-            del self._by_receiver[envelope.source]
+            del self._by_receiver[receiver]
 
     def receiver_died(self, receiver: Address) -> list[Passed]:
         """The receiver is gone: these requests have to be answered, oldest first."""
-        return list(self._by_receiver.pop(receiver, {}).values())
+        gone = list(self._by_receiver.pop(receiver, {}).values())
+        for passed in gone:
+            self._forget(passed.key.source, receiver)
+        return gone
 
     def sender_died(self, sender: Address) -> list[Passed]:
         """Nobody waits for these any more: their receivers are to be told to stop."""
         orphans = []
-        for receiver in list(self._by_receiver):
+        for receiver in self._by_sender.pop(sender, {}):
             requests = self._by_receiver[receiver]
             orphans += [requests.pop(key) for key in list(requests) if key.source == sender]
             if not requests:
                 del self._by_receiver[receiver]
         return orphans
+
+    def _forget(self, sender: Address, receiver: Address) -> None:
+        """One request fewer between the two."""
+        receivers = self._by_sender[sender]
+        left = receivers[receiver] - 1
+        if left:
+            receivers[receiver] = left
+            return
+        del receivers[receiver]
+        if not receivers:
+            del self._by_sender[sender]
 
     def pending_at(self, receiver: Address) -> list[Passed]:
         """Requests that the receiver has not answered, oldest first."""
@@ -101,11 +124,9 @@ class InFlight:
         return found
 
     def _remember(self, passed: Passed, now: float) -> None:
-        took = now - passed.since
-        if took > self._longest.get(passed.method, 0.0):
-            self._longest[passed.method] = took
-            if len(self._longest) > MAX_METHODS:
-                del self._longest[min(self._longest, key=self._longest.__getitem__)]
+        self._longest[passed.method] = now - passed.since
+        if len(self._longest) > MAX_METHODS:
+            del self._longest[min(self._longest, key=self._longest.__getitem__)]
 
 
 def expects_answer(envelope: Envelope) -> bool:

@@ -113,26 +113,23 @@ class RpcNode:
         context = find_call()
         now = self.loop.time()
         deadline = None if timeout_s is None else now + timeout_s
-        if context is not None and context.deadline is not None:
-            deadline = context.deadline if deadline is None else min(deadline, context.deadline)
-        trace = context.trace if context is not None else random.getrandbits(63)
+        if context is not None:
+            trace = context.trace
+            if context.deadline is not None:
+                deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+        else:
+            trace = random.getrandbits(63)
+        count = len(targets)
+        flat = tuple(targets[0]) if count == 1 else _flat(targets)
         envelope = Envelope(
-            wire.CALL,
-            rid,
-            self.address,
-            mesh,
-            _flat(targets),
-            len(targets),
-            method,
-            deadline,
-            flags,
-            trace,
-            body,
-            list(buffers),
-        )
+            wire.CALL, rid, self.address, mesh, flat, count, method, deadline, flags, trace, body, list(buffers)
+        )  # fmt: skip
         owing = {target.rank: target for target in targets}
         call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes, lane=lane)
-        self.post(lambda: self._begin(call, envelope))
+        if threading.get_ident() == self.thread and not self._posted:
+            self._begin(call, envelope)
+        else:
+            self.post(lambda: self._begin(call, envelope))
         return rid
 
     def cancel(self, rid: int, *, wait: bool) -> None:
@@ -271,9 +268,10 @@ class RpcNode:
         if not self.calls.is_owed(rid, source):
             return
         if kind == wire.REPLY:
-            value = self._decoded(envelope)
-            if isinstance(value, _Failed):
-                self._on_error(rid, source, value.error)
+            try:
+                value = decode(envelope.body, envelope.buffers, libraries=self.libraries)
+            except MilesError as error:
+                self._on_error(rid, source, error)
             else:
                 self._ended(self.calls.value(rid, source, value))
         elif kind == wire.STARTED:
@@ -351,15 +349,19 @@ class RpcNode:
     def _ended(self, call: OpenCall | None) -> None:
         if call is None:
             return
-        timer = self._deadlines.pop(call.rid, None)
-        if timer is not None:
-            timer.cancel()
-        self._held.pop(call.rid, None)
+        if self._deadlines:
+            timer = self._deadlines.pop(call.rid, None)
+            if timer is not None:
+                timer.cancel()
+        if self._held:
+            self._held.pop(call.rid, None)
         window = self._windows[call.mesh, call.lane]
-        was_idle = not self._ready
-        self._ready += window.leave(call.rid, call.num_bytes)
-        if was_idle and self._ready:
-            self._release()
+        ready = window.leave(call.rid, call.num_bytes)
+        if ready:
+            was_idle = not self._ready
+            self._ready += ready
+            if was_idle:
+                self._release()
 
     def _release(self) -> None:
         # Sending may end calls at once and make more ready: they queue behind, so that order holds and no stack grows.

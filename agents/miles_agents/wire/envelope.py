@@ -47,9 +47,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024 * 1024
 MAX_BUFFERS = 100_000
 MAX_NUMBER = 2**63 - 1
 """Numbers of an envelope lie between 0 and this."""
-_MAX_REMAINING_MS = 2**53
-_REMAINING = 9
-"""Where the wire form has the remaining milliseconds."""
+MAX_REMAINING_MS = 2**53
 _INTS = {int}
 _tuple = tuple.__new__
 """Makes a named tuple without the detour through its own, slower constructor."""
@@ -98,8 +96,8 @@ class Envelope:
     trace: int = 0
     body: bytes = b""
     buffers: list[Buffer] = field(default_factory=list)
-    plain: list[Any] | None = field(default=None, compare=False, repr=False)
-    """The wire form that it came in, which was checked then: a hop passes it on as it is."""
+    short: bytes | None = field(default=None, compare=False, repr=False)
+    """Its part of the short frame that it came in (``wire/short_frame.py``): a hop passes it on as it is."""
 
     @property
     def num_bytes(self) -> int:
@@ -143,10 +141,7 @@ class Envelope:
         remaining = NO_DEADLINE
         if self.deadline is not None:
             # An infinite deadline is a number too; min() makes it one that fits.
-            remaining = int(max(0.0, min((self.deadline - now) * 1000, _MAX_REMAINING_MS)))
-        if self.plain is not None:
-            self.plain[_REMAINING] = remaining
-            return self.plain
+            remaining = int(max(0.0, min((self.deadline - now) * 1000, MAX_REMAINING_MS)))
         source = self.source
         sizes = [buffer_bytes(buffer) for buffer in self.buffers]
         return [
@@ -161,7 +156,7 @@ def check_sendable(envelope: Envelope) -> None:
     Raises:
         UnsendableMessage: ``envelope_from_plain`` would refuse its wire form, or a frame would be too large.
     """
-    if envelope.plain is not None:
+    if envelope.short is not None:
         return  # it was checked when it came
     why = _unsendable(envelope)
     if why:
@@ -238,7 +233,7 @@ def envelope_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tu
         raise malformed("a number of an envelope is not a natural number")
     if kind not in KIND_NAMES:
         raise malformed("an envelope of unknown kind")
-    if type(remaining) is not int or not NO_DEADLINE <= remaining <= _MAX_REMAINING_MS:
+    if type(remaining) is not int or not NO_DEADLINE <= remaining <= MAX_REMAINING_MS:
         raise malformed("an envelope's remaining milliseconds are out of range")
     if type(method) is not str or type(body) is not bytes or len(method) > MAX_METHOD_CHARS:
         raise malformed("an envelope's method or body has the wrong type")
@@ -246,7 +241,7 @@ def envelope_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tu
     deadline = None if remaining == NO_DEADLINE else now + remaining / 1000
     source = _tuple(Address, (src_mesh, src_rank, src_inc))
     envelope = Envelope(
-        kind, rid, source, mesh, tuple(targets), size, method, deadline, flags, trace, body, taken, plain
+        kind, rid, source, mesh, tuple(targets), size, method, deadline, flags, trace, body, taken
     )  # fmt: skip
     return envelope, len(taken)
 

@@ -38,8 +38,17 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from miles_agents.wire.envelope import Envelope, are_natural, buffer_bytes, check_sendable, is_natural, malformed
+from miles_agents.wire.envelope import (
+    MAX_MESSAGE_BYTES,
+    Envelope,
+    are_natural,
+    buffer_bytes,
+    check_sendable,
+    is_natural,
+    malformed,
+)
 from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
+from miles_agents.wire.short_frame import pack_envelope, pack_short
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -154,13 +163,15 @@ class Session:
         self.stats = SessionStats()
         self.received = 0
         self._pace = pace
+        self._whole_bytes = MAX_MESSAGE_BYTES if pace.fragment_bytes is None else pace.fragment_bytes
+        self._max_unacked = pace.window_messages
+        self._max_bytes = pace.window_bytes
         self._ack_bytes = min(ACK_BYTES, pace.window_bytes // 8)
         self._assembly = Assembly()
         self._next_seq = 1
         self._highest_sent = 0
         self.waiting: deque[Numbered] = deque()
         """Accepted, not on the wire yet."""
-        self._packer = msgpack.Packer()
         self._unacked: deque[Numbered] = deque()
         self._unacked_bytes = 0
         self._ack_owed_messages = 0
@@ -202,20 +213,27 @@ class Session:
             UnsendableMessage: no peer would take it. It got no number.
         """
         num_bytes = envelope.num_bytes
-        pace = self._pace
-        whole = pace.fragment_bytes is None or num_bytes <= pace.fragment_bytes
-        if self.waiting or not whole or not self._fits(num_bytes):
+        unacked = self._unacked
+        if (
+            self.waiting
+            or num_bytes > self._whole_bytes
+            or (unacked and (len(unacked) >= self._max_unacked or self._unacked_bytes + num_bytes > self._max_bytes))
+        ):
             self.send(envelope)
             return None
-        check_sendable(envelope)
+        packed = pack_envelope(envelope, now)
+        if packed is None:
+            check_sendable(envelope)
         seq = self._next_seq
         self._next_seq = seq + 1
-        self._unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
+        unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
         self._unacked_bytes += num_bytes
         if seq > self._highest_sent:
             self._highest_sent = seq
         self._ack_owed_messages = self._ack_owed_bytes = 0
-        head = self._packer.pack((VERSION, DATA, self.session_id, seq, self.received, [envelope.to_plain(now)]))
+        if packed is not None:
+            return _tuple(Batch, (seq, [pack_short(VERSION, self.session_id, seq, self.received, packed)]))
+        head = pack_frame(DATA, self.session_id, seq, self.received, [envelope.to_plain(now)])
         return _tuple(Batch, (seq, [head, *envelope.buffers]))
 
     def _number(self, item: Item) -> None:
@@ -300,6 +318,22 @@ class Session:
         self._ack_owed_bytes += num_bytes
         return envelopes
 
+    def take_next(self, seq: int, ack: int, num_bytes: int) -> bool:
+        """``on_ack`` and ``on_data`` in one, for a frame with one whole envelope that is the next: nearly all are.
+
+        False: it is not the next, or the numbers need a closer look; nothing was changed.
+        """
+        unacked = self._unacked
+        if seq != self.received + 1 or self.waiting or not self._assembly.is_idle or ack > self._highest_sent:
+            return False
+        while unacked and unacked[0].seq <= ack:
+            self._unacked_bytes -= unacked.popleft().num_bytes
+        self.received += 1
+        self.stats.delivered += 1
+        self._ack_owed_messages += 1
+        self._ack_owed_bytes += num_bytes
+        return True
+
     def missing(self, peer_last_sent: int) -> int | None:
         """First number to ask for again, given how far the peer says it is; None if nothing is to be asked.
 
@@ -331,8 +365,7 @@ class Session:
     def _fits(self, num_bytes: int) -> bool:
         if not self._unacked:
             return True
-        pace = self._pace
-        return len(self._unacked) < pace.window_messages and self._unacked_bytes + num_bytes <= pace.window_bytes
+        return len(self._unacked) < self._max_unacked and self._unacked_bytes + num_bytes <= self._max_bytes
 
 
 def total_bytes(frames: Sequence[Buffer]) -> int:

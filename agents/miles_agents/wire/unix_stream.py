@@ -25,12 +25,11 @@ MAX_FRAMES = 110_000
 """More than a batch of envelopes can have."""
 _SCRATCH_BYTES = 512 * 1024
 """The sizes of the most frames have to fit."""
-_JOINED_BYTES = 64 * 1024
+_JOINED_BYTES = SMALL_BYTES = 64 * 1024
 """Messages up to this size are copied together, because one small write is faster than a vector of pieces."""
 _VECTOR = 512
 """Pieces for one ``sendmsg``; the kernel takes 1024."""
 _READS_PER_TURN = 16
-_WORD = struct.Struct("<I")
 _SINGLE = struct.Struct("<II")
 
 
@@ -81,12 +80,10 @@ class Stream:
     def send(self, frames: Sequence[bytes | memoryview]) -> bool:
         """Send a message of flat frames, or keep what does not fit now. False: the stream is over."""
         sizes = [len(frame) for frame in frames]
-        total = sum(sizes)
-        if len(frames) == 1:
-            head = _SINGLE.pack(1, total)
-        else:
-            head = struct.pack(f"<{len(frames) + 1}I", len(frames), *sizes)
-        pieces = [b"".join([head, *frames])] if total <= _JOINED_BYTES else [head, *filter(len, frames)]
+        head = struct.pack(f"<{len(frames) + 1}I", len(frames), *sizes)
+        if sum(sizes) <= _JOINED_BYTES:
+            return self._send_piece(b"".join([head, *frames]))
+        pieces = [head, *filter(len, frames)]
         with self._lock:
             if self.closed:
                 return False
@@ -99,12 +96,32 @@ class Stream:
                 return False  # the reader finds the end, after what came before it
             return True
 
+    def send_small(self, frame: bytes) -> bool:
+        """``send`` for one small frame: nearly all messages are such."""
+        return self._send_piece(_SINGLE.pack(1, len(frame)) + frame)
+
+    def _send_piece(self, piece: bytes) -> bool:
+        with self._lock:
+            if self._out or self.closed:
+                if not self.closed:
+                    self._out.append(memoryview(piece))
+                return not self.closed
+            try:
+                sent = self._send(piece)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return False  # see send
+            if sent < len(piece):
+                self._keep([piece], sent)
+            return True
+
     def _write(self, pieces: Sequence[bytes | memoryview]) -> None:
         """As much as the socket takes; the rest is kept."""
         for start in range(0, len(pieces), _VECTOR):
             some = pieces[start : start + _VECTOR]
             try:
-                sent = self._send(some[0]) if len(some) == 1 else self._socket.sendmsg(some)
+                sent = self._socket.sendmsg(some)
             except BlockingIOError:
                 sent = 0
             if sent < sum(map(len, some)):
@@ -157,45 +174,44 @@ class Stream:
 
     def _on_readable(self) -> None:
         turn = current_turn()
-        is_ours = turn.begin()
+        is_ours = not turn.reading
+        turn.reading = True
         try:
+            # A read that did not fill the buffer has emptied the socket; the loop reports what comes after it.
             for _ in range(_READS_PER_TURN):
-                if not self._read_some():
+                if self._partial is not None:
+                    if not self._read(self._partial.room):
+                        break
+                elif self._rest:
+                    kept = len(self._rest)
+                    _scratch.view[:kept] = self._rest
+                    if kept + self._read(_scratch.view[kept:], kept) < _SCRATCH_BYTES:
+                        break
+                elif self._read(_scratch.view) < _SCRATCH_BYTES:
                     break
+        except BrokenStream as error:
+            self._end(f"not our protocol: {error}")
         finally:
             if is_ours:
                 turn.end()
 
-    def _read_some(self) -> bool:
-        """One read. True: there may be more to read."""
-        partial = self._partial
-        view = _scratch.view
-        kept = len(self._rest)
+    def _read(self, room: memoryview, kept: int = 0) -> int:
+        """One read, and what it brought. 0: there is nothing (more) to read."""
         try:
-            if partial is not None:
-                num_read = self._recv_into(partial.room)
-            else:
-                if kept:
-                    view[:kept] = self._rest
-                num_read = self._recv_into(view[kept:] if kept else view)
+            num_read = self._recv_into(room)
         except BlockingIOError:
-            return False
+            return 0
         except OSError as error:
             self._end(f"{type(error).__name__}: {error}")
-            return False
+            return 0
         if not num_read:
             self._end("the peer closed the connection")
-            return False
-        try:
-            if partial is not None:
-                self._fill(partial, num_read)
-                return not self.closed
+        elif self._partial is not None:
+            self._fill(self._partial, num_read)
+        else:
             self._rest = b""
             self._parse(kept + num_read)
-        except BrokenStream as error:
-            self._end(f"not our protocol: {error}")
-        # A read that did not fill the buffer has emptied the socket; the loop reports what comes after it.
-        return not self.closed and kept + num_read == _SCRATCH_BYTES
+        return 0 if self.closed else num_read
 
     def _fill(self, partial: _Partial, num_read: int) -> None:
         if partial.took(num_read):
@@ -204,25 +220,32 @@ class Stream:
 
     def _parse(self, end: int) -> None:
         """The messages in the scratch buffer; what is left of an incomplete one is put aside."""
-        turn, view, data, start = current_turn(), _scratch.view, _scratch.bytes, 0
-        while end - start >= 4:
-            (count,) = _WORD.unpack_from(data, start)
-            if not 0 < count <= MAX_FRAMES:
-                raise BrokenStream(f"a message of {count} frames")
-            body = start + 4 + 4 * count
-            if body > end:
-                break
-            sizes = _WORD.unpack_from(data, start + 4) if count == 1 else struct.unpack_from(f"<{count}I", data, start + 4)
-            if max(sizes) > self._max_frame_bytes:
-                raise BrokenStream(f"a frame of {max(sizes)} bytes; limit {self._max_frame_bytes}")
-            after = body + sum(sizes)
-            if after > end:
-                if after - start > _JOINED_BYTES:
+        view, data, start = _scratch.view, _scratch.bytes, 0
+        turn = current_turn()
+        while end - start >= _SINGLE.size:
+            count, size = _SINGLE.unpack_from(data, start)
+            if count == 1 and size < ZERO_COPY_BYTES:  # nearly all messages are such
+                body = start + _SINGLE.size
+                after = body + size
+                if after > end:
+                    break
+                frames: list[Buffer] = [bytes(view[body:after])]
+            else:
+                body, sizes = self._sizes(start, end, count)
+                after = body + sum(sizes)
+                if not sizes:
+                    break
+                if after > end:
+                    if after - start <= _JOINED_BYTES:
+                        break
                     self._begin_partial(sizes, view[body:end])
                     return
-                break
+                frames = _cut(view, body, sizes)
             turn.more = after < end
-            self._deliver(_cut(view, body, sizes))
+            try:
+                self.on_frames(frames)
+            except Exception as error:  # noqa: BLE001 - boundary: one message of many; those behind it are others'
+                self._report(error)
             if self.closed:
                 return
             start = after
@@ -230,6 +253,18 @@ class Stream:
             self._rest = bytes(view[start:end])
             if len(self._rest) >= _SCRATCH_BYTES:
                 raise BrokenStream("the sizes of a message do not fit into the buffer")
+
+    def _sizes(self, start: int, end: int, count: int) -> tuple[int, Sequence[int]]:
+        """Where the frames of the message at ``start`` begin, and their sizes; none if these have not come yet."""
+        if not 0 < count <= MAX_FRAMES:
+            raise BrokenStream(f"a message of {count} frames")
+        body = start + 4 + 4 * count
+        if body > end:
+            return body, ()
+        sizes = struct.unpack_from(f"<{count}I", _scratch.bytes, start + 4)
+        if max(sizes) > self._max_frame_bytes:
+            raise BrokenStream(f"a frame of {max(sizes)} bytes; limit {self._max_frame_bytes}")
+        return body, sizes
 
     def _begin_partial(self, sizes: Sequence[int], have: memoryview) -> None:
         partial = _Partial(sizes)
@@ -244,8 +279,11 @@ class Stream:
     def _deliver(self, frames: list[Buffer]) -> None:
         try:
             self.on_frames(frames)
-        except Exception as error:  # noqa: BLE001 - boundary: one message of many; those behind it are others'
-            self._loop.call_exception_handler({"message": "a message handler failed", "exception": error})
+        except Exception as error:  # noqa: BLE001 - boundary: as in _parse
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": "a message handler failed", "exception": error})
 
     # -- the end ---------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from miles_agents.wire.frames import AddressUnavailable, flat_frames
@@ -33,7 +34,7 @@ from miles_agents.wire.transport import (
     TransportStats,
 )
 from miles_agents.wire.unix_auth import AcceptorProof, DialerProof
-from miles_agents.wire.unix_stream import Stream
+from miles_agents.wire.unix_stream import SMALL_BYTES, Stream
 from miles_agents.wire.zmq_auth import check_ipc_directory, split_address
 
 NAME_PREFIX = b"u"
@@ -115,14 +116,15 @@ class UnixAcceptor:
         Raises:
             UnsendableMessage: the message can be sent to nobody.
         """
-        flat, size = flat_frames(frames, self._max_frame_bytes)
         known = self._accepted.get(connection)
-        if known is None or known.user_id is None or known.stream is None or not known.stream.send(flat):
-            if not self._closed:
-                self._stats.unsendable += 1
+        stats = self._stats
+        stream = None if known is None or known.user_id is None else known.stream
+        sent, size = _send(stream, frames, self._max_frame_bytes)
+        if not sent:
+            stats.unsendable += not self._closed
             return False
-        self._stats.sent_messages += 1
-        self._stats.sent_bytes += size
+        stats.sent_messages += 1
+        stats.sent_bytes += size
         return True
 
     def close(self) -> None:
@@ -164,8 +166,8 @@ class UnixAcceptor:
         known.stream = Stream(
             sock,
             self._max_frame_bytes,
-            lambda frames: self._on_frames(known, frames),
-            lambda why: self._on_end(known, why),
+            partial(self._on_frames, known),
+            partial(self._on_end, known),
         )
         if self._allow is not None:
             known.proof = AcceptorProof(self._allow)
@@ -179,12 +181,12 @@ class UnixAcceptor:
         if user_id is None:
             self._on_proof(known, frames)
             return
-        if self._allow is not None and user_id not in self._allow:
+        if self._allow is not None and user_id not in self._allow.nodes:
             self._refuse("a message under a key that is not allowed (any more)")
             return
         stats = self._stats
         stats.received_messages += 1
-        stats.received_bytes += sum(map(len, frames))
+        stats.received_bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self._handler.on_message(known.name, frames, user_id)
 
     def _on_proof(self, known: _Accepted, frames: list[Buffer]) -> None:
@@ -277,11 +279,10 @@ class UnixDialer:
         Raises:
             UnsendableMessage: the message can be sent to nobody.
         """
-        flat, size = flat_frames(frames, self._max_frame_bytes)
-        stream = self._stream
-        if connection != DIALED or not self._is_up or stream is None or not stream.send(flat):
-            if not self._closed:
-                self._stats.unsendable += 1
+        stream = self._stream if self._is_up and connection == DIALED else None
+        sent, size = _send(stream, frames, self._max_frame_bytes)
+        if not sent:
+            self._stats.unsendable += not self._closed
             return False
         self._stats.sent_messages += 1
         self._stats.sent_bytes += size
@@ -323,7 +324,7 @@ class UnixDialer:
             return
         stats = self._stats
         stats.received_messages += 1
-        stats.received_bytes += sum(map(len, frames))
+        stats.received_bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self._handler.on_message(DIALED, frames, "")
 
     def _on_proof(self, frames: list[Buffer]) -> None:
@@ -359,6 +360,16 @@ class UnixDialer:
         if not self._closed:
             self._timer = self._loop.call_later(self._pause_s, self._dial)
             self._pause_s = min(2 * self._pause_s, _REDIAL_S[1])
+
+
+def _send(stream: Stream | None, frames: Sequence[Buffer], max_frame_bytes: int) -> tuple[bool, int]:
+    """Whether a message was taken, and its size. Raises UnsendableMessage."""
+    if len(frames) == 1:
+        frame = frames[0]
+        if type(frame) is bytes and len(frame) <= SMALL_BYTES:
+            return stream is not None and stream.send_small(frame), len(frame)
+    flat, size = flat_frames(frames, max_frame_bytes)
+    return stream is not None and stream.send(flat), size
 
 
 def _path_of(address: str) -> Path:
