@@ -39,8 +39,8 @@ from miles_agents.rpc.shape import Shape
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import RuntimeDir, runtime_dir
 from miles_agents.wire.envelope import CONTROLLER_MESH, Address
-from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
 from miles_agents.wire.joined_transport import JoinedAcceptor
+from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
 from miles_agents.wire.transport import Transport
 from miles_agents.wire.unix_auth import proof_key
 from miles_agents.wire.unix_transport import UnixAcceptor

@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         "agent that its starter is gone; with --key-file it is read from there.",
     )
     # Checked by us: argparse would name the missing flag and not the misspelt one that was meant for it.
-    agent.add_argument("--controller", metavar="ADDRESS", help="where the controller listens: tcp://HOST:PORT, or unix:///PATH on its machine (needed)")
+    agent.add_argument(
+        "--controller",
+        metavar="ADDRESS",
+        help="where the controller listens: tcp://HOST:PORT, or unix:///PATH on its machine (needed)",
+    )
     agent.add_argument("--key-file", metavar="PATH", help="file with the key bundle (mode 0600, owned by you)")
     agent.add_argument("--node", metavar="NAME", help="name of this node (default: the one in the key bundle)")
     agent.add_argument("--cpu-slots", type=int, metavar="N", help="slots offered where there is no GPU")

@@ -1,4 +1,4 @@
-"""Two acceptors as one: a controller listens to other machines by tcp and to agents of its own machine by a unix socket.
+"""Two acceptors as one: a controller listens to other machines by tcp, to agents of its own by a unix socket.
 
 Connections keep the names that their acceptor gave them; the names of the two differ in their first byte.
 """

@@ -14,12 +14,11 @@ of a handler: it is counted and logged, and costs the one message that was hande
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from miles_agents.wire import session as wire
-from miles_agents.wire.envelope import Envelope, is_natural, malformed
+from miles_agents.wire.envelope import is_natural, malformed
 from miles_agents.wire.fragments import Item
 from miles_agents.wire.link_handlers import (
     AcceptorHandler,
@@ -30,138 +29,11 @@ from miles_agents.wire.link_handlers import (
     LinkStats,
     Refusal,
 )
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import LOCAL, Frame, Pace, Session, parse_frame, parse_items
 from miles_agents.wire.short_frame import is_short, parse_short
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport, TransportStats
 from miles_agents.wire.turns import current_turn
-
-
-class Peer:
-    """The other end of one session.
-
-    ``send`` may be called from any thread where the transport below allows that; everything else belongs to the loop.
-    The lock guards the session's numbers; nothing is called back while it is held.
-    """
-
-    def __init__(
-        self, name: str, session: Session, user_id: str, link: _Link, grant: dict[str, Any] | None = None
-    ) -> None:
-        self.name = name
-        self.session = session
-        self.user_id = user_id
-        self.grant = grant or {}
-        self.connection: Connection | None = None
-        self.is_over = False
-        self.last_heard = asyncio.get_running_loop().time()
-        self.lock = threading.RLock()
-        self._link = link
-        self._thread = threading.get_ident()
-        self._flush_is_due = False
-        self._tick_is_open = False
-
-    @property
-    def is_up(self) -> bool:
-        """Whether there is a connection to it now, as far as is known."""
-        return self.connection is not None
-
-    def send(self, envelope: Envelope) -> None:
-        """Send in order, exactly once, now or as soon as window and connection allow.
-
-        The first message of a tick leaves at once, those behind it together at the tick's end; what is sent while
-        messages are read leaves together when they are read.
-
-        Raises:
-            UnsendableMessage: no peer would take it; nothing was sent.
-        """
-        if threading.get_ident() != self._thread:
-            with self.lock:
-                self._send_now(envelope)
-            return
-        turn = current_turn()
-        if self._flush_is_due or turn.more:
-            with self.lock:
-                self.session.send(envelope)
-            if not self._flush_is_due:
-                self._flush_is_due = True
-                turn.at_end(self.flush)
-            return
-        if not turn.reading:
-            if self._tick_is_open:
-                with self.lock:
-                    self.session.send(envelope)
-                self._flush_is_due = True  # the tick's end is under way
-                return
-            self._tick_is_open = True
-            self._link.loop.call_soon(self._end_tick)
-        with self.lock:
-            self._send_now(envelope)
-
-    def _send_now(self, envelope: Envelope) -> None:
-        connection, link = self.connection, self._link
-        if connection is None:
-            self.session.send(envelope)
-            return
-        batch = self.session.send_at_once(envelope, link.loop.time())
-        if batch is None:
-            self._put()
-            return
-        sent = False
-        try:
-            sent = link.transport.send(connection, batch.frames)
-        except Exception as error:  # boundary: see _transmit
-            link.boundary("sending").caught(error)
-        if not sent:
-            self.session.rewind(batch.first_seq)
-
-    def _transmit(self, batch: wire.Batch) -> bool:
-        """Hand a batch to the transport; what it does not take has to be sent again."""
-        connection, sent = self.connection, False
-        if connection is not None:
-            try:
-                sent = self._link.transport.send(connection, batch.frames)
-            except Exception as error:  # boundary: what a transport raises must not take down the process's I/O
-                self._link.boundary("sending").caught(error)
-        if not sent:
-            self.session.rewind(batch.first_seq)
-        return sent
-
-    def _end_tick(self) -> None:
-        self._tick_is_open = False
-        if self._flush_is_due:
-            self.flush()
-
-    def flush(self) -> None:
-        """Put on the wire what may go now."""
-        self._flush_is_due = False
-        with self.lock:
-            self._put()
-
-    def _put(self) -> None:
-        now = self._link.loop.time()
-        while self.connection is not None:
-            batch = self.session.next_batch(now)
-            if batch is None or not self._transmit(batch):
-                break
-        if self.session.ack_due():
-            self.control(wire.ACK)
-
-    def acknowledge(self) -> None:
-        """Acknowledge on its own what no frame of this side has acknowledged in passing for too long."""
-        with self.lock:
-            if self.session.ack_due():
-                self.control(wire.ACK)
-
-    def control(self, kind: int, payload: Any = None, *, seq: int | None = 0) -> None:
-        """Send a frame without envelopes, if there is a connection; lost otherwise. ``seq`` None: the last sent."""
-        with self.lock:
-            if self.connection is not None:
-                number = self.session.last_sent if seq is None else seq
-                self._link.transport.send(self.connection, self.session.control(kind, payload, seq=number))
-
-    def say_goodbye(self, reason: str) -> None:
-        """Tell the peer that this end leaves in good order."""
-        self.flush()
-        self.control(wire.GOODBYE, reason)
 
 
 class _NoTransport:
@@ -178,7 +50,7 @@ class _NoTransport:
         """Nothing is open."""
 
 
-class _Link:
+class Link:
     """What acceptor and dialer share: reading the frames of a known peer."""
 
     def __init__(self) -> None:
@@ -208,7 +80,7 @@ class _Link:
                 self._on_frame(connection, parse_frame(frames[0]), frames, user_id)
             else:
                 raise malformed("a message without frames")
-        except Exception as error:  # boundary: one message must not take down the process's I/O
+        except Exception as error:  # noqa: BLE001 - boundary: one message must not take down the process's I/O
             self.boundary("reading a message").caught(error)
 
     def _on_short(self, connection: Connection, data: Any) -> None:
@@ -223,11 +95,12 @@ class _Link:
         with peer.lock:
             is_next = session.take_next(seq, ack, len(data))
         if not is_next:
-            self._take_items(peer, seq, ack, [envelope], len(data), handler)
+            frame = Frame(wire.DATA, session_id, seq, ack, None)
+            self._take_items(peer, frame, [envelope], len(data), handler)
             return
         try:
             handler.on_envelope(peer, envelope)
-        except Exception as error:  # boundary: the code above
+        except Exception as error:  # noqa: BLE001 - boundary: the code above
             self.boundary("on_envelope").caught(error)
         if session.ack_due():
             peer.acknowledge()
@@ -281,21 +154,17 @@ class _Link:
         if session.waiting and session.has_sendable():
             peer.flush()
 
-    def _read_data(
-        self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler, now: float
-    ) -> None:
+    def _read_data(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler, now: float) -> None:
         items = parse_items(frame.payload, frames[1:] if len(frames) > 1 else (), now)
-        self._take_items(peer, frame.seq, frame.ack, items, wire.total_bytes(frames), handler)
+        self._take_items(peer, frame, items, wire.total_bytes(frames), handler)
 
-    def _take_items(
-        self, peer: Peer, seq: int, ack: int, items: list[Item], num_bytes: int, handler: LinkHandler
-    ) -> None:
-        session = peer.session
+    def _take_items(self, peer: Peer, frame: Frame, items: list[Item], num_bytes: int, handler: LinkHandler) -> None:
+        session, seq = peer.session, frame.seq
         with peer.lock:
-            session.on_ack(ack)
+            session.on_ack(frame.ack)
             fresh = session.on_data(seq, items, num_bytes)
         turn = current_turn()
-        more = turn.more
+        is_ours, more = turn.begin(), turn.more
         last = len(fresh) - 1
         try:
             for index, envelope in enumerate(fresh):
@@ -304,10 +173,12 @@ class _Link:
                 turn.more = more or index < last
                 try:
                     handler.on_envelope(peer, envelope)
-                except Exception as error:  # boundary: the code above; the envelopes behind this one are others'
+                except Exception as error:  # noqa: BLE001 - boundary: the code above; the envelopes behind this one are others'
                     self.boundary("on_envelope").caught(error)
         finally:
             turn.more = more
+            if is_ours:
+                turn.end()
         if seq > session.received:
             missing = session.missing(seq - 1)
             if missing is not None:
@@ -331,7 +202,7 @@ def _beat(payload: Any) -> tuple[int, dict[str, Any]]:
     return payload[0], payload[1]
 
 
-class LinkAcceptor(_Link):
+class LinkAcceptor(Link):
     """The side that others dial: a controller for its agents, an agent for its workers."""
 
     def __init__(self, handler: AcceptorHandler, pace: Pace = LOCAL) -> None:
@@ -444,7 +315,7 @@ class LinkAcceptor(_Link):
             peer.connection = None
 
 
-class LinkDialer(_Link):
+class LinkDialer(Link):
     """The side that dials: an agent to its controller, a worker to its agent."""
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from miles_agents.wire.envelope import Envelope, MalformedFrame
 
 if TYPE_CHECKING:
-    from miles_agents.wire.link import Peer
+    from miles_agents.wire.peer import Peer
 
 logger = logging.getLogger(__name__)
 

@@ -228,8 +228,7 @@ class Session:
         self._next_seq = seq + 1
         unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
         self._unacked_bytes += num_bytes
-        if seq > self._highest_sent:
-            self._highest_sent = seq
+        self._highest_sent = max(self._highest_sent, seq)
         self._ack_owed_messages = self._ack_owed_bytes = 0
         if packed is not None:
             return _tuple(Batch, (seq, [pack_short(VERSION, self.session_id, seq, self.received, packed)]))
