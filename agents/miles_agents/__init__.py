@@ -2,7 +2,7 @@
 
 Nothing in this package imports torch; nothing in it imports the packages above it. What an actor's author needs:
 
-    from miles_agents import Actor, Lock, current_actor, current_call, endpoint, lease_ports, lookup
+    from miles_agents import Actor, Lock, current_actor, current_call, endpoint, lease_ports, lookup, store
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from miles_agents.rpc.mesh import ActorMesh
     from miles_agents.rpc.shape import ValueMesh
     from miles_agents.rpc.streams import CallStream
+    from miles_agents.store.ref import Ref
     from miles_agents.wire.codec_registry import register_type
     from miles_agents.wire.remote_error import RemoteError
 
@@ -28,6 +29,7 @@ _EXPORTS = {
     "CallFuture": "rpc.future",
     "CallStream": "rpc.streams",
     "Lock": "rpc.lock",
+    "Ref": "store.ref",
     "RemoteError": "wire.remote_error",
     "ValueMesh": "rpc.shape",
     "current_actor": "rpc.context",
@@ -38,7 +40,7 @@ _EXPORTS = {
     "register_type": "wire.codec_registry",
 }
 __all__ = [
-    "Actor", "ActorMesh", "CallFuture", "CallStream", "Lock", "RemoteError", "ValueMesh",
+    "Actor", "ActorMesh", "CallFuture", "CallStream", "Lock", "Ref", "RemoteError", "ValueMesh",
     "current_actor", "current_call", "endpoint", "lease_ports", "lookup", "register_type",
 ]  # fmt: skip
 

@@ -46,6 +46,7 @@ from miles_agents.wire.unix_auth import proof_key
 from miles_agents.wire.unix_transport import UnixAcceptor
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqNetwork
 from miles_agents.worker.construct import class_location, refuse_inside_loading_script
+from miles_agents.worker.spec import check_start
 from miles_controller.config import ControllerConfig, forwarded_environment
 from miles_controller.events import Event, EventLog
 from miles_controller.fabric import Fabric, Node
@@ -278,6 +279,8 @@ class Controller:
         term_grace_s: float = 5.0,
         bind_numa: bool = False,
         oversubscribe: bool = False,
+        preload: Sequence[str] | None = None,
+        start_method: str = "auto",
     ) -> OwnedMesh:
         """Start a mesh of actors and wait until all are constructed.
 
@@ -293,11 +296,14 @@ class Controller:
             env, rank_env: Variables of the processes, for all and by rank. ``CUDA_VISIBLE_DEVICES="own"`` becomes
                 the rank's GPUs.
             start_timeout_s: For each of: process up, actor constructed.
+            preload: Modules that all ranks have imported before the actor's class is, such as ``("torch",)``: once per
+                node, in a zygote that forks the ranks (docs/actors.md). ``()``: a zygote without any. None: a zygote
+                where several ranks of a node can share one.
+            start_method: ``"exec"`` for no zygote, ``"zygote"`` for an error where there cannot be one.
 
         Raises:
-            BadName, BadPlacementRequest, InfeasiblePlacement, CannotStart, WorkerNeverReady, RemoteError (a constructor
-                raised); nothing
-                is left.
+            BadName, BadStart, BadPlacementRequest, InfeasiblePlacement, CannotStart, CannotFork, WorkerNeverReady,
+                RemoteError (a constructor raised); nothing is left.
         """
         checked_name("mesh", name)
         plan = SpawnPlan(
@@ -310,6 +316,8 @@ class Controller:
             start_timeout_s=start_timeout_s,
             term_grace_s=term_grace_s,
             bind_numa=bind_numa,
+            preload=check_start(preload, start_method),
+            start_method=start_method,
         )
         return await self.meshes.spawn(
             name, plan, policy or Policy(), dims=dims, placement=placement, devices_per_rank=devices_per_rank,

@@ -26,8 +26,9 @@ from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.keys import AllowList
-from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 from miles_controller import membership

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from miles_agents.agent.zygote_profile import profile_environment
 from miles_agents.errors import MilesError
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
@@ -60,6 +62,8 @@ class SpawnPlan:
     start_timeout_s: float
     term_grace_s: float
     bind_numa: bool
+    preload: tuple[str, ...] | None = None
+    start_method: str = "auto"
 
 
 class MeshSupervisor:
@@ -103,8 +107,11 @@ class MeshSupervisor:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                for rank in self.ranks:
-                    tasks.create_task(self._start_process(rank))
+                envs = [self._environment(rank) for rank in self.ranks]
+                alike = Counter(self._profile(rank, env) for rank, env in zip(self.ranks, envs, strict=True))
+                for rank, env in zip(self.ranks, envs, strict=True):
+                    siblings = alike[self._profile(rank, env)]
+                    tasks.create_task(self._start_process(rank, env, siblings=siblings))
             self._note_endpoints(await self._construct(self.ranks))
         except BaseException as error:
             await asyncio.shield(self._give_up())
@@ -118,7 +125,16 @@ class MeshSupervisor:
             else:
                 rank.state = "up"
 
-    async def _start_process(self, rank: Rank) -> None:
+    def _environment(self, rank: Rank) -> dict[str, str]:
+        plan = self.plan
+        own = plan.rank_env(rank.rank) if plan.rank_env else {}
+        return {**self.controller.forwarded_env, **plan.env, **own}
+
+    def _profile(self, rank: Rank, env: Mapping[str, str]) -> Hashable:
+        """Equal for ranks that one zygote can make."""
+        return rank.slot.node, profile_environment(env)
+
+    async def _start_process(self, rank: Rank, env: dict[str, str], *, siblings: int = 1) -> None:
         controller = self.controller
         node = controller.fabric.find(rank.slot.node)
         if node is None:
@@ -129,16 +145,15 @@ class MeshSupervisor:
             )
         rank.incarnation = controller.next_incarnation()
         rank.state, rank.evidence, rank.pid, rank.dismissed = "starting", "", 0, False
-        spec = self._spec(rank)
+        spec = self._spec(rank, env, siblings)
         address = Address(self.mesh, rank.rank, rank.incarnation)
         controller.fabric.add_worker(WorkerRoute(address, node, spec.label))
         agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
         started = await agent.endpoint("start_worker").call_one(spec.to_plain())
         rank.pid, rank.log = started["pid"], started["log"]
 
-    def _spec(self, rank: Rank) -> WorkerSpec:
+    def _spec(self, rank: Rank, env: dict[str, str], siblings: int) -> WorkerSpec:
         plan, controller = self.plan, self.controller
-        env = {**controller.forwarded_env, **plan.env, **(plan.rank_env(rank.rank) if plan.rank_env else {})}
         return WorkerSpec(
             run_id=controller.run_id,
             mesh=self.mesh,
@@ -154,6 +169,9 @@ class MeshSupervisor:
             start_timeout_s=plan.start_timeout_s,
             term_grace_s=plan.term_grace_s,
             bind_numa=plan.bind_numa,
+            preload=plan.preload,
+            start_method=plan.start_method,
+            siblings=siblings,
         )
 
     async def _construct(self, ranks: Sequence[Rank]) -> list[Any]:
@@ -376,7 +394,7 @@ class MeshSupervisor:
         try:
             await asyncio.sleep(max(0.0, at - self.loop.time()))
             rank.slot = self.controller.meshes.slot_of(self.name, rank_number)
-            await self._start_process(rank)
+            await self._start_process(rank, self._environment(rank))
             await self._construct([rank])
         except Exception as error:  # noqa: BLE001  boundary: the owner's functions may raise anything
             await self._respawn_failed(rank, error)

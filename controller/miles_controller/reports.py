@@ -33,6 +33,7 @@ class Reports:
             "worker_heard": self.worker_heard,
             "call_overdue": self.call_overdue,
             "service_changed": self.service_changed,
+            "zygote_news": self.zygote_news,
             "take_logs": self.take_logs,
         }
 
@@ -79,6 +80,12 @@ class Reports:
         reporter = self._calling_agent()
         if reporter is not None and reporter.name == node:
             self._controller.services.on_change(reporter, name, change)
+
+    async def zygote_news(self, node: str, kind: str, text: str) -> None:
+        """A zygote was refused, or failed and is replaced: workers start slower than they could."""
+        reporter = self._calling_agent()
+        if reporter is not None and reporter.name == node and kind in ("zygote_refused", "zygote_failed"):
+            self._controller.events.emit(kind, node, text)
 
     async def take_logs(self, node: str, batch: list[list[Any]]) -> None:
         """Log lines of processes of the calling agent: [source, time, text, ranks that repeated it]."""

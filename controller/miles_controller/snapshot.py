@@ -54,6 +54,8 @@ def _node(controller: Controller, name: str, now: float) -> dict[str, Any]:
     if node is not None:
         found["inventory"] = node.info.to_plain()
         found["lag_s"] = node.facts.get("lag_s", 0.0)
+        found["zygotes"] = node.facts.get("zygotes", [])
+        found["store"] = node.facts.get("store")
     return found
 
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import miles_agents
 from miles_agents.errors import ConfigError, EnvironmentFault, MilesError
+from miles_agents.store.ref import MIN_STORE_BYTES
 from miles_agents.timings import Timings
 
 KEY_FD_VARIABLE = "MILES_KEY_FD"
@@ -33,6 +34,7 @@ _KEY_BYTES = 4096
 
 _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _TIMING_FLAGS = ("beat_s", "suspect_s", "fence_s", "dead_s")
 
 
@@ -93,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--cpu-slots", type=int, metavar="N", help="slots offered where there is no GPU")
     agent.add_argument("--interface", metavar="IF", help="network interface, or its address, for this node's ports")
     agent.add_argument("--run-dir", metavar="DIR", help="directory for logs and journals")
+    agent.add_argument(
+        "--preload",
+        metavar="MODULES",
+        help='modules (commas between them) to import early, once for all workers: "torch"',
+    )
+    agent.add_argument(
+        "--store-bytes", type=int, metavar="N", help="shared memory for the store (default: a tenth of the node's)"
+    )
     agent.add_argument(
         "--join-timeout-s", type=float, metavar="SECONDS", help="give up when the controller does not answer (60)"
     )
@@ -164,11 +174,24 @@ def _check(options: argparse.Namespace) -> None:
             evidence="a node cannot offer fewer than 0",
             advice="Give 0 or more, or leave it out for the default.",
         )
+    if options.store_bytes is not None and options.store_bytes < MIN_STORE_BYTES:
+        raise InvalidAgentFlag(
+            f"--store-bytes {options.store_bytes} is too little",
+            evidence=f"the smallest store has {MIN_STORE_BYTES}",
+            advice="Give more, or leave it out for a tenth of the node's memory.",
+        )
     if options.join_timeout_s is not None and options.join_timeout_s <= 0:
         raise InvalidAgentFlag(
             f"--join-timeout-s {options.join_timeout_s} is too short",
             evidence="a time above 0 is needed",
             advice="Give some seconds, or leave it out for 60.",
+        )
+    bad = [name for name in (options.preload or "").split(",") if name and not _MODULE.fullmatch(name)]
+    if bad:
+        raise InvalidAgentFlag(
+            f"--preload {options.preload!r} names no modules",
+            evidence=f"no module can be called {bad[0]!r}",
+            advice="Give importable names with commas between them, for example --preload numpy,torch.",
         )
     Timings(**{name: value for name in _TIMING_FLAGS if (value := getattr(options, name)) is not None})
 

@@ -29,6 +29,7 @@ from miles_agents.agent.reaper import EXIT_NOT_CLEAN
 from miles_agents.errors import EnvironmentFault
 from miles_agents.runtime_dir import sweep
 from miles_agents.timings import Timings
+from miles_agents.worker.spec import check_start
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class LocalAgents:
         run_dir: Logs go to ``<run_dir>/logs/agent-<node>.log``; also passed to the agents.
         cpu_slots: Slots that each node offers where there is no GPU; None: the agent's default.
         timings: Passed to the agents; None: their defaults.
+        preload: Modules to have imported in a zygote of each agent, ready when a mesh with this ``preload`` is spawned.
+        store_bytes: Size of each agent's shared-memory store; None: a tenth of the machine's memory.
         env: The agents' whole environment; None: this process's.
         grace_s: Wait after each step of stopping: end of lifeline, SIGTERM, kill of the agent, kill of everything.
     """
@@ -113,13 +116,17 @@ class LocalAgents:
         run_dir: Path,
         cpu_slots: int | None = None,
         timings: Timings | None = None,
+        preload: Sequence[str] | None = None,
+        store_bytes: int | None = None,
         env: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
     ) -> None:
         self._controller = controller
         self._nodes = list(nodes)
         self._run_dir = run_dir
-        self._flags = _flags(controller.local_address, run_dir, cpu_slots, timings)
+        self._flags = _flags(controller.local_address, run_dir, cpu_slots, timings, check_start(preload, "auto"))
+        if store_bytes is not None:
+            self._flags += ["--store-bytes", str(store_bytes)]
         self._env = dict(os.environ if env is None else env)
         self._grace_s = grace_s
         self._agents: dict[str, LocalAgent] = {}
@@ -219,13 +226,17 @@ class LocalAgents:
             )
 
 
-def _flags(address: str, run_dir: Path, cpu_slots: int | None, timings: Timings | None) -> list[str]:
+def _flags(
+    address: str, run_dir: Path, cpu_slots: int | None, timings: Timings | None, preload: tuple[str, ...] | None
+) -> list[str]:
     flags = ["--controller", address, "--run-dir", str(run_dir)]
     if cpu_slots is not None:
         flags += ["--cpu-slots", str(cpu_slots)]
     if timings is not None:
         for name in ("beat_s", "suspect_s", "fence_s", "dead_s"):
             flags += ["--" + name.replace("_", "-"), str(getattr(timings, name))]
+    if preload is not None:
+        flags += ["--preload", ",".join(preload)]
     return flags
 
 

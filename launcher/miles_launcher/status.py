@@ -103,8 +103,17 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
     for node in nodes:
         info = node.get("inventory")
         heard = "-" if node["heard_s_ago"] is None else _ago(node["heard_s_ago"])
-        rows.append((node["name"], node["state"], heard, *(_devices(info) if info else ("-", "-", "-"))))
-    return _table("nodes", ("node", "state", "heard", "host", "devices", "memory"), rows)
+        rows.append((node["name"], node["state"], heard, *(_devices(info) if info else ("-", "-", "-")), _store(node)))
+    return _table("nodes", ("node", "state", "heard", "host", "devices", "memory", "store"), rows)
+
+
+def _store(node: Mapping[str, Any]) -> str:
+    store = node.get("store")
+    if not store:
+        return "-"
+    used, limit = (f"{store[name] / 2**30:.1f}" for name in ("used_bytes", "limit_bytes"))
+    waiting = f", {store['waiting']} wait" if store["waiting"] else ""
+    return f"{used} of {limit} GiB, {store['objects']} objects, {store['holders']} mapped{waiting}"
 
 
 def _devices(info: Mapping[str, Any]) -> tuple[str, str, str]:

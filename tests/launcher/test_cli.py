@@ -50,6 +50,7 @@ def key_file(tmp_path):
 
 def test_the_agent_gets_its_flags_and_the_key_but_not_where_others_can_see_it(fake_agent, report):
     flags = ["--node", "node-0", "--cpu-slots", "4", "--interface", "lo", "--run-dir", "/tmp/x", "--beat-s", "0.5"]
+    flags += ["--store-bytes", "9000000"]
     result = run_agent(flags, env=fake_agent)
     assert (result.returncode, result.stderr) == (0, b"")
     told = report()
@@ -155,6 +156,7 @@ def test_a_terminal_is_not_asked_for_a_key():
         ([*ADDRESS, "--node", "a/b"], "E-CLI-001"),
         ([*ADDRESS, "--node", ""], "E-CLI-001"),
         ([*ADDRESS, "--cpu-slots", "-1"], "E-CLI-001"),
+        ([*ADDRESS, "--store-bytes", "4096"], "E-CLI-001"),
         ([*ADDRESS, "--fence-s", "30"], "E-CFG-001"),
         ([*ADDRESS, "--beat-s", "nan"], "E-CFG-001"),
     ],
@@ -244,6 +246,10 @@ FULL = {
                 "hostname": "host-a", "cpu_slots": 0, "memory_bytes": 64 * 2**30,
                 "gpus": [{"name": "H100"}, {"name": "H100"}],
             },
+            "store": {
+                "used_bytes": 2**29, "held_bytes": 2**30, "limit_bytes": 6 * 2**30,
+                "objects": 3, "holders": 4, "waiting": 1,
+            },
         },
         {"name": "node-1", "state": "expected", "heard_s_ago": None},
     ],
@@ -270,8 +276,8 @@ async def test_status_shows_nodes_ranks_services_locks_and_events(status):
             code, out, err = await status()
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "node-0 alive 0.5 s host-a 2 x H100 64 GiB" in lines
-    assert "node-1 expected - - - -" in lines
+    assert any(line.startswith("node-0 alive 0.5 s host-a 2 x H100 64 GiB 0.5 of 6.0 GiB") for line in lines)
+    assert "node-1 expected - - - - -" in lines
     assert "mesh odd [bold]name (gpus=2)" in lines
     assert "0 node-0 0 41 up train for 5 min (+2)" in lines
     assert "1 node-0 1 42 dead: killed by SIGKILL (9) idle" in lines

@@ -33,6 +33,13 @@ def test_the_runtime_loads_neither_torch_nor_numpy():
     assert not loaded & {"torch", "numpy"}
 
 
+def test_an_agent_loads_what_few_nodes_need_only_there():
+    """NVML without a GPU, HTTP without a service: megabytes on every node, and time at every start."""
+    code = "import sys, miles_agents.agent.main; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert not set(result.stdout.split()) & {"pynvml", "h11", "rich", "multiprocessing"}
+
+
 def test_every_package_directory_is_listed():
     found = {
         ".".join((name, *path.parent.relative_to(root).parts))

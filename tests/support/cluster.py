@@ -121,6 +121,7 @@ async def real_cluster(
     leave_timeout_s: float = 10.0,
     env: dict[str, str] | None = None,
     status: bool = False,
+    store_bytes: int | None = None,
     **config: Any,
 ) -> AsyncIterator[Cluster]:
     """Controller and agents, joined. ``address``: where the agents dial in place of the controller (a proxy)."""
@@ -131,7 +132,9 @@ async def real_cluster(
     cluster: Cluster | None = None
     async with Controller(settings) as controller:
         door = Door(controller, address=address(controller) if address else "", tells_exits=tells_exits)
-        agents = LocalAgents(door, names, run_dir=run_dir, cpu_slots=cpu_slots, timings=timings, env=env)
+        agents = LocalAgents(
+            door, names, run_dir=run_dir, cpu_slots=cpu_slots, timings=timings, store_bytes=store_bytes, env=env
+        )
         async with agents:
             await controller.wait_for_nodes(timeout_s=DEADLINE_S)
             cluster = Cluster(controller, agents, door, run_dir)

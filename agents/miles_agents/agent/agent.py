@@ -32,6 +32,7 @@ from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
 from miles_agents.agent.worker_pool import WorkerPool
+from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.actor import EndpointInfo
@@ -42,10 +43,12 @@ from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
+from miles_agents.store.node_store import NodeStore, StoreParts
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
-from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link import LinkDialer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 
@@ -61,7 +64,8 @@ class AgentParts:
 
     ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the session ids
     of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them. ``reaper``:
-    the pid of this agent's parent, by which its launcher knows it; 0 without one.
+    the pid of this agent's parent, by which its launcher knows it; 0 without one. ``store``: None where workers have
+    none (simulations). ``zygotes``: to tell of.
     """
 
     info: NodeInfo
@@ -71,9 +75,11 @@ class AgentParts:
     log_dir: Path
     processes: ProcessStarter | None = None
     ports: PortLessor | None = None
+    store: StoreParts | None = None
     base_env: dict[str, str] = field(default_factory=dict)
     fenced: tuple[int, ...] = ()
     reaper: int = 0
+    zygotes: Zygotes | None = None
     join_timeout_s: float = 60.0
     forward_logs: bool = True
 
@@ -115,6 +121,7 @@ class Agent:
         self.node: RpcNode | None = None
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
+        self.store: NodeStore | None = None
         self._overdue: OverdueReports | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
@@ -132,6 +139,11 @@ class Agent:
         assert self.node is not None
         return self.node.address
 
+    @property
+    def store_path(self) -> str:
+        """Where this node's workers ask its store; empty if there is none."""
+        return "" if self.store is None else str(self.store.parts.socket_path)
+
     async def run(self) -> Fence:
         """Join, serve, and end cleanly; returns why it ended.
 
@@ -147,6 +159,8 @@ class Agent:
                 return self._verdict()
             assert self.workers is not None and self.orders is not None
             self.workers.tasks = self.orders.tasks = background
+            if self.store is not None:
+                self.store.tasks = background
             self._serve_what_waited()
             background.create_task(self._beat_forever(), name="beats")
             background.create_task(self._forward_logs(), name="log forwarding")
@@ -164,6 +178,8 @@ class Agent:
                 self._host.close()
             if self.workers is not None:
                 self.workers.close()
+            if self.store is not None:
+                self.store.close()
             if self.node is not None:
                 self.node.close(_controller_lost())
 
@@ -309,7 +325,11 @@ class Agent:
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
         logs = LogForwarder(self.parts.info.node, self._send_logs(controller))
         self.workers = WorkerPool(self, controller, logs)
+        if self.parts.store is not None:
+            self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
         self.orders = Orders(self, controller)
+        if self.parts.zygotes is not None:
+            self.parts.zygotes.news = self.orders.zygote_news
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
         for name, function in self.orders.endpoints().items():
@@ -369,6 +389,10 @@ class Agent:
         assert self.workers is not None
         self._lease_event(Tick())
         facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
+        if self.parts.zygotes is not None and (zygotes := self.parts.zygotes.facts()):
+            facts["zygotes"] = zygotes
+        if self.store is not None:
+            facts["store"] = self.store.facts()
         self._lease_event(BeatSent(self.link.beat(facts)))
         self.workers.tick()
         if self._overdue is not None:

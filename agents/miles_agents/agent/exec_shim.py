@@ -1,7 +1,8 @@
 """Runs inside every new child, before its command: ``python -I -S exec_shim.py KEY=VALUE... -- COMMAND...``
 
 Not imported by the agent: a script of its own that prepares the process and then becomes the command by exec, so
-that all of it holds before the command's first instruction. What survives an exec: the parent-death signal, the
+that all of it holds before the command's first instruction. (Zygotes import it: their children are prepared by the same
+code.) What survives an exec: the parent-death signal, the
 subreaper flag, affinity, memory policy, ``oom_score_adj``, limits and the signal mask.
 
 Consumes: keys on its command line; the environment of the command from a memory file (``env_fd``; NUL between
@@ -131,10 +132,8 @@ def read_environment(fd: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if entry)
 
 
-def prepare(options: dict[str, str]) -> dict[str, str]:
-    """Everything before exec, in the order that loses nothing. Returns the environment."""
-    bind_life_to_parent(int(options["parent"]))
-    env = read_environment(int(options["env_fd"]))
+def settle(options: dict[str, str]) -> None:
+    """What a new child does for itself once its life is bound to its parent's, in the order that loses nothing."""
     if options["cwd"]:
         try:
             os.chdir(options["cwd"])
@@ -144,7 +143,6 @@ def prepare(options: dict[str, str]) -> dict[str, str]:
     raise_oom_score(int(options["oom_score_adj"]))
     set_limits(core_dumps=options["core_dumps"] == "1")
     reset_signals()
-    return env
 
 
 def main(arguments: list[str]) -> None:
@@ -154,7 +152,9 @@ def main(arguments: list[str]) -> None:
     error_fd = int(options["error_fd"])
     os.set_inheritable(error_fd, False)
     try:
-        env = prepare(options)
+        bind_life_to_parent(int(options["parent"]))
+        env = read_environment(int(options["env_fd"]))
+        settle(options)
         os.write(error_fd, STARTED)
         try:
             os.execvpe(arguments[cut + 1], arguments[cut + 1 :], env)  # noqa: S606  # becoming it is the job

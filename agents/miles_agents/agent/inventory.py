@@ -6,6 +6,7 @@ Limits count, not hardware: cgroup v2 and v1 bounds on memory and CPU time, the 
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import platform
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-import pynvml
 
 from miles_agents.errors import ConfigError, EnvironmentFault
 from miles_agents.node_info import Gpu, NodeInfo, default_cpu_slots
 
 MIG_MARK = " (MIG)"
+
+_DRIVER_LIBRARY = "libnvidia-ml.so.1"
+_MIG_ENABLED = 1  # NVML_DEVICE_MIG_ENABLE
 
 _VIRTUAL_INTERFACE = re.compile(r"^(docker|br-|veth|virbr|cni|flannel|cali|lxc|tun|tap|kube)")
 
@@ -79,10 +82,16 @@ class Nvml(Protocol):
 
 
 class DriverNvml:
-    """NVML through pynvml."""
+    """NVML through pynvml, which is loaded only where there is a driver: it takes 2.5 MiB."""
 
     def open(self) -> bool:
         """Start; False without a driver library or a loaded driver."""
+        try:
+            ctypes.CDLL(_DRIVER_LIBRARY)
+        except OSError:
+            return False
+        import pynvml
+
         try:
             pynvml.nvmlInit()
         except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
@@ -126,28 +135,29 @@ class DriverNvml:
     def mig(self, index: int) -> bool:
         """Whether MIG mode is on now."""
         modes = self._optional("nvmlDeviceGetMigMode", index)
-        return modes is not None and modes[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+        return modes is not None and modes[0] == _MIG_ENABLED
 
     def _handle(self, index: int) -> Any:
         return self._call("nvmlDeviceGetHandleByIndex", index)
 
     def _optional(self, function: str, index: int) -> Any:
         """None where this GPU or driver does not know the question."""
+        import pynvml
+
         try:
             return self._call(function, self._handle(index))
         except GpuDriverFault as fault:
-            if isinstance(fault.__cause__, _NOT_OFFERED):
+            if isinstance(fault.__cause__, (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound)):
                 return None
             raise
 
     def _call(self, function: str, *args: Any) -> Any:
+        import pynvml
+
         try:
             return getattr(pynvml, function)(*args)
         except pynvml.NVMLError as error:
             raise _driver_fault(f"{function}{args or ''}", error) from error
-
-
-_NOT_OFFERED = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound)
 
 
 def _driver_fault(call: str, error: Exception) -> GpuDriverFault:

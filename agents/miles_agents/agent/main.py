@@ -31,16 +31,20 @@ from miles_agents.agent.process import ProcessTable
 from miles_agents.agent.process_gpu import NvmlProbe
 from miles_agents.agent.reaper import LIFELINE_VARIABLE, watch_reaper
 from miles_agents.agent.starter import ProcessStarter
+from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
+from miles_agents.free_memory import return_free_memory
 from miles_agents.names import checked_name
 from miles_agents.node_info import NodeInfo
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import runtime_dir
+from miles_agents.store.node_store import store_parts
 from miles_agents.timings import Timings
 from miles_agents.wire.keys import AgentKey
 from miles_agents.wire.transport import Transport
 from miles_agents.wire.unix_transport import UnixAcceptor, UnixDialer
 from miles_agents.wire.zmq_transport import ZmqDialer, ZmqNetwork
+from miles_agents.worker.spec import check_start
 
 KEY_FD_VARIABLE = "MILES_KEY_FD"
 EXIT_FENCED = 70
@@ -59,6 +63,8 @@ class AgentOptions:
     run_dir: str | None = None
     key_file: str | None = None
     join_timeout_s: float = 60.0
+    preload: tuple[str, ...] | None = None
+    store_bytes: int | None = None
     timings: Timings = field(default_factory=Timings)
 
 
@@ -72,6 +78,8 @@ def parse_options(argv: list[str]) -> AgentOptions:
     parser.add_argument("--run-dir")
     parser.add_argument("--key-file")
     parser.add_argument("--join-timeout-s", type=float, default=60.0)
+    parser.add_argument("--preload", type=lambda text: check_start([*filter(None, text.split(","))], "auto"))
+    parser.add_argument("--store-bytes", type=int)
     numbers = [number.name for number in fields(Timings)]
     for name in numbers:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(Timings(), name))
@@ -129,25 +137,32 @@ class _Process:
             network = ZmqNetwork()
             owned.callback(network.close)
             owned.callback(self._watch_stdin(loop))
+            return_free_memory()
             log_dir = self._make_log_dir()
             lives = 0
             fenced: list[int] = []
             while True:
                 lives += 1
+                zygotes = Zygotes(table, log_dir)
+                starter = ProcessStarter(table, info, zygotes=zygotes)
+                if self.options.preload is not None:
+                    starter.warm(self.options.preload)
                 address = f"unix://{directory.socket_path(f'agent{lives}')}"
                 parts = AgentParts(
                     info=info,
                     dial=lambda link: self._dial(link, network),
                     accept=lambda link, address=address: UnixAcceptor(address, link),  # type: ignore[misc]
-                    starter=ProcessStarter(table, info),
+                    starter=starter,
+                    zygotes=zygotes,
                     log_dir=log_dir,
                     processes=table,
                     ports=ports,
+                    store=store_parts(info, self.options.store_bytes, directory.socket_path(f"store{lives}")),
                     fenced=tuple(fenced),
                     reaper=reaper,
                     join_timeout_s=self.options.join_timeout_s,
                 )
-                fence, session = await self._live(parts, table)
+                fence, session = await self._live(parts, table, zygotes)
                 fenced = [*fenced, session][-_REMEMBERED_LIVES:]
                 if self.ending is not None or fence.orderly or not self.stdin_open:
                     return self.ending or fence
@@ -164,14 +179,15 @@ class _Process:
         run_dir = Path(self.options.run_dir or Path("runs") / checked_name("run", self.key.run_id))
         return usable_directory(run_dir / "logs" / self.node)
 
-    async def _live(self, parts: AgentParts, table: ProcessTable) -> tuple[Fence, int]:
+    async def _live(self, parts: AgentParts, table: ProcessTable, zygotes: Zygotes) -> tuple[Fence, int]:
         agent = self.agent = Agent(parts, self.options.timings)
-        if self.ending is not None:
-            return self.ending, 0
         try:
+            if self.ending is not None:
+                return self.ending, 0
             return await agent.run(), agent.session_id
         finally:
             self.agent = None
+            await zygotes.close()
             await table.kill_all(grace_s=0.0)
             await table.reap_orphans()
 

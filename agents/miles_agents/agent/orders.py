@@ -242,14 +242,22 @@ class Orders:
         ]
 
     async def status(self) -> dict[str, Any]:
-        """Workers, services, ports and counters of this node, as plain values."""
+        """Workers, services, zygotes, ports and counters of this node, as plain values."""
         agent = self.agent
         return {
             "workers": self._pool().facts(),
             "services": [self._describe(service) for service, _ in self._services.values()],
+            "zygotes": agent.parts.zygotes.facts() if agent.parts.zygotes is not None else [],
             "dropped": {**agent.link.stats.dropped, **self._pool().link.stats.dropped},
             "in_flight": len(agent.switch.in_flight),
+            "store": None if agent.store is None else agent.store.status(),
         }
+
+    def zygote_news(self, kind: str, text: str) -> None:
+        """Tell the controller that a zygote was refused, or failed and is replaced."""
+        tell = self._controller.endpoint("zygote_news").broadcast
+        told = outside_of_calls().run(tell, self.agent.parts.info.node, kind, text)
+        told.add_done_callback(nobody_cares)
 
     def _on_change(self, change: ServiceChange) -> None:
         transition = change.transition

@@ -6,8 +6,9 @@ its death, or ``start_s``); ends of killed processes (up to their deadlines).
 Invariants:
 * Every child is started from the main thread through ``exec_shim``: it dies with the agent, adopts its own
   orphans, and leads a session of its own.
-* Every process that the agent starts is started here. Whatever else is a child of this process was adopted from a
-  dead child, and is killed. Children from before the table was made are left alone.
+* Every process that the agent starts is started here, or forked by a zygote and expected here before it becomes a
+  child of this process (``expect``, ``adopt``). Whatever else is a child of this process was adopted from a dead child,
+  and is killed. Children from before the table was made are left alone.
 * A child's output goes to a file, never to a pipe: no reader can block it, no leftover can delay the end.
 """
 
@@ -36,7 +37,7 @@ from miles_agents.agent.process_launch import (
     no_resources,
     read_report,
 )
-from miles_agents.agent.process_tree import Survivor, children_of, read_stat
+from miles_agents.agent.process_tree import ProcessId, Survivor, children_of, read_stat
 from miles_agents.errors import EnvironmentFault, InternalError
 
 __all__ = [
@@ -46,18 +47,26 @@ __all__ = [
     "Command",
     "Exit",
     "KillReport",
+    "NotAdopted",
     "ProcessTable",
     "SpawnOffMainThread",
     "become_subreaper",
 ]
 
 PR_SET_CHILD_SUBREAPER = 36
+_CANCELLED_S = 5.0
 
 
 class SpawnOffMainThread(InternalError):
     """A child would die with the thread that started it, so only the main thread may start one."""
 
     code = "E-PROC-002"
+
+
+class NotAdopted(InternalError):
+    """A forked process that was expected did not become a child of this one."""
+
+    code = "E-PROC-004"
 
 
 class CannotSupervise(EnvironmentFault):
@@ -95,6 +104,7 @@ class ProcessTable:
         tree counts as gone only when none of its processes holds GPU memory."""
         become_subreaper()
         self._children: dict[int, Child] = {}
+        self._arriving: dict[int, ProcessId] = {}
         self._oom = oom or OomWatch.of_this_process()
         self._gpu = gpu
         self._strangers = {stat.id for pid in children_of(os.getpid()) if (stat := read_stat(pid)) is not None}
@@ -105,10 +115,43 @@ class ProcessTable:
         return MappingProxyType(self._children)
 
     def spared(self) -> Collection[int]:
-        """See ``process_kill.Kin``: our children, and those from before the table."""
+        """See ``process_kill.Kin``: our children, those that arrive, and those from before the table."""
         alive = {pid for pid, start in self._strangers if _start_time(pid) == start}
         self._strangers = {process for process in self._strangers if process.pid in alive}
-        return alive | self._children.keys()
+        return alive | self._children.keys() | self._arriving.keys()
+
+    def expect(self, process: ProcessId) -> None:
+        """A zygote has forked ``process`` for us, which will be a child of this one. From now until ``adopt`` or
+        ``forget`` it is not taken for an orphan; call this before its parent may end."""
+        self._arriving[process.pid] = process
+
+    def forget(self, process: ProcessId) -> None:
+        """It does not come, or is not wanted: an orphan, if it still becomes a child of this process. Idempotent."""
+        if self._arriving.get(process.pid) == process:
+            del self._arriving[process.pid]
+
+    def adopt(self, process: ProcessId) -> Child:
+        """An expected process is a child of this one now, and leads its own session: watch it like any other.
+
+        Raises:
+            NotAdopted: It is not, or everything was killed meanwhile.
+        """
+        expected = self._arriving.pop(process.pid, None) == process
+        stat = read_stat(process.pid)
+        if not expected or stat is None or stat.id != process or stat.ppid != os.getpid() or stat.group != process.pid:
+            raise NotAdopted(
+                f"pid {process.pid} was to become a child of this agent and did not",
+                evidence=f"expected: {expected}; the kernel says {stat}",
+                advice="Report this, unless the agent was ending everything just then.",
+            )
+        try:
+            return self._watch(process.pid)
+        except OSError as error:
+            raise NotAdopted(
+                f"pid {process.pid} cannot be watched",
+                evidence=str(error),
+                advice="Raise the limit on open files of this user.",
+            ) from None
 
     async def spawn(self, command: Command, *, start_s: float = 30.0) -> Child:
         """Start ``command`` and return once it is executing.
@@ -132,6 +175,7 @@ class ProcessTable:
             said = await read_report(report_fd, start_s)
         except BaseException:
             child.send(signal.SIGKILL)
+            await child.wait(_CANCELLED_S)  # who gave it up may rely on its being gone
             raise
         if said == STARTED:
             return child
@@ -174,7 +218,8 @@ class ProcessTable:
         return await process_kill.kill_tree(child, self, grace_s=grace_s, kill_s=kill_s, gpu=self._gpu, gpu_s=gpu_s)
 
     async def kill_all(self, *, grace_s: float, kill_s: float = 10.0) -> list[KillReport]:
-        """``kill_tree`` for every child at the same time."""
+        """``kill_tree`` for every child at the same time. What is about to arrive is an orphan from now on."""
+        self._arriving.clear()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self.kill_tree(child, grace_s=grace_s, kill_s=kill_s))

@@ -58,7 +58,7 @@ def launch(command: Command, error_fd: int) -> int:
     log_fd = -1
     try:
         _write_all(env_fd, "\0".join(f"{name}={value}" for name, value in command.env.items()))
-        log_fd = os.open(command.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log_fd = open_log(command.log_path)
         process = subprocess.Popen(
             [*_shim_argv(command, error_fd, env_fd), *command.argv],
             stdin=subprocess.DEVNULL,
@@ -76,6 +76,11 @@ def launch(command: Command, error_fd: int) -> int:
     return process.pid
 
 
+def open_log(path: Path) -> int:
+    """A descriptor for a child's output. Raises ``OSError``."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
 def no_resources(command: Command, error: OSError) -> CannotStart:
     """The machine refused before the command was even looked at."""
     return CannotStart(
@@ -87,17 +92,19 @@ def no_resources(command: Command, error: OSError) -> CannotStart:
     )
 
 
-def _shim_argv(command: Command, error_fd: int, env_fd: int) -> list[str]:
-    options = {
-        "parent": os.getpid(),
-        "error_fd": error_fd,
-        "env_fd": env_fd,
-        "cwd": command.cwd,
+def settle_options(command: Command) -> dict[str, str]:
+    """What ``exec_shim.settle`` is told."""
+    return {
+        "cwd": str(command.cwd),
         "cpus": ",".join(map(str, command.cpus or ())),
-        "numa": "" if command.numa_node is None else command.numa_node,
-        "oom_score_adj": command.oom_score_adj,
-        "core_dumps": int(command.core_dumps),
+        "numa": "" if command.numa_node is None else str(command.numa_node),
+        "oom_score_adj": str(command.oom_score_adj),
+        "core_dumps": str(int(command.core_dumps)),
     }
+
+
+def _shim_argv(command: Command, error_fd: int, env_fd: int) -> list[str]:
+    options = {"parent": os.getpid(), "error_fd": error_fd, "env_fd": env_fd, **settle_options(command)}
     pairs = [f"{name}={value}" for name, value in options.items()]
     return [sys.executable, "-I", "-S", str(EXEC_SHIM), *pairs, "--"]
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Protocol
 
 from miles_agents.agent import service_life as life
-from miles_agents.agent.http_probe import get_status
 from miles_agents.agent.logs import RING_LINES, last_lines
 from miles_agents.agent.process import Child, Command, KillReport
 from miles_agents.agent.service_life import Phase
@@ -319,6 +318,8 @@ class Service:
     async def _probe(self, attempt: int) -> None:
         spec = self.spec
         port = self.ports[spec.health_port or spec.ports[0]]
+        from miles_agents.agent.http_probe import get_status  # an agent without services needs no HTTP
+
         found = await get_status(spec.host, port, spec.health_path, timeout_s=spec.numbers.probe_timeout_s)
         if found == spec.expected_status:
             self._events.put_nowait(life.ProbeOk(attempt))

@@ -6,10 +6,11 @@ The twin for simulations is ``miles_agents.simulation.InProcessStarter``.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,10 +19,14 @@ from miles_agents.agent.process_child import Child
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.process_kill import KillReport
 from miles_agents.agent.process_launch import CannotStart, Command
+from miles_agents.agent.zygote_profile import Profile, profile_environment
+from miles_agents.agent.zygotes import MissingModule, NoZygote, Zygotes
+from miles_agents.errors import EnvironmentFault
 from miles_agents.node_info import NodeInfo
 from miles_agents.worker.main import STACK_SIGNAL
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth, WorkerSpec
 
+logger = logging.getLogger(__name__)
 RUN_TAG_VARIABLE = "MILES_RUN"
 
 
@@ -69,35 +74,102 @@ class WorkerStarter(Protocol):
         """Start one; returns once it executes. Raises CannotStart."""
 
 
-class ProcessStarter:
-    """Real processes. ``python`` runs the workers."""
+class CannotFork(EnvironmentFault):
+    """A worker that has to come from a zygote cannot."""
 
-    def __init__(self, table: ProcessTable, info: NodeInfo, python: str = sys.executable) -> None:
+    code = "E-PROC-005"
+
+
+class ProcessStarter:
+    """Real processes, by exec or from a zygote. ``python`` runs the workers; without ``zygotes`` all are executed."""
+
+    def __init__(
+        self, table: ProcessTable, info: NodeInfo, python: str = sys.executable, zygotes: Zygotes | None = None
+    ) -> None:
         self._table = table
         self._info = info
         self._python = python
+        self._zygotes = zygotes
+        self._need_path: set[Profile] = set()
+
+    def warm(self, modules: tuple[str, ...]) -> None:
+        """Start a zygote for workers that have the agent's own environment."""
+        if self._zygotes is not None:
+            env = {**os.environ, **worker_defaults(os.environ)}
+            self._zygotes.warm(Profile(self._python, Path.cwd(), profile_environment(env), modules))
 
     async def start(self, birth: Birth, log_path: Path) -> WorkerProcess:
-        """See ``WorkerStarter``."""
+        """See ``WorkerStarter``.
+
+        Raises:
+            CannotFork: The spec asks for a zygote, and there is none for it.
+        """
+        spec = birth.spec
+        command = Command(
+            argv=(self._python, "-m", "miles_agents.worker"),
+            env=worker_environment(os.environ, spec, self._info),
+            cwd=_working_directory(spec),
+            log_path=log_path,
+            numa_node=self._numa_node(spec),
+        )
+        profile = self._profile(spec, command)
+        why = self._why_exec(spec, profile)
+        if not why:
+            try:
+                return _RealWorker(self._table, await self._fork(profile, command, birth))
+            except NoZygote as refusal:
+                why = str(refusal)
+                logger.info("%s is started by exec: %s", spec.label, why)
+        if spec.start_method == "zygote":
+            raise CannotFork(
+                f"{spec.label} cannot be started by a zygote",
+                evidence=why,
+                advice='Remove what the evidence names, or spawn with start_method="auto".',
+            )
+        return _RealWorker(self._table, await self._execute(command, birth))
+
+    async def _execute(self, command: Command, birth: Birth) -> Child:
         fd = os.memfd_create("worker", 0)
         try:
             with os.fdopen(os.dup(fd), "wb") as file:
                 file.write(birth.pack())
             os.lseek(fd, 0, os.SEEK_SET)
-            spec = birth.spec
-            env = worker_environment(os.environ, spec, self._info)
-            env[SPEC_FD_VARIABLE] = str(fd)
-            command = Command(
-                argv=(self._python, "-m", "miles_agents.worker"),
-                env=env,
-                cwd=_working_directory(spec),
-                log_path=log_path,
-                pass_fds=(fd,),
-                numa_node=self._numa_node(spec),
-            )
-            return _RealWorker(self._table, await self._table.spawn(command))
+            env = {**command.env, SPEC_FD_VARIABLE: str(fd)}
+            return await self._table.spawn(replace(command, env=env, pass_fds=(fd,)))
         finally:
             os.close(fd)
+
+    def _profile(self, spec: WorkerSpec, command: Command) -> Profile:
+        profile = Profile(self._python, command.cwd, profile_environment(command.env), spec.preload or ())
+        return replace(profile, sys_path=spec.sys_path) if profile in self._need_path else profile
+
+    def _why_exec(self, spec: WorkerSpec, profile: Profile) -> str:
+        """Why this worker is not for a zygote; "" if it is."""
+        if self._zygotes is None:
+            return "this agent has no zygotes"
+        if spec.start_method == "exec":
+            return "the mesh asks for it"
+        if self._info.gpus and spec.devices:
+            return "the rank has GPUs, and CUDA does not survive a fork"
+        wanted = spec.start_method == "zygote" or spec.preload is not None
+        if wanted or spec.siblings > 1 or self._zygotes.lives(profile):
+            return ""
+        return "it starts alone"
+
+    async def _fork(self, profile: Profile, command: Command, birth: Birth) -> Child:
+        assert self._zygotes is not None
+        wait_s = birth.spec.start_timeout_s / 2  # the other half is for exec
+        try:
+            return await self._zygotes.start(profile, command, birth.pack(), wait_s=wait_s)
+        except MissingModule as missing:
+            self._need_path.add(profile)
+            if not birth.spec.sys_path:
+                raise NoZygote(f"there is no module {missing}") from None
+        profile = replace(profile, sys_path=birth.spec.sys_path)
+        try:
+            return await self._zygotes.start(profile, command, birth.pack(), wait_s=wait_s)
+        except MissingModule as missing:
+            raise NoZygote(f"there is no module {missing}") from None
 
     def _numa_node(self, spec: WorkerSpec) -> int | None:
         if not spec.bind_numa or not spec.devices:
@@ -142,14 +214,17 @@ class _RealWorker:
         return Killed.of(await self._table.kill_tree(self._child, grace_s=0.0))
 
 
+def worker_defaults(base: Mapping[str, str]) -> dict[str, str]:
+    """What all workers have on top of the agent's environment ``base``."""
+    return {"OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+
+
 def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo) -> dict[str, str]:
     """The complete environment of a worker: the agent's, then defaults as of torchrun, then the run's own.
 
     ``CUDA_VISIBLE_DEVICES`` is left alone unless the spec asks for ``"own"``, which becomes the UUIDs of its GPUs.
     """
-    env = dict(base)
-    env.setdefault("OMP_NUM_THREADS", "1")
-    env["PYTHONUNBUFFERED"] = "1"
+    env = {**base, **worker_defaults(base)}
     env[RUN_TAG_VARIABLE] = f"{spec.run_id}:{spec.incarnation}"
     env["RANK"] = str(spec.rank)
     env["WORLD_SIZE"] = str(len(spec.shape))

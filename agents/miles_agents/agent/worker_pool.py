@@ -29,8 +29,9 @@ from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
 from miles_agents.wire.envelope import Address, Envelope, Target
-from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.worker.spec import Birth, WorkerSpec
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Worker:
         self.gone: asyncio.Future[str] = loop.create_future()
         self.begun = asyncio.Event()
         """The process executes, or never will."""
+        self.starting: asyncio.Task[WorkerProcess] | None = None
         self.drained = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
         self.kill_at = math.inf
@@ -145,12 +147,16 @@ class WorkerPool:
             worker.token,
             self.agent.parts.info.node,
             timings,
+            self.agent.store_path,
         )
+        worker.starting = self._loop.create_task(self.agent.parts.starter.start(birth, log_path))
         try:
-            worker.process = await self.agent.parts.starter.start(birth, log_path)
+            worker.process = await worker.starting
         except BaseException:
             self._forget(worker)
             worker.gone.set_result("never started")
+            if worker.life.state == "stopping" and worker.starting.cancelled():
+                raise _given_up(worker) from None
             raise
         finally:
             worker.begun.set()
@@ -192,6 +198,8 @@ class WorkerPool:
         worker.ending = self.tasks.create_task(self._end(worker, grace_s), name=f"end {worker.spec.label}")
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
+        if worker.starting is not None:
+            worker.starting.cancel()  # it may wait for a zygote
         await worker.begun.wait()  # what is being executed right now cannot be killed yet, and must not be forgotten
         try:
             if worker.process is not None:
@@ -232,6 +240,11 @@ class WorkerPool:
             evidence=f"node {self.agent.parts.info.node} runs {[w.spec.label for w in self._workers.values()]}",
             advice="Get a fresh handle with lookup(name).",
         )
+
+    def label_of(self, token: str) -> str | None:
+        """The living worker with that token, for people."""
+        worker = self._by_token.get(token)
+        return None if worker is None or worker.dead is not None else worker.spec.label
 
     # -- routing ---------------------------------------------------------------------------------------------
 
@@ -391,6 +404,9 @@ class WorkerPool:
                 worker.left = swept.survivors
                 if swept.survivors:
                     logger.error("%s has ended but leaves something: %s", spec.label, swept.text)
+        with self.link.boundary(f"telling the store of the end of {spec.label}"):
+            if self.agent.store is not None:
+                self.agent.store.worker_gone(worker.token)
         with self.link.boundary(f"releasing the ports of {spec.label}"):
             if self.agent.parts.ports is not None:
                 self.agent.parts.ports.release(spec.label)
@@ -448,6 +464,15 @@ def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverRea
         actor=worker.spec.label,
         pid=worker.life.pid,
         exit=death.cause,
+    )
+
+
+def _given_up(worker: Worker) -> WorkerNeverReady:
+    return WorkerNeverReady(
+        f"{worker.spec.label} never said hello: it was ended before it was executed",
+        evidence=worker.life.why_stopped,
+        advice="Give it more time with start_timeout_s if it had too little; look at the load of the node.",
+        actor=worker.spec.label,
     )
 
 

@@ -35,6 +35,8 @@ class ActorContext:
     facts: dict[str, Any] = field(default_factory=dict)
     controller: ActorMesh | None = None
     agent: ActorMesh | None = None
+    store: tuple[str, str] | None = field(default=None, repr=False)
+    """Where the node's store is asked, and with which token."""
 
     @property
     def size(self) -> int:

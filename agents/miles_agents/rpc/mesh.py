@@ -32,6 +32,7 @@ from miles_agents.rpc.seconds import checked_seconds
 from miles_agents.rpc.shape import Point, Shape, ValueMesh
 from miles_agents.rpc.sinks import MeshSink, OneSink, StreamSink, TakenSink
 from miles_agents.rpc.streams import CallStream
+from miles_agents.store import ref as _ref  # noqa: F401 - references travel in calls, so every process knows them
 from miles_agents.wire.codec import register_converter
 from miles_agents.wire.envelope import ONE_WAY, STREAM, Target
 

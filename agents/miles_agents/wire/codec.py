@@ -12,14 +12,23 @@ What arrives equals what was sent, type included; what cannot arrive so is refus
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
 from miles_agents.errors import MilesError
 from miles_agents.wire.codec_plain import NeedsWalk, holds_bytes_like
 from miles_agents.wire.codec_registry import register_converter, register_type
-from miles_agents.wire.codec_tags import BadContent, Incoming, Libraries, Outgoing, Stuck, too_large
+from miles_agents.wire.codec_tags import (
+    BadContent,
+    BulkOutgoing,
+    Gathered,
+    Incoming,
+    Libraries,
+    Outgoing,
+    Stuck,
+    too_large,
+)
 from miles_agents.wire.codec_types import (
     MAX_BODY_BYTES,
     BadRegistration,
@@ -39,6 +48,7 @@ __all__ = [
     "MAX_BODY_BYTES",
     "BadRegistration",
     "CannotTravel",
+    "Gathered",
     "LibraryMissing",
     "MalformedBody",
     "OpaqueArray",
@@ -47,7 +57,9 @@ __all__ = [
     "TooLarge",
     "UnknownType",
     "decode",
+    "decode_bulk",
     "encode",
+    "encode_bulk",
     "own_buffers",
     "register_converter",
     "register_type",
@@ -70,20 +82,30 @@ def encode(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview]]
         CannotTravel: Something in the value cannot; the error names the path to it.
         TooLarge: Body and buffers exceed ``MAX_BODY_BYTES``.
     """
+    return _encode(value, what, Outgoing)
+
+
+def encode_bulk(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview | Gathered]]:
+    """``encode`` for the store: buffers from 4 KiB up, of any size together; elements out of order are not copied."""
+    body, buffers = _encode(value, what, BulkOutgoing)
+    return body, cast("list[memoryview | Gathered]", buffers)
+
+
+def _encode(value: Any, what: str, kind: type[Outgoing]) -> tuple[bytes, list[memoryview]]:
     if holds_bytes_like(value):
-        return _encode_walking(value, what, try_leaves=False)
-    out = Outgoing()
+        return _encode_walking(value, what, kind, try_leaves=False)
+    out = kind()
     try:
         body = _pack(value, out)
     except TooLarge:
         raise
     except NeedsWalk:
-        return _encode_walking(value, what, try_leaves=False)
+        return _encode_walking(value, what, kind, try_leaves=False)
     except Exception:  # noqa: BLE001 - boundary: any value may come, and its class may raise what it likes
-        return _encode_walking(value, what, try_leaves=True)
+        return _encode_walking(value, what, kind, try_leaves=True)
     has_bytes = b"\xc4" in body or b"\xc5" in body or b"\xc6" in body  # msgpack's three markers
     if has_bytes and may_hold_bytes_like(value):
-        return _encode_walking(value, what, try_leaves=False)
+        return _encode_walking(value, what, kind, try_leaves=False)
     return _sized(body, out)
 
 
@@ -106,8 +128,17 @@ def decode(body: Buffer, buffers: Sequence[Buffer], *, libraries: Libraries) -> 
         UnknownType: It names a type that is not registered here.
         LibraryMissing: A library should be imported and is not installed.
     """
+    return _decode(body, buffers, libraries, MAX_BODY_BYTES)
+
+
+def decode_bulk(body: Buffer, buffers: Sequence[Buffer]) -> Any:
+    """``decode`` for the store, of any size. Raises as ``decode``."""
+    return _decode(body, buffers, "import", BulkOutgoing.limit)
+
+
+def _decode(body: Buffer, buffers: Sequence[Buffer], libraries: Libraries, limit: int) -> Any:
     try:
-        _check_extent(body, buffers)
+        _check_extent(body, buffers, limit)
         state = Incoming(buffers, libraries)
         value = msgpack.unpackb(
             body,
@@ -128,9 +159,9 @@ def decode(body: Buffer, buffers: Sequence[Buffer], *, libraries: Libraries) -> 
     return value
 
 
-def _check_extent(body: Buffer, buffers: Sequence[Buffer]) -> None:
+def _check_extent(body: Buffer, buffers: Sequence[Buffer], limit: int) -> None:
     total = len(body) + sum(memoryview(b).nbytes for b in buffers)
-    if total > MAX_BODY_BYTES:
+    if total > limit:
         raise BadContent(f"{total} bytes, more than any sender may send")
     if len(body) > _SMALL_BODY:
         # Lists are allocated at their declared length before their elements are seen. Skipping over the whole
@@ -150,13 +181,13 @@ def _pack(value: Any, out: Outgoing, unicode_errors: str | None = None) -> bytes
 
 
 def _sized(body: bytes, out: Outgoing) -> tuple[bytes, list[memoryview]]:
-    if len(body) + out.total > MAX_BODY_BYTES:
+    if len(body) + out.total > out.limit:
         raise too_large(len(body) + out.total)
     return body, out.buffers
 
 
-def _encode_walking(value: Any, what: str, *, try_leaves: bool) -> tuple[bytes, list[memoryview]]:
-    walk = Walk(Outgoing(), try_leaves=try_leaves)
+def _encode_walking(value: Any, what: str, kind: type[Outgoing], *, try_leaves: bool) -> tuple[bytes, list[memoryview]]:
+    walk = Walk(kind(), try_leaves=try_leaves)
     plain = run_walk(walk, value, what)
     try:
         return _sized(_pack(plain, walk.out, "surrogatepass"), walk.out)

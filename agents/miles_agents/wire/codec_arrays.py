@@ -13,7 +13,18 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
-from miles_agents.wire.codec_tags import BadContent, Incoming, Outgoing, Packer, Stuck, expect, read_shape, tag
+from miles_agents.wire.codec_tags import (
+    BadContent,
+    BulkOutgoing,
+    Gathered,
+    Incoming,
+    Outgoing,
+    Packer,
+    Stuck,
+    expect,
+    read_shape,
+    tag,
+)
 from miles_agents.wire.codec_types import OpaqueArray, OpaqueTensor, OpaqueValue
 
 _DTYPE = re.compile(r"[<>|=][biufcSUVmM][0-9]{1,9}(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
@@ -149,6 +160,13 @@ def _pack_array(value: Any, out: Outgoing) -> list[Any]:
     np = sys.modules["numpy"]
     dtype = _plain_dtype(np, value.dtype)
     flat, order = value, "C"
+    in_order = value.flags.c_contiguous or value.flags.f_contiguous
+    if not in_order and isinstance(out, BulkOutgoing) and out.gathers(value.nbytes):
+
+        def write(to: memoryview) -> None:
+            np.copyto(np.ndarray(value.shape, value.dtype, to), value)
+
+        return [ARRAY.ext, dtype, list(value.shape), order, out.add_gathered(Gathered(value.nbytes, write))]
     if not value.flags.c_contiguous:
         flat, order = (value.T, "F") if value.flags.f_contiguous else (np.ascontiguousarray(value), "C")
     data = flat.reshape(-1).view(np.uint8).data if value.nbytes else b""
@@ -178,6 +196,14 @@ def _pack_tensor(value: Any, out: Outgoing) -> list[Any]:
         raise Stuck("is a sparse or nested tensor", "Send tensor.to_dense(), or its parts.")
     if value.is_quantized:
         raise Stuck("is a quantized tensor", "Send tensor.dequantize(), or tensor.int_repr() and its scales.")
+    nbytes = value.numel() * value.itemsize
+    if not value.is_contiguous() and isinstance(out, BulkOutgoing) and out.gathers(nbytes):
+
+        def write(to: memoryview) -> None:
+            torch.frombuffer(to, dtype=torch.uint8).view(value.dtype).reshape(value.shape).copy_(value)
+
+        name = str(value.dtype).removeprefix("torch.")
+        return [TENSOR.ext, name, list(value.shape), out.add_gathered(Gathered(nbytes, write))]
     flat = value.resolve_conj().resolve_neg().contiguous().reshape(-1)
     data = memoryview(flat.view(torch.uint8).numpy()) if value.numel() else b""
     return [TENSOR.ext, str(value.dtype).removeprefix("torch."), list(value.shape), out.add(data)]

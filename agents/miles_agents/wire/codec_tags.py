@@ -66,6 +66,8 @@ class Outgoing:
     """The buffers of one body being made, and their total size."""
 
     __slots__ = ("buffers", "total")
+    limit = MAX_BODY_BYTES
+    inline_below = ZERO_COPY_BYTES
 
     def __init__(self) -> None:
         self.buffers: list[memoryview] = []
@@ -75,16 +77,45 @@ class Outgoing:
         """Take the bytes of a buffer along: inline if small, else out-of-band, without a copy.
 
         Raises:
-            TooLarge: All buffers together exceed ``MAX_BODY_BYTES``.
+            TooLarge: All buffers together exceed ``limit``.
         """
         view = memoryview(data).cast("B") if type(data) is memoryview else memoryview(data)
-        if view.nbytes < ZERO_COPY_BYTES:
+        if view.nbytes < self.inline_below:
             return bytes(view)
-        self.total += view.nbytes
-        if self.total > MAX_BODY_BYTES:
+        return self._take(view)
+
+    def _take(self, buffer: Any) -> ExtType:
+        self.total += buffer.nbytes
+        if self.total > self.limit:
             raise too_large(self.total)
-        self.buffers.append(view)
+        self.buffers.append(buffer)
         return ExtType(BUFFER_EXT, (len(self.buffers) - 1).to_bytes(4, "big"))
+
+
+class Gathered:
+    """Elements that do not lie in order: ``write`` puts ``nbytes`` of them, in order, into a buffer of that size."""
+
+    __slots__ = ("nbytes", "write")
+
+    def __init__(self, nbytes: int, write: Callable[[memoryview], None]) -> None:
+        self.nbytes = nbytes
+        self.write = write
+
+
+class BulkOutgoing(Outgoing):
+    """For the shared-memory store: no limit of its own, and nothing is copied that can be copied once, later."""
+
+    __slots__ = ()
+    limit = 2**62
+    inline_below = 4096
+
+    def gathers(self, nbytes: int) -> bool:
+        """Whether so many bytes that do not lie in order shall be given as ``Gathered``, and not copied into order."""
+        return nbytes >= self.inline_below
+
+    def add_gathered(self, gathered: Gathered) -> ExtType:
+        """Take elements along that are not in order yet."""
+        return self._take(gathered)
 
 
 def too_large(size: int) -> TooLarge:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,12 +78,18 @@ def class_location(actor: type | str) -> dict[str, str]:
     return {"file": str(Path(file).resolve()), "qualname": actor.__qualname__}
 
 
-def construct(host: ActorHost, where: dict[str, str], args: list[Any], kwargs: dict[str, Any]) -> list[list[Any]]:
+def construct(
+    host: ActorHost, preload: Sequence[str], where: dict[str, str], args: list[Any], kwargs: dict[str, Any]
+) -> list[list[Any]]:
     """Load the class, make the actor, serve its endpoints. Returns the endpoints as plain values.
+
+    ``preload``: modules to import before; there already if a zygote made this process.
 
     Raises:
         ActorFailedToStart: the class cannot be loaded. What the constructor itself raises passes through.
     """
+    for name in preload:
+        _import(name)
     cls = _load(where)
     endpoints = endpoints_of(cls)
     actor = cls(*args, **kwargs)

@@ -20,6 +20,7 @@ import uvloop
 
 from miles_agents.rpc.context import enter_process
 from miles_agents.wire.unix_transport import UnixDialer
+from miles_agents.worker.own_process import name_process, with_entries
 from miles_agents.worker.runtime import WorkerRuntime
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth
 
@@ -62,12 +63,20 @@ class ThreadExecutors:
 
 def main() -> NoReturn:
     """Entry point of ``python -m miles_agents.worker``."""
-    birth = _read_birth()
+    with os.fdopen(int(os.environ.pop(SPEC_FD_VARIABLE)), "rb") as file:
+        packed = file.read()
+    run(packed)
+
+
+def run(packed: bytes) -> NoReturn:
+    """Be the worker of this packed ``Birth``. In a fresh process: executed, or forked by a zygote."""
+    birth = Birth.unpack(packed)
+    name_process(birth.spec.label)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, all_threads=True, chain=False)
     sys.setswitchinterval(0.001)  # a busy main thread must not keep the I/O thread waiting for 5 ms at a time
-    sys.path[:] = [*sys.path, *(entry for entry in birth.spec.sys_path if entry not in sys.path)]
+    sys.path[:] = with_entries(sys.path, birth.spec.sys_path)
     executors = ThreadExecutors()
     ready: queue.SimpleQueue[WorkerRuntime | BaseException] = queue.SimpleQueue()
     threading.Thread(target=_run_io, args=(birth, executors, ready), name="io", daemon=True).start()
@@ -76,12 +85,6 @@ def main() -> NoReturn:
         raise runtime
     enter_process(runtime.context)
     executors.run_main()
-
-
-def _read_birth() -> Birth:
-    fd = int(os.environ.pop(SPEC_FD_VARIABLE))
-    with os.fdopen(fd, "rb") as file:
-        return Birth.unpack(file.read())
 
 
 def _run_io(birth: Birth, executors: ThreadExecutors, ready: queue.SimpleQueue[WorkerRuntime | BaseException]) -> None:

@@ -26,8 +26,9 @@ from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope
-from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link import LinkDialer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.transport import Transport
 from miles_agents.worker.construct import construct
 from miles_agents.worker.spec import Birth
@@ -57,6 +58,7 @@ class WorkerRuntime:
         self.context = ActorContext(
             self.node, spec.run_id, spec.mesh_name, spec.rank, spec.shape, spec.incarnation,
             birth.node, spec.devices, spec.local_rank, dict(spec.facts), controller, agent,
+            (birth.store, birth.token) if birth.store else None,
         )  # fmt: skip
         self.host.context = self.context
         self._executors = executors
@@ -96,7 +98,7 @@ class WorkerRuntime:
         self.host.bind(EndpointInfo(name, thread, False, False), obeying(name, order, masters))
 
     def _construct(self, where: dict[str, str], args: list[Any], kwargs: dict[str, Any]) -> list[list[Any]]:
-        return construct(self.host, where, args, kwargs)
+        return construct(self.host, self.birth.spec.preload or (), where, args, kwargs)
 
     def _close_actor(self) -> None:
         if self.host.actor is not None:

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgpack
 
-from miles_agents.errors import InternalError
+from miles_agents.errors import ConfigError, InternalError
 from miles_agents.rpc.shape import Shape
 from miles_agents.timings import Timings
 
 SPEC_FD_VARIABLE = "MILES_WORKER_FD"
+START_METHODS = ("auto", "exec", "zygote")
+
+
+class BadStart(ConfigError):
+    """How the processes of a mesh are to be started makes no sense."""
+
+    code = "E-MESH-004"
+
+
+def check_start(preload: Sequence[str] | None, start_method: str) -> tuple[str, ...] | None:
+    """``preload`` as a sorted tuple without repeats. Raises BadStart."""
+    if start_method not in START_METHODS:
+        raise BadStart(
+            f"start_method={start_method!r} is unknown",
+            evidence=f"there are: {', '.join(START_METHODS)}",
+            advice="Leave it out, or choose one of these.",
+        )
+    if preload is None:
+        return None
+    names = [preload] if isinstance(preload, str) else list(preload)
+    bad = [name for name in names if not (isinstance(name, str) and all(map(str.isidentifier, name.split("."))))]
+    if bad or isinstance(preload, str):
+        raise BadStart(
+            f"preload={preload!r} is no sequence of module names",
+            evidence=f"no module can be called {bad[0]!r}" if bad else "it is one string",
+            advice='Give a tuple of importable names: preload=("torch",).',
+        )
+    return tuple(sorted(set(names)))
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One life of one rank, as the controller decided it. ``env`` is added to the agent's own, and wins."""
+    """One life of one rank, as the controller decided it.
+
+    Attributes:
+        env: Added to the agent's own, and wins.
+        preload: Modules to have imported before the actor's class; None: none, and the agent chooses how to start.
+        start_method: One of ``START_METHODS``: by exec, by a zygote or not at all, or as the agent sees fit.
+        siblings: How many workers of this profile start on this node together, this one included.
+    """
 
     run_id: str
     mesh: int
@@ -34,6 +70,9 @@ class WorkerSpec:
     term_grace_s: float = 5.0
     bind_numa: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    preload: tuple[str, ...] | None = None
+    start_method: str = "auto"
+    siblings: int = 1
 
     @property
     def label(self) -> str:
@@ -47,6 +86,7 @@ class WorkerSpec:
             "shape": self.shape.to_plain(),
             "devices": list(self.devices),
             "sys_path": list(self.sys_path),
+            "preload": None if self.preload is None else list(self.preload),
         }
 
     @classmethod
@@ -56,6 +96,7 @@ class WorkerSpec:
         fields["shape"] = Shape.from_plain(fields["shape"])
         fields["devices"] = tuple(fields["devices"])
         fields["sys_path"] = tuple(fields["sys_path"])
+        fields["preload"] = None if fields["preload"] is None else tuple(fields["preload"])
         return cls(**fields)
 
 
@@ -63,7 +104,7 @@ class WorkerSpec:
 class Birth:
     """A worker's spec and how it reaches its agent. ``token`` proves to the agent who it is.
 
-    ``agent``: the agent's own rank among the agents, and its incarnation.
+    ``agent``: the agent's own rank among the agents, and its incarnation. ``store``: the socket of the node's store.
     """
 
     spec: WorkerSpec
@@ -72,6 +113,7 @@ class Birth:
     token: str
     node: str
     timings: Timings
+    store: str = ""
 
     def pack(self) -> bytes:
         """Bytes for the inherited descriptor."""
@@ -82,6 +124,7 @@ class Birth:
             "token": self.token,
             "node": self.node,
             "timings": asdict(self.timings),
+            "store": self.store,
         }
         packed: bytes = msgpack.packb(plain)
         return packed
@@ -94,7 +137,8 @@ class Birth:
             spec = WorkerSpec.from_plain(plain["spec"])
             timings = Timings(**plain["timings"])
             rank, incarnation = plain["agent"]
-            return cls(spec, plain["agent_address"], (rank, incarnation), plain["token"], plain["node"], timings)
+            agent = (rank, incarnation)
+            return cls(spec, plain["agent_address"], agent, plain["token"], plain["node"], timings, plain["store"])
         except (KeyError, TypeError, ValueError) as error:
             raise InternalError(
                 "the worker cannot read what its agent told it",

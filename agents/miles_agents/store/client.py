@@ -1,0 +1,255 @@
+"""A worker's end of the store: asks its agent for segments, copies into them, maps what others put.
+
+Consumes values and references, from any thread; the ends of mappings, from the garbage collector. Produces objects in
+segments; values whose arrays are views of mappings. Waits for: the agent's answers, until the deadline and ``_GRACE_S``
+more; the end of the agent closes the connection. A thread of its own tells the agent of mappings that are gone.
+
+Invariants: a value is visible to others only after all of it was copied; what a reader changes in its arrays nobody
+else sees; memory is not given back while a view of it lives; a process that was forked off works with connections of
+its own and never speaks for the mappings of its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from miles_agents.store import layout, messages
+from miles_agents.store.errors import StoreSilent
+from miles_agents.store.layout import PAGE, Layout, align
+from miles_agents.store.memory import Mapping, copy_bytes, copy_into
+from miles_agents.store.ref import Ref
+from miles_agents.wire.codec import Gathered, decode_bulk, encode_bulk
+
+logger = logging.getLogger(__name__)
+_GRACE_S = 10.0
+_IDLE_CONNECTIONS = 16
+_MAPPINGS = 32
+_BATCH = 1000
+Place = tuple[int, int]
+"""Segment and offset."""
+
+
+class Connection:
+    """One connection to the agent, for one question at a time."""
+
+    def __init__(self, path: str, token: str) -> None:
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            self.channel.settimeout(_GRACE_S)
+            self.channel.connect(path)
+            self.ask([messages.HELLO, token], 0.0)
+        except OSError as error:
+            self.close()
+            raise _silent(f"{type(error).__name__}: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, question: Sequence[Any], timeout_s: float) -> tuple[list[Any], int | None]:
+        """The answer, and a descriptor that is now the caller's. Raises what the agent raised; StoreSilent."""
+        try:
+            self.channel.settimeout(timeout_s + _GRACE_S)
+            messages.send(self.channel, question)
+            answer, fd = messages.receive(self.channel)
+        except (OSError, EOFError, ValueError) as error:
+            raise _silent(f"{type(error).__name__}: {error or 'it hung up'}") from None
+        if answer[0] == messages.OK:
+            return answer[1:], fd
+        if fd is not None:
+            os.close(fd)
+        raise messages.rebuild(answer)
+
+    def close(self) -> None:
+        """Hang up: what was allocated over this connection and not committed is given back."""
+        self.channel.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One value on its way into a segment."""
+
+    offset: int
+    body: bytes
+    buffers: list[memoryview | Gathered]
+    plan: Layout
+
+    def write(self, address: int) -> None:
+        """Copy it to where its segment is mapped."""
+        start = address + self.offset
+        copy_bytes(start, self.plan.head)
+        copy_bytes(start + self.plan.body, self.body)
+        for at, buffer in zip(self.plan.buffers, self.buffers, strict=True):
+            copy_into(start + at, buffer)
+
+
+class StoreClient:
+    """See the module's docstring. One per process."""
+
+    def __init__(self, path: str, token: str) -> None:
+        self._path = path
+        self._token = token
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._connections: list[Connection] = []
+        self._writable: OrderedDict[int, Mapping] = OrderedDict()
+        self._idle: OrderedDict[Place, Mapping] = OrderedDict()
+        self._holds = itertools.count(1)
+        self._gone: queue.SimpleQueue[tuple[Place, Mapping | None, int]] = queue.SimpleQueue()
+        threading.Thread(target=self._tell_what_is_gone, name="store", daemon=True).start()
+
+    # -- the verbs ---------------------------------------------------------------------------------------------
+
+    def put(self, values: Sequence[Any], copies: int, deadline: float) -> list[Ref]:
+        """Put values into one segment, committed together; a reference for each."""
+        parts, end = _plan_parts(values)
+        with self._connection() as connection:
+            (segment, capacity), fd = connection.ask([messages.ALLOC, end, _left(deadline)], _left(deadline))
+            mapping = self._map_to_write(segment, capacity, fd)
+            for part in parts:
+                part.write(mapping.address)
+            places = [[part.offset, part.plan.nbytes] for part in parts]
+            question = [messages.COMMIT, segment, places, copies, _left(deadline)]
+            (plains,), _ = connection.ask(question, _left(deadline))
+        return [Ref.from_plain(plain) for plain in plains]
+
+    def get(self, ref: Ref, deadline: float) -> Any:
+        """The value: its large arrays and tensors are views of memory that this process maps for itself."""
+        hold = next(self._holds)
+        try:
+            with self._connection() as connection:
+                question = [messages.GET, hold, ref.to_plain(), _left(deadline)]
+                (segment, offset, nbytes), fd = connection.ask(question, _left(deadline))
+            mapping = self._map_to_read((segment, offset), nbytes, fd)
+        except BaseException:
+            # The connection is closed by now: no answer that is under way can make this hold any more.
+            self._on_gone((0, 0), None, hold)
+            raise
+        exporter = mapping.exporter(nbytes)
+        weakref.finalize(exporter, self._on_gone, (segment, offset), mapping, hold).atexit = False
+        body, buffers = layout.read(memoryview(exporter).cast("B"))
+        return decode_bulk(bytes(body), buffers)
+
+    def remove(self, refs: Sequence[Ref], deadline: float) -> None:
+        """Remove objects here and everywhere."""
+        with self._connection() as connection:
+            connection.ask([messages.REMOVE, [ref.to_plain() for ref in refs]], _left(deadline))
+
+    # -- connections -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        """One for one caller; one that was left in the middle of something is closed."""
+        with self._lock:
+            connection = self._connections.pop() if self._connections else None
+        connection = connection or Connection(self._path, self._token)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if len(self._connections) < _IDLE_CONNECTIONS:
+                self._connections.append(connection)
+                return
+        connection.close()
+
+    # -- mappings ----------------------------------------------------------------------------------------------
+
+    def _map_to_write(self, segment: int, capacity: int, fd: int | None) -> Mapping:
+        if fd is None:
+            raise _silent("it sent no descriptor")
+        try:
+            with self._lock:
+                mapping = self._writable.pop(segment, None)
+            mapping = mapping or Mapping(fd, capacity, private=False, populate=True)
+        finally:
+            os.close(fd)
+        with self._lock:
+            self._writable[segment] = mapping
+            while len(self._writable) > _MAPPINGS:
+                self._writable.popitem(last=False)
+        return mapping
+
+    def _map_to_read(self, place: Place, nbytes: int, fd: int | None) -> Mapping:
+        if fd is None:
+            raise _silent("it sent no descriptor")
+        try:
+            with self._lock:
+                mapping = self._idle.pop(place, None)
+            if mapping is None or mapping.nbytes < nbytes:
+                mapping = Mapping(fd, align(nbytes, PAGE), offset=place[1], private=True)
+        finally:
+            os.close(fd)
+        return mapping
+
+    def _on_gone(self, place: Place, mapping: Mapping | None, hold: int) -> None:
+        """No view of a mapping is left. Runs wherever the garbage collector does: takes no lock."""
+        if os.getpid() == self._pid:
+            self._gone.put((place, mapping, hold))
+
+    def _tell_what_is_gone(self) -> None:
+        connection: Connection | None = None
+        while True:
+            over = [self._gone.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(over) < _BATCH:
+                    over.append(self._gone.get_nowait())
+            for place, mapping, _ in over:
+                self._keep_for_later(place, mapping)
+            question = [messages.RELEASE, [hold for _, _, hold in over]]
+            del over, place, mapping  # a mapping that was not kept ends here, and not with the next one
+            for _ in range(2):  # a second time with a new connection
+                try:
+                    connection = connection or Connection(self._path, self._token)
+                    connection.ask(question, 0.0)
+                    break
+                except Exception as error:  # noqa: BLE001 - boundary: this thread serves all; the agent's end is ours
+                    logger.debug("the store was not told of %d mappings that are gone: %s", len(question[1]), error)
+                    if connection is not None:
+                        connection.close()
+                    connection = None
+
+    def _keep_for_later(self, place: Place, mapping: Mapping | None) -> None:
+        """Mapping costs as much as copying; the segment, and so the place, will be used again."""
+        if mapping is None or not mapping.drop_private_pages():
+            return
+        with self._lock:
+            self._idle[place] = mapping
+            while len(self._idle) > _MAPPINGS:
+                self._idle.popitem(last=False)
+
+
+def _plan_parts(values: Sequence[Any]) -> tuple[list[_Part], int]:
+    parts, end = [], 0
+    for index, value in enumerate(values):
+        what = "value" if len(values) == 1 else f"values[{index}]"
+        body, buffers = encode_bulk(value, what=what)
+        offset = align(end, PAGE)
+        part = _Part(offset, body, buffers, layout.plan(len(body), [buffer.nbytes for buffer in buffers]))
+        parts.append(part)
+        end = offset + part.plan.nbytes
+    return parts, end
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _silent(why: str) -> StoreSilent:
+    return StoreSilent(
+        "the node's store does not answer",
+        evidence=why,
+        advice="Look at the agent's log: it has ended, is stopped, or has very much to do.",
+    )

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/runtime.py``: what is measured (``rows``), by whom (``system_*``), how it is told."""
