@@ -208,7 +208,7 @@ class Fabric:
         if route is None or route.address != address or route.dead is not None:
             return None
         route.dead = error
-        self.switch.receiver_died(address, error)
+        self.switch.receivers_died({address}, error)
         return route
 
     # -- routing ---------------------------------------------------------------------------------------------
@@ -387,11 +387,12 @@ class Fabric:
         if node.peer is not None:
             self._by_peer.pop(node.peer, None)
             self.link.end_session(node.peer)
-        self.switch.receiver_died(node.address, error)
-        for route in list(node.workers.values()):
+        gone = {node.address}
+        for route in node.workers.values():
             if route.dead is None:
                 route.dead = error
-                self.switch.receiver_died(route.address, error)
+                gone.add(route.address)
+        self.switch.receivers_died(gone, error)
         self._events.emit(kind, name, headline, details=details)
         self._observer.on_node_ended(node, error)
 

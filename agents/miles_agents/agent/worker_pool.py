@@ -383,7 +383,7 @@ class WorkerPool:
         worker.dead = error
         self._remember(worker.address, error)
         with self.link.boundary(f"answering for {spec.label}"):
-            self.agent.switch.receiver_died(worker.address, error)
+            self.agent.switch.receivers_died({worker.address}, error)
         with self.link.boundary(f"telling the death of {spec.label}"):
             self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():

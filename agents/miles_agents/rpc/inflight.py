@@ -7,6 +7,7 @@ death of its receiver or its sender, whichever comes first.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from miles_agents.wire.envelope import CALL, END, ERROR, ONE_WAY, REPLY, STARTED, Address, Envelope
@@ -41,7 +42,6 @@ class InFlight:
 
     def __init__(self) -> None:
         self._by_receiver: dict[Address, dict[RequestKey, Passed]] = {}
-        self._by_sender: dict[Address, dict[Address, int]] = {}  # how many requests of a sender a receiver owes
         self._longest: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -57,10 +57,6 @@ class InFlight:
         if requests is None:
             requests = self._by_receiver[receiver] = {}
         requests[key] = _tuple(Passed, (key, receiver, envelope.method, now, envelope.trace))
-        receivers = self._by_sender.get(source)
-        if receivers is None:
-            receivers = self._by_sender[source] = {}
-        receivers[receiver] = receivers.get(receiver, 0) + 1
 
     def answered(self, envelope: Envelope, now: float) -> None:
         """An answer passes on its way back."""
@@ -77,37 +73,25 @@ class InFlight:
             return
         if now - passed.since > self._longest.get(passed.method, 0.0):
             self._remember(passed, now)
-        self._forget(sender, receiver)
         if not requests:
             del self._by_receiver[receiver]
 
     def receiver_died(self, receiver: Address) -> list[Passed]:
         """The receiver is gone: these requests have to be answered, oldest first."""
-        gone = list(self._by_receiver.pop(receiver, {}).values())
-        for passed in gone:
-            self._forget(passed.key.source, receiver)
-        return gone
+        return list(self._by_receiver.pop(receiver, {}).values())
 
-    def sender_died(self, sender: Address) -> list[Passed]:
-        """Nobody waits for these any more: their receivers are to be told to stop."""
+    def senders_died(self, senders: Collection[Address]) -> list[Passed]:
+        """Nobody waits for these any more: their receivers are to be told to stop.
+
+        Looks at every open request, once for all of the dead: an index by sender would cost every call something.
+        """
         orphans = []
-        for receiver in self._by_sender.pop(sender, {}):
+        for receiver in list(self._by_receiver):
             requests = self._by_receiver[receiver]
-            orphans += [requests.pop(key) for key in list(requests) if key.source == sender]
+            orphans += [requests.pop(key) for key in list(requests) if key.source in senders]
             if not requests:
                 del self._by_receiver[receiver]
         return orphans
-
-    def _forget(self, sender: Address, receiver: Address) -> None:
-        """One request fewer between the two."""
-        receivers = self._by_sender[sender]
-        left = receivers[receiver] - 1
-        if left:
-            receivers[receiver] = left
-            return
-        del receivers[receiver]
-        if not receivers:
-            del self._by_sender[sender]
 
     def pending_at(self, receiver: Address) -> list[Passed]:
         """Requests that the receiver has not answered, oldest first."""

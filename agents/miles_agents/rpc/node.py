@@ -32,7 +32,7 @@ from miles_agents.rpc.errors_made import (
     window_full,
 )
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, own_buffers
+from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, encode_call, own_buffers
 from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
@@ -106,7 +106,7 @@ class RpcNode:
         """
         args, kwargs = arguments
         try:
-            body, buffers = encode([list(args), kwargs], what="arguments")
+            body, buffers = encode_call(args, kwargs)
         except CannotTravel as error:
             raise naming_the_argument(args, kwargs) or error from None
         rid = next(self._rids)
@@ -152,7 +152,7 @@ class RpcNode:
         if kind not in (wire.REPLY, wire.ITEM):
             return request.answer(kind, self.address)
         body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
-        return request.answer(kind, self.address, body, list(own_buffers(buffers)))
+        return request.answer(kind, self.address, body, own_buffers(buffers) if buffers else [])
 
     def send(self, envelope: Envelope, *, at_once: bool = False) -> None:
         """Send an envelope on its way, after everything that this thread posted before.

@@ -3,14 +3,14 @@
 The agent has one for its workers, the controller one for all nodes. Consumes: envelopes of links and of the process
 itself. Produces: envelopes on other links, or errors back to the sender. Invariant: a CALL that enters a switch is
 passed on or answered, also if the way on refuses it; one that was passed on is answered by its receiver, or by
-``receiver_died``.
+``receivers_died``.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from miles_agents.errors import InternalError, MilesError
@@ -89,12 +89,13 @@ class Switch:
     def _answered(self, envelope: Envelope) -> None:
         self.in_flight.answered(envelope, self._now())
 
-    def receiver_died(self, receiver: Address, error: MilesError) -> None:
-        """Answer everything that the receiver still owed, and stop what it had asked of others."""
+    def receivers_died(self, receivers: Collection[Address], error: MilesError) -> None:
+        """Answer everything that these still owed, and stop what they had asked of others."""
         assert self._node is not None
-        for passed in self.in_flight.receiver_died(receiver):
-            self._node.answer_error(_request_of(passed), error, source=receiver)
-        for passed in self.in_flight.sender_died(receiver):
+        for receiver in receivers:
+            for passed in self.in_flight.receiver_died(receiver):
+                self._node.answer_error(_request_of(passed), error, source=receiver)
+        for passed in self.in_flight.senders_died(receivers):
             self.route(_cancel_of(passed))
 
     def _pass_on(self, hop: Hop, envelope: Envelope, targets: Sequence[Target], now: float) -> None:

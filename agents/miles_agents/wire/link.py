@@ -31,7 +31,7 @@ from miles_agents.wire.link_handlers import (
 )
 from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import LOCAL, Frame, Pace, Session, parse_frame, parse_items
-from miles_agents.wire.short_frame import is_short, parse_short
+from miles_agents.wire.short_frame import SHORT, parse_short
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport, TransportStats
 from miles_agents.wire.turns import current_turn
 
@@ -74,8 +74,9 @@ class Link:
         if self._closed:
             return
         try:
-            if len(frames) == 1 and is_short(frames[0]):
-                self._on_short(connection, frames[0])
+            data = frames[0] if len(frames) == 1 else b""
+            if type(data) is bytes and data[:1] == SHORT:
+                self._on_short(connection, data)
             elif frames:
                 self._on_frame(connection, parse_frame(frames[0]), frames, user_id)
             else:

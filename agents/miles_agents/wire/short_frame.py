@@ -24,9 +24,11 @@ from miles_agents.wire.envelope import (
     Envelope,
     malformed,
 )
-from miles_agents.wire.transport import ZERO_COPY_BYTES, Buffer
+from miles_agents.wire.transport import ZERO_COPY_BYTES
 
 MARK = 0xC1
+SHORT = bytes([MARK])
+"""What a short frame begins with."""
 _HEAD = struct.Struct("<BB6xQQQ")
 _ENVELOPE = struct.Struct("<BBB5x11Q")
 _WHOLE = struct.Struct("<BB6xQQQBBB5x11Q")
@@ -62,11 +64,6 @@ def pack_envelope(envelope: Envelope, now: float) -> bytes | None:
 def pack_short(version: int, session: int, seq: int, ack: int, packed: bytes) -> bytes:
     """A short frame with what ``pack_envelope`` made."""
     return _HEAD.pack(MARK, version, session, seq, ack) + packed
-
-
-def is_short(data: Buffer) -> bool:
-    """Whether a frame claims to be one."""
-    return type(data) is bytes and data[:1] == b"\xc1"
 
 
 def parse_short(data: bytes, version: int, now: float) -> tuple[int, int, int, Envelope]:
