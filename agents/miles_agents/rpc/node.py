@@ -152,7 +152,7 @@ class RpcNode:
         if kind not in (wire.REPLY, wire.ITEM):
             return request.answer(kind, self.address)
         body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
-        return request.answer(kind, self.address, body, own_buffers(buffers) if buffers else [])
+        return request.answer(kind, self.address, body, list(own_buffers(buffers)) if buffers else [])
 
     def send(self, envelope: Envelope, *, at_once: bool = False) -> None:
         """Send an envelope on its way, after everything that this thread posted before.
