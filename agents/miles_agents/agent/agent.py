@@ -46,6 +46,7 @@ from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.store.node_store import NodeStore, StoreParts
+from miles_agents.store.others import OtherNodes
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.link import LinkDialer, Peer
@@ -127,6 +128,7 @@ class Agent:
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
         self.store: NodeStore | None = None
+        self._other_nodes: OtherNodes | None = None
         self._overdue: OverdueReports | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
@@ -183,6 +185,8 @@ class Agent:
                 self._host.close()
             if self.workers is not None:
                 self.workers.close()
+            if self._other_nodes is not None:
+                self._other_nodes.close()
             if self.store is not None:
                 self.store.close()
             if self.node is not None:
@@ -319,12 +323,14 @@ class Agent:
         self.workers = WorkerPool(self, controller, logs)
         if self.parts.store is not None:
             self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
+            self.store.others = self._other_nodes = OtherNodes(self.store, self.node, controller)
         self.orders = Orders(self, controller)
         if self.parts.zygotes is not None:
             self.parts.zygotes.news = self.orders.zygote_news
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
-        for name, function in self.orders.endpoints().items():
+        asked_by_agents = {} if self._other_nodes is None else self._other_nodes.endpoints()
+        for name, function in {**self.orders.endpoints(), **asked_by_agents}.items():
             host.bind(EndpointInfo(name, "io", True, False), function)
         self._lease = Lease.start(
             self._greeted_at, fence_s=self.timings.fence_s, suspect_s=self.timings.suspect_s, link_up=True
