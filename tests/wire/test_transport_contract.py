@@ -7,7 +7,8 @@ import random
 import pytest
 from support.transports import Recorder, eventually, on_every_transport
 
-from miles_agents.wire.frames import AddressUnavailable, UnsendableMessage
+from miles_agents.wire.addresses import AddressUnavailable
+from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.transport import DIALED, ZERO_COPY_BYTES, Transport
 
 

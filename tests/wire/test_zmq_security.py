@@ -1,7 +1,6 @@
 """Strangers at the tcp door of the controller: none gets in, and none disturbs those who are in."""
 
 import asyncio
-import os
 import random
 from contextlib import asynccontextmanager, suppress
 
@@ -10,9 +9,9 @@ import zmq
 from support.transports import DEADLINE_S, Recorder, eventually
 
 from miles_agents.timings import Timings
+from miles_agents.wire.addresses import BadAddress, InsecureAddress
 from miles_agents.wire.keys import AllowList, ClientKeys, KeyPair
 from miles_agents.wire.transport import DIALED
-from miles_agents.wire.zmq_auth import BadAddress, InsecureAddress, UnsafeDirectory
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer, ZmqNetwork
 
 MAX_FRAME_BYTES = 1 << 20
@@ -362,19 +361,6 @@ async def test_two_acceptors_of_one_network_keep_their_lists_apart():
         await door.still_closed(refused=1)
 
 
-async def test_an_ipc_acceptor_lives_beside_a_tcp_one_in_one_network(tmp_path):
-    tmp_path.chmod(0o700)
-    async with open_door() as door:
-        heard, told = Recorder(), Recorder()
-        inside = ZmqAcceptor(f"ipc://{tmp_path}/s", heard, network=door.network)
-        worker = ZmqDialer(inside.address, told, network=door.network)
-        await told.until(lambda: bool(told.ups))
-        assert worker.send(DIALED, [b"hello"])
-        await heard.until(lambda: bool(heard.messages))
-        assert heard.messages[0].user_id == ""
-        await door.still_closed(refused=0)
-
-
 @pytest.mark.parametrize(
     ("address", "with_keys", "with_list", "error"),
     [
@@ -386,9 +372,8 @@ async def test_an_ipc_acceptor_lives_beside_a_tcp_one_in_one_network(tmp_path):
         ("tcp://[::]:0", True, True, InsecureAddress),
         ("tcp://nowhere", True, True, BadAddress),
         ("udp://127.0.0.1:1", True, True, BadAddress),
-        ("ipc://relative", False, False, BadAddress),
-        ("ipc://@abstract", False, False, BadAddress),
-        ("ipc:///tmp/" + "x" * 108, False, False, BadAddress),
+        ("unix:///tmp/somewhere", True, True, BadAddress),
+        ("ipc:///tmp/somewhere", True, True, BadAddress),
         ("inproc://here", False, False, BadAddress),
     ],
 )
@@ -401,7 +386,7 @@ async def test_unsafe_addresses_are_not_listened_on(address, with_keys, with_lis
 
 @pytest.mark.parametrize(
     ("address", "error"),
-    [("tcp://127.0.0.1:1", InsecureAddress), ("ipc://here", BadAddress), ("127.0.0.1:1", BadAddress)],
+    [("tcp://127.0.0.1:1", InsecureAddress), ("ipc:///tmp/here", BadAddress), ("127.0.0.1:1", BadAddress)],
 )
 async def test_unsafe_addresses_are_not_dialed(address, error):
     with pytest.raises(error):
@@ -414,40 +399,3 @@ async def test_every_interface_has_to_be_asked_for():
     )
     assert not acceptor.address.endswith(":0")
     acceptor.close()
-
-
-async def test_ipc_directories_must_be_ours_alone(tmp_path):
-    inside = tmp_path / "d"
-    with pytest.raises(UnsafeDirectory, match="FileNotFoundError"):
-        ZmqAcceptor(f"ipc://{inside}/s", Recorder())
-    inside.mkdir()
-    for mode in (0o755, 0o710, 0o701, 0o777):
-        inside.chmod(mode)
-        with pytest.raises(UnsafeDirectory, match=f"{mode:04o}"):
-            ZmqAcceptor(f"ipc://{inside}/s", Recorder())
-    inside.chmod(0o700)
-    link = tmp_path / "link"
-    link.symlink_to(inside)
-    with pytest.raises(UnsafeDirectory, match="links"):
-        ZmqAcceptor(f"ipc://{link}/s", Recorder())
-    (tmp_path / "file").touch()
-    with pytest.raises(UnsafeDirectory, match="not a directory"):
-        ZmqAcceptor(f"ipc://{tmp_path}/file/s", Recorder())
-    acceptor = ZmqAcceptor(f"ipc://{inside}/s", Recorder())
-    assert os.listdir(inside) == ["s"]
-    acceptor.close()
-    assert os.listdir(inside) == []
-
-
-async def test_a_successor_on_the_same_path_keeps_its_file(tmp_path):
-    tmp_path.chmod(0o700)
-    first = ZmqAcceptor(f"ipc://{tmp_path}/s", Recorder())
-    second = ZmqAcceptor(f"ipc://{tmp_path}/s", Recorder())
-    first.close()
-    assert os.listdir(tmp_path) == ["s"]
-    told = Recorder()
-    dialer = ZmqDialer(second.address, told)
-    await told.until(lambda: bool(told.ups))
-    dialer.close()
-    second.close()
-    assert os.listdir(tmp_path) == []

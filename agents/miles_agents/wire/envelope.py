@@ -172,6 +172,8 @@ def _unsendable(envelope: Envelope) -> str:
         return f"unknown kind {envelope.kind}"
     if len(envelope.method) > MAX_METHOD_CHARS:
         return f"the method's name has {len(envelope.method)} characters; limit {MAX_METHOD_CHARS}"
+    if any("\ud800" <= char <= "\udfff" for char in envelope.method):
+        return "the method's name holds half a character"
     targets = envelope.targets
     numbers = (envelope.rid, *envelope.source, envelope.mesh, envelope.size, envelope.flags, envelope.trace, *targets)
     if not targets or len(targets) % 3 or not are_natural(numbers):

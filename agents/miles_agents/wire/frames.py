@@ -1,17 +1,11 @@
-"""What both transports make of a message before it leaves, and the errors that they share."""
+"""What every transport makes of a message before it leaves, and the error for what cannot leave."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from miles_agents.errors import EnvironmentFault, InternalError
+from miles_agents.errors import InternalError
 from miles_agents.wire.transport import Buffer
-
-
-class AddressUnavailable(EnvironmentFault):
-    """The system does not let us listen on an address (in use, not ours, no permission)."""
-
-    code = "E-ADDR-004"
 
 
 class UnsendableMessage(InternalError):
@@ -40,7 +34,7 @@ def flat_frames(frames: Sequence[Buffer], max_frame_bytes: int) -> tuple[list[by
 
 
 def _flat(frame: Buffer) -> bytes | memoryview:
-    """A view of the frame's bytes. Also keeps a bytearray from being resized while zmq reads it."""
+    """A view of the frame's bytes. Also keeps a bytearray from being resized while it is read."""
     view = memoryview(frame)
     if not view.nbytes:
         return b""

@@ -21,7 +21,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from miles_agents.wire.frames import AddressUnavailable
+from miles_agents.wire.addresses import AddressUnavailable
 from miles_agents.wire.memory_link import Faults, Lane, Link, isolated
 from miles_agents.wire.transport import (
     DIALED,

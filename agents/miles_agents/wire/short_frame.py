@@ -22,6 +22,7 @@ from miles_agents.wire.envelope import (
     MAX_REMAINING_MS,
     Address,
     Envelope,
+    are_natural,
     malformed,
 )
 from miles_agents.wire.transport import ZERO_COPY_BYTES
@@ -47,18 +48,29 @@ def pack_envelope(envelope: Envelope, now: float) -> bytes | None:
     targets, body = envelope.targets, envelope.body
     if envelope.buffers or len(targets) != 3 or len(body) > _MAX_BODY_BYTES:
         return None
-    method = envelope.method.encode()
-    if len(method) > MAX_METHOD_CHARS:
+    numbers = (envelope.rid, *envelope.source, envelope.mesh, *targets, envelope.size, envelope.trace)
+    if short is None and not _is_regular(envelope, numbers):
         return None
     try:
+        method = envelope.method.encode()
         left = 0 if deadline is None else 1 + int(max(0.0, min((deadline - now) * 1000, MAX_REMAINING_MS)))
-        head = _ENVELOPE.pack(
-            envelope.kind, envelope.flags, len(method), envelope.rid, *envelope.source, envelope.mesh, *targets,
-            envelope.size, envelope.trace, left,
-        )  # fmt: skip
-    except (struct.error, ValueError):  # the long form names what is wrong
+        head = _ENVELOPE.pack(envelope.kind, envelope.flags, len(method), *numbers, left)
+    except (struct.error, ValueError):  # the long form can say it, or names what is wrong
+        return None
+    if len(method) > MAX_METHOD_CHARS:
         return None
     return head + method + body
+
+
+def _is_regular(envelope: Envelope, numbers: tuple[int, ...]) -> bool:
+    """Whether a peer takes it; ``check_sendable`` says of what is not so what is wrong with it."""
+    deadline = envelope.deadline
+    return (
+        envelope.kind in KIND_NAMES
+        and type(envelope.body) is bytes
+        and are_natural((envelope.flags, *numbers))
+        and (deadline is None or deadline == deadline)  # noqa: PLR0124 - not a number
+    )
 
 
 def pack_short(version: int, session: int, seq: int, ack: int, packed: bytes) -> bytes:
@@ -85,6 +97,8 @@ def parse_short(data: bytes, version: int, now: float) -> tuple[int, int, int, E
     if its_version != version or kind not in KIND_NAMES or not seq:
         raise malformed("a short frame of another version, of unknown kind, or without a number")
     body = _BODY + method_bytes
+    if body > len(data):
+        raise malformed("a short frame that ends within its method")
     try:
         method = str(data[_BODY:body], "utf-8")
     except UnicodeDecodeError:

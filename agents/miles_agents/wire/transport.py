@@ -1,7 +1,8 @@
 """What the session layer needs of a network: frames to peers, and word of peers coming and going.
 
-Two twins implement it and pass the same contract tests: ``zmq_transport`` (tcp with CURVE, ipc) and
-``memory_transport`` (one process, virtual clock, faults on demand). A transport promises little on purpose:
+Three implement it and pass the same contract tests: ``zmq_transport`` (tcp with CURVE, between nodes),
+``unix_transport`` (within a node) and ``memory_transport`` (one process, virtual clock, faults on demand). A transport
+promises little on purpose:
 
 * frames to one peer arrive whole or not at all, and never mixed with another message's frames;
 * a frame may be lost, also without notice (the twin with faults also repeats and reorders): sessions mend that;

@@ -65,7 +65,7 @@ class Stream:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._socket = sock
-        self._max_frame_bytes = max_frame_bytes
+        self.max_frame_bytes = max_frame_bytes
         self._send = sock.send
         self._recv_into = sock.recv_into
         self._lock = threading.RLock()
@@ -83,7 +83,7 @@ class Stream:
         head = struct.pack(f"<{len(frames) + 1}I", len(frames), *sizes)
         if sum(sizes) <= _JOINED_BYTES:
             return self._send_piece(b"".join([head, *frames]))
-        pieces = [head, *filter(len, frames)]
+        pieces = [head, *(_lasting(frame) for frame in frames if frame)]
         with self._lock:
             if self.closed:
                 return False
@@ -93,7 +93,8 @@ class Stream:
             try:
                 self._write(pieces)
             except OSError:
-                return False  # the reader finds the end, after what came before it
+                self._break_off()
+                return False
             return True
 
     def send_small(self, frame: bytes) -> bool:
@@ -111,7 +112,8 @@ class Stream:
             except BlockingIOError:
                 sent = 0
             except OSError:
-                return False  # see send
+                self._break_off()
+                return False
             if sent < len(piece):
                 self._keep([piece], sent)
             return True
@@ -156,10 +158,16 @@ class Stream:
             except BlockingIOError:
                 return
             except OSError:
-                self._out.clear()
+                self._break_off()
             if not self.closed:
                 self._writing = False
                 self._loop.remove_writer(self._socket.fileno())
+
+    def _break_off(self) -> None:
+        """Nothing goes out any more: half a message may have. The reader finds the end, after what came before it."""
+        self._out.clear()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def _drop(self, sent: int) -> None:
         while sent:
@@ -191,6 +199,8 @@ class Stream:
                     break
         except BrokenStream as error:
             self._end(f"not our protocol: {error}")
+        except MemoryError:
+            self._end("a message does not fit into memory")
         finally:
             if is_ours:
                 turn.end()
@@ -224,7 +234,7 @@ class Stream:
         turn = current_turn()
         while end - start >= _SINGLE.size:
             count, size = _SINGLE.unpack_from(data, start)
-            if count == 1 and size < ZERO_COPY_BYTES:  # nearly all messages are such
+            if count == 1 and size < ZERO_COPY_BYTES and size <= self.max_frame_bytes:  # nearly all messages are such
                 body = start + _SINGLE.size
                 after = body + size
                 if after > end:
@@ -262,8 +272,8 @@ class Stream:
         if body > end:
             return body, ()
         sizes = struct.unpack_from(f"<{count}I", _scratch.bytes, start + 4)
-        if max(sizes) > self._max_frame_bytes:
-            raise BrokenStream(f"a frame of {max(sizes)} bytes; limit {self._max_frame_bytes}")
+        if max(sizes) > self.max_frame_bytes:
+            raise BrokenStream(f"a frame of {max(sizes)} bytes; limit {self.max_frame_bytes}")
         return body, sizes
 
     def _begin_partial(self, sizes: Sequence[int], have: memoryview) -> None:
@@ -339,6 +349,11 @@ class _Partial:
     def frames(self) -> list[Buffer]:
         """The message."""
         return self._frames
+
+
+def _lasting(frame: bytes | memoryview) -> bytes | memoryview:
+    """What may still be read when ``send`` has returned: small frames may change from then on."""
+    return frame if len(frame) >= ZERO_COPY_BYTES else bytes(frame)
 
 
 def _cut(view: memoryview, start: int, sizes: Sequence[int]) -> list[Buffer]:

@@ -7,8 +7,9 @@ nothing, so plain streams do.
 
 Consumes: messages to send, also from other threads; what the sockets bring. Produces: the callbacks of
 ``TransportHandler``, on the event loop. Waits for: nothing. Invariants: a connection of another user is closed before
-it is read; with keys, also one that does not prove its key in time; names of connections are not reused; the allow
-list is asked for every message, because an open connection outlives the revocation of its key.
+it is read, and a dialer hangs up on a listener of another user; with keys, whoever does not prove its key in time is
+hung up on, on both sides; names of connections are not reused; the allow list is asked for every message, because an
+open connection outlives the revocation of its key.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from miles_agents.wire.frames import AddressUnavailable, flat_frames
+from miles_agents.wire.addresses import AddressUnavailable, check_socket_directory, split_address
+from miles_agents.wire.frames import flat_frames
 from miles_agents.wire.keys import AllowList, KeyPair
 from miles_agents.wire.transport import (
     DIALED,
@@ -35,14 +37,15 @@ from miles_agents.wire.transport import (
 )
 from miles_agents.wire.unix_auth import AcceptorProof, DialerProof
 from miles_agents.wire.unix_stream import SMALL_BYTES, Stream
-from miles_agents.wire.zmq_auth import check_ipc_directory, split_address
 
 NAME_PREFIX = b"u"
 """Of every connection's name; names that zmq gives begin with a zero byte."""
 _BACKLOG = 4096
 _ACCEPTS_PER_TURN = 64
 _REDIAL_S = (0.1, 5.0)
-_CREDENTIALS = struct.Struct("3i")
+_CREDENTIALS = struct.Struct("iII")
+_HANDSHAKE_FRAME_BYTES = 1024
+_ACCEPT_PAUSE_S = 0.1
 
 __all__ = ["UnixAcceptor", "UnixDialer"]
 
@@ -85,7 +88,7 @@ class UnixAcceptor:
         handshake_s: float = 10.0,
     ) -> None:
         path = _path_of(address)
-        check_ipc_directory(path)
+        check_socket_directory(path)
         self._loop = asyncio.get_running_loop()
         self._handler = handler
         self._address = address
@@ -98,7 +101,8 @@ class UnixAcceptor:
         self._accepted: dict[Connection, _Accepted] = {}
         self._socket = _listen(path, address)
         self._file_id = _file_id(path)
-        self._loop.add_reader(self._socket.fileno(), self._on_connect)
+        self._pause: asyncio.TimerHandle | None = None
+        self._watch()
 
     @property
     def address(self) -> str:
@@ -132,6 +136,8 @@ class UnixAcceptor:
         if self._closed:
             return
         self._closed = True
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         for known in list(self._accepted.values()):
@@ -141,6 +147,9 @@ class UnixAcceptor:
             with suppress(FileNotFoundError):
                 os.unlink(path)
 
+    def _watch(self) -> None:
+        self._loop.add_reader(self._socket.fileno(), self._on_connect)
+
     def _on_connect(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
             try:
@@ -148,10 +157,12 @@ class UnixAcceptor:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
+                # No descriptors, mostly: whoever knocks goes on waiting, and the loop must not spin meanwhile.
                 self._refuse(f"accept: {errno.errorcode.get(error.errno or 0, 'unknown error')}")
+                self._loop.remove_reader(self._socket.fileno())
+                self._pause = self._loop.call_later(_ACCEPT_PAUSE_S, self._watch)
                 return
-            _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-            if uid != os.geteuid():
+            if _user_of(sock) != os.geteuid():
                 sock.close()
                 self._refuse("a process of another user")
                 continue
@@ -165,7 +176,7 @@ class UnixAcceptor:
             known.user_id = ""
         known.stream = Stream(
             sock,
-            self._max_frame_bytes,
+            self._max_frame_bytes if self._allow is None else _HANDSHAKE_FRAME_BYTES,
             partial(self._on_frames, known),
             partial(self._on_end, known),
         )
@@ -198,6 +209,7 @@ class UnixAcceptor:
         known.user_id, known.proof = known.proof.public, None
         if known.deadline is not None:
             known.deadline.cancel()
+        known.stream.max_frame_bytes = self._max_frame_bytes
         known.stream.send(answer)
 
     def _turn_away(self, known: _Accepted, reason: str) -> None:
@@ -305,6 +317,10 @@ class UnixDialer:
             sock.close()
             self._redial_later(f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}")
             return
+        if _user_of(sock) != os.geteuid():
+            sock.close()
+            self._refuse("a process of another user listens there")
+            return
         self._stream = Stream(sock, self._max_frame_bytes, self._on_frames, self._on_end)
         if self._key is None:
             self._up()
@@ -343,6 +359,9 @@ class UnixDialer:
     def _give_up(self, why: str) -> None:
         if self._stream is not None:
             self._stream.close()
+        self._refuse(why)
+
+    def _refuse(self, why: str) -> None:
         self._stats.refused += 1
         self._stats.reasons[why] = self._stats.reasons.get(why, 0) + 1
         self._redial_later(why)
@@ -362,6 +381,12 @@ class UnixDialer:
             self._pause_s = min(2 * self._pause_s, _REDIAL_S[1])
 
 
+def _user_of(sock: socket.socket) -> int:
+    """Whose process is at the other end: who connected, or who began to listen."""
+    uid: int = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
+    return uid
+
+
 def _send(stream: Stream | None, frames: Sequence[Buffer], max_frame_bytes: int) -> tuple[bool, int]:
     """Whether a message was taken, and its size. Raises UnsendableMessage."""
     if len(frames) == 1:
@@ -374,7 +399,7 @@ def _send(stream: Stream | None, frames: Sequence[Buffer], max_frame_bytes: int)
 
 def _path_of(address: str) -> Path:
     """The path of a ``unix://`` address. Raises BadAddress."""
-    return Path(split_address(address, schemes=("unix",))[1])
+    return Path(split_address(address, "unix"))
 
 
 def _listen(path: Path, address: str) -> socket.socket:

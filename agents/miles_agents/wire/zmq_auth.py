@@ -12,17 +12,14 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import zmq
 from zmq.utils import z85
 
-from miles_agents.errors import ConfigError, EnvironmentFault
+from miles_agents.wire.addresses import InsecureAddress, split_address
 from miles_agents.wire.keys import AllowList, KeyPair
 
 ZmqSocket: TypeAlias = zmq.Socket[bytes]
@@ -36,44 +33,22 @@ _REMEMBERED_REFUSALS = 64
 _REQUESTS_PER_TURN = 64
 
 
-class InsecureAddress(ConfigError):
-    """A tcp address without keys, without an allow list, or on every interface unasked."""
-
-    code = "E-ADDR-001"
-
-
-class UnsafeDirectory(EnvironmentFault):
-    """The directory of an ipc address is missing, not ours, or open to others."""
-
-    code = "E-ADDR-002"
-
-
-class BadAddress(ConfigError):
-    """An address is neither ``tcp://host:port`` nor ``ipc:///path``, or its path is too long for a socket."""
-
-    code = "E-ADDR-003"
-
-
 def check_acceptor_address(
     address: str, *, curve: KeyPair | None, allow: AllowList | None, any_interface: bool
 ) -> None:
     """Refuse to listen where strangers could connect.
 
     Raises:
-        BadAddress: unknown scheme, abstract or overlong ipc path.
-        InsecureAddress: tcp without CURVE and allow list, or on all interfaces without ``any_interface``.
-        UnsafeDirectory: the ipc directory is not ours alone (mode 0700).
+        BadAddress: not a tcp address.
+        InsecureAddress: no CURVE or no allow list, or on all interfaces without ``any_interface``.
     """
-    scheme, rest = split_address(address)
-    if scheme == "ipc":
-        check_ipc_directory(Path(rest))
-        return
+    rest = split_address(address, "tcp")
     if curve is None or allow is None:
         missing = "no CURVE key" if curve is None else "no allow list (any fresh key would get in)"
         raise InsecureAddress(
             f"refusing to listen on {address}",
             evidence=f"a tcp socket with {missing}",
-            advice="Pass the run's key pair and an allow list, or use an ipc address.",
+            advice="Pass the run's key pair and an allow list.",
         )
     host = rest.rpartition(":")[0]
     if host in _ANY_INTERFACE and not any_interface:
@@ -88,66 +63,16 @@ def check_dialer_address(address: str, *, encrypted: bool) -> None:
     """Refuse to dial tcp in plain text.
 
     Raises:
-        BadAddress: unknown scheme, abstract or overlong ipc path.
-        InsecureAddress: tcp without keys.
+        BadAddress: not a tcp address.
+        InsecureAddress: no keys.
     """
-    scheme, _ = split_address(address)
-    if scheme == "tcp" and not encrypted:
+    split_address(address, "tcp")
+    if not encrypted:
         raise InsecureAddress(
             f"refusing to dial {address}",
             evidence="a tcp connection without CURVE keys",
             advice="Pass the server's public key and this node's key pair.",
         )
-
-
-def split_address(address: str, schemes: tuple[str, ...] = ("tcp", "ipc")) -> tuple[str, str]:
-    """``("tcp", "host:port")``, ``("ipc", "/path")`` or ``("unix", "/path")``, of the ``schemes`` that will do.
-
-    Raises:
-        BadAddress: anything else.
-    """
-    scheme, separator, rest = address.partition("://")
-    problem = ""
-    if not separator or scheme not in schemes:
-        problem = f"the scheme is not {' or '.join(schemes)}"
-    elif scheme == "tcp" and not all(rest.rpartition(":")):
-        problem = "a tcp address needs a host and a port"
-    elif scheme != "tcp" and not rest.startswith("/"):
-        problem = f"an {scheme} address needs an absolute path (abstract sockets have no permissions)"
-    elif scheme != "tcp" and len(os.fsencode(rest)) > zmq.IPC_PATH_MAX_LEN:
-        problem = f"the path has {len(os.fsencode(rest))} bytes, more than the {zmq.IPC_PATH_MAX_LEN} of a socket"
-    if problem:
-        advice = "Use tcp://HOST:PORT, or unix:// with a short absolute path."
-        raise BadAddress(f"{address!r} is not an address that we can use", evidence=problem, advice=advice)
-    return scheme, rest
-
-
-def check_ipc_directory(socket_path: Path) -> None:
-    """The directory of ``socket_path`` must be ours and closed to everybody else.
-
-    Raises:
-        UnsafeDirectory: missing, a link, owned by another user, or group or others may enter it.
-    """
-    directory = socket_path.parent
-    try:
-        facts = directory.lstat()
-    except OSError as error:
-        problem = f"{type(error).__name__}: {error.strerror}"
-    else:
-        mode = stat.S_IMODE(facts.st_mode)
-        if not stat.S_ISDIR(facts.st_mode):
-            problem = "it is not a directory (links are not followed)"
-        elif facts.st_uid != os.geteuid():
-            problem = f"it belongs to user id {facts.st_uid}, we are {os.geteuid()}"
-        elif mode & 0o077:
-            problem = f"its mode is {mode:04o}, others can reach the socket"
-        else:
-            return
-    raise UnsafeDirectory(
-        f"cannot put a socket into {directory}",
-        evidence=problem,
-        advice=f"Create it for yourself only: mkdir -m 0700 {directory}",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +183,7 @@ class ZmqNetwork:
         return self._zap
 
     def close(self) -> None:
-        """Close every transport, the key check and the context; ipc files are gone on return. Idempotent."""
+        """Close every transport, the key check and the context. Idempotent."""
         if self.context.closed:
             return
         for transport in tuple(self._transports):

@@ -284,7 +284,7 @@ class SocketTransport:
         self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
 
     def _on_close(self) -> None:
-        raise NotImplementedError
+        """Before the socket is closed."""
 
     def _read_message(self) -> bool:
         raise NotImplementedError

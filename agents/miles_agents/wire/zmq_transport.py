@@ -1,4 +1,4 @@
-"""The transport on ZeroMQ: ROUTER accepts, DEALER dials, over tcp with CURVE or over ipc.
+"""The transport on ZeroMQ: ROUTER accepts, DEALER dials, over tcp with CURVE.
 
 Consumes: messages to send; what the sockets and their monitors report. Produces: the callbacks of
 ``TransportHandler``. Waits for: nothing; the event loop watches the sockets' FDs and drains them by hand
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from dataclasses import dataclass
 import zmq
 
 from miles_agents.timings import Timings
-from miles_agents.wire.frames import AddressUnavailable, flat_frames
+from miles_agents.wire.addresses import AddressUnavailable, BadAddress
+from miles_agents.wire.frames import flat_frames
 from miles_agents.wire.keys import AllowList, ClientKeys, KeyPair
 from miles_agents.wire.transport import (
     DIALED,
@@ -36,7 +36,7 @@ from miles_agents.wire.transport import (
     Connection,
     TransportHandler,
 )
-from miles_agents.wire.zmq_auth import BadAddress, ZmqNetwork, check_acceptor_address, check_dialer_address
+from miles_agents.wire.zmq_auth import ZmqNetwork, check_acceptor_address, check_dialer_address
 from miles_agents.wire.zmq_socket import MORE, NOBLOCK, SocketTransport, failure, message_property
 
 _REDIAL_S = (0.1, 5.0)
@@ -57,10 +57,10 @@ class ZmqAcceptor(SocketTransport):
     """The listening side: one ROUTER, many connections. Each is known from its first message on.
 
     Args:
-        address: ``tcp://host:port`` (port 0 or ``*``: any free one) or ``ipc:///directory/file``.
+        address: ``tcp://host:port`` (port 0 or ``*``: any free one).
         handler: Receives the callbacks, on this event loop.
-        curve: This side's key pair; needed for tcp.
-        allow: The keys that may connect; needed for tcp. Changes take effect at once.
+        curve: This side's key pair; there is no listening without.
+        allow: The keys that may connect; needed as well. Changes take effect at once.
         network: Context to share; without one the acceptor has its own.
         any_interface: Allow an address that means every interface.
         max_frame_bytes: A larger frame costs the peer its connection.
@@ -68,7 +68,7 @@ class ZmqAcceptor(SocketTransport):
         handshake_s: A peer that has not proved its key by then is dropped.
 
     Raises:
-        InsecureAddress, UnsafeDirectory, BadAddress: the address is not safe to listen on.
+        InsecureAddress, BadAddress: the address is not safe to listen on.
         AddressUnavailable: the system refuses the address.
     """
 
@@ -100,7 +100,6 @@ class ZmqAcceptor(SocketTransport):
         self._by_fd: dict[int, list[Connection]] = {}
         self._ended: dict[Connection, None] = {}
         self._num_silent = 0
-        self._file_id: tuple[int, int] | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if curve is not None and allow is not None:
             self._socket.curve_server = 1
@@ -146,12 +145,6 @@ class ZmqAcceptor(SocketTransport):
                 advice="Choose a free port on an address of this machine, or let the system choose (port 0).",
             ) from error
         self._address = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
-        self._file_id = _file_id(self._address)
-
-    def _on_close(self) -> None:
-        # zmq leaves the socket file behind, and replaces one that it finds: ours may be another's by now.
-        if self._file_id is not None and _file_id(self._address) == self._file_id:
-            os.unlink(self._address.removeprefix("ipc://"))
 
     def _read_message(self) -> bool:
         if self._closed:
@@ -235,11 +228,11 @@ class ZmqDialer(SocketTransport):
     Args:
         address: What the acceptor's ``address`` says.
         handler: Receives the callbacks, on this event loop.
-        curve: The server's public key and our own pair; needed for tcp.
+        curve: The server's public key and our own pair; there is no dialing without.
         network, max_frame_bytes, timings, handshake_s: As for ``ZmqAcceptor``.
 
     Raises:
-        InsecureAddress, BadAddress: tcp without keys, or not an address.
+        InsecureAddress, BadAddress: no keys, or not an address.
     """
 
     def __init__(
@@ -368,14 +361,3 @@ class ZmqDialer(SocketTransport):
         if self._is_ending and not self._closed:
             self._is_ending = self._is_up = False
             self._handler.on_down(DIALED)
-
-
-def _file_id(address: str) -> tuple[int, int] | None:
-    """Which file an ipc address is: device and inode; None for tcp, or if there is none."""
-    if not address.startswith("ipc://"):
-        return None
-    try:
-        facts = os.lstat(address.removeprefix("ipc://"))
-    except FileNotFoundError:
-        return None
-    return facts.st_dev, facts.st_ino
