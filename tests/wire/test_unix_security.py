@@ -1,0 +1,551 @@
+"""Who gets in at a unix socket, who does not, and that nobody who is turned away disturbs those who are in."""
+
+import asyncio
+import json
+import os
+import resource
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from support.transports import Recorder, UnixWorld, eventually
+
+from miles_agents.wire.addresses import AddressUnavailable, BadAddress, UnsafeDirectory
+from miles_agents.wire.keys import AllowList, KeyPair
+from miles_agents.wire.transport import DIALED
+from miles_agents.wire.unix_auth import MAGIC, AcceptorProof, DialerProof, proof_key
+from miles_agents.wire.unix_stream import Stream
+from miles_agents.wire.unix_transport import UnixAcceptor, UnixDialer
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+
+
+class Door:
+    """An acceptor that asks for proofs and echoes to its one healthy node, and whoever else tries to get in."""
+
+    def __init__(self, world):
+        self.world = world
+        self.allow = world.allow
+        self.address = f"unix://{world.directory}/door"
+        self.heard = Recorder(self.echo)
+        self.acceptor = UnixAcceptor(self.address, self.heard, allow=self.allow, handshake_s=1.0)
+        world.made.append(self.acceptor)
+        self.node = KeyPair.generate()
+        self.allow.add(self.node.public, "healthy", proof_key(self.node))
+        self.told = Recorder()
+        self.healthy = self.dial(self.node, self.told)
+
+    def dial(self, key, handler=None, **options):
+        dialer = UnixDialer(self.address, handler or Recorder(), key=key, **options)
+        self.world.made.append(dialer)
+        return dialer
+
+    def echo(self, message):
+        self.acceptor.send(message.connection, message.frames)
+
+    async def round_trips(self, count=5):
+        await self.told.until(lambda: bool(self.told.ups))
+        for _ in range(count):
+            have = len(self.told.messages)
+            assert self.healthy.send(DIALED, [b"echo", have.to_bytes(4, "big")])
+            await self.told.until(lambda have=have: len(self.told.messages) > have)
+            assert self.told.messages[-1].data == [b"echo", have.to_bytes(4, "big")]
+
+    @property
+    def intruders(self):
+        return [message for message in self.heard.messages if message.user_id != self.node.public]
+
+    async def still_closed(self, reason, *, times=1):
+        """Refused for this reason, nothing let through, and the healthy node never noticed."""
+        await eventually(lambda: self.acceptor.stats.reasons.get(reason, 0) >= times)
+        await self.round_trips()
+        assert self.intruders == []
+        assert (self.told.ups, self.told.downs, self.heard.downs) == ([DIALED], [], [])
+
+
+@asynccontextmanager
+async def open_door():
+    world = UnixWorld(keys=True)
+    try:
+        door = Door(world)
+        await door.round_trips()
+        yield door
+    finally:
+        world.close()
+
+
+@asynccontextmanager
+async def bare_socket(address):
+    """A connection without our rules."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    sock.connect(address.removeprefix("unix://"))
+    try:
+        yield sock
+    finally:
+        sock.close()
+
+
+@asynccontextmanager
+async def bare_stream(address):
+    """Messages without our handshake: what came, and a way to answer."""
+    async with bare_socket(address) as sock:
+        came, ended = [], []
+        stream = Stream(sock, 1 << 20, came.append, ended.append)
+        yield stream, came, ended
+        stream.close()
+
+
+async def until_hung_up(sock):
+    """Everything that the other side said before it hung up."""
+    loop, said = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(10):
+        try:
+            while data := await loop.sock_recv(sock, 65536):
+                said += data
+        except ConnectionError:
+            pass
+    return said
+
+
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_key_is_turned_away_and_told():
+    async with open_door() as door:
+        told = Recorder()
+        dialer = door.dial(KeyPair.generate(), told)
+        await door.still_closed("the key is not allowed")
+        await eventually(lambda: bool(dialer.last_refusal))
+        assert door.address in dialer.last_refusal
+        assert "turned away" in dialer.last_refusal
+        assert told.order == []
+        assert dialer.send(DIALED, [b"x"]) is False
+
+
+async def test_a_key_that_is_allowed_elsewhere_but_has_no_proof_here_is_turned_away():
+    async with open_door() as door:
+        far = KeyPair.generate()
+        door.allow.add(far.public, "far")
+        door.dial(far)
+        await door.still_closed("the key is not allowed")
+
+
+async def test_the_public_half_of_an_allowed_key_proves_nothing():
+    async with open_door() as door, bare_stream(door.address) as (stream, came, ended):
+        await eventually(lambda: len(came) == 1)
+        thief = DialerProof(KeyPair.generate())
+        _, nonce, mac = thief.answer(came[0])
+        stream.send([door.node.public.encode(), nonce, mac])
+        await eventually(lambda: bool(ended))
+        assert len(came) == 1
+        await door.still_closed("the key was not proved")
+
+
+async def test_a_proof_is_good_for_one_connection_only():
+    async with open_door() as door, bare_stream(door.address) as (first, came, _):
+        await eventually(lambda: len(came) == 1)
+        proof = DialerProof(door.node).answer(came[0])
+        first.send(proof)
+        await eventually(lambda: len(came) == 2)
+        async with bare_stream(door.address) as (second, challenge, ended):
+            await eventually(lambda: len(challenge) == 1)
+            second.send(proof)
+            await eventually(lambda: bool(ended))
+        await door.still_closed("the key was not proved")
+
+
+async def test_a_proof_sent_back_to_who_made_it_is_worth_nothing():
+    # A node that listens and dials with one key must not be tricked into answering its own challenge.
+    node = KeyPair.generate()
+    allow = AllowList()
+    allow.add(node.public, "n", proof_key(node))
+    acceptor, dialer = AcceptorProof(allow), DialerProof(node)
+    public, nonce, proof = dialer.answer(acceptor.challenge())
+    (answer,) = acceptor.answer([public, nonce, proof])
+    assert answer != proof
+    again = DialerProof(node)
+    again.answer([MAGIC, nonce])
+    with pytest.raises(ValueError, match="did not prove"):
+        again.answer([proof])
+
+
+@pytest.mark.parametrize("answer", [[bytes(32)], [b""], [], [b"x", b"y"]], ids=len)
+async def test_an_acceptor_that_does_not_know_the_key_is_hung_up_on(answer):
+    world = UnixWorld()
+    try:
+        heard = Recorder()
+        impostor = world.acceptor(heard)
+        heard.react = lambda message: answer and impostor.send(message.connection, answer)
+        told = Recorder()
+        dialer = UnixDialer(impostor.address, told, key=KeyPair.generate(), handshake_s=0.3)
+        world.made.append(dialer)
+        # An acceptor without keys says nothing first, so a bare challenge is said for it.
+        await eventually(lambda: bool(impostor._accepted))
+        for name in list(impostor._accepted):
+            impostor.send(name, [MAGIC, bytes(32)])
+        await eventually(lambda: bool(dialer.last_refusal))
+        expected = "the acceptor did not prove that it knows this node's key" if answer else "the handshake did not end"
+        assert dialer.last_refusal == f"{impostor.address}: {expected}"
+        assert dialer.stats.reasons == {expected: 1}
+        assert told.order == []
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("greeting", [[b"hello", bytes(32)], [MAGIC], [MAGIC, bytes(31)], [b"x"] * 3])
+async def test_an_acceptor_that_greets_otherwise_is_hung_up_on(greeting):
+    world = UnixWorld()
+    try:
+        other = world.acceptor(Recorder())
+        dialer = UnixDialer(other.address, Recorder(), key=KeyPair.generate())
+        world.made.append(dialer)
+        await eventually(lambda: bool(other._accepted))
+        for name in list(other._accepted):
+            other.send(name, greeting)
+        await eventually(lambda: "not our protocol" in dialer.last_refusal)
+    finally:
+        world.close()
+
+
+async def test_a_key_is_let_in_as_soon_as_it_is_allowed():
+    async with open_door() as door:
+        late, told = KeyPair.generate(), Recorder()
+        dialer = door.dial(late, told)
+        await eventually(lambda: bool(dialer.last_refusal))
+        door.allow.add(late.public, "late", proof_key(late))
+        await told.until(lambda: bool(told.ups))
+        assert dialer.send(DIALED, [b"hello"])
+        await told.until(lambda: bool(told.messages))
+        assert [message.user_id for message in door.intruders] == [late.public]
+
+
+async def test_a_revoked_key_is_not_heard_on_its_open_connection_nor_on_a_new_one():
+    async with open_door() as door:
+        going, told = KeyPair.generate(), Recorder()
+        door.allow.add(going.public, "going", proof_key(going))
+        dialer = door.dial(going, told)
+        await told.until(lambda: bool(told.ups))
+        assert dialer.send(DIALED, [b"while allowed"])
+        await told.until(lambda: bool(told.messages))
+        door.allow.revoke(going.public)
+        assert dialer.send(DIALED, [b"after"])
+        reason = "a message under a key that is not allowed (any more)"
+        await eventually(lambda: door.acceptor.stats.reasons.get(reason) == 1)
+        dialer.close()
+        door.dial(going)
+        await eventually(lambda: door.acceptor.stats.reasons.get("the key is not allowed", 0) >= 1)
+        await door.round_trips()
+        assert [message.data for message in door.intruders] == [[b"while allowed"]]
+
+
+# -- before the proof -------------------------------------------------------------------------------------------------
+
+
+async def test_a_handshake_that_never_ends_is_hung_up_on():
+    async with open_door() as door, bare_socket(door.address) as silent, bare_socket(door.address) as slow:
+        slow.send(b"\x03")
+        for sock in (silent, slow):
+            assert MAGIC in await until_hung_up(sock)
+        await door.still_closed("the handshake did not end", times=2)
+
+
+async def test_whoever_leaves_before_the_proof_is_counted_and_nobody_hears_of_it():
+    async with open_door() as door:
+        async with bare_socket(door.address):
+            pass
+        await door.still_closed("it left before it had proved its key")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(64),
+        b"\xff" * 64,
+        (1).to_bytes(4, "little") + (1025).to_bytes(4, "little"),
+        (3).to_bytes(4, "little") + (1 << 28).to_bytes(4, "little") * 3,
+    ],
+    ids=["http", "zeros", "ones", "more than a proof needs", "huge claims"],
+)
+async def test_garbage_before_the_proof_is_hung_up_on_at_once(garbage):
+    async with open_door() as door, bare_socket(door.address) as sock:
+        sock.send(garbage)
+        await until_hung_up(sock)
+        await door.still_closed("it left before it had proved its key")
+        assert "the handshake did not end" not in door.acceptor.stats.reasons
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [[b"hello"], [b""] * 3, [b"\xff" * 40, bytes(32), bytes(32)], [b"k" * 40, bytes(31), b""], [b"x"] * 4],
+    ids=["hello", "empty", "not ascii", "short nonce", "four"],
+)
+async def test_a_message_that_is_no_proof_is_turned_away(frames):
+    async with open_door() as door, bare_stream(door.address) as (stream, came, ended):
+        stream.send(frames)
+        stream.send_small(b"and this right behind it")
+        await eventually(lambda: bool(ended))
+        assert len(came) <= 1
+        assert set(door.acceptor.stats.reasons) <= {"not our protocol", "the key is not allowed"}
+        await door.round_trips()
+        assert door.intruders == []
+
+
+async def test_a_dialer_without_a_key_gets_nowhere():
+    async with open_door() as door:
+        dialer = door.dial(None)
+        await eventually(lambda: dialer.send(DIALED, [b"let me in"]))
+        await door.still_closed("not our protocol")
+
+
+# -- other users ------------------------------------------------------------------------------------------------------
+
+AS_NOBODY = """
+import os, socket, sys
+path, role = sys.argv[1:]
+os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})
+sock = socket.socket(socket.AF_UNIX)
+if role == "connect":
+    try:
+        sock.connect(path)
+        sock.settimeout(10)
+        print(repr(sock.recv(100)))
+    except ConnectionResetError:
+        print(repr(b""))
+    except PermissionError:
+        print("no permission")
+else:
+    sock.bind(path)
+    sock.listen()
+    print("listening", flush=True)
+    sys.stdin.read()
+"""
+
+
+@asynccontextmanager
+async def nobody(path, role):
+    """A process of another user that connects or listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", AS_NOBODY.format(nobody=NOBODY), path, role],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@as_root
+@pytest.mark.parametrize("keys", [False, True])
+async def test_a_process_of_another_user_is_hung_up_on_unread_even_if_the_directory_lets_it_in(keys):
+    world = UnixWorld(keys=keys)
+    try:
+        heard = Recorder()
+        acceptor = world.acceptor(heard)
+        path = acceptor.address.removeprefix("unix://")
+        async with nobody(path, "connect") as process:
+            assert await asyncio.to_thread(process.stdout.readline) == "no permission\n"
+        world.directory.chmod(0o755)
+        os.chmod(path, 0o777)
+        async with nobody(path, "connect") as process:
+            assert await asyncio.to_thread(process.stdout.readline) == "b''\n"
+        assert acceptor.stats.reasons == {"a process of another user": 1}
+        assert heard.order == []
+    finally:
+        world.close()
+
+
+@as_root
+async def test_a_listener_of_another_user_is_hung_up_on():
+    world = UnixWorld()
+    try:
+        inside = world.directory / "open"
+        inside.mkdir()
+        world.directory.chmod(0o755)
+        inside.chmod(0o777)
+        path = inside / "s"
+        async with nobody(str(path), "listen") as process:
+            assert await asyncio.to_thread(process.stdout.readline) == "listening\n"
+            told = Recorder()
+            dialer = UnixDialer(f"unix://{path}", told)
+            world.made.append(dialer)
+            await eventually(lambda: "another user" in dialer.last_refusal)
+            assert told.ups == []
+            assert dialer.send(DIALED, [b"secret"]) is False
+        path.unlink()
+        inside.rmdir()
+    finally:
+        world.close()
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:1", "ipc:///tmp/s", "unix://relative", "unix://@abstract", "unix:///tmp/" + "x" * 108, "/tmp/s"],
+)
+async def test_what_is_no_unix_address_is_neither_listened_on_nor_dialed(address):
+    with pytest.raises(BadAddress):
+        UnixAcceptor(address, Recorder())
+    with pytest.raises(BadAddress):
+        UnixDialer(address, Recorder())
+
+
+async def test_directories_must_be_ours_alone(tmp_path):
+    inside = tmp_path / "d"
+    with pytest.raises(UnsafeDirectory, match="FileNotFoundError"):
+        UnixAcceptor(f"unix://{inside}/s", Recorder())
+    inside.mkdir()
+    for mode in (0o755, 0o710, 0o701, 0o777):
+        inside.chmod(mode)
+        with pytest.raises(UnsafeDirectory, match=f"{mode:04o}"):
+            UnixAcceptor(f"unix://{inside}/s", Recorder())
+    inside.chmod(0o700)
+    link = tmp_path / "link"
+    link.symlink_to(inside)
+    with pytest.raises(UnsafeDirectory, match="links"):
+        UnixAcceptor(f"unix://{link}/s", Recorder())
+    (tmp_path / "file").touch()
+    with pytest.raises(UnsafeDirectory, match="not a directory"):
+        UnixAcceptor(f"unix://{tmp_path}/file/s", Recorder())
+    acceptor = UnixAcceptor(f"unix://{inside}/s", Recorder())
+    assert stat.S_ISSOCK((inside / "s").stat().st_mode)
+    acceptor.close()
+    assert os.listdir(inside) == []
+
+
+@as_root
+async def test_the_directory_of_another_user_is_refused(tmp_path):
+    inside = tmp_path / "d"
+    inside.mkdir(mode=0o700)
+    os.chown(inside, NOBODY, NOBODY)
+    with pytest.raises(UnsafeDirectory, match=f"belongs to user id {NOBODY}"):
+        UnixAcceptor(f"unix://{inside}/s", Recorder())
+
+
+@pytest.fixture
+def private(tmp_path):
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+async def test_what_a_killed_process_left_behind_is_replaced(private):
+    code = "import socket, sys, os; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); os.kill(os.getpid(), 9)"
+    left = private / "s"
+    assert subprocess.run([sys.executable, "-c", code, str(left)], check=False).returncode == -9
+    assert left.is_socket()
+    heard, told = Recorder(), Recorder()
+    acceptor = UnixAcceptor(f"unix://{left}", heard)
+    dialer = UnixDialer(acceptor.address, told)
+    await told.until(lambda: bool(told.ups))
+    assert dialer.send(DIALED, [b"hello"])
+    await heard.until(lambda: bool(heard.messages))
+    dialer.close()
+    acceptor.close()
+    assert os.listdir(private) == []
+
+
+async def test_somebody_who_listens_and_files_that_are_no_sockets_are_left_alone(private):
+    (private / "file").write_text("precious")
+    (private / "dir").mkdir()
+    for name in ("file", "dir"):
+        with pytest.raises(AddressUnavailable, match=name):
+            UnixAcceptor(f"unix://{private}/{name}", Recorder())
+    assert (private / "file").read_text() == "precious"
+    living = UnixAcceptor(f"unix://{private}/s", Recorder())
+    with pytest.raises(AddressUnavailable):
+        UnixAcceptor(living.address, Recorder())
+    told = Recorder()
+    dialer = UnixDialer(living.address, told)
+    await told.until(lambda: bool(told.ups))
+    dialer.close()
+    living.close()
+
+
+async def test_a_successor_on_the_same_path_keeps_its_file(private):
+    first = UnixAcceptor(f"unix://{private}/s", Recorder())
+    os.rename(private / "s", private / "moved")
+    second = UnixAcceptor(f"unix://{private}/s", Recorder())
+    first.close()
+    assert (private / "s").is_socket()
+    told = Recorder()
+    dialer = UnixDialer(second.address, told)
+    await told.until(lambda: bool(told.ups))
+    dialer.close()
+    second.close()
+    assert os.listdir(private) == ["moved"]
+
+
+async def test_a_file_that_is_gone_already_does_not_disturb_closing(private):
+    acceptor = UnixAcceptor(f"unix://{private}/s", Recorder())
+    (private / "s").unlink()
+    acceptor.close()
+    acceptor.close()
+
+
+# -- scarcity ---------------------------------------------------------------------------------------------------------
+
+
+async def test_without_descriptors_nobody_is_lost_and_the_loop_does_not_spin(private):
+    heard = Recorder()
+    acceptor = UnixAcceptor(f"unix://{private}/s", heard)
+    knocking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    filling = []
+    try:
+        while True:
+            try:
+                filling.append(os.dup(knocking.fileno()))
+            except OSError:
+                break
+        knocking.connect(str(private / "s"))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert acceptor.stats.reasons == {"accept: EMFILE": 1}
+    finally:
+        for fd in filling:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    knocking.send((1).to_bytes(4, "little") + (2).to_bytes(4, "little") + b"hi")
+    await heard.until(lambda: bool(heard.messages))
+    assert heard.messages[0].data == [b"hi"]
+    knocking.close()
+    acceptor.close()
+
+
+def test_a_dialer_needs_no_listener_to_be_there_first_and_says_what_it_waits_for(private):
+    async def main():
+        told = Recorder()
+        dialer = UnixDialer(f"unix://{private}/later", told)
+        await eventually(lambda: "ENOENT" in dialer.last_refusal)
+        acceptor = UnixAcceptor(f"unix://{private}/later", Recorder())
+        await told.until(lambda: bool(told.ups))
+        dialer.close()
+        acceptor.close()
+
+    asyncio.run(main())
+
+
+def test_the_proof_key_is_not_the_secret_and_differs_by_node():
+    one, other = KeyPair.generate(), KeyPair.generate()
+    assert proof_key(one) == proof_key(KeyPair(one.public, one.secret))
+    assert proof_key(one) != proof_key(other)
+    assert one.secret.encode() not in proof_key(one)
+    assert proof_key(one).hex() not in json.dumps(repr(one))
+
+
+def test_the_directory_of_the_tests_is_private():
+    world = UnixWorld()
+    assert stat.S_IMODE(Path(world.directory).stat().st_mode) == 0o700
+    world.close()
