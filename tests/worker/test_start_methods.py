@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import logging
 import os
 import random
 import re
@@ -86,6 +87,8 @@ class Facts(Actor):
             "umask": os.umask(0o022),
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "gc": [gc.isenabled(), list(gc.get_threshold())],
+            "log_level": logging.getLogger().level,
+            "recursion": sys.getrecursionlimit(),
             "switch": sys.getswitchinterval(),
         }
 
@@ -238,6 +241,23 @@ async def test_modules_are_there_once_and_chance_is_not(cluster):
     await eventually(lambda: kept["name"] in str(cluster.controller.status()["nodes"][0]["zygotes"]))
     await plain.stop()
     await mesh.stop()
+
+
+async def test_what_a_module_sets_when_imported_holds_in_forked_workers_too(cluster, tmp_path):
+    (tmp_path / "sets_things.py").write_text(
+        "import logging, signal, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "logging.basicConfig(level=logging.DEBUG)\nsys.setrecursionlimit(4321)\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    found = []
+    for method in METHODS:
+        mesh = await spawn(cluster, "set", method, 1, preload=("sets_things",), env=env)
+        facts = await mesh.facts.call_one()
+        found.append([facts[name] for name in ("handlers", "log_level", "recursion")])
+        await mesh.stop()
+    assert found[0] == found[1]
+    assert found[0][0][int(signal.SIGUSR2)] == str(signal.SIG_IGN)
+    assert found[0][1:] == [logging.INFO, 4321]
 
 
 async def test_executed_workers_have_their_modules_too(cluster):
