@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvloop
 
 from miles_agents import Actor, endpoint, store
@@ -91,12 +92,14 @@ class Producer(Actor):
 
 
 @contextlib.asynccontextmanager
-async def _cluster(num_slots: int) -> AsyncIterator[tuple[Controller, LocalAgents]]:
+async def _cluster(
+    num_slots: int, preload: Sequence[str] | None = None
+) -> AsyncIterator[tuple[Controller, LocalAgents]]:
     with tempfile.TemporaryDirectory() as directory:
         config = ControllerConfig(nodes=(_NODE,), run_dir=Path(directory))
         async with (
             Controller(config) as controller,
-            LocalAgents(controller, [_NODE], run_dir=Path(directory), cpu_slots=num_slots) as agents,
+            LocalAgents(controller, [_NODE], run_dir=Path(directory), cpu_slots=num_slots, preload=preload) as agents,
         ):
             await controller.wait_for_nodes()
             yield controller, agents
@@ -152,8 +155,8 @@ async def _bulk(controller: Controller, reporter: Reporter, effort: Effort) -> N
 
 async def _start(reporter: Reporter, effort: Effort) -> None:
     imported = time.perf_counter()
-    async with _cluster(START_SIZE) as (controller, _):
-        mesh = await controller.spawn("torch", TorchUser, dims={"gpus": START_SIZE})
+    async with _cluster(START_SIZE, preload=("torch",)) as (controller, _):
+        mesh = await controller.spawn("torch", TorchUser, dims={"gpus": START_SIZE}, preload=("torch",))
         await mesh.torch_version.call()
         ready = time.perf_counter()
         reporter.sample("start.import", ready - reporter.began)
@@ -225,7 +228,8 @@ async def _memory(reporter: Reporter, effort: Effort) -> None:
         mesh = await controller.spawn("echo", Echo, dims={"gpus": START_SIZE})
         for _ in range(effort.num_group_calls):
             await mesh.echo.call(TEXT)
-        reporter.sample("node", sampling.pss_mib(reaper) + sampling.pss_mib(agent))
+        workers = set((await mesh.pid.call()).values)
+        reporter.sample("node", sum(sampling.pss_mib(pid) for pid in _below(reaper) - workers))
         reporter.sample("driver", sampling.pss_mib(os.getpid()))
 
 
@@ -245,10 +249,13 @@ def _measure_memory(reporter: Reporter, effort: Effort) -> None:
 
 
 def _only_child(pid: int) -> int:
-    import psutil
-
     (child,) = psutil.Process(pid).children()
     return int(child.pid)
+
+
+def _below(pid: int) -> set[int]:
+    """Pids of a process and all its descendants."""
+    return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
 
 
 CASES: dict[str, Callable[[Reporter, Effort], None]] = {

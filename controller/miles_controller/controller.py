@@ -56,6 +56,7 @@ from miles_controller.policy import Policy
 from miles_controller.reports import Reports
 from miles_controller.services import ServiceHandle, ServiceKeeper
 from miles_controller.status_server import StatusServer
+from miles_controller.store_desk import StoreDesk
 
 __all__ = ["Controller", "ControllerConfig", "NodesMissing"]
 logger = logging.getLogger(__name__)
@@ -176,9 +177,11 @@ class Controller:
 
     def _serve(self) -> None:
         reports = Reports(self)
+        self._owned.callback(reports.close)
         host = ActorHost(self.fabric.node, InlineExecutors(self.fabric.loop))
         endpoints: dict[str, Callable[..., Any]] = {
             **reports.endpoints(),
+            **StoreDesk(self).endpoints(),
             "lock_acquire": self.locks.acquire,
             "lock_give_up": self.locks.give_up,
             "lock_release": self.locks.release,

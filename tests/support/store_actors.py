@@ -172,6 +172,15 @@ class Keeper(Actor):
             pass
 
     @endpoint
+    def order_agent(self, order: str, *args: Any) -> Any:
+        """What only agents may."""
+        from miles_agents import current_actor
+
+        agent = current_actor().agent
+        assert agent is not None
+        return agent.endpoint(order).call_one(*args).get()
+
+    @endpoint
     def ask_raw(self, question: list[Any]) -> list[Any]:
         """Anything, to the agent."""
         from miles_agents.rpc.context import current_actor

@@ -28,7 +28,7 @@ from typing import Any
 from miles_agents.store import layout, messages
 from miles_agents.store.errors import StoreSilent
 from miles_agents.store.layout import PAGE, Layout, align
-from miles_agents.store.memory import Mapping, copy_bytes, copy_into
+from miles_agents.store.memory import Mapping, address_of, copy_bytes, copy_into
 from miles_agents.store.ref import Ref
 from miles_agents.wire.codec import Gathered, decode_bulk, encode_bulk
 
@@ -237,7 +237,7 @@ def _plan_parts(values: Sequence[Any]) -> tuple[list[_Part], int]:
         what = "value" if len(values) == 1 else f"values[{index}]"
         body, buffers = encode_bulk(value, what=what)
         offset = align(end, PAGE)
-        part = _Part(offset, body, buffers, layout.plan(len(body), [buffer.nbytes for buffer in buffers]))
+        part = _Part(offset, body, buffers, layout.plan(len(body), [(b.nbytes, address_of(b)) for b in buffers]))
         parts.append(part)
         end = offset + part.plan.nbytes
     return parts, end

@@ -74,6 +74,9 @@ class Others(Protocol):
     async def remove(self, refs: Sequence[Ref]) -> None:
         """Remove objects everywhere but here."""
 
+    def status(self) -> dict[str, int]:
+        """Counters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -109,13 +112,13 @@ class NodeStore:
         self.door = StoreDoor(parts.socket_path, self, lambda: self.tasks)
 
     def close(self) -> None:
-        """Hang up, and give all memory back."""
+        """Hang up, and let go of all memory."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self.door.close()
         for file in self.files.values():
-            file.close()
+            file.abandon()  # a thread may still be sending from it
         self.files.clear()
         for asked in self._asked.values():
             asked.cancel()
@@ -169,7 +172,8 @@ class NodeStore:
 
     def status(self) -> dict[str, Any]:
         """Numbers, and who holds what."""
-        return {**table_view.status_of(self.table, self.loop.time()), "refused": self.door.num_refused}
+        counters = {} if self.others is None else self.others.status()
+        return {**table_view.status_of(self.table, self.loop.time()), "refused": self.door.num_refused, **counters}
 
     def is_home_of(self, key: Key) -> bool:
         """Whether the object was put here."""

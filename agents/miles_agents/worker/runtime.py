@@ -188,8 +188,7 @@ class WorkerRuntime:
     def _lease_event(self, event: leases.Event) -> None:
         if self._left:
             return
-        self._lease, effects = leases.step(self._lease, event, self.loop.time())
-        for effect in effects:
+        for effect in leases.step(self._lease, event, self.loop.time()):
             if isinstance(effect, Fence):
                 self._leave_once(f"fenced: {effect.reason}")
 
