@@ -1,6 +1,9 @@
 """A small version of benchmarks/scale.py: what holds at every size. Counts and answers only, no times."""
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support.simulated_actors import Probe
@@ -155,3 +158,12 @@ def test_a_flood_of_logs_from_every_rank_delays_neither_beats_nor_calls():
             assert not [event for event in cluster.controller.events.history if event.kind == "node_suspect"]
 
     run_costed(story())
+
+
+@pytest.mark.full
+def test_the_benchmark_prints_its_table_and_finds_nothing_wrong():
+    script = Path(__file__).parents[2] / "benchmarks/scale.py"
+    command = [sys.executable, script, "--nodes", "2", "4", "--quick"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 nodes" in done.stdout and "call every rank" in done.stdout

@@ -54,7 +54,7 @@ class Pool:
         """Of a worker that lives for as long as the test may take."""
         spec = WorkerSpec("run", 7, "lonely", number, 8, 9, Shape.of(ranks=64))
         timings = Timings(fence_s=200.0, dead_s=300.0)
-        return Birth(spec, f"ipc://{self.folder}/nobody", (0, 1), "token", "node-0", timings).pack()
+        return Birth(spec, "unix:///nonexistent/nobody", (0, 1), "token", "node-0", timings).pack()
 
     def zygote_pids(self) -> list[int]:
         """Of those that execute."""

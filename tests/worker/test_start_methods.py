@@ -321,7 +321,7 @@ async def test_ranks_with_gpus_are_never_forked(tmp_path):
         cwd=str(tmp_path),
         start_method="zygote",
     )
-    birth = Birth(spec, "ipc://nowhere", (0, 1), "token", "node-0", Timings())
+    birth = Birth(spec, "unix:///nonexistent/nobody", (0, 1), "token", "node-0", Timings())
     error = await error_of(starter.start(birth, tmp_path / "log"), CannotFork)
     assert "CUDA" in error.evidence
     assert zygotes.facts() == [] and not table.children
