@@ -26,8 +26,9 @@ from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.keys import AllowList
-from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 from miles_controller import membership
@@ -215,7 +216,7 @@ class Fabric:
         if route is None or route.address != address or route.dead is not None:
             return None
         route.dead = error
-        self.switch.receiver_died(address, error)
+        self.switch.receivers_died({address}, error)
         return route
 
     # -- routing ---------------------------------------------------------------------------------------------
@@ -240,10 +241,10 @@ class Fabric:
         return node if node is not None else _stale(AGENT_MESH, target)
 
     def _speaks_for(self, node: Node, source: Address) -> bool:
-        if source == node.address:
+        route = self.workers.get(source[:2])
+        if route is not None and route.node is node and route.address == source:
             return True
-        route = self.workers.get((source.mesh, source.rank))
-        return route is not None and route.node is node and route.address == source
+        return source == node.address
 
     # -- what the link says ----------------------------------------------------------------------------------
 
@@ -392,11 +393,12 @@ class Fabric:
         if node.peer is not None:
             self._by_peer.pop(node.peer, None)
             self.link.end_session(node.peer)
-        self.switch.receiver_died(node.address, error)
-        for route in list(node.workers.values()):
+        gone = {node.address}
+        for route in node.workers.values():
             if route.dead is None:
                 route.dead = error
-                self.switch.receiver_died(route.address, error)
+                gone.add(route.address)
+        self.switch.receivers_died(gone, error)
         self._events.emit(kind, name, headline, details=details)
         self._observer.on_node_ended(node, error)
 

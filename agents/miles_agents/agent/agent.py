@@ -49,8 +49,9 @@ from miles_agents.store.node_store import NodeStore, StoreParts
 from miles_agents.store.others import OtherNodes
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
-from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link import LinkDialer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 
@@ -276,6 +277,9 @@ class Agent:
         if self._early is not None:  # an order can be in the same batch as the WELCOME
             self._early.append(envelope)
             return
+        if len(envelope.targets) == 3:
+            self._on_single(envelope, envelope.target)
+            return
         receivers = envelope.receivers()
         here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
         if here:
@@ -284,6 +288,16 @@ class Agent:
             for target in receivers:
                 if target not in here:
                     self._answer_unknown(envelope, target)
+
+    def _on_single(self, envelope: Envelope, target: Target) -> None:
+        hop = self._resolve(envelope.mesh, target)
+        if hop is self.uplink:
+            if envelope.kind == CALL:
+                self._answer_unknown(envelope, target)
+        elif isinstance(hop, MilesError):
+            self.switch.route(envelope)
+        else:
+            self.switch.forward(hop, envelope, target)
 
     def _serve_what_waited(self) -> None:
         waited, self._early = self._early, None

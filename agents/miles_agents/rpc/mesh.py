@@ -36,6 +36,8 @@ from miles_agents.store import ref as _ref  # noqa: F401 - references travel in 
 from miles_agents.wire.codec import register_converter
 from miles_agents.wire.envelope import ONE_WAY, STREAM, Target
 
+_tuple = tuple.__new__
+
 
 @dataclass(slots=True)
 class MeshInfo:
@@ -130,7 +132,8 @@ class ActorMesh:
     def targets(self) -> list[Target]:
         """The receivers of a call, with the incarnations that this handle knows."""
         incarnations = self._info.incarnations
-        return [Target(rank, incarnations.get(rank, 0), i) for i, rank in enumerate(self._shape.ranks)]
+        ranks = self._shape.ranks
+        return [_tuple(Target, (rank, incarnations.get(rank, 0), i)) for i, rank in enumerate(ranks)]
 
     def node(self) -> RpcNode:
         """The way out of this process. Raises NotAnActorProcess where there is none."""
