@@ -1,9 +1,10 @@
 """Nodes that are lost while they hold, give or fetch objects: what was copied is found, and the rest is told."""
 
 import asyncio
+import signal
 
 import pytest
-from support.cluster import DEADLINE_S, error_of, kill, real_cluster
+from support.cluster import DEADLINE_S, SHORT, error_of, kill, real_cluster
 from support.store_cluster import MIB, keepers, segments_anywhere, store_of, until_store
 
 from miles_agents.store import ObjectLost
@@ -71,3 +72,22 @@ async def test_an_agent_that_is_killed_while_it_reads(tmp_path_factory):
         await here.remove.call_one(ref)
         await until_store(cluster, lambda s: not s["used_bytes"])
     assert segments_anywhere() == []
+
+
+async def test_a_node_that_was_fenced_begins_with_an_empty_store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    async with real_cluster(path, num_nodes=2, store_bytes=64 * MIB, timings=SHORT) as cluster:
+        (here, _), (there, _) = await keepers(cluster, 2)
+        lost = await here.put_array.call_one(1 << 20, 1)
+        kept = await here.put_array.call_one(1 << 20, 2, 2)
+        kill(cluster.agent("node-0"), signal.SIGSTOP)
+        await cluster.event("node_dead", "node-0")
+        assert await there.keep.call_one("kept", kept) == 2 << 20
+        await error_of(there.get.call_one(lost), ObjectLost)
+        kill(cluster.agent("node-0"), signal.SIGCONT)
+        await cluster.controller.wait_for_nodes("node-0", timeout_s=DEADLINE_S)
+        found = await store_of(cluster, "node-0")
+        assert found["objects"] == found["held_bytes"] == 0
+        error = await error_of(there.get.call_one(lost), ObjectLost)
+        assert "node-0 ended" in error.evidence
+        assert (await cluster.event("object_lost", "node-1")).text.startswith("object 1 of node-0")

@@ -19,6 +19,7 @@ from typing import Any
 from miles_agents.errors import MilesError, PeerFault
 from miles_agents.rpc.context import current_call, outside_of_calls
 from miles_agents.rpc.errors import DeadlineExceeded, NodeLost, NoSuchActor, StaleHandle
+from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.guard import not_your_order
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
@@ -37,6 +38,7 @@ from miles_agents.wire.envelope import AGENT_MESH
 logger = logging.getLogger(__name__)
 _ORDER_S = 30.0
 _TRIES = 2
+_REPORT_S = 10.0
 _FETCH_S = 600.0
 """The longest that a fetch goes on for readers that have given up."""
 GONE = (NodeLost, StaleHandle, NoSuchActor)
@@ -59,6 +61,16 @@ class OtherNodes:
         self._copies: dict[Key, dict[tuple[int, int], Place]] = {}
         self._holds = itertools.count(1)
         self.num_fetched = 0
+        self._reported: dict[str, float] = {}
+
+    def report(self, kind: str, error: MilesError) -> None:
+        """Let the run know of ``store_full`` or ``object_lost``; not more often than every ``_REPORT_S``."""
+        now = self._store.loop.time()
+        if now - self._reported.get(kind, -_REPORT_S) < _REPORT_S:
+            return
+        self._reported[kind] = now
+        tell = self._controller.endpoint("store_trouble").broadcast
+        outside_of_calls().run(tell, kind, error.what, error.evidence).add_done_callback(nobody_cares)
 
     def status(self) -> dict[str, int]:
         """Counters."""
@@ -277,12 +289,14 @@ class OtherNodes:
                     troubles.append(f"{place[0]}: {error.what}")
         if troubles:
             raise _not_fetched(ref, "\n".join([f"its home {ref.home} is gone", *troubles]))
-        raise ObjectLost(
+        lost = ObjectLost(
             f"{ref} is lost",
             evidence=f"{story or gone.what}; nobody else has a copy (asked: {len(others)} nodes)",
             advice="Make it again, or put what must not be lost with copies=2.",
             home=ref.home,
         )
+        self.report("object_lost", lost)
+        raise lost
 
     async def _fill_from(self, source: Place, ref: Ref, room: Room) -> tuple[Place, bytes]:
         mapping = self._store.files[room.segment].map()
@@ -320,6 +334,11 @@ class OtherNodes:
         name, rank, incarnation = place
         info = MeshInfo(AGENT_MESH, f"agent of {name}", {rank: incarnation})
         return ActorMesh(info, Shape(Extent((), ()), (rank,)), self._node).options(timeout_s=timeout_s)
+
+
+def nobody_cares(told: CallFuture[None]) -> None:
+    """For reports: they fail only when this life leaves the run."""
+    told.exception()
 
 
 def _home_of(ref: Ref) -> Place:
