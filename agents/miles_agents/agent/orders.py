@@ -19,8 +19,7 @@ from miles_agents.agent import service_life
 from miles_agents.agent.background import Background
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
-from miles_agents.agent.worker_errors import too_late
-from miles_agents.agent.worker_pool import nobody_cares
+from miles_agents.agent.worker_pool import nobody_cares, too_late
 from miles_agents.errors import ConfigError, MilesError, PeerFault
 from miles_agents.names import checked_name
 from miles_agents.rpc.context import current_call, outside_of_calls

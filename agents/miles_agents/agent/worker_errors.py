@@ -1,4 +1,4 @@
-"""The errors of starting and losing workers, as an agent tells them."""
+"""Errors about workers, as their agent words them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from miles_agents.agent.logs import last_words
 from miles_agents.agent.worker_life import Dead
 from miles_agents.errors import MilesError, PeerFault
-from miles_agents.rpc.errors import ControllerLost
 
 if TYPE_CHECKING:
     from miles_agents.agent.worker_pool import Worker
@@ -19,8 +18,8 @@ class WorkerNeverReady(PeerFault):
     code = "E-PEER-006"
 
 
-def advice_for(cause: str) -> str:
-    """What to do about a death of that cause."""
+def advice_on(cause: str) -> str:
+    """What to do about a death of this cause."""
     if "out of memory" in cause:
         return "Give the node more memory or the rank less work; the kernel ended it for want of memory."
     if "SIGKILL" in cause:
@@ -29,7 +28,7 @@ def advice_for(cause: str) -> str:
 
 
 def never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverReady:
-    """The error of a start whose worker ended before HELLO."""
+    """It ended before it said hello."""
     return WorkerNeverReady(
         f"{worker.spec.label}, pid {worker.life.pid}, never said hello: {death.cause}",
         evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
@@ -41,7 +40,7 @@ def never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverRead
 
 
 def given_up(worker: Worker) -> WorkerNeverReady:
-    """The error of a start that was ended before the process was executed."""
+    """It was ended before it was executed."""
     return WorkerNeverReady(
         f"{worker.spec.label} never said hello: it was ended before it was executed",
         evidence=worker.life.why_stopped,
@@ -50,18 +49,8 @@ def given_up(worker: Worker) -> WorkerNeverReady:
     )
 
 
-def too_late(label: str, why: str) -> ControllerLost:
-    """The refusal of a start while everything is being ended."""
-    return ControllerLost(
-        f"{label} was not started: the agent is about to leave the run",
-        evidence=why,
-        advice="Start it on another node, or wait until the node has joined again.",
-        may_have_run=False,
-    )
-
-
 def still_there(worker: Worker) -> MilesError:
-    """The error of a start in a place that is taken."""
+    """Another life of the rank has not gone."""
     return PeerFault(
         f"{worker.spec.label} runs here already, as incarnation {worker.spec.incarnation}",
         evidence=f"state {worker.life.state}, pid {worker.life.pid}",

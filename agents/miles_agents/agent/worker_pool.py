@@ -20,18 +20,12 @@ from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import last_words
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
-from miles_agents.agent.worker_errors import (
-    advice_for,
-    given_up,
-    never_ready,
-    still_there,
-    too_late,
-)
+from miles_agents.agent.worker_errors import advice_on, given_up, never_ready, still_there
 from miles_agents.agent.worker_facts import known_facts
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
 from miles_agents.errors import MilesError
 from miles_agents.rpc.context import outside_of_calls
-from miles_agents.rpc.errors import NoSuchActor, StaleHandle, WorkerDied
+from miles_agents.rpc.errors import ControllerLost, NoSuchActor, StaleHandle, WorkerDied
 from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
@@ -430,7 +424,7 @@ class WorkerPool:
         return WorkerDied(
             f"{worker.spec.label} on {node}, pid {pid}, died: {death.cause}",
             evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
-            advice=advice_for(death.cause),
+            advice=advice_on(death.cause),
             actor=worker.spec.label,
             node=node,
             pid=pid,
@@ -460,3 +454,13 @@ class WorkerPool:
 def nobody_cares(told: CallFuture[None]) -> None:
     """For reports: they fail only when this life leaves the run."""
     told.exception()
+
+
+def too_late(label: str, why: str) -> ControllerLost:
+    """The refusal of a start while everything is being ended."""
+    return ControllerLost(
+        f"{label} was not started: the agent is about to leave the run",
+        evidence=why,
+        advice="Start it on another node, or wait until the node has joined again.",
+        may_have_run=False,
+    )
