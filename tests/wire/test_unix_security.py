@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -328,8 +328,8 @@ else:
 """
 
 
-@asynccontextmanager
-async def nobody(path, role):
+@contextmanager
+def nobody(path, role):
     """A process of another user that connects or listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", AS_NOBODY.format(nobody=NOBODY), path, role],
@@ -352,11 +352,11 @@ async def test_a_process_of_another_user_is_hung_up_on_unread_even_if_the_direct
         heard = Recorder()
         acceptor = world.acceptor(heard)
         path = acceptor.address.removeprefix("unix://")
-        async with nobody(path, "connect") as process:
+        with nobody(path, "connect") as process:
             assert await asyncio.to_thread(process.stdout.readline) == "no permission\n"
         world.directory.chmod(0o755)
         os.chmod(path, 0o777)
-        async with nobody(path, "connect") as process:
+        with nobody(path, "connect") as process:
             assert await asyncio.to_thread(process.stdout.readline) == "b''\n"
         assert acceptor.stats.reasons == {"a process of another user": 1}
         assert heard.order == []
@@ -373,7 +373,7 @@ async def test_a_listener_of_another_user_is_hung_up_on():
         world.directory.chmod(0o755)
         inside.chmod(0o777)
         path = inside / "s"
-        async with nobody(str(path), "listen") as process:
+        with nobody(str(path), "listen") as process:
             assert await asyncio.to_thread(process.stdout.readline) == "listening\n"
             told = Recorder()
             dialer = UnixDialer(f"unix://{path}", told)
@@ -439,11 +439,17 @@ def private(tmp_path):
     return tmp_path
 
 
-async def test_what_a_killed_process_left_behind_is_replaced(private):
-    code = "import socket, sys, os; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); os.kill(os.getpid(), 9)"
-    left = private / "s"
-    assert subprocess.run([sys.executable, "-c", code, str(left)], check=False).returncode == -9
-    assert left.is_socket()
+@pytest.fixture
+def left(private):
+    """The socket file of a process that was killed."""
+    path = private / "s"
+    code = "import os, socket, sys; s = socket.socket(1); s.bind(sys.argv[1]); s.listen(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    assert path.is_socket()
+    return path
+
+
+async def test_what_a_killed_process_left_behind_is_replaced(left):
     heard, told = Recorder(), Recorder()
     acceptor = UnixAcceptor(f"unix://{left}", heard)
     dialer = UnixDialer(acceptor.address, told)
@@ -452,7 +458,7 @@ async def test_what_a_killed_process_left_behind_is_replaced(private):
     await heard.until(lambda: bool(heard.messages))
     dialer.close()
     acceptor.close()
-    assert os.listdir(private) == []
+    assert not left.exists()
 
 
 async def test_somebody_who_listens_and_files_that_are_no_sockets_are_left_alone(private):

@@ -1,7 +1,8 @@
-"""Streams: whatever pieces the bytes come in, messages come out whole, in order, each once; nonsense ends one stream."""
+"""Streams: whatever pieces the bytes come in, messages come out whole, in order, once; nonsense ends its stream."""
 
 import asyncio
 import errno
+import itertools
 import random
 import socket
 import struct
@@ -90,7 +91,7 @@ async def feed(sock, data, cuts=()):
     """Write the bytes in pieces; between pieces the reader has its turn."""
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     loop = asyncio.get_running_loop()
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         await loop.sock_sendall(sock, data[start:end])
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -315,8 +316,7 @@ async def test_a_write_that_fails_ends_the_stream_so_that_no_half_message_is_fol
 async def test_a_peer_that_is_gone_makes_sending_fail_and_is_told_once():
     async with two_ends() as (end, other):
         other.stream.close()
-        while end.stream.send([b"into the void", bytes(ZERO_COPY_BYTES)]):
-            await asyncio.sleep(0)
+        await eventually(lambda: not end.stream.send([b"into the void", bytes(ZERO_COPY_BYTES)]))
         await end.until(lambda: bool(end.ended))
         assert len(end.ended) == 1
         assert not end.stream.send([b"x"])
