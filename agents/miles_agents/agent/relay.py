@@ -43,20 +43,20 @@ class Relay:
         self._in_flight = in_flight
         self._uplink = uplink
 
-    def down(self, peer: Peer, numbers: Numbers, data: bytes) -> bool:
+    def down(self, peer: Peer, numbers: Numbers, short: bytes) -> bool:
         """From the controller to a worker."""
         worker = self._pool.find_living(numbers[MESH], numbers[RANK])
         if worker is None or numbers[LEFT] or worker.address != numbers[MESH:POSITION]:
             return False
         if numbers[KIND] == CALL:
             source = _tuple(Address, numbers[SOURCE_MESH:MESH])
-            method = method_of(numbers, data)
+            method = method_of(numbers, short)
             self._in_flight.note(source, numbers[RID], worker.address, method, peer.last_heard, numbers[TRACE])
         assert worker.peer is not None
-        worker.peer.send(packed_of(data))
+        worker.peer.send(packed_of(short))
         return True
 
-    def up(self, peer: Peer, numbers: Numbers, data: bytes) -> bool:
+    def up(self, peer: Peer, numbers: Numbers, short: bytes) -> bool:
         """From a worker to the controller or beyond."""
         pool = self._pool
         worker = pool.heard(peer)
@@ -65,7 +65,7 @@ class Relay:
             return False
         if pool.find_living(mesh, numbers[RANK]) is not None or pool.knows(mesh, numbers[RANK], numbers[INCARNATION]):
             return False
-        self._uplink.send(packed_of(data))
+        self._uplink.send(packed_of(short))
         asker = _tuple(Address, (mesh, numbers[RANK], numbers[INCARNATION]))
         self._in_flight.answer(numbers[KIND], worker.address, asker, numbers[RID], peer.last_heard)
         return True
