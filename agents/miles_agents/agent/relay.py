@@ -9,9 +9,10 @@ Invariants: the same as of the switch and ``on_envelope``, which do the same in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from miles_agents.wire.envelope import AGENT_MESH, CALL, Address
+from miles_agents.wire.envelope import AGENT_MESH, CALL, Address, Envelope, Target
 from miles_agents.wire.peer import Peer
 from miles_agents.wire.short_frame import (
     INCARNATION,
@@ -25,6 +26,7 @@ from miles_agents.wire.short_frame import (
     TRACE,
     Numbers,
     method_of,
+    pack_each,
     packed_of,
 )
 
@@ -55,6 +57,24 @@ class Relay:
         assert worker.peer is not None
         worker.peer.send(packed_of(short))
         return True
+
+    def spread(self, envelope: Envelope, now: float) -> Sequence[Target]:
+        """From the controller to many workers. Returns those of the receivers to whom it was not passed on."""
+        receivers = envelope.receivers()
+        packed = pack_each(envelope)
+        if packed is None:
+            return receivers
+        declined: list[Target] = []
+        is_call, mesh, note = envelope.kind == CALL, envelope.mesh, self._in_flight.note
+        for target, item in zip(receivers, packed, strict=True):
+            worker = self._pool.find_living(mesh, target.rank)
+            if worker is None or worker.peer is None or worker.address.incarnation != target.incarnation:
+                declined.append(target)
+                continue
+            if is_call:
+                note(envelope.source, envelope.rid, worker.address, envelope.method, now, envelope.trace)
+            worker.peer.send(item)
+        return declined
 
     def up(self, peer: Peer, numbers: Numbers, short: bytes) -> bool:
         """From a worker to the controller or beyond."""

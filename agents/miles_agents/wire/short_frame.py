@@ -65,6 +65,23 @@ def pack_envelope(envelope: Envelope, now: float) -> bytes | None:
     return head + method + body
 
 
+def pack_each(envelope: Envelope) -> list[Packed] | None:
+    """For an envelope with many receivers: one to each. None: it does not fit into short frames."""
+    body, source = envelope.body, envelope.source
+    method = envelope.method.encode()
+    if envelope.buffers or envelope.deadline is not None or len(body) > _MAX_BODY_BYTES:
+        return None
+    if len(method) > MAX_METHOD_CHARS:
+        return None
+    tail, flat = method + body, envelope.targets
+    front = (envelope.kind, envelope.flags, len(method), envelope.rid, *source, envelope.mesh)
+    back = (envelope.size, envelope.trace, 0)
+    pack = _ENVELOPE.pack
+    return [
+        _tuple(Packed, (pack(*front, flat[i], flat[i + 1], flat[i + 2], *back) + tail,)) for i in range(0, len(flat), 3)
+    ]
+
+
 def pack_short(version: int, session: int, seq: int, ack: int, packed: bytes) -> bytes:
     """A short frame with what ``pack_envelope`` made."""
     return _HEAD.pack(MARK, version, session, seq, ack) + packed
