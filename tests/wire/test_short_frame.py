@@ -12,11 +12,20 @@ from support.links import Acceptor, Stranger, an_envelope, met, settled, virtual
 from miles_agents.wire import envelope as wire
 from miles_agents.wire import session
 from miles_agents.wire import short_frame as short
-from miles_agents.wire.envelope import Address, Envelope, MalformedFrame, check_sendable, envelope_from_plain
+from miles_agents.wire.envelope import Address, Envelope, MalformedFrame, check_sendable
 from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.memory_transport import MemoryNetwork
 from miles_agents.wire.session import VERSION, Session, parse_frame, parse_items
-from miles_agents.wire.short_frame import pack_envelope, pack_short, packed_of, parse_short, read_numbers
+from miles_agents.wire.short_frame import (
+    envelope_of,
+    pack_each,
+    pack_envelope,
+    pack_short,
+    packed_of,
+    parse_short,
+    read_numbers,
+    short_of,
+)
 from miles_agents.wire.transport import ZERO_COPY_BYTES
 
 NOW = 1000.0
@@ -44,7 +53,15 @@ def as_long(envelope, now=NOW):
     """What the next hop would see of the long form."""
     frame = parse_frame(session.pack_frame(session.DATA, 1, 1, 0, [envelope.to_plain(now)]))
     (item,) = parse_items(frame.payload, list(envelope.buffers), now)
+    assert type(item) is Envelope
     return item
+
+
+def as_item(packed, now=NOW):
+    """What the next hop would see of a short envelope that travels with others."""
+    frame = parse_frame(session.pack_frame(session.DATA, 1, 1, 0, [packed.short]))
+    (item,) = parse_items(frame.payload, [], now)
+    return envelope_of(item.numbers, item.short, now)
 
 
 def as_short(envelope, now=NOW):
@@ -85,16 +102,28 @@ def test_what_came_short_is_passed_on_as_it_came_but_for_the_head(envelope, seq,
     onward = pack_short(VERSION, 99, seq, ack, pack_envelope(came, NOW + 5))
     assert onward[HEAD_BYTES:] == frame[HEAD_BYTES:]
     assert read_numbers(onward, VERSION)[short.SESSION : short.ACK + 1] == (99, seq, ack)
-    relayed = packed_of(frame)
+    relayed = packed_of(short_of(frame))
     assert pack_short(VERSION, 99, seq, ack, relayed.short) == onward
-    assert (relayed.buffers, relayed.num_bytes) == ([], len(frame) - HEAD_BYTES)
-    assert envelope_from_plain(as_list(relayed.to_plain(NOW)), [], NOW)[0] == envelope
+    assert (relayed.buffers, relayed.num_bytes) == ([], envelope.num_bytes)
+    assert as_item(relayed) == envelope
     check_sendable(came)
 
 
-def as_list(plain):
-    plain[6] = list(plain[6])
-    return plain
+@given(envelopes, st.lists(one_target, min_size=2, max_size=4, unique=True))
+def test_a_call_for_many_is_spread_as_one_short_envelope_each(envelope, targets):
+    many = replace(envelope, targets=tuple(number for target in targets for number in target), deadline=None)
+    each = pack_each(many)
+    if len(envelope.method.encode()) > wire.MAX_METHOD_CHARS:
+        assert each is None
+    else:
+        assert [as_item(packed) for packed in each] == [replace(many, targets=target) for target in targets]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flags": 256}, {"buffers": [b"x"]}, {"deadline": NOW}, {"method": "\ud800"}], ids=str
+)
+def test_a_call_for_many_that_does_not_fit_is_not_spread_so(changes):
+    assert pack_each(replace(an_envelope(1), targets=(0, 1, 0, 1, 1, 1), **changes)) is None
 
 
 @given(envelopes)
@@ -201,6 +230,13 @@ def test_the_example_is_good():
     assert parse_short(GOOD, VERSION, NOW)[3].method == "work"
 
 
+@pytest.mark.parametrize("short", [data[HEAD_BYTES:] for data in HOSTILE.values() if data[:32] == GOOD[:32]])
+def test_what_is_no_short_envelope_is_malformed_among_others_too(short):
+    payload = [GOOD[HEAD_BYTES:], short]
+    with pytest.raises(MalformedFrame):
+        parse_items(payload, [], NOW)
+
+
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_what_is_no_short_frame_is_malformed_in_few_words(data):
     with pytest.raises(MalformedFrame) as caught:
@@ -217,7 +253,7 @@ def test_any_bytes_are_an_envelope_that_can_be_passed_on_or_malformed(data, kept
             continue
         assert as_long(came) == replace(came, deadline=as_long(came).deadline)
         check_sendable(replace(came, short=None))
-        assert envelope_from_plain(as_list(packed_of(frame).to_plain(NOW)), [], NOW)[0] == as_long(came)
+        assert as_item(packed_of(short_of(frame))) == came
 
 
 @virtual
@@ -270,8 +306,7 @@ async def test_what_a_hop_relays_can_be_sent_again_with_others_the_long_way():
     _, hub, dialer = await met()
     dialer.lose(there=True)
     for number in (1, 2, 3):
-        frame = pack_short(VERSION, 1, number, 0, pack_envelope(an_envelope(number, 10), NOW))
-        dialer.link.peer.send(packed_of(frame))
+        dialer.link.peer.send(packed_of(pack_envelope(an_envelope(number, 10), NOW)))
     await settled()
     assert hub.above.numbers() == []
     dialer.lose(there=False)
