@@ -24,6 +24,7 @@ from pathlib import Path
 
 from miles_agents.agent.agent import Agent, AgentParts
 from miles_agents.agent.lease import Fence
+from miles_agents.agent.logs import OpenTail
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.process_launch import CannotStart
 from miles_agents.agent.starter import Killed
@@ -31,6 +32,7 @@ from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.host import Executors
+from miles_agents.simulated_logs import SilentTail
 from miles_agents.timings import Timings
 from miles_agents.wire.memory_transport import MemoryNetwork
 from miles_agents.worker.main import exit_code_for
@@ -325,6 +327,7 @@ class SimulatedNode:
     Args:
         user_id: The public key with which it dials.
         process: Tells apart several agents that claim to be the same node.
+        open_tail: What its workers print; None: nothing, and the controller is sent no lines.
     """
 
     def __init__(
@@ -337,7 +340,9 @@ class SimulatedNode:
         timings: Timings,
         process: str = "",
         join_timeout_s: float = 60.0,
+        open_tail: OpenTail | None = None,
     ) -> None:
+        self._open_tail = open_tail
         self.info = info
         self.host = info.node + process
         self.starter = InProcessStarter(network)
@@ -427,7 +432,8 @@ class SimulatedNode:
             fenced=tuple(self._fenced),
             reaper=self.reaper,
             join_timeout_s=self._join_timeout_s,
-            forward_logs=False,
+            forward_logs=self._open_tail is not None,
+            open_tail=self._open_tail or SilentTail,
         )
 
 

@@ -60,6 +60,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Virtual seconds."""
         return self._now
 
+    def spend(self, seconds: float) -> None:
+        """Let time pass, as work that takes so long would: what fell due meanwhile is late."""
+        self._now += seconds
+
     def select(self, timeout: float | None) -> list[Never]:
         """Jump instead of waiting. ``timeout`` is the distance to the next timer, 0 if something is ready.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import sys
 import time
@@ -38,8 +39,11 @@ from miles_agents.rpc.shape import Shape
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import RuntimeDir, runtime_dir
 from miles_agents.wire.envelope import CONTROLLER_MESH, Address
+from miles_agents.wire.joined_transport import JoinedAcceptor
 from miles_agents.wire.keys import AgentKey, AllowList, KeyPair
 from miles_agents.wire.transport import Transport
+from miles_agents.wire.unix_auth import proof_key
+from miles_agents.wire.unix_transport import UnixAcceptor
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqNetwork
 from miles_agents.worker.construct import class_location, refuse_inside_loading_script
 from miles_agents.worker.spec import check_start
@@ -56,6 +60,7 @@ from miles_controller.policy import Policy
 from miles_controller.reports import Reports
 from miles_controller.services import ServiceHandle, ServiceKeeper
 from miles_controller.status_server import StatusServer
+from miles_controller.store_desk import StoreDesk
 
 __all__ = ["Controller", "ControllerConfig", "NodesMissing"]
 logger = logging.getLogger(__name__)
@@ -75,6 +80,7 @@ class Controller:
         self._server_keys = KeyPair.generate()
         self._keys: dict[str, AgentKey] = {}
         self._owned = ExitStack()
+        self._directory: RuntimeDir | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.meshes = MeshKeeper(self)
         self._incarnation = 0
@@ -102,7 +108,7 @@ class Controller:
             self._serve()
             for node in config.nodes:
                 self.fabric.expect(node)
-            self.fabric.start(self._listen or self._listen_on_tcp())
+            self.fabric.start(self._listen or self._listen_everywhere())
             if config.status:
                 await self._start_status()
         except BaseException:
@@ -156,29 +162,45 @@ class Controller:
                 text = "it did not say goodbye in time; its lease will end it"
                 self.events.emit("node_left_behind", node.name, text)
 
-    def _listen_on_tcp(self) -> Callable[[Any], Transport]:
+    def _runtime_directory(self) -> RuntimeDir:
+        """The run's, for sockets; held until the controller closes."""
+        if self._directory is None:
+            self._directory = runtime_dir(self.run_id)
+            self._owned.enter_context(self._directory)
+        return self._directory
+
+    def _listen_everywhere(self) -> Callable[[Any], Transport]:
+        """To other machines by tcp, to agents of this one by a unix socket."""
+        directory = self._runtime_directory()
         network = ZmqNetwork()
         self._owned.callback(network.close)
-        return lambda link: ZmqAcceptor(
-            self.config.bind,
-            link,
-            curve=self._server_keys,
-            allow=self.allowed,
-            network=network,
-            timings=self.config.timings,
-        )
+
+        def listen(link: Any) -> Transport:
+            keys, timings = self._server_keys, self.config.timings
+            remote = ZmqAcceptor(
+                self.config.bind, link, curve=keys, allow=self.allowed, network=network, timings=timings
+            )
+            try:
+                path = directory.socket_path(f"controller-{os.getpid()}-{secrets.token_hex(3)}")
+                return JoinedAcceptor(remote, UnixAcceptor(f"unix://{path}", link, allow=self.allowed))
+            except BaseException:
+                remote.close()
+                raise
+
+        return listen
 
     async def _start_status(self) -> None:
-        directory: RuntimeDir = runtime_dir(self.run_id)
-        self._owned.enter_context(directory)
-        self.status_server = StatusServer(self.status, run_id=self.run_id, directory=directory.path)
+        directory = self._runtime_directory().path
+        self.status_server = StatusServer(self.status, run_id=self.run_id, directory=directory)
         await self.status_server.start()
 
     def _serve(self) -> None:
         reports = Reports(self)
+        self._owned.callback(reports.close)
         host = ActorHost(self.fabric.node, InlineExecutors(self.fabric.loop))
         endpoints: dict[str, Callable[..., Any]] = {
             **reports.endpoints(),
+            **StoreDesk(self).endpoints(),
             "lock_acquire": self.locks.acquire,
             "lock_give_up": self.locks.give_up,
             "lock_release": self.locks.release,
@@ -194,13 +216,19 @@ class Controller:
         """Where agents dial, with the port that was really bound."""
         return self.fabric.link.transport.address
 
+    @property
+    def local_address(self) -> str:
+        """Where agents of this machine dial: faster than ``address``, which serves them, too."""
+        transport = self.fabric.link.transport
+        return transport.local_address if isinstance(transport, JoinedAcceptor) else transport.address
+
     def issue_key(self, node: str) -> str:
         """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""
         self.fabric.expect(node)
         self.fabric.dismissed.pop(node, None)
         if node not in self._keys:
             pair = KeyPair.generate()
-            self.allowed.add(pair.public, node)
+            self.allowed.add(pair.public, node, proof_key(pair))
             self._keys[node] = AgentKey(self.run_id, node, self._server_keys.public, pair)
         return self._keys[node].to_line()
 

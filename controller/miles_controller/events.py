@@ -22,7 +22,8 @@ _CLOSE_S = 2.0
 _WARNINGS = frozenset(
     {
         "background_failed", "call_overdue", "close_failed", "mesh_failed", "mesh_not_ended", "node_dead",
-        "node_left_behind", "node_refused", "node_suspect", "service_failed", "worker_died", "worker_silent",
+        "node_left_behind", "node_refused", "node_suspect", "object_lost", "service_failed", "store_full",
+        "worker_died", "worker_silent",
     }
 )  # fmt: skip
 

@@ -26,8 +26,9 @@ from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.keys import AllowList
-from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 from miles_controller import membership
@@ -65,8 +66,9 @@ class Node:
 
     answers_for_itself = False
 
-    def __init__(self, name: str, rank: int, incarnation: int, info: NodeInfo) -> None:
+    def __init__(self, name: str, rank: int, incarnation: int, info: NodeInfo, session_id: int) -> None:
         self.name = name
+        self.session_id = session_id
         self.rank = rank
         self.incarnation = incarnation
         self.info = info
@@ -168,6 +170,13 @@ class Fabric:
         seat = self._seats.get(name)
         return seat.node if seat is not None else None
 
+    def agent_at(self, address: Address) -> Node | None:
+        """The living node whose agent has this address."""
+        if address.mesh != AGENT_MESH or address.rank >= len(self._by_rank):
+            return None
+        node = self._by_rank[address.rank].node
+        return node if node is not None and node.incarnation == address.incarnation else None
+
     async def wait_for(self, name: str) -> Node:
         """Until a node of that name lives."""
         seat = self._seats[name]
@@ -207,7 +216,7 @@ class Fabric:
         if route is None or route.address != address or route.dead is not None:
             return None
         route.dead = error
-        self.switch.receiver_died(address, error)
+        self.switch.receivers_died({address}, error)
         return route
 
     # -- routing ---------------------------------------------------------------------------------------------
@@ -228,16 +237,14 @@ class Fabric:
     def _resolve_agent(self, target: Target) -> Hop | MilesError:
         if target.rank >= len(self._by_rank):
             return _unknown(AGENT_MESH, target)
-        node = self._by_rank[target.rank].node
-        if node is None or node.incarnation != target.incarnation:
-            return _stale(AGENT_MESH, target)
-        return node
+        node = self.agent_at(Address(AGENT_MESH, target.rank, target.incarnation))
+        return node if node is not None else _stale(AGENT_MESH, target)
 
     def _speaks_for(self, node: Node, source: Address) -> bool:
-        if source == node.address:
+        route = self.workers.get(source[:2])
+        if route is not None and route.node is node and route.address == source:
             return True
-        route = self.workers.get((source.mesh, source.rank))
-        return route is not None and route.node is node and route.address == source
+        return source == node.address
 
     # -- what the link says ----------------------------------------------------------------------------------
 
@@ -362,7 +369,7 @@ class Fabric:
         seat = self._seats[name]
         info = self.membership.members[name].info
         assert info is not None
-        node = Node(name, seat.rank, incarnation, info)
+        node = Node(name, seat.rank, incarnation, info, session_id)
         seat.node = node
         self._by_session[session_id] = node
 
@@ -382,15 +389,16 @@ class Fabric:
         )
         node.over = error
         node.ended.set()
-        self._by_session = {session: other for session, other in self._by_session.items() if other is not node}
+        self._by_session.pop(node.session_id, None)
         if node.peer is not None:
             self._by_peer.pop(node.peer, None)
             self.link.end_session(node.peer)
-        self.switch.receiver_died(node.address, error)
-        for route in list(node.workers.values()):
+        gone = {node.address}
+        for route in node.workers.values():
             if route.dead is None:
                 route.dead = error
-                self.switch.receiver_died(route.address, error)
+                gone.add(route.address)
+        self.switch.receivers_died(gone, error)
         self._events.emit(kind, name, headline, details=details)
         self._observer.on_node_ended(node, error)
 

@@ -17,6 +17,7 @@ from miles_controller.placement import (
     BadPlacementRequest,
     InfeasiblePlacement,
     Inventory,
+    NodeDevices,
     Placement,
     Slot,
     replace,
@@ -71,16 +72,18 @@ class Gangs:
     def inventory(self, infos: Sequence[NodeInfo], *, without: Gang | None = None, keeps: bool = True) -> Inventory:
         """What there is, and what is used or kept by whom. ``without``: as if this gang kept no spares, and with
         ``keeps=False``, as if it used nothing either."""
+        there = {info.node for info in infos}
         who: dict[tuple[str, int], dict[str, None]] = {}
         for gang in self._gangs:
             if gang is not without or keeps:
                 for name, slot in gang.uses(planned=gang is without):
-                    for device in slot.devices:
+                    for device in slot.devices if slot.node in there else ():
                         who.setdefault((slot.node, device), {})[name] = None
             if gang is not without:
                 label = f"spare of {'+'.join(gang.living)}"
+                spares = set(gang.current.spares)
                 for info in infos:
-                    for device in info.devices if info.node in gang.current.spares else ():
+                    for device in info.devices if info.node in spares else ():
                         who.setdefault((info.node, device), {})[label] = None
         return Inventory.of(infos, used={key: "+".join(names) for key, names in who.items()})
 
@@ -91,10 +94,12 @@ class Gangs:
             InfeasiblePlacement: nothing fits; they stay where they were.
         """
         fitting = [info for info in infos if kind in (None, info.device_kind)]
-        inventory = self.inventory(fitting, without=gang)
+        kept = set(gang.current.spares)
+        spares = [info for info in fitting if info.node in kept]
         try:
-            gang.current = replace(gang.current, (lost,), inventory)
+            gang.current = replace(gang.current, (lost,), self.inventory(spares, without=gang))
         except InfeasiblePlacement:
+            inventory = self.inventory(fitting, without=gang)
             gang.current = replace(gang.current, (lost,), inventory, anywhere=True)
 
 
@@ -107,8 +112,9 @@ def check_placement(
         BadPlacementRequest: It cannot; with all problems.
     """
     problems = _problems(placement, name, num_ranks, inventory)
+    there = inventory.by_name()
     for spare in placement.spares if reserves_spares else ():
-        node = inventory.get(spare)
+        node = there.get(spare)
         if node is not None and node.used:
             problems.append(f"spare node {spare} is taken by {_takers(node.used)}")
     if problems:
@@ -123,6 +129,7 @@ def _problems(placement: Placement, name: str, num_ranks: int, inventory: Invent
     if name not in placement.slots:
         return [f"the placement has no request {name!r}; it has {', '.join(placement.slots) or 'none'}"]
     ranks = placement.slots[name]
+    there = inventory.by_name()
     problems = []
     if len(ranks) != num_ranks:
         problems.append(f"{len(ranks)} ranks were placed, the dimensions ask for {num_ranks}")
@@ -131,12 +138,13 @@ def _problems(placement: Placement, name: str, num_ranks: int, inventory: Invent
         if len(parts) != 1:
             problems.append(f"rank {rank} spans {', '.join(slot.node for slot in parts)}; an actor has one node")
         for slot in parts:
-            problems += [f"rank {rank}: {problem}" for problem in _slot_problems(slot, inventory, shares=shares)]
+            problems += [
+                f"rank {rank}: {problem}" for problem in _slot_problems(slot, there.get(slot.node), shares=shares)
+            ]
     return problems
 
 
-def _slot_problems(slot: Slot, inventory: Inventory, *, shares: bool) -> list[str]:
-    node = inventory.get(slot.node)
+def _slot_problems(slot: Slot, node: NodeDevices | None, *, shares: bool) -> list[str]:
     if node is None:
         return [f"node {slot.node} is not there"]
     missing = [device for device in slot.devices if device not in node.healthy]

@@ -234,10 +234,10 @@ class Membership:
     def step(self, event: Event, now: float) -> tuple[Effect, ...]:
         """Apply one event at time ``now`` (seconds of any clock that does not run backwards)."""
         match event:
+            case Beat():  # first, because most are
+                return self._beat(event, now)
             case Hello():
                 return self._hello(event, now)
-            case Beat():
-                return self._beat(event, now)
             case Goodbye() | Evidence():
                 return self._over(event, now)
             case LinkUp(node) | LinkDown(node):

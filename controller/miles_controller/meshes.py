@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,15 @@ from miles_agents.agent.zygote_profile import profile_environment
 from miles_agents.errors import MilesError
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo, endpoint_from_plain
-from miles_agents.rpc.shape import Shape
+from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import Address
-from miles_agents.worker.spec import WorkerSpec
+from miles_agents.worker.spec import WorkerSpec, pack_specs
 from miles_controller import policy as policies
 from miles_controller.fabric import Node, WorkerRoute
 from miles_controller.owned_mesh import MeshFailed, OwnedMesh
 from miles_controller.placement import InfeasiblePlacement, Slot
 from miles_controller.policy import FailMesh, KillRank, Policy, ReportHung, RespawnRank, Supervision
-from miles_controller.rank_end import NotEnded, describe, end_rank, not_ended
+from miles_controller.rank_end import NotEnded, describe, end_ranks, not_ended
 
 if TYPE_CHECKING:
     from miles_controller.controller import Controller
@@ -47,6 +47,12 @@ class Rank:
     evidence: str = ""
     dismissed: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    facts_at: float = 0.0
+
+    def facts_now(self, now: float) -> dict[str, Any]:
+        """Its last facts; a call that it was in has grown older since, as agents tell changes only."""
+        age_s = self.facts.get("call_age_s") if self.facts.get("call") else None
+        return self.facts if age_s is None else {**self.facts, "call_age_s": age_s + now - self.facts_at}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +113,8 @@ class MeshSupervisor:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                envs = [self._environment(rank) for rank in self.ranks]
-                alike = Counter(self._profile(rank, env) for rank, env in zip(self.ranks, envs, strict=True))
-                for rank, env in zip(self.ranks, envs, strict=True):
-                    siblings = alike[self._profile(rank, env)]
-                    tasks.create_task(self._start_process(rank, env, siblings=siblings))
+                for node, ranks in _by_node(self.ranks).items():
+                    tasks.create_task(self._start_processes(node, ranks))
             self._note_endpoints(await self._construct(self.ranks))
         except BaseException as error:
             await asyncio.shield(self._give_up())
@@ -130,27 +133,31 @@ class MeshSupervisor:
         own = plan.rank_env(rank.rank) if plan.rank_env else {}
         return {**self.controller.forwarded_env, **plan.env, **own}
 
-    def _profile(self, rank: Rank, env: Mapping[str, str]) -> Hashable:
-        """Equal for ranks that one zygote can make."""
-        return rank.slot.node, profile_environment(env)
-
-    async def _start_process(self, rank: Rank, env: dict[str, str], *, siblings: int = 1) -> None:
+    async def _start_processes(self, node_name: str, ranks: Sequence[Rank]) -> None:
+        """One order for all ranks of a node: a mesh may have thousands."""
         controller = self.controller
-        node = controller.fabric.find(rank.slot.node)
+        node = controller.fabric.find(node_name)
         if node is None:
             raise MeshFailed(
-                f"{self.name}[{rank.rank}] cannot start: node {rank.slot.node} is gone",
-                evidence=controller.fabric.membership.describe(rank.slot.node, self.loop.time()),
+                f"{self.name}[{ranks[0].rank}] cannot start: node {node_name} is gone",
+                evidence=controller.fabric.membership.describe(node_name, self.loop.time()),
                 advice="Bring the node back, or place the mesh again without it.",
             )
-        rank.incarnation = controller.next_incarnation()
-        rank.state, rank.evidence, rank.pid, rank.dismissed = "starting", "", 0, False
-        spec = self._spec(rank, env, siblings)
-        address = Address(self.mesh, rank.rank, rank.incarnation)
-        controller.fabric.add_worker(WorkerRoute(address, node, spec.label))
+        # Before anything is begun: the owner's function may raise. Those with equal profiles one zygote can make.
+        envs = [self._environment(rank) for rank in ranks]
+        profiles = [profile_environment(env) for env in envs]
+        alike = Counter(profiles)
+        for rank in ranks:
+            rank.incarnation = controller.next_incarnation()
+            rank.state, rank.evidence, rank.pid, rank.dismissed, rank.facts = "starting", "", 0, False, {}
+            address = Address(self.mesh, rank.rank, rank.incarnation)
+            controller.fabric.add_worker(WorkerRoute(address, node, f"{self.name}[{rank.rank}]"))
+        lives = zip(ranks, envs, profiles, strict=True)
+        specs = [self._spec(rank, env, alike[profile]) for rank, env, profile in lives]
         agent = controller.fabric.agent(node).options(timeout_s=self.plan.start_timeout_s + 10.0)
-        started = await agent.endpoint("start_worker").call_one(spec.to_plain())
-        rank.pid, rank.log = started["pid"], started["log"]
+        started = await agent.endpoint("start_workers").call_one(pack_specs(specs))
+        for rank, born in zip(ranks, started, strict=True):
+            rank.pid, rank.log = born["pid"], born["log"]
 
     def _spec(self, rank: Rank, env: dict[str, str], siblings: int) -> WorkerSpec:
         plan, controller = self.plan, self.controller
@@ -180,7 +187,7 @@ class MeshSupervisor:
         born = {rank.rank: rank.incarnation for rank in ranks}
         shape = self.shape
         if len(ranks) < len(self.shape):
-            shape = Shape.of(ranks=len(self.shape)).slice(ranks=slice(ranks[0].rank, ranks[-1].rank + 1))
+            shape = Shape(Extent.of(ranks=len(ranks)), tuple(born))
         mesh = ActorMesh(MeshInfo(self.mesh, self.name, born), shape, self.controller.fabric.node)
         timed = mesh.options(timeout_s=plan.start_timeout_s)
         made = await timed.endpoint("__construct__").call(plan.where, list(plan.args), plan.kwargs)
@@ -243,8 +250,8 @@ class MeshSupervisor:
         if self.has_started:
             self.controller.events.emit("mesh_stopped", self.name, "all ranks have ended")
 
-    def _not_ended(self, errors: Mapping[int, Exception]) -> NotEnded:
-        return not_ended(self.name, errors, {rank.rank: rank.slot.node for rank in self.ranks})
+    def _not_ended(self, reasons: Mapping[int, str]) -> NotEnded:
+        return not_ended(self.name, reasons, {rank.rank: rank.slot.node for rank in self.ranks})
 
     def _settle(self, outcome: MeshFailed | None) -> bool:
         if self.failed.done():
@@ -261,30 +268,25 @@ class MeshSupervisor:
             if isinstance(outcome, Exception):
                 self.controller.events.emit("close_failed", f"{self.name}[{rank.rank}]", describe(outcome))
 
-    async def _end_ranks(self, why: str, grace_s: float | None) -> dict[int, Exception]:
+    async def _end_ranks(self, why: str, grace_s: float | None) -> dict[int, str]:
         """Try all, whatever happens to some; returns those that are not confirmed to have ended, with the reason."""
         begun = [r for r in self.ranks if r.incarnation and (r.state != "dead" or r.rank in self._unconfirmed)]
-        ends = (self._end_rank(rank, why, grace_s) for rank in begun)
-        outcomes = await asyncio.gather(*ends, return_exceptions=True)
-        failed: dict[int, Exception] = {}
-        for rank, outcome in zip(begun, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                failed[rank.rank] = outcome
-            elif outcome is not None:
-                raise outcome
-        return failed
+        ends = (self._end_on(node, ranks, why, grace_s) for node, ranks in _by_node(begun).items())
+        reasons: dict[int, str] = {}
+        for part in await asyncio.gather(*ends):
+            reasons.update(part)
+        return reasons
 
-    async def _end_rank(self, rank: Rank, why: str, grace_s: float | None) -> None:
-        address = Address(self.mesh, rank.rank, rank.incarnation)
+    async def _end_on(self, node: str, ranks: Sequence[Rank], why: str, grace_s: float | None) -> dict[int, str]:
+        lives = {rank.rank: rank.incarnation for rank in ranks}
         grace = self.plan.term_grace_s if grace_s is None else grace_s
-        await end_rank(self.controller.fabric, rank.slot.node, address, why, grace_s=grace)
+        return await end_ranks(self.controller.fabric, node, self.mesh, lives, why, grace_s=grace)
 
     async def kill_rank(self, rank: int, why: str) -> None:
         """Kill one rank; the policy sees a death. Raises NotEnded."""
-        try:
-            await self._end_rank(self.ranks[rank], why, 0.0)
-        except Exception as error:  # boundary: whatever went wrong, the owner is told that it is not ended
-            raise self._not_ended({rank: error}) from error
+        reasons = await self._end_on(self.ranks[rank].slot.node, [self.ranks[rank]], why, 0.0)
+        if reasons:
+            raise self._not_ended(reasons)
 
     async def _kill_for_policy(self, rank: Rank, incarnation: int, why: str) -> None:
         """Kill a rank that the policy wants dead; it waits for the death, so it is told of one that came before."""
@@ -394,7 +396,7 @@ class MeshSupervisor:
         try:
             await asyncio.sleep(max(0.0, at - self.loop.time()))
             rank.slot = self.controller.meshes.slot_of(self.name, rank_number)
-            await self._start_process(rank, self._environment(rank))
+            await self._start_processes(rank.slot.node, [rank])
             await self._construct([rank])
         except Exception as error:  # noqa: BLE001  boundary: the owner's functions may raise anything
             await self._respawn_failed(rank, error)
@@ -410,11 +412,10 @@ class MeshSupervisor:
         self.controller.events.emit("worker_restarted", f"{self.name}[{rank_number}]", text)
 
     async def _respawn_failed(self, rank: Rank, error: Exception) -> None:
-        try:
-            await self._end_rank(rank, "its respawn failed", 0.0)
-        except Exception as survivor:  # noqa: BLE001  boundary: whatever it is, a second life beside it is worse
+        survivors = await self._end_on(rank.slot.node, [rank], "its respawn failed", 0.0)
+        if survivors:  # a second life beside it is worse than none
             reason = f"rank {rank.rank} did not come back, and what was begun is not confirmed to have ended"
-            self._fail(reason, (describe(error), describe(survivor)))
+            self._fail(reason, (describe(error), *survivors.values()))
             return
         rank.state = "dead"
         self._step(policies.RespawnFailed(rank.rank, _full_story(error)))
@@ -453,7 +454,7 @@ class MeshSupervisor:
                 {
                     "rank": r.rank, "node": r.slot.node, "devices": list(r.slot.devices), "pid": r.pid,
                     "incarnation": r.incarnation, "state": r.state, "evidence": r.evidence, "log": r.log,
-                    "facts": r.facts,
+                    "facts": r.facts_now(self.loop.time()),
                 }
                 for r in self.ranks
             ],
@@ -463,7 +464,14 @@ class MeshSupervisor:
         """A beat brought news of a rank."""
         there = self.ranks[rank]
         if there.incarnation == incarnation and there.slot.node == node.name:
-            there.facts = facts
+            there.facts, there.facts_at = facts, self.loop.time()
+
+
+def _by_node(ranks: Sequence[Rank]) -> dict[str, list[Rank]]:
+    by_node: dict[str, list[Rank]] = {}
+    for rank in ranks:
+        by_node.setdefault(rank.slot.node, []).append(rank)
+    return by_node
 
 
 def _full_story(error: Exception) -> str:

@@ -77,15 +77,12 @@ class Inventory:
         failed: Collection[tuple[str, int]] = (),
     ) -> Inventory:
         """From what nodes report, with ``(node, device)`` keys for what is used (by whom) and failed."""
+        users = _by_node(used or {})
+        broken: dict[str, set[int]] = {}
+        for node, device in failed:
+            broken.setdefault(node, set()).add(device)
         return cls(
-            tuple(
-                NodeDevices(
-                    info,
-                    {device: who for (node, device), who in (used or {}).items() if node == info.node},
-                    frozenset(device for node, device in failed if node == info.node),
-                )
-                for info in infos
-            )
+            tuple(NodeDevices(info, users.get(info.node, {}), frozenset(broken.get(info.node, ()))) for info in infos)
         )
 
     def get(self, name: str) -> NodeDevices | None:
@@ -94,14 +91,21 @@ class Inventory:
 
     def with_used(self, used: Mapping[tuple[str, int], str]) -> Inventory:
         """The same with more devices used, such as `Placement.used`."""
+        more = _by_node(used)
         return Inventory(
-            tuple(
-                dataclasses.replace(
-                    node, used={**node.used, **{dev: who for (name, dev), who in used.items() if name == node.name}}
-                )
-                for node in self.nodes
-            )
+            tuple(dataclasses.replace(node, used={**node.used, **more.get(node.name, {})}) for node in self.nodes)
         )
+
+    def by_name(self) -> dict[str, NodeDevices]:
+        """All nodes in order, for many questions."""
+        return {node.name: node for node in self.nodes}
+
+
+def _by_node(used: Mapping[tuple[str, int], str]) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for (node, device), who in used.items():
+        found.setdefault(node, {})[device] = who
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,13 +244,14 @@ def replace(
     Raises:
         InfeasiblePlacement: There are too few nodes that fit.
     """
-    names = [node.name for node in inventory.nodes] if anywhere else placement.spares
-    spares = [node for name in names if name not in lost_nodes and (node := inventory.get(name)) is not None]
+    there, plan = inventory.by_name(), _ByNode(placement)
+    names = list(there) if anywhere else placement.spares
+    spares = [there[name] for name in names if name not in lost_nodes and name in there]
     lost = [node for node in placement.nodes if node in lost_nodes]
-    match = _match({node: [spare.name for spare in spares if _fits(placement, node, spare)] for node in lost})
+    match = _match({node: [spare.name for spare in spares if _fits(plan, node, spare)] for node in lost})
     if len(match) < len(lost):
         needs = [
-            f"{node} is lost with {len(_devices_on(placement, node))} devices in use by {_names_on(placement, node)}"
+            f"{node} is lost with {len(plan.devices(node))} devices in use by {', '.join(plan.names(node))}"
             for node in lost
         ]
         which = "nodes" if anywhere else "spare nodes"
@@ -254,7 +259,7 @@ def replace(
         problems = [short, *needs]
         raise _infeasible("lost nodes cannot be replaced", problems, inventory, placement.requests, placement.spares)
     devices = {
-        node: dict(zip(_devices_on(placement, node), _offered(placement, node, inventory.get(spare)), strict=False))
+        node: dict(zip(plan.devices(node), _offered(plan, node, there[spare]), strict=False))
         for node, spare in match.items()
     }
 
@@ -262,10 +267,10 @@ def replace(
         if slot.node not in match:
             return slot
         spare = match[slot.node]
-        there = tuple(sorted(devices[slot.node][device] for device in slot.devices))
-        others = [slot for ranks in placement.slots[name] for slot in ranks if slot.node == spare]
+        taken = tuple(sorted(devices[slot.node][device] for device in slot.devices))
+        others = plan.slots(name, spare)
         node_rank = others[0].node_rank if others else slot.node_rank
-        return Slot(spare, there, slot.local_rank + len(others), node_rank)
+        return Slot(spare, taken, slot.local_rank + len(others), node_rank)
 
     return dataclasses.replace(
         placement,
@@ -278,47 +283,63 @@ def replace(
     )
 
 
+class _ByNode:
+    """The slots of a placement by node: looked through once, and not for each pair of nodes."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._on: dict[str, list[tuple[str, int, Slot]]] = {}
+        for name, rank, slot in placement.items():
+            self._on.setdefault(slot.node, []).append((name, rank, slot))
+
+    def devices(self, node: str) -> tuple[int, ...]:
+        """All that are in use there, ascending."""
+        return tuple(sorted({device for _, _, slot in self._on.get(node, ()) for device in slot.devices}))
+
+    def names(self, node: str) -> list[str]:
+        """The requests that have something there, in order."""
+        return list(dict.fromkeys(name for name, _, _ in self._on.get(node, ())))
+
+    def slots(self, name: str, node: str) -> list[Slot]:
+        """Those of one request there."""
+        return [slot for other, _, slot in self._on.get(node, ()) if other == name]
+
+    def spans(self, node: str) -> bool:
+        """Whether a rank that is there is on other nodes, too."""
+        slots = self.placement.slots
+        return any(len(slots[name][rank]) > 1 for name, rank, _ in self._on.get(node, ()))
+
+
 def _breadth(inventory: Inventory, request: Request) -> int:
     return sum(request.allows(node.info) for node in inventory.nodes)
 
 
-def _devices_on(placement: Placement, node: str) -> tuple[int, ...]:
-    return tuple(sorted({device for _, _, slot in placement.items() if slot.node == node for device in slot.devices}))
-
-
-def _names_on(placement: Placement, node: str) -> str:
-    return ", ".join(dict.fromkeys(name for name, _ in placement.ranks_on(node)))
-
-
-def _offered(placement: Placement, lost: str, spare: NodeDevices | None) -> tuple[int, ...]:
+def _offered(plan: _ByNode, lost: str, spare: NodeDevices) -> tuple[int, ...]:
     """Devices that the ranks of a lost node may take: free ones first, then others if all of them may share."""
-    if spare is None:
-        return ()
-    names = {name for name, _ in placement.ranks_on(lost)}
-    share = all(request.oversubscribe for request in placement.requests if request.name in names)
+    names = plan.names(lost)
+    share = all(request.oversubscribe for request in plan.placement.requests if request.name in names)
     return spare.free + (tuple(device for device in spare.healthy if device in spare.used) if share else ())
 
 
-def _crowds(placement: Placement, request: Request, lost: str, spare: str) -> bool:
+def _crowds(plan: _ByNode, request: Request, lost: str, spare: str) -> bool:
     """Whether the ranks of a lost node would be too many with those that are on the spare node already."""
-    counts = [sum(name == request.name for name, _ in placement.ranks_on(node)) for node in (lost, spare)]
+    counts = [len(plan.slots(request.name, node)) for node in (lost, spare)]
     if counts[0] and counts[1] and request.ranks_per_node is not None:
         return True
     return request.max_ranks_per_node is not None and sum(counts) > request.max_ranks_per_node
 
 
-def _fits(placement: Placement, lost: str, spare: NodeDevices) -> bool:
-    need = len(_devices_on(placement, lost))
-    names = {name for name, _ in placement.ranks_on(lost)}
-    spans = any(len(placement.slots[name][rank]) > 1 for name, rank in placement.ranks_on(lost))
-    if spans and not (spare.wholly_free and len(spare.free) == need):
+def _fits(plan: _ByNode, lost: str, spare: NodeDevices) -> bool:
+    need = len(plan.devices(lost))
+    names = plan.names(lost)
+    if plan.spans(lost) and not (spare.wholly_free and len(spare.free) == need):
         return False
     allowed = all(
-        request.allows(spare.info) and not _crowds(placement, request, lost, spare.name)
-        for request in placement.requests
+        request.allows(spare.info) and not _crowds(plan, request, lost, spare.name)
+        for request in plan.placement.requests
         if request.name in names
     )
-    return allowed and len(_offered(placement, lost, spare)) >= need
+    return allowed and len(_offered(plan, lost, spare)) >= need
 
 
 def _match(options: Mapping[str, Sequence[str]]) -> dict[str, str]:

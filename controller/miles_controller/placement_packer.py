@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
@@ -22,7 +23,8 @@ def request_problems(inventory: Inventory, requests: Sequence[Request], num_spar
     if not requests:
         problems.append("nothing is asked for")
     known = [node.name for node in inventory.nodes]
-    problems += [f"node {name} is listed twice" for name in sorted({name for name in known if known.count(name) > 1})]
+    there = set(known)
+    problems += [f"node {name} is listed twice" for name, count in sorted(Counter(known).items()) if count > 1]
     for request in requests:
         for key, value, least in (
             ("num_ranks", request.num_ranks, 1),
@@ -35,7 +37,7 @@ def request_problems(inventory: Inventory, requests: Sequence[Request], num_spar
         if request.ranks_per_node and request.num_ranks % request.ranks_per_node:
             problems.append(f"{request.name}: {request.num_ranks} ranks are no multiple of {request.ranks_per_node}")
         for node in request.nodes or ():
-            if node not in known:
+            if node not in there:
                 problems.append(f"{request.name}: no node is called {node!r}{_nearest(node, known)}")
         base = request.colocate_with
         if base is not None and base not in names:
@@ -241,17 +243,17 @@ class Packer:
             if outside:
                 problems.append(f"{label}: rank {rank} would be on {', '.join(outside)}, which it may not use")
         limit = request.max_ranks_per_node
-        per_node = [name for parts in ranks for name, _ in parts]
+        per_node = Counter(name for parts in ranks for name, _ in parts)
         exactly = request.ranks_per_node
         problems += [
-            f"{label}: {per_node.count(name)} ranks on {name}, exactly {exactly} are asked for"
-            for name in dict.fromkeys(per_node)
-            if exactly is not None and per_node.count(name) != exactly
+            f"{label}: {count} ranks on {name}, exactly {exactly} are asked for"
+            for name, count in per_node.items()
+            if exactly is not None and count != exactly
         ]
         return problems + [
-            f"{label}: {per_node.count(name)} ranks on {name}, at most {limit} are allowed"
-            for name in dict.fromkeys(per_node)
-            if limit is not None and per_node.count(name) > limit
+            f"{label}: {count} ranks on {name}, at most {limit} are allowed"
+            for name, count in per_node.items()
+            if limit is not None and count > limit
         ]
 
     def _accept(self, request: Request, ranks: Sequence[Parts]) -> None:

@@ -15,7 +15,7 @@ eight of one budget); a group restarted as a whole has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -263,7 +263,13 @@ def _alive(state: Supervision, rank: int, incarnation: int) -> bool:
 
 
 def _change(state: Supervision, rank: int, **changes: object) -> Supervision:
-    return replace(state, ranks={**state.ranks, rank: replace(state.ranks[rank], **changes)})  # type: ignore[arg-type]
+    return _change_all(state, (rank,), **changes)
+
+
+def _change_all(state: Supervision, ranks: Iterable[int], **changes: object) -> Supervision:
+    """One copy for all of them: a mesh may have thousands."""
+    changed = {rank: replace(state.ranks[rank], **changes) for rank in ranks}  # type: ignore[arg-type]
+    return replace(state, ranks={**state.ranks, **changed})
 
 
 def _started(state: Supervision, rank: int, incarnation: int) -> Step:
@@ -340,18 +346,15 @@ def _recent(state: Supervision, key: int, now: float) -> tuple[float, ...]:
 def _respawn(state: Supervision, ranks: tuple[int, ...], key: int, now: float) -> Step:
     recent = _recent(state, key, now)
     state = replace(state, restarts={**state.restarts, key: (*recent, now)})
-    for rank in ranks:
-        state = _change(state, rank, status="restarting", killed_as="")
+    state = _change_all(state, ranks, status="restarting", killed_as="")
     at = now + state.policy.backoff(len(recent))
     return state, tuple(RespawnRank(rank, at) for rank in ranks)
 
 
 def _kill_rest(state: Supervision, reason: str, now: float) -> Step:
-    kills: list[Effect] = []
-    for rank, life in state.ranks.items():
-        if life.status == "alive":
-            state = _change(state, rank, status="dying", killed_as="group")
-            kills.append(KillRank(rank, life.incarnation, reason))
+    alive = {rank: life for rank, life in state.ranks.items() if life.status == "alive"}
+    state = _change_all(state, alive, status="dying", killed_as="group")
+    kills = [KillRank(rank, life.incarnation, reason) for rank, life in alive.items()]
     state, effects = _when_all_dead(state, now)
     return state, (*kills, *effects)
 
@@ -382,9 +385,9 @@ def _kill_hung(state: Supervision, now: float) -> Step:
     timeout = state.policy.hang_timeout_s
     if timeout is None or state.phase != "running":
         return state, ()
-    kills: list[Effect] = []
-    for rank, life in state.ranks.items():
-        if life.frozen and life.status == "alive" and now >= life.frozen.since + timeout:
-            state = _change(state, rank, status="dying", killed_as="hung")
-            kills.append(KillRank(rank, life.incarnation, f"hung: {life.frozen.evidence}"))
-    return state, tuple(kills)
+    hung = {
+        rank: KillRank(rank, life.incarnation, f"hung: {life.frozen.evidence}")
+        for rank, life in state.ranks.items()
+        if life.frozen and life.status == "alive" and now >= life.frozen.since + timeout
+    }
+    return _change_all(state, hung, status="dying", killed_as="hung"), tuple(hung.values())

@@ -6,13 +6,11 @@ import logging
 from collections.abc import Mapping
 
 from miles_agents.errors import EnvironmentFault, MilesError
-from miles_agents.rpc.errors import NodeLost, NoSuchActor, StaleHandle, WorkerDied
-from miles_agents.wire.envelope import Address
+from miles_agents.rpc.errors import NodeLost, StaleHandle
 from miles_controller.fabric import Fabric
 
 logger = logging.getLogger(__name__)
 _ORDER_S = 60.0
-_GONE = (WorkerDied, NodeLost, StaleHandle, NoSuchActor)
 
 
 class NotEnded(EnvironmentFault):
@@ -21,28 +19,36 @@ class NotEnded(EnvironmentFault):
     code = "E-MESH-003"
 
 
-async def end_rank(fabric: Fabric, node_name: str, rank: Address, why: str, *, grace_s: float) -> None:
-    """Returns when nothing of this life of a rank runs. Raises what else its agent says, or that it is silent."""
+async def end_ranks(
+    fabric: Fabric, node_name: str, mesh: int, lives: Mapping[int, int], why: str, *, grace_s: float
+) -> dict[int, str]:
+    """Returns when nothing of these lives of ranks (rank to incarnation) on a node runs; names those of which that is
+    not confirmed, with the reason."""
     node = fabric.find(node_name)
     if node is None:
-        return
+        return {}
     agent = fabric.agent(node).options(timeout_s=grace_s + _ORDER_S)
+    order = [[rank, incarnation] for rank, incarnation in lives.items()]
     try:
-        await agent.endpoint("end_worker").call_one(rank.mesh, rank.rank, rank.incarnation, why, grace_s)
-    except _GONE as error:  # it is dead already, or its whole node is
-        logger.debug("%s: %s", rank, error.what)
+        told = await agent.endpoint("end_workers").call_one(mesh, order, why, grace_s)
+    except (NodeLost, StaleHandle) as error:  # the whole node is gone
+        logger.debug("%s: %s", node_name, error.what)
+        return {}
+    except Exception as error:  # noqa: BLE001  boundary: whatever it is, nothing is confirmed
+        return dict.fromkeys(lives, describe(error))
+    return {rank: text for rank, text in zip(lives, told, strict=True) if text}
 
 
-def not_ended(name: str, errors: Mapping[int, Exception], nodes: Mapping[int, str]) -> NotEnded:
+def not_ended(name: str, reasons: Mapping[int, str], nodes: Mapping[int, str]) -> NotEnded:
     """The error for ranks of mesh ``name`` that may live on."""
-    ranks = ", ".join(f"{name}[{rank}] on {nodes[rank]}" for rank in sorted(errors))
-    told = (f"{name}[{rank}]: {describe(error)}" for rank, error in sorted(errors.items()))
+    ranks = ", ".join(f"{name}[{rank}] on {nodes[rank]}" for rank in sorted(reasons))
+    told = (f"{name}[{rank}]: {reason}" for rank, reason in sorted(reasons.items()))
     return NotEnded(
         f"not confirmed to have ended: {ranks}",
         evidence="\n".join(told),
         advice="Look at those processes on their nodes and stop the mesh again; until then it keeps its name and "
         "their devices.",
-        ranks=sorted(errors),
+        ranks=sorted(reasons),
     )
 
 

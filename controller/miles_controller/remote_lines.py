@@ -27,6 +27,13 @@ def fit_lines(node: str, batch: object) -> Iterator[str | None]:
         yield None
 
 
+def text_bytes(batch: object) -> int:
+    """About how much a batch is to hold and to show; whatever it is, it counts as something."""
+    entries = batch if isinstance(batch, list) else []
+    texts = [entry[2] for entry in entries if isinstance(entry, list) and len(entry) == 4]
+    return 64 * (1 + len(entries)) + sum(len(text) for text in texts if isinstance(text, str))
+
+
 def _fit(node: str, entry: object) -> str | None:
     if not isinstance(entry, list) or len(entry) != 4:
         return None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from miles_agents.agent.logs import last_words
 from miles_agents.rpc.context import current_call
 from miles_agents.rpc.errors import WorkerDied
-from miles_agents.wire.envelope import AGENT_MESH, Address
+from miles_agents.wire.envelope import Address
 from miles_controller.fabric import Node
-from miles_controller.remote_lines import fit_lines
+from miles_controller.log_intake import LogIntake
+from miles_controller.remote_lines import fit_lines, text_bytes
 
 if TYPE_CHECKING:
     from miles_controller.controller import Controller
@@ -24,6 +25,7 @@ class Reports:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        self._logs = LogIntake(self._show, lambda: self._drop("log lines that nobody has room for"))
 
     def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
         """Name to function."""
@@ -87,23 +89,39 @@ class Reports:
         if reporter is not None and reporter.name == node and kind in ("zygote_refused", "zygote_failed"):
             self._controller.events.emit(kind, node, text)
 
-    async def take_logs(self, node: str, batch: list[list[Any]]) -> None:
-        """Log lines of processes of the calling agent: [source, time, text, ranks that repeated it]."""
+    async def take_logs(self, node: str, batch: list[list[Any]]) -> float:
+        """Log lines of processes of the calling agent: [source, time, text, ranks that repeated it].
+
+        Returns for how many seconds it is to send no more.
+        """
         reporter = self._calling_agent()
         if reporter is None or reporter.name != node:
-            self._controller.fabric.link.stats.drop("log lines in another's name")
-            return
+            self._drop("log lines in another's name")
+            return 0.0
+        return self._logs.take(self._fit(node, batch), text_bytes(batch))
+
+    def _fit(self, node: str, batch: object) -> Iterator[str]:
         for line in fit_lines(node, batch):
             if line is None:
-                self._controller.fabric.link.stats.drop("log lines in another's name")
+                self._drop("log lines in another's name")
             else:
-                remote_logger.info("%s", line)
+                yield line
+
+    def _show(self, line: str) -> None:
+        try:
+            remote_logger.info("%s", line)
+        except Exception as error:  # noqa: BLE001  boundary: handlers are the embedder's
+            self._drop(f"showing a log line raised {type(error).__name__}")
+
+    def _drop(self, reason: str) -> None:
+        self._controller.fabric.link.stats.drop(reason)
+
+    def close(self) -> None:
+        """Show what was not shown yet."""
+        self._logs.close()
 
     def _calling_agent(self) -> Node | None:
-        source = current_call().source
-        if source.mesh != AGENT_MESH:
-            return None
-        return next((node for node in self._controller.fabric.nodes if node.address == source), None)
+        return self._controller.fabric.agent_at(current_call().source)
 
     def _reporter(self, address: Address) -> Node | None:
         """The calling agent, if the worker is its own and of this incarnation."""

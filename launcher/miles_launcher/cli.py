@@ -85,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         "agent that its starter is gone; with --key-file it is read from there.",
     )
     # Checked by us: argparse would name the missing flag and not the misspelt one that was meant for it.
-    agent.add_argument("--controller", metavar="tcp://HOST:PORT", help="where the controller listens (needed)")
+    agent.add_argument(
+        "--controller",
+        metavar="ADDRESS",
+        help="where the controller listens: tcp://HOST:PORT, or unix:///PATH on its machine (needed)",
+    )
     agent.add_argument("--key-file", metavar="PATH", help="file with the key bundle (mode 0600, owned by you)")
     agent.add_argument("--node", metavar="NAME", help="name of this node (default: the one in the key bundle)")
     agent.add_argument("--cpu-slots", type=int, metavar="N", help="slots offered where there is no GPU")
@@ -151,10 +155,11 @@ def _check(options: argparse.Namespace) -> None:
             advice="Give the address that the controller printed: --controller tcp://HOST:PORT.",
         )
     address = _ADDRESS.fullmatch(options.controller)
-    if not address or not 0 < int(address[2]) < 65536:
+    is_local = options.controller.startswith("unix:///")
+    if not is_local and (not address or not 0 < int(address[2]) < 65536):
         raise InvalidAgentFlag(
             f"--controller {options.controller!r} is not an address",
-            evidence="expected tcp://HOST:PORT with a port from 1 to 65535",
+            evidence="expected tcp://HOST:PORT with a port from 1 to 65535, or unix:///PATH on its own machine",
             advice="Copy the address that the controller printed, for example tcp://10.0.0.1:7100.",
         )
     if options.node is not None and not _NODE.fullmatch(options.node):

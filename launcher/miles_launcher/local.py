@@ -41,8 +41,8 @@ class ControllerLike(Protocol):
     """What is needed of a controller."""
 
     @property
-    def address(self) -> str:
-        """Where agents dial: ``tcp://host:port``."""
+    def local_address(self) -> str:
+        """Where agents of this machine dial: ``unix:///path``, or ``tcp://host:port``."""
 
     def issue_key(self, node: str) -> str:
         """A new key bundle for that node, one line of JSON."""
@@ -124,7 +124,7 @@ class LocalAgents:
         self._controller = controller
         self._nodes = list(nodes)
         self._run_dir = run_dir
-        self._flags = _flags(controller.address, run_dir, cpu_slots, timings, check_start(preload, "auto"))
+        self._flags = _flags(controller.local_address, run_dir, cpu_slots, timings, check_start(preload, "auto"))
         if store_bytes is not None:
             self._flags += ["--store-bytes", str(store_bytes)]
         self._env = dict(os.environ if env is None else env)

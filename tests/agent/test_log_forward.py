@@ -21,6 +21,7 @@ class Controller:
         self.gate = asyncio.Event()
         self.gate.set()
         self.faults = []
+        self.pause_s = 0.0
 
     async def send(self, batch):
         self.in_flight += 1
@@ -30,6 +31,7 @@ class Controller:
             if self.faults:
                 raise self.faults.pop()
             self.batches.append(batch)
+            return self.pause_s
         finally:
             self.in_flight -= 1
 
@@ -140,6 +142,51 @@ async def test_a_flush_ends_at_its_deadline_when_nobody_answers_and_nothing_is_l
         controller.gate.set()
         assert await forwarder.flush(now() + 10)
     assert controller.lines == ["trainer[0]@node-a | one"]
+    forwarder.close()
+
+
+async def test_the_pause_that_the_controller_asks_for_is_kept(controller, write):
+    controller.pause_s = 3600.0
+    forwarder = LogForwarder("node-a", controller.send, ForwardLimits(batch_bytes=1))
+    forwarder.add("trainer", 0, write("x", "one\ntwo\n"), now())
+    async with running(forwarder):
+        assert not await forwarder.flush(now() + 0.2)
+    assert controller.lines == ["trainer[0]@node-a | one"]
+    forwarder.close()
+
+
+async def test_of_a_flood_that_cannot_be_shown_soon_the_newest_lines_and_the_last_words_are_kept(controller, write):
+    controller.pause_s = 0.01
+    forwarder = LogForwarder("node-a", controller.send, ForwardLimits(batch_bytes=1000, stale_s=0.02))
+    dead = write("dead", "KeyError: 'the cause'")
+    forwarder.add("dead", 0, dead, now())
+    forwarder.finish("dead", 0, now())
+    forwarder.add("trainer", 0, write("x", "".join(f"line {n:05}\n" for n in range(1000))), now())
+    async with running(forwarder):
+        assert await forwarder.flush(now() + 10)
+        assert await forwarder.flush(now() + 10)
+    lines = controller.lines
+    assert "dead[0]@node-a | KeyError: 'the cause'" in lines
+    assert lines[1] == "trainer[0]@node-a | line 00000" and "trainer[0]@node-a | line 00999" in lines
+    shown = [line for line in lines if " line 0" in line]
+    missing = sum(int(line.split()[3]) for line in lines if line.startswith("logs@node-a | [log: "))
+    assert 20 < len(shown) < 100
+    assert missing == 1000 - len(shown)
+    forwarder.close()
+
+
+async def test_a_flood_is_read_in_slices_and_a_process_that_ends_between_two_of_them_ends(controller, write):
+    limits = ForwardLimits(slice_bytes=100, poll_bytes=1000, poll_file_bytes=500)
+    forwarder = LogForwarder("node-a", controller.send, limits)
+    flood = forwarder.add("a", 0, write("a", "123456789\n" * 1000), now())
+    other = forwarder.add("b", 0, write("b", "123456789\n" * 1000), now())
+    assert len(list(forwarder.turns(now()))) == 10
+    assert (flood.offset, other.offset) == (500, 500)
+    turns = forwarder.turns(now())
+    next(turns)
+    assert len(forwarder.finish("a", 0, now())) == 200
+    assert len(list(turns)) >= 4
+    assert (flood.offset, other.offset) == (10_000, 1000)
     forwarder.close()
 
 

@@ -16,7 +16,7 @@ from miles_launcher.local import AgentWouldNotStop, CannotStartAgent, LocalAgent
 class Controller:
     """Gives out keys and writes down what it is told."""
 
-    address = "tcp://127.0.0.1:7100"
+    local_address = "tcp://127.0.0.1:7100"
 
     def __init__(self):
         self.exits = {}
@@ -58,7 +58,7 @@ async def test_each_node_gets_an_agent_with_its_key_and_flags(agents, controller
             given = dict(zip(told["argv"][::2], told["argv"][1::2], strict=True))
             assert given == {
                 "--node": node,
-                "--controller": controller.address,
+                "--controller": controller.local_address,
                 "--run-dir": str(tmp_path / "run"),
                 "--cpu-slots": "3",
                 "--beat-s": "0.1",
@@ -168,7 +168,7 @@ from pathlib import Path
 from miles_launcher.local import LocalAgents
 
 class Controller:
-    address = "tcp://127.0.0.1:7100"
+    local_address = "tcp://127.0.0.1:7100"
     def issue_key(self, node): return "{}"
     def report_node_exit(self, node, evidence, *, reaper): pass
     async def dismiss(self, *nodes, reason): pass

@@ -67,7 +67,7 @@ class HopMachine(RuleBasedStateMachine):
     @rule(sender=st.sampled_from(SENDERS))
     def sender_dies(self, sender):
         expected = {entry for entry in self.model if entry[0] == sender}
-        assert {(p.key.source, p.key.rid, p.receiver) for p in self.hop.sender_died(sender)} == expected
+        assert {(p.key.source, p.key.rid, p.receiver) for p in self.hop.senders_died({sender})} == expected
         for entry in expected:
             del self.model[entry]
 

@@ -5,7 +5,7 @@ from support.wired import virtual, wired
 
 from miles_agents.rpc.actor import Actor, endpoint
 from miles_agents.rpc.errors import NotAnActorProcess, NotAnEndpoint, WrongVerb
-from miles_agents.rpc.mesh import ActorMesh, BadHandle
+from miles_agents.rpc.mesh import ActorMesh, BadHandle, MeshInfo
 from miles_agents.rpc.shape import Shape, ValueMesh
 from miles_agents.wire.codec import decode, encode
 
@@ -53,9 +53,34 @@ async def test_a_handle_arrives_as_it_was_sent():
             arrived.train.call(1)
 
 
+@virtual
+async def test_the_handle_of_a_large_mesh_is_small_and_exact_also_after_restarts():
+    async with wired() as net:
+        mesh = net.spawn(Worker)
+        shape = Shape.of(hosts=1000, gpus=8)
+        lives = {rank: 5000 + rank for rank in range(8000)}
+        lives.update({rank: 20_000 + rank for rank in range(80, 88)} | {rank: 30_000 - rank for rank in (90, 91)})
+        large = ActorMesh(MeshInfo(2, "large", lives, mesh.endpoints), shape)
+        body, _ = encode({"to": large})
+        assert len(body) < 500
+        assert decode(body, [], libraries="opaque")["to"].targets() == large.targets()
+        some = large.slice(gpus=3)
+        assert ActorMesh.from_plain(some.to_plain()).targets() == some.targets()
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"mesh": "x"}, {"ranks": [1]}, {"endpoints": [[1]]}, {"ranks": None}, {"ranks": [["x", 1]]}],
+    [
+        {"mesh": "x"},
+        {"endpoints": [[1]]},
+        {"lives": [1]},
+        {"lives": None},
+        {"lives": [["x", 1, 1]]},
+        {"lives": []},
+        {"lives": [[0, 1, 2]]},
+        {"lives": [[0, 1, 2], [0, 1, -1]]},
+        {"lives": [[0, 1, 10**12]]},
+    ],
 )
 @virtual
 async def test_a_handle_that_makes_no_sense_is_refused(change):
@@ -107,7 +132,7 @@ async def test_options_add_up_and_leave_the_handle_as_it_was():
 
 def test_a_handle_without_a_runtime_says_so():
     mesh = ActorMesh.from_plain(
-        {"mesh": 2, "name": "m", "ranks": [[0, 1]], "shape": Shape.of(ranks=1).to_plain(), "endpoints": []}
+        {"mesh": 2, "name": "m", "lives": [[0, 1, 1]], "shape": Shape.of(ranks=1).to_plain(), "endpoints": []}
     )
     with pytest.raises(NotAnActorProcess, match="where no runtime is"):
         mesh.anything.call()

@@ -184,6 +184,7 @@ def test_ranks_must_fill_the_extent_once(ranks):
         7,
         {},
         {"dims": ["a"], "sizes": [True], "ranks": None},
+        {"dims": ["a"], "sizes": [10**12], "ranks": None},
         {"dims": "a", "sizes": [1], "ranks": None},
         {"dims": ["a"], "sizes": [2], "ranks": [0]},
         {"dims": ["a"], "sizes": [2], "ranks": ["0", "1"]},

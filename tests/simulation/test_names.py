@@ -11,6 +11,7 @@ from miles_agents.agent.main import AgentOptions, _Process
 from miles_agents.agent.orders import service_spec
 from miles_agents.names import BadName, checked_name
 from miles_agents.wire.keys import AgentKey, KeyPair
+from miles_agents.worker.spec import pack_specs
 from miles_controller import Controller, ControllerConfig
 
 BAD = ["", ".", "..", "../x", "/x", "a/b", "a b", "a\n", "-a", ".a", "ä", "a" * 65, "a\0"]
@@ -56,9 +57,9 @@ def test_an_agent_that_is_told_a_bad_name_refuses_too():
         async with SimulatedCluster(1) as cluster:
             mesh = await cluster.controller.spawn("echo", Probe)
             supervisor = mesh._supervisor
-            spec = replace(supervisor._spec(supervisor.ranks[0]), mesh=99, mesh_name="../../echo")
+            spec = replace(supervisor._spec(supervisor.ranks[0], {}, 1), mesh=99, mesh_name="../../echo")
             agent = cluster.controller.fabric.agent(cluster.controller.fabric.nodes[0])
-            refused = await outcome(agent.endpoint("start_worker").call_one(spec.to_plain()))
+            refused = await outcome(agent.endpoint("start_workers").call_one(pack_specs([spec])))
             assert isinstance(refused, BadName)
             assert len(cluster.living) == 1
 

@@ -233,6 +233,22 @@ async def test_other_threads_go_on_while_a_large_object_is_put(trio):
     assert await trio[0].longest_beat_gap.call_one(50 * MIB) < 5.0
 
 
+async def test_a_forked_process_has_mappings_of_its_own(cluster, trio):
+    ref = await trio[0].put_array.call_one(100_000, 1)
+    assert await trio[1].sum_in_child.call_one(ref) == [200_000 % 256, 100_000]
+    assert (await until_store(cluster, lambda s: s["holders"] < 2))["holders"] == 1, "the child spoke for its parent"
+    await trio[1].let_go.call_one("forked")
+    await trio[0].remove.call_one(ref)
+
+
+async def test_the_run_is_told_of_a_full_store(cluster, trio):
+    ref = await trio[0].put_zeros.call_one(60 * MIB)
+    await error_of(trio[1].put_zeros.call_one(60 * MIB, 0, 0.1), StoreFull)
+    told = await cluster.event("store_full", "node-0")
+    assert "60.0 MiB" in told.fields["evidence"] or "MiB" in told.text
+    await trio[0].remove.call_one(ref)
+
+
 async def test_the_status_shows_the_store(cluster, trio):
     ref = await trio[0].put_zeros.call_one(3 * MIB)
     found = await store_of(cluster)

@@ -34,7 +34,7 @@ class Door:
 
     def __init__(self, controller: Controller, *, address: str = "", tells_exits: bool = True) -> None:
         self.controller = controller
-        self.address = address or controller.address
+        self.local_address = address or controller.local_address
         self.tells_exits = tells_exits
         self.exits: list[tuple[str, str]] = []
 

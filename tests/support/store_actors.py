@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Keeper(Actor):
 
         place = current_actor().store
         assert place is not None
-        connection = client.Connection(*place)
+        connection = client.Connection(*place, 1)
         (_, capacity), fd = connection.ask(["alloc", nbytes, 20.0], 20.0)
         assert fd is not None
         mapping = client.Mapping(fd, capacity, private=False)
@@ -163,7 +164,7 @@ class Keeper(Actor):
 
         place = current_actor().store
         assert place is not None
-        client.Connection(place[0], token)
+        client.Connection(place[0], token, 1)
 
     @endpoint
     def hang_in_get(self, ref: Ref) -> None:
@@ -172,13 +173,41 @@ class Keeper(Actor):
             pass
 
     @endpoint
+    def order_agent(self, order: str, *args: Any) -> Any:
+        """What only agents may."""
+        from miles_agents import current_actor
+
+        agent = current_actor().agent
+        assert agent is not None
+        return agent.endpoint(order).call_one(*args).get()
+
+    @endpoint
+    def sum_in_child(self, ref: Ref) -> list[int]:
+        """Of an array that a forked process gets, and changes; then of what this one has."""
+        self.kept["forked"] = store.get(ref)
+        pid = os.fork()
+        if not pid:
+            try:
+                mine = store.get(ref)
+                mine[:] += 1
+                self.kept.clear()
+                gc.collect()
+                os._exit(int(mine.sum()) % 256)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(255)
+        _, status = os.waitpid(pid, 0)
+        return [os.waitstatus_to_exitcode(status), int(self.kept["forked"].sum())]
+
+    @endpoint
     def ask_raw(self, question: list[Any]) -> list[Any]:
         """Anything, to the agent."""
         from miles_agents.rpc.context import current_actor
 
         place = current_actor().store
         assert place is not None
-        connection = client.Connection(*place)
+        connection = client.Connection(*place, 1)
         try:
             return connection.ask(question, 5.0)[0]
         finally:

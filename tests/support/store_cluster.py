@@ -12,8 +12,15 @@ import psutil
 
 from support.cluster import DEADLINE_S, Cluster
 from support.leaks import MARK
+from support.store_actors import Keeper
 
 MIB = 1 << 20
+
+
+async def keepers(cluster: Cluster, hosts: int) -> list[list[Any]]:
+    """Two workers on each of the nodes, by node."""
+    mesh = await cluster.controller.spawn("keepers", Keeper, dims={"hosts": hosts, "gpus": 2})
+    return [[mesh.slice(hosts=host, gpus=gpu) for gpu in range(2)] for host in range(hosts)]
 
 
 async def store_of(cluster: Cluster, node: str = "node-0") -> dict[str, Any]:

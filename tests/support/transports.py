@@ -18,6 +18,8 @@ from miles_agents.virtual_time import run_virtual
 from miles_agents.wire.keys import AllowList, ClientKeys, KeyPair
 from miles_agents.wire.memory_transport import MemoryNetwork
 from miles_agents.wire.transport import Buffer, Connection, Transport
+from miles_agents.wire.unix_auth import proof_key
+from miles_agents.wire.unix_transport import UnixAcceptor, UnixDialer
 from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer
 
 DEADLINE_S = 30.0
@@ -115,30 +117,41 @@ class World:
             transport.close()
 
 
-class IpcWorld(World):
-    def __init__(self) -> None:
+class UnixWorld(World):
+    """Unix sockets; with ``keys`` both sides prove theirs."""
+
+    def __init__(self, *, keys: bool = False) -> None:
         super().__init__()
         self._directory = tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp")
         self.directory = Path(self._directory.name)
+        self.allow = AllowList() if keys else None
 
     def acceptor(self, handler: Recorder, address: str = "") -> Transport:
-        transport = ZmqAcceptor(address or f"ipc://{self.directory}/{len(self.made)}", handler)
+        transport = UnixAcceptor(address or f"unix://{self.directory}/{len(self.made)}", handler, allow=self.allow)
         self.made.append(transport)
         return transport
 
     def dialer(self, address: str, handler: Recorder) -> Transport:
-        transport = ZmqDialer(address, handler)
+        key = None
+        if self.allow is not None:
+            key = KeyPair.generate()
+            self.allow.add(key.public, f"node-{len(self.allow)}", proof_key(key))
+        transport = UnixDialer(address, handler, key=key)
         self.made.append(transport)
         return transport
 
     def another(self) -> World:
-        return IpcWorld()
+        return UnixWorld(keys=self.allow is not None)
 
     def close(self) -> None:
         super().close()
         left = os.listdir(self.directory)
         self._directory.cleanup()
         assert left == [], "socket files were left behind"
+
+
+def _keyed_unix_world() -> World:
+    return UnixWorld(keys=True)
 
 
 class TcpWorld(World):
@@ -195,8 +208,9 @@ def _on_uvloop(main: Coroutine[Any, Any, None]) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[], World], Run]] = {
-    "ipc-asyncio": (IpcWorld, _on_asyncio),
-    "ipc-uvloop": (IpcWorld, _on_uvloop),
+    "unix-asyncio": (UnixWorld, _on_asyncio),
+    "unix-uvloop": (UnixWorld, _on_uvloop),
+    "unix-keys": (_keyed_unix_world, _on_uvloop),
     "tcp-asyncio": (TcpWorld, _on_asyncio),
     "tcp-uvloop": (TcpWorld, _on_uvloop),
     "memory": (MemoryWorld, run_virtual),

@@ -163,7 +163,7 @@ class Wired:
         address = self.address(mesh, rank)
         del self._hops[address]
         error = WorkerDied(f"{mesh.name}[{rank}] died", evidence="killed", advice="Look.", may_have_run=True)
-        self.switch.receiver_died(address, error)
+        self.switch.receivers_died({address}, error)
 
     def _resolve(self, mesh: int, target: Any) -> Any:
         address = Address(mesh, target.rank, target.incarnation)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from miles_agents.agent.errors import AgentRefused, ControllerUnreachable
 from miles_agents.agent.farewell import say_goodbye
 from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, StdinClosed, Tick
 from miles_agents.agent.log_forward import LogForwarder
+from miles_agents.agent.logs import OpenTail
 from miles_agents.agent.orders import Orders
 from miles_agents.agent.overdue_reports import OverdueReports
 from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
+from miles_agents.agent.worker_facts import FactNews
 from miles_agents.agent.worker_pool import WorkerPool
 from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
@@ -44,16 +46,20 @@ from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.store.node_store import NodeStore, StoreParts
+from miles_agents.store.others import OtherNodes
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
-from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link import LinkDialer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import NETWORK
 from miles_agents.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
 _ORPHAN_S = 2.0
 """How long an agent whose launcher is gone still waits for its WELCOME."""
+_LOG_REST = 4.0
+"""After a slice of logs, reading rests for so many times as long as it took: it has a fifth of the loop's time."""
 StartTransport = Callable[[Any], Transport]
 
 
@@ -61,10 +67,10 @@ StartTransport = Callable[[Any], Transport]
 class AgentParts:
     """What an agent is made of; simulations put twins in.
 
-    ``processes`` and ``ports`` are None where only workers can be started (simulations). ``fenced``: the session ids
-    of earlier lives of this process, of which nothing runs any more; nobody but the controller knows them. ``reaper``:
-    the pid of this agent's parent, by which its launcher knows it; 0 without one. ``store``: None where workers have
-    none (simulations). ``zygotes``: to tell of.
+    ``processes`` and ``ports`` are None where only workers can be started, ``store`` where there is none (simulations).
+    ``open_tail`` None: what processes print is in files. ``fenced``: the session ids of earlier lives of this process,
+    of which nothing runs any more; nobody but the controller knows them. ``reaper``: the pid of this agent's parent, by
+    which its launcher knows it; 0 without one. ``zygotes``: to tell of.
     """
 
     info: NodeInfo
@@ -81,6 +87,7 @@ class AgentParts:
     zygotes: Zygotes | None = None
     join_timeout_s: float = 60.0
     forward_logs: bool = True
+    open_tail: OpenTail | None = None
 
 
 class _Uplink:
@@ -107,6 +114,7 @@ class Agent:
         self._joined = asyncio.Event()
         self._stdin_open = True
         self._lag_s = 0.0
+        self._news = FactNews()
         self._ending = ""
         self._graceless = False
         self._dismissed = False
@@ -121,6 +129,7 @@ class Agent:
         self.workers: WorkerPool | None = None
         self.orders: Orders | None = None
         self.store: NodeStore | None = None
+        self._other_nodes: OtherNodes | None = None
         self._overdue: OverdueReports | None = None
         self._local: LocalHop | None = None
         self._greeted_at = self.loop.time()
@@ -177,6 +186,8 @@ class Agent:
                 self._host.close()
             if self.workers is not None:
                 self.workers.close()
+            if self._other_nodes is not None:
+                self._other_nodes.close()
             if self.store is not None:
                 self.store.close()
             if self.node is not None:
@@ -266,6 +277,9 @@ class Agent:
         if self._early is not None:  # an order can be in the same batch as the WELCOME
             self._early.append(envelope)
             return
+        if len(envelope.targets) == 3:
+            self._on_single(envelope, envelope.target)
+            return
         receivers = envelope.receivers()
         here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
         if here:
@@ -274,6 +288,16 @@ class Agent:
             for target in receivers:
                 if target not in here:
                     self._answer_unknown(envelope, target)
+
+    def _on_single(self, envelope: Envelope, target: Target) -> None:
+        hop = self._resolve(envelope.mesh, target)
+        if hop is self.uplink:
+            if envelope.kind == CALL:
+                self._answer_unknown(envelope, target)
+        elif isinstance(hop, MilesError):
+            self.switch.route(envelope)
+        else:
+            self.switch.forward(hop, envelope, target)
 
     def _serve_what_waited(self) -> None:
         waited, self._early = self._early, None
@@ -309,16 +333,18 @@ class Agent:
         run_incarnation = int(grant["controller"])
         info = MeshInfo(CONTROLLER_MESH, "controller", {0: run_incarnation})
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
-        logs = LogForwarder(self.parts.info.node, self._send_logs(controller))
+        logs = LogForwarder(self.parts.info.node, self._send_logs(controller), open_tail=self.parts.open_tail)
         self.workers = WorkerPool(self, controller, logs)
         if self.parts.store is not None:
             self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
+            self.store.others = self._other_nodes = OtherNodes(self.store, self.node, controller)
         self.orders = Orders(self, controller)
         if self.parts.zygotes is not None:
             self.parts.zygotes.news = self.orders.zygote_news
         self._overdue = OverdueReports(self, controller, float(grant["overdue_s"]))
         host = self._host = ActorHost(self.node, InlineExecutors(self.loop))
-        for name, function in self.orders.endpoints().items():
+        asked_by_agents = {} if self._other_nodes is None else self._other_nodes.endpoints()
+        for name, function in {**self.orders.endpoints(), **asked_by_agents}.items():
             host.bind(EndpointInfo(name, "io", True, False), function)
         self._lease = Lease.start(
             self._greeted_at, fence_s=self.timings.fence_s, suspect_s=self.timings.suspect_s, link_up=True
@@ -352,6 +378,7 @@ class Agent:
 
     def on_answer(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> None:
         """The controller answered a beat: the lease is renewed."""
+        self._news.answered(beat_id)
         self._lease_event(BeatAnswered(beat_id))
 
     def on_goodbye(self, peer: Peer, reason: str) -> None:
@@ -374,12 +401,15 @@ class Agent:
     def _beat(self) -> None:
         assert self.workers is not None
         self._lease_event(Tick())
-        facts = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": self.workers.facts()}
+        news = self._news.news(self.workers.facts(), self.loop.time())
+        facts: dict[str, Any] = {"lag_s": self._lag_s, "stdin_open": self._stdin_open, "workers": news}
         if self.parts.zygotes is not None and (zygotes := self.parts.zygotes.facts()):
             facts["zygotes"] = zygotes
         if self.store is not None:
             facts["store"] = self.store.facts()
-        self._lease_event(BeatSent(self.link.beat(facts)))
+        beat = self.link.beat(facts)
+        self._news.sent(beat, news, self.loop.time())
+        self._lease_event(BeatSent(beat))
         self.workers.tick()
         if self._overdue is not None:
             self._overdue.tick()
@@ -389,7 +419,11 @@ class Agent:
         while True:
             await asyncio.sleep(0.1)
             with self.link.boundary("reading logs"):
-                self.workers.logs.poll(self.loop.time())
+                began = self.loop.time()
+                for _ in self.workers.logs.turns(began):
+                    # Between two slices of a flood everything else goes first, and has most of the time.
+                    await asyncio.sleep(_LOG_REST * (self.loop.time() - began))
+                    began = self.loop.time()
 
     async def _forward_logs(self) -> None:
         assert self.workers is not None
@@ -398,27 +432,33 @@ class Agent:
                 await self.workers.logs.run()
             await asyncio.sleep(1.0)
 
-    def _send_logs(self, controller: ActorMesh) -> Callable[[list[Any]], Any]:
-        async def send(batch: list[Any]) -> None:
-            if self.parts.forward_logs:
-                await controller.endpoint("take_logs").call_one(self.parts.info.node, batch)
+    def _send_logs(self, controller: ActorMesh) -> Callable[[list[Any]], Awaitable[float]]:
+        async def send(batch: list[Any]) -> float:
+            if not self.parts.forward_logs:
+                return 0.0
+            return float(await controller.endpoint("take_logs").call_one(self.parts.info.node, batch))
 
         return send
 
     def _lease_event(self, event: leases.Event) -> None:
         if self._lease is None or self._lease.fenced is not None:
             return
-        self._lease, effects = leases.step(self._lease, event, self.loop.time())
-        for effect in effects:
+        for effect in leases.step(self._lease, event, self.loop.time()):
             if isinstance(effect, Fence):
                 self._finish(effect)
             elif isinstance(effect, leases.Suspect):
                 logger.warning("no beat was answered by the controller for %.1f s", effect.silence_s)
         # Not with the next beat: the node is somebody else's soon after the lease is over.
-        if self._lease_timer is not None:
-            self._lease_timer.cancel()
-        if self._lease.fenced is None:
-            self._lease_timer = self.loop.call_at(self._lease.next_tick, self._lease_event, Tick())
+        due, timer = self._lease.next_tick, self._lease_timer
+        if self._lease.fenced is None and (timer is None or due < timer.when()):
+            if timer is not None:
+                timer.cancel()
+            self._lease_timer = self.loop.call_at(due, self._on_lease_timer)
+
+    def _on_lease_timer(self) -> None:
+        """Often too early, because the lease was renewed meanwhile: one timer each few seconds, and not one a beat."""
+        self._lease_timer = None
+        self._lease_event(Tick())
 
     def _finish(self, over: Fence | MilesError) -> None:
         """The first reason counts; a later one that allows no grace takes what is left of it."""

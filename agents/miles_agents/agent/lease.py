@@ -20,8 +20,7 @@ Two kinds:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from miles_agents.errors import ConfigError
@@ -98,9 +97,10 @@ class Fence:
 Effect: TypeAlias = Suspect | Recovered | Fence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Lease:
-    """A lease and what it remembers. Times inside are counted time: clock time less what did not count.
+    """A lease and what it remembers; changed in place, because every beat of every process passes here. Times inside
+    are counted time: clock time less what did not count.
 
     Attributes:
         fence_s: The lease lasts so long from the sending of the last beat that was answered.
@@ -110,7 +110,7 @@ class Lease:
         renewed_at: When the newest answered beat was sent.
         seen_at: Clock time of the last event.
         skipped_s: Clock time that did not count.
-        sent: Beats under way: number to time of sending.
+        sent: Beats under way: number to time of sending, oldest first.
     """
 
     fence_s: float
@@ -120,7 +120,7 @@ class Lease:
     kind: Literal["strict", "observed"] = "strict"
     suspend_gap_s: float = 2.0
     skipped_s: float = 0.0
-    sent: Mapping[int, float] = field(default_factory=dict)
+    sent: dict[int, float] = field(default_factory=dict)
     suspect: bool = False
     link_up: bool = True
     stdin_open: bool = True
@@ -167,58 +167,58 @@ class Lease:
         return self.renewed_at + self.fence_s + self.skipped_s
 
 
-def step(lease: Lease, event: Event, now: float) -> tuple[Lease, tuple[Effect, ...]]:
-    """Apply one event at clock time ``now``."""
+def step(lease: Lease, event: Event, now: float) -> tuple[Effect, ...]:
+    """Apply one event at clock time ``now``; the lease changes."""
     if lease.fenced is not None:
-        return lease, ()
-    lease = _observe(lease, now)
+        return ()
+    _observe(lease, now)
     counted = now - lease.skipped_s
     if isinstance(event, Goodbye):
         return _fence(lease, "the other side said goodbye", orderly=True)
     # Before the event: an answer that was read only after the lease was over is too late.
     if now >= lease.ends_at:
         return _fence(lease, f"no beat was answered for {counted - lease.renewed_at:.1f} s")
-    lease = _apply(lease, event, counted)
+    _apply(lease, event, counted)
     if not lease.stdin_open and not lease.link_up:
         return _fence(lease, "stdin was closed and the link is down: the launcher and the controller are gone")
     return _judge(lease, now)
 
 
-def _observe(lease: Lease, now: float) -> Lease:
+def _observe(lease: Lease, now: float) -> None:
     """Note that this process ran at ``now``, and how much of the time before does not count."""
     gap = now - lease.seen_at
-    skipped = gap - lease.suspend_gap_s if lease.kind == "observed" and gap > lease.suspend_gap_s else 0.0
-    return replace(lease, seen_at=max(now, lease.seen_at), skipped_s=lease.skipped_s + skipped)
+    if lease.kind == "observed" and gap > lease.suspend_gap_s:
+        lease.skipped_s += gap - lease.suspend_gap_s
+    lease.seen_at = max(now, lease.seen_at)
 
 
-def _apply(lease: Lease, event: Event, counted: float) -> Lease:
+def _apply(lease: Lease, event: Event, counted: float) -> None:
     match event:
         case BeatSent(number):
-            return replace(lease, sent={**lease.sent, number: counted})
+            lease.sent[number] = counted
         case BeatAnswered(number) if number in lease.sent:
-            renewed_at = max(lease.renewed_at, lease.sent[number])
+            lease.renewed_at = max(lease.renewed_at, lease.sent[number])
             # Older beats can renew nothing any more, so what is kept stays bounded by one lease.
-            sent = {other: at for other, at in lease.sent.items() if at > renewed_at}
-            return replace(lease, renewed_at=renewed_at, sent=sent)
+            for other in [other for other, at in lease.sent.items() if at <= lease.renewed_at]:
+                del lease.sent[other]
         case LinkUp():
-            return replace(lease, link_up=True)
+            lease.link_up = True
         case LinkDown():
-            return replace(lease, link_up=False)
+            lease.link_up = False
         case StdinClosed():
-            return replace(lease, stdin_open=False)
-    return lease
+            lease.stdin_open = False
 
 
-def _judge(lease: Lease, now: float) -> tuple[Lease, tuple[Effect, ...]]:
+def _judge(lease: Lease, now: float) -> tuple[Effect, ...]:
     # The very times that are published, so that a tick at them never finds itself a rounding too early.
     silent = now >= lease.suspect_at
-    if silent and not lease.suspect:
-        return replace(lease, suspect=True), (Suspect(now - lease.skipped_s - lease.renewed_at),)
-    if not silent and lease.suspect:
-        return replace(lease, suspect=False), (Recovered(),)
-    return lease, ()
+    if silent == lease.suspect:
+        return ()
+    lease.suspect = silent
+    return (Suspect(now - lease.skipped_s - lease.renewed_at) if silent else Recovered(),)
 
 
-def _fence(lease: Lease, reason: str, *, orderly: bool = False) -> tuple[Lease, tuple[Effect, ...]]:
-    fence = Fence(reason, orderly)
-    return replace(lease, fenced=fence, sent={}), (fence,)
+def _fence(lease: Lease, reason: str, *, orderly: bool = False) -> tuple[Effect, ...]:
+    lease.fenced = Fence(reason, orderly)
+    lease.sent.clear()
+    return (lease.fenced,)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from miles_agents.errors import EnvironmentFault
 
@@ -77,6 +78,37 @@ class _Line:
         self.cut = 0
         self.restart = False
         return text
+
+
+class Tail(Protocol):
+    """What a forwarder needs of what a process prints: ``LogTail``, or a simulation's."""
+
+    @property
+    def path(self) -> Path:
+        """Where people find it."""
+
+    @property
+    def offset(self) -> int:
+        """How far it was read, in bytes."""
+
+    def size(self) -> int:
+        """Bytes that there are now."""
+
+    def read(self, max_bytes: int) -> list[str]:
+        """Lines completed since the last call."""
+
+    def finish(self, max_bytes: int) -> list[str]:
+        """The rest, after the process has exited."""
+
+    def last_lines(self) -> list[str]:
+        """The newest lines that were read, at most 200."""
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+
+
+OpenTail: TypeAlias = Callable[[Path, int], Tail]
+"""What follows a process's output, from so many bytes on."""
 
 
 class LogTail:

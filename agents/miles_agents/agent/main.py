@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -40,7 +41,9 @@ from miles_agents.runtime_dir import runtime_dir
 from miles_agents.store.node_store import store_parts
 from miles_agents.timings import Timings
 from miles_agents.wire.keys import AgentKey
-from miles_agents.wire.zmq_transport import ZmqAcceptor, ZmqDialer, ZmqNetwork
+from miles_agents.wire.transport import Transport
+from miles_agents.wire.unix_transport import UnixAcceptor, UnixDialer
+from miles_agents.wire.zmq_transport import ZmqDialer, ZmqNetwork
 from miles_agents.worker.spec import check_start
 
 KEY_FD_VARIABLE = "MILES_KEY_FD"
@@ -144,19 +147,11 @@ class _Process:
                 starter = ProcessStarter(table, info, zygotes=zygotes)
                 if self.options.preload is not None:
                     starter.warm(self.options.preload)
-                address = f"ipc://{directory.socket_path(f'agent{lives}')}"
+                address = f"unix://{directory.socket_path(f'agent{lives}')}"
                 parts = AgentParts(
                     info=info,
-                    dial=lambda link: ZmqDialer(
-                        self.options.controller,
-                        link,
-                        curve=self.key.client_keys(),
-                        network=network,
-                        timings=self.options.timings,
-                    ),
-                    accept=lambda link, address=address: ZmqAcceptor(  # type: ignore[misc]
-                        address, link, curve=None, allow=None, network=network, timings=self.options.timings
-                    ),
+                    dial=lambda link: self._dial(link, network),
+                    accept=lambda link, address=address: UnixAcceptor(address, link),  # type: ignore[misc]
                     starter=starter,
                     zygotes=zygotes,
                     log_dir=log_dir,
@@ -172,6 +167,13 @@ class _Process:
                 if self.ending is not None or fence.orderly or not self.stdin_open:
                     return self.ending or fence
                 logger.warning("fenced (%s); everything was ended; joining again", fence.reason)
+
+    def _dial(self, link: Any, network: ZmqNetwork) -> Transport:
+        address = self.options.controller
+        if address.startswith("unix:"):
+            return UnixDialer(address, link, key=self.key.own)
+        keys, timings = self.key.client_keys(), self.options.timings
+        return ZmqDialer(address, link, curve=keys, network=network, timings=timings)
 
     def _make_log_dir(self) -> Path:
         run_dir = Path(self.options.run_dir or Path("runs") / checked_name("run", self.key.run_id))

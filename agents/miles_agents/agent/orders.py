@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import math
 import os
 from collections.abc import Awaitable, Callable
@@ -19,20 +20,21 @@ from miles_agents.agent.background import Background
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
 from miles_agents.agent.worker_pool import nobody_cares, too_late
-from miles_agents.errors import ConfigError, PeerFault
+from miles_agents.errors import ConfigError, MilesError, PeerFault
 from miles_agents.names import checked_name
 from miles_agents.rpc.context import current_call, outside_of_calls
-from miles_agents.rpc.errors import DeadlineExceeded
+from miles_agents.rpc.errors import DeadlineExceeded, NoSuchActor, StaleHandle, WorkerDied
 from miles_agents.rpc.guard import not_your_order
 from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import CONTROLLER_MESH
-from miles_agents.worker.spec import WorkerSpec
+from miles_agents.worker.spec import WorkerSpec, unpack_specs
 
 if TYPE_CHECKING:
     from miles_agents.agent.agent import Agent
     from miles_agents.agent.worker_pool import WorkerPool
 
+logger = logging.getLogger(__name__)
 _STACK_S = 2.0
 _PRINTED_STACK_S = 1.0
 _SERVICE_END_S = 25.0
@@ -65,8 +67,8 @@ class Orders:
     def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
         """Name to function. All but ``lease_my_ports`` obey the controller only."""
         orders: dict[str, Callable[..., Awaitable[Any]]] = {
-            "start_worker": self.start_worker,
-            "end_worker": self.end_worker,
+            "start_workers": self.start_workers,
+            "end_workers": self.end_workers,
             "worker_stack": self.worker_stack,
             "worker_log": self.worker_log,
             "flush_logs": self.flush_logs,
@@ -82,11 +84,23 @@ class Orders:
 
     # -- workers ---------------------------------------------------------------------------------------------
 
-    async def start_worker(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Start a worker from a plain ``WorkerSpec``; returns its pid and log path once it can be called."""
+    async def start_workers(self, plain: dict[str, Any]) -> list[dict[str, Any]]:
+        """Start workers from ``spec.pack_specs``; returns pid and log path of each once all can be called.
+
+        All or nothing: where one fails, the others are ended, and its error is raised.
+        """
+        specs = unpack_specs(plain)
+        for spec in specs:
+            checked_name("mesh", spec.mesh_name)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                starts = [tasks.create_task(self._start_worker(spec)) for spec in specs]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [start.result() for start in starts]
+
+    async def _start_worker(self, spec: WorkerSpec) -> dict[str, Any]:
         pool = self._pool()
-        spec = WorkerSpec.from_plain(plain)
-        checked_name("mesh", spec.mesh_name)
         try:
             return await pool.start(spec)
         except asyncio.CancelledError:
@@ -94,11 +108,24 @@ class Orders:
                 await pool.end(pool.find(spec.mesh, spec.rank, spec.incarnation), "its start was given up", 0.0)
             raise
 
-    async def end_worker(self, mesh: int, rank: int, incarnation: int, why: str, grace_s: float | None) -> str:
-        """End a worker, confirmed. ``grace_s`` None: its own; 0: at once. Returns how it ended."""
+    async def end_workers(self, mesh: int, lives: list[list[int]], why: str, grace_s: float | None) -> list[str]:
+        """End workers, confirmed: ``lives`` are [rank, incarnation]. ``grace_s`` None: their own; 0: at once.
+
+        Returns a text for each: empty if nothing of it runs any more, else why not.
+        """
+        ends = (self._end_worker(mesh, rank, incarnation, why, grace_s) for rank, incarnation in lives)
+        return await asyncio.gather(*ends)
+
+    async def _end_worker(self, mesh: int, rank: int, incarnation: int, why: str, grace_s: float | None) -> str:
         pool = self._pool()
-        worker = pool.find(mesh, rank, incarnation)
-        return await pool.end(worker, why, worker.spec.term_grace_s if grace_s is None else grace_s)
+        try:
+            worker = pool.find(mesh, rank, incarnation)
+            await pool.end(worker, why, worker.spec.term_grace_s if grace_s is None else grace_s)
+        except (WorkerDied, StaleHandle, NoSuchActor) as error:  # it is over already
+            logger.debug("%s", error.what)
+        except MilesError as error:
+            return f"{error.what} ({error.evidence})" if error.evidence else error.what
+        return ""
 
     async def worker_stack(self, mesh: int, rank: int, incarnation: int) -> str:
         """All stacks of a worker: from its interpreter if that answers, else printed by the signal handler."""

@@ -29,8 +29,9 @@ from miles_agents.rpc.future import CallFuture
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.rpc.switch import Hop
 from miles_agents.wire.envelope import Address, Envelope, Target
-from miles_agents.wire.link import LinkAcceptor, Peer
+from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.worker.spec import Birth, WorkerSpec
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Worker:
         self.process: WorkerProcess | None = None
         self.facts: dict[str, Any] = {}
         self.dead: WorkerDied | None = None
+        self.heard_until = -math.inf
+        """Loop time up to which its messages are no news of its life."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[str] = loop.create_future()
@@ -301,8 +304,11 @@ class WorkerPool:
         if worker is None or envelope.source != worker.address:
             self.link.stats.drop("message in another's name")
             return
-        self._step(worker, Heard())
         self.agent.switch.route(envelope)
+        now = peer.last_heard
+        if now >= worker.heard_until:  # it was heard a moment ago: nothing new
+            worker.heard_until = now + self.agent.timings.beat_s / 4
+            self._step(worker, Heard())
 
     def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
         """A worker lives."""
@@ -377,7 +383,7 @@ class WorkerPool:
         worker.dead = error
         self._remember(worker.address, error)
         with self.link.boundary(f"answering for {spec.label}"):
-            self.agent.switch.receiver_died(worker.address, error)
+            self.agent.switch.receivers_died({worker.address}, error)
         with self.link.boundary(f"telling the death of {spec.label}"):
             self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():

@@ -175,11 +175,12 @@ class CallTable:
 
     def _answered(self, rid: int, source: Address) -> OpenCall | None:
         call = self._open.get(rid)
-        target = call.owing.get(source.rank) if call is not None else None
-        if call is None or target is None or (call.mesh, target.incarnation) != (source.mesh, source.incarnation):
-            self.stats.late += 1
-            return None
-        return call
+        if call is not None and call.mesh == source[0]:
+            target = call.owing.get(source[1])
+            if target is not None and target[1] == source[2]:
+                return call
+        self.stats.late += 1
+        return None
 
     def _paid(self, call: OpenCall, rank: int) -> Target:
         key = (call.mesh, rank)
@@ -253,12 +254,16 @@ class Window:
 
     def leave(self, rid: int, num_bytes: int) -> list[int]:
         """A call is over. Returns the waiting calls that may go now, oldest first."""
+        ready: list[int] = []
+        if not self._waiting:
+            self.calls -= 1
+            self.bytes -= num_bytes
+            return ready
         if rid in self._waiting:
             self._waiting_bytes -= self._waiting.pop(rid)
         else:
             self.calls -= 1
             self.bytes -= num_bytes
-        ready: list[int] = []
         while self._waiting:
             first = next(iter(self._waiting))
             size = self._waiting[first]

@@ -30,6 +30,7 @@ from miles_agents.wire.codec import decode
 from miles_agents.wire.envelope import Envelope, Target
 
 logger = logging.getLogger(__name__)
+_tuple = tuple.__new__
 
 
 class Executors(Protocol):
@@ -79,7 +80,7 @@ class ActorHost:
 
     def deliver(self, envelope: Envelope) -> None:
         """A message for this actor came."""
-        key = RequestKey(envelope.source, envelope.rid)
+        key = _tuple(RequestKey, (envelope.source, envelope.rid))
         if envelope.kind == wire.CALL:
             self._take(key, envelope)
         elif envelope.kind == wire.CANCEL:
@@ -98,7 +99,7 @@ class ActorHost:
         if info.is_generator and not envelope.flags & wire.STREAM:
             self.node.answer_error(envelope, needs_a_stream(self.node.label, info.name))
             return
-        request = Request(key, envelope, envelope.receivers()[0], info, self.node.loop.time())
+        request = Request(key, envelope, envelope.target, info, self.node.loop.time())
         if not self.inbox.add(request):
             return
         if info.is_generator:
@@ -266,7 +267,7 @@ class ActorHost:
             return
         reply = self.node.answer_to(request.envelope, wire.REPLY, result)  # may refuse: then the request is still open
         if self.inbox.over(request):
-            self.node.send(reply)
+            self.node.send(reply, at_once=not len(self.inbox))  # with more to do, answers go in batches
 
     def _end_stream(self, request: Request) -> None:
         self._credits.pop(request.key, None)

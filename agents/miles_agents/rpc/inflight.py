@@ -7,12 +7,13 @@ death of its receiver or its sender, whichever comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import NamedTuple
 
 from miles_agents.wire.envelope import CALL, END, ERROR, ONE_WAY, REPLY, STARTED, Address, Envelope
 
-_LAST_ANSWERS = frozenset({REPLY, ERROR, END})
+_LAST_ANSWERS = frozenset({REPLY, ERROR, END, STARTED})
+_tuple = tuple.__new__
 
 
 class RequestKey(NamedTuple):
@@ -22,8 +23,7 @@ class RequestKey(NamedTuple):
     rid: int
 
 
-@dataclass(slots=True)
-class Passed:
+class Passed(NamedTuple):
     """A request that was passed on to one receiver."""
 
     key: RequestKey
@@ -51,37 +51,44 @@ class InFlight:
         """A call was passed on to a receiver."""
         if envelope.kind != CALL:
             return
-        key = RequestKey(envelope.source, envelope.rid)
+        source = envelope.source
+        key = _tuple(RequestKey, (source, envelope.rid))
         requests = self._by_receiver.get(receiver)
         if requests is None:
             requests = self._by_receiver[receiver] = {}
-        requests[key] = Passed(key, receiver, envelope.method, now, envelope.trace)
+        requests[key] = _tuple(Passed, (key, receiver, envelope.method, now, envelope.trace))
 
     def answered(self, envelope: Envelope, now: float) -> None:
         """An answer passes on its way back."""
-        if envelope.kind not in _LAST_ANSWERS and envelope.kind != STARTED:
+        if envelope.kind not in _LAST_ANSWERS:
             return
-        requests = self._by_receiver.get(envelope.source)
+        receiver = envelope.source
+        requests = self._by_receiver.get(receiver)
         if requests is None:
             return
-        targets = envelope.targets
-        key = RequestKey(Address(envelope.mesh, targets[0], targets[1]), envelope.rid)
-        passed = requests.pop(key, None)
-        if passed is not None:
+        rank, incarnation = envelope.targets[:2]
+        sender = _tuple(Address, (envelope.mesh, rank, incarnation))
+        passed = requests.pop(_tuple(RequestKey, (sender, envelope.rid)), None)
+        if passed is None:
+            return
+        if now - passed.since > self._longest.get(passed.method, 0.0):
             self._remember(passed, now)
         if not requests:
-            del self._by_receiver[envelope.source]
+            del self._by_receiver[receiver]
 
     def receiver_died(self, receiver: Address) -> list[Passed]:
         """The receiver is gone: these requests have to be answered, oldest first."""
         return list(self._by_receiver.pop(receiver, {}).values())
 
-    def sender_died(self, sender: Address) -> list[Passed]:
-        """Nobody waits for these any more: their receivers are to be told to stop."""
+    def senders_died(self, senders: Collection[Address]) -> list[Passed]:
+        """Nobody waits for these any more: their receivers are to be told to stop.
+
+        Looks at every open request, once for all of the dead: an index by sender would cost every call something.
+        """
         orphans = []
         for receiver in list(self._by_receiver):
             requests = self._by_receiver[receiver]
-            orphans += [requests.pop(key) for key in list(requests) if key.source == sender]
+            orphans += [requests.pop(key) for key in list(requests) if key.source in senders]
             if not requests:
                 del self._by_receiver[receiver]
         return orphans
@@ -101,11 +108,9 @@ class InFlight:
         return found
 
     def _remember(self, passed: Passed, now: float) -> None:
-        took = now - passed.since
-        if took > self._longest.get(passed.method, 0.0):
-            self._longest[passed.method] = took
-            if len(self._longest) > MAX_METHODS:
-                del self._longest[min(self._longest, key=self._longest.__getitem__)]
+        self._longest[passed.method] = now - passed.since
+        if len(self._longest) > MAX_METHODS:
+            del self._longest[min(self._longest, key=self._longest.__getitem__)]
 
 
 def expects_answer(envelope: Envelope) -> bool:

@@ -36,6 +36,8 @@ from miles_agents.store import ref as _ref  # noqa: F401 - references travel in 
 from miles_agents.wire.codec import register_converter
 from miles_agents.wire.envelope import ONE_WAY, STREAM, Target
 
+_tuple = tuple.__new__
+
 
 @dataclass(slots=True)
 class MeshInfo:
@@ -130,7 +132,8 @@ class ActorMesh:
     def targets(self) -> list[Target]:
         """The receivers of a call, with the incarnations that this handle knows."""
         incarnations = self._info.incarnations
-        return [Target(rank, incarnations.get(rank, 0), i) for i, rank in enumerate(self._shape.ranks)]
+        ranks = self._shape.ranks
+        return [_tuple(Target, (rank, incarnations.get(rank, 0), i)) for i, rank in enumerate(ranks)]
 
     def node(self) -> RpcNode:
         """The way out of this process. Raises NotAnActorProcess where there is none."""
@@ -151,7 +154,7 @@ class ActorMesh:
         return {
             "mesh": info.mesh,
             "name": info.name,
-            "ranks": [[rank, info.incarnations.get(rank, 0)] for rank in self._shape.ranks],
+            "lives": _runs([(rank, info.incarnations.get(rank, 0)) for rank in self._shape.ranks]),
             "shape": self._shape.to_plain(),
             "endpoints": [endpoint_to_plain(e) for e in info.endpoints.values()],
         }
@@ -161,9 +164,9 @@ class ActorMesh:
         """Inverse of ``to_plain``. Raises BadHandle."""
         try:
             endpoints = {e.name: e for e in (endpoint_from_plain(p) for p in plain["endpoints"])}
-            incarnations = {int(rank): int(incarnation) for rank, incarnation in plain["ranks"]}
-            info = MeshInfo(int(plain["mesh"]), str(plain["name"]), incarnations, endpoints)
-            return cls(info, Shape.from_plain(plain["shape"]))
+            shape = Shape.from_plain(plain["shape"])
+            incarnations = _lives(plain["lives"], len(shape))
+            return cls(MeshInfo(int(plain["mesh"]), str(plain["name"]), incarnations, endpoints), shape)
         except (KeyError, TypeError, ValueError) as error:
             raise BadHandle(
                 "a handle arrived that is none",
@@ -304,6 +307,25 @@ def endpoint_from_plain(plain: Any) -> EndpointInfo:
     """Inverse of ``endpoint_to_plain``."""
     name, thread, is_async, is_generator, group = plain
     return EndpointInfo(str(name), thread, bool(is_async), bool(is_generator), group)
+
+
+def _runs(lives: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Ranks and incarnations as ``[first rank, first incarnation, how many]``: both count up where ranks were started
+    together, and a handle of thousands stays small."""
+    runs: list[list[int]] = []
+    for rank, incarnation in lives:
+        if runs and (rank - runs[-1][0], incarnation - runs[-1][1]) == (runs[-1][2], runs[-1][2]):
+            runs[-1][2] += 1
+        else:
+            runs.append([rank, incarnation, 1])
+    return runs
+
+
+def _lives(runs: list[list[int]], size: int) -> dict[int, int]:
+    """Inverse of ``_runs``. Raises ValueError for more or fewer than ``size``."""
+    if sum(count for _, _, count in runs) != size or min((count for _, _, count in runs), default=1) < 1:
+        raise ValueError("not a life for each rank")
+    return {rank + i: incarnation + i for rank, incarnation, count in runs for i in range(count)}
 
 
 def _point_from_plain(plain: Any) -> Point:

@@ -32,7 +32,7 @@ from miles_agents.rpc.errors_made import (
     window_full,
 )
 from miles_agents.wire import envelope as wire
-from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, own_buffers
+from miles_agents.wire.codec import CannotTravel, MalformedBody, decode, encode, encode_call, own_buffers
 from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.remote_error import Origin, describe_exception, rebuild_exception
@@ -61,6 +61,7 @@ class RpcNode:
         route: Callable[[Envelope], None],
         *,
         libraries: Libraries = "opaque",
+        routes_from_any_thread: bool = False,
     ) -> None:
         self.address = address
         self.label = label
@@ -70,6 +71,7 @@ class RpcNode:
         self.host: Host | None = None
         self.calls = CallTable()
         self._route = route
+        self._routes_from_any_thread = routes_from_any_thread
         self._windows: dict[tuple[int, str], Window] = {}
         self._held: dict[int, Envelope] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
@@ -104,33 +106,30 @@ class RpcNode:
         """
         args, kwargs = arguments
         try:
-            body, buffers = encode([list(args), kwargs], what="arguments")
+            body, buffers = encode_call(args, kwargs)
         except CannotTravel as error:
             raise naming_the_argument(args, kwargs) or error from None
         rid = next(self._rids)
         context = find_call()
         now = self.loop.time()
         deadline = None if timeout_s is None else now + timeout_s
-        if context is not None and context.deadline is not None:
-            deadline = context.deadline if deadline is None else min(deadline, context.deadline)
-        trace = context.trace if context is not None else random.getrandbits(63)
+        if context is not None:
+            trace = context.trace
+            if context.deadline is not None:
+                deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+        else:
+            trace = random.getrandbits(63)
+        count = len(targets)
+        flat = tuple(targets[0]) if count == 1 else _flat(targets)
         envelope = Envelope(
-            wire.CALL,
-            rid,
-            self.address,
-            mesh,
-            _flat(targets),
-            len(targets),
-            method,
-            deadline,
-            flags,
-            trace,
-            body,
-            list(buffers),
-        )
+            wire.CALL, rid, self.address, mesh, flat, count, method, deadline, flags, trace, body, list(buffers)
+        )  # fmt: skip
         owing = {target.rank: target for target in targets}
         call = OpenCall(rid, mesh, method, owing, sink, now, envelope.num_bytes, lane=lane)
-        self.post(lambda: self._begin(call, envelope))
+        if threading.get_ident() == self.thread and not self._posted:
+            self._begin(call, envelope)
+        else:
+            self.post(lambda: self._begin(call, envelope))
         return rid
 
     def cancel(self, rid: int, *, wait: bool) -> None:
@@ -153,11 +152,16 @@ class RpcNode:
         if kind not in (wire.REPLY, wire.ITEM):
             return request.answer(kind, self.address)
         body, buffers = encode(value, what="return value" if kind == wire.REPLY else "item")
-        return request.answer(kind, self.address, body, list(own_buffers(buffers)))
+        return request.answer(kind, self.address, body, list(own_buffers(buffers)) if buffers else [])
 
-    def send(self, envelope: Envelope) -> None:
-        """Send an envelope on its way, after everything that this thread posted before."""
-        if threading.get_ident() == self.thread and not self._posted:
+    def send(self, envelope: Envelope, *, at_once: bool = False) -> None:
+        """Send an envelope on its way, after everything that this thread posted before.
+
+        ``at_once``: from this very thread where the way allows it, which spares waking the loop; else the loop does
+        it, together with what else is posted meanwhile.
+        """
+        is_here = threading.get_ident() == self.thread or (at_once and self._routes_from_any_thread)
+        if is_here and not self._posted:
             self._route(envelope)
         else:
             self.post(lambda: self._route(envelope))
@@ -264,9 +268,10 @@ class RpcNode:
         if not self.calls.is_owed(rid, source):
             return
         if kind == wire.REPLY:
-            value = self._decoded(envelope)
-            if isinstance(value, _Failed):
-                self._on_error(rid, source, value.error)
+            try:
+                value = decode(envelope.body, envelope.buffers, libraries=self.libraries)
+            except MilesError as error:
+                self._on_error(rid, source, error)
             else:
                 self._ended(self.calls.value(rid, source, value))
         elif kind == wire.STARTED:
@@ -344,15 +349,19 @@ class RpcNode:
     def _ended(self, call: OpenCall | None) -> None:
         if call is None:
             return
-        timer = self._deadlines.pop(call.rid, None)
-        if timer is not None:
-            timer.cancel()
-        self._held.pop(call.rid, None)
+        if self._deadlines:
+            timer = self._deadlines.pop(call.rid, None)
+            if timer is not None:
+                timer.cancel()
+        if self._held:
+            self._held.pop(call.rid, None)
         window = self._windows[call.mesh, call.lane]
-        was_idle = not self._ready
-        self._ready += window.leave(call.rid, call.num_bytes)
-        if was_idle and self._ready:
-            self._release()
+        ready = window.leave(call.rid, call.num_bytes)
+        if ready:
+            was_idle = not self._ready
+            self._ready += ready
+            if was_idle:
+                self._release()
 
     def _release(self) -> None:
         # Sending may end calls at once and make more ready: they queue behind, so that order holds and no stack grows.

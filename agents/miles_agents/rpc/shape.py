@@ -10,6 +10,7 @@ Everything is row-major: the last dimension varies fastest. Two numbers must not
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import keyword
 import math
@@ -27,6 +28,8 @@ R = TypeVar("R")
 Selector: TypeAlias = "int | slice | EllipsisType"
 """What to take of one dimension: an int drops the dimension, a slice keeps it, ``...`` keeps all of it."""
 
+MAX_RANKS = 2**20
+"""A shape that arrives from elsewhere has no more: it says so in a few bytes, and each rank takes memory here."""
 _TAKEN_BY_POINT = frozenset({"coordinates", "extent", "get", "items", "keys", "values"})
 
 
@@ -232,6 +235,8 @@ class Shape:
     ranks: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if self.ranks is _counting(len(self.extent)):
+            return
         distinct = len(set(self.ranks)) == len(self.ranks) and min(self.ranks, default=0) >= 0
         if len(self.ranks) != len(self.extent) or not distinct:
             raise BadExtent(
@@ -248,7 +253,7 @@ class Shape:
     @classmethod
     def whole(cls, extent: Extent) -> Shape:
         """All of a mesh of this extent."""
-        return cls(extent, tuple(range(len(extent))))
+        return cls(extent, _counting(len(extent)))
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -276,7 +281,8 @@ class Shape:
 
     def to_plain(self) -> dict[str, Any]:
         """The value as a dict of plain values; ``ranks`` is None where they count up from 0."""
-        whole = self.ranks == tuple(range(len(self)))
+        all_ranks = _counting(len(self))
+        whole = self.ranks is all_ranks or self.ranks == all_ranks
         return {
             "dims": list(self.extent.dims),
             "sizes": list(self.extent.sizes),
@@ -290,6 +296,8 @@ class Shape:
         dims, sizes, ranks = fields.get("dims"), fields.get("sizes"), fields.get("ranks", ())
         try:
             extent = Extent(_all_of(dims, str), _all_of(sizes, int))
+            if ranks is None and len(extent) > MAX_RANKS:
+                raise TypeError(f"more than {MAX_RANKS} ranks")
             return cls.whole(extent) if ranks is None else cls(extent, _all_of(ranks, int))
         except (TypeError, ConfigError) as error:
             raise BadPlainShape(
@@ -362,6 +370,12 @@ class ValueMesh(Generic[T_co]):
         ]
         more = [f"... {len(self) - 8} more"] if len(self) > 8 else []
         return f"ValueMesh({self.shape.extent})[{'; '.join(shown + more)}]"
+
+
+@functools.lru_cache(maxsize=32)
+def _counting(size: int) -> tuple[int, ...]:
+    """The ranks of whole meshes, which are large and many: a shape travels to every rank of its mesh."""
+    return tuple(range(size))
 
 
 def _checked(index: int, size: int, dim: str, extent: Extent) -> int:

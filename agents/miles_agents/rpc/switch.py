@@ -3,14 +3,14 @@
 The agent has one for its workers, the controller one for all nodes. Consumes: envelopes of links and of the process
 itself. Produces: envelopes on other links, or errors back to the sender. Invariant: a CALL that enters a switch is
 passed on or answered, also if the way on refuses it; one that was passed on is answered by its receiver, or by
-``receiver_died``.
+``receivers_died``.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from miles_agents.errors import InternalError, MilesError
@@ -20,6 +20,7 @@ from miles_agents.wire import envelope as wire
 from miles_agents.wire.envelope import Address, Envelope, Target
 
 logger = logging.getLogger(__name__)
+_tuple = tuple.__new__
 
 
 class Hop(Protocol):
@@ -50,17 +51,17 @@ class Switch:
 
     def route(self, envelope: Envelope) -> None:
         """Send an envelope on its way."""
-        assert self._node is not None
-        now = self._node.loop.time()
-        self.in_flight.answered(envelope, now)
         if len(envelope.targets) == 3:
-            target = Target(*envelope.targets)
+            target = envelope.target
             hop = self._resolve(envelope.mesh, target)
             if isinstance(hop, MilesError):
+                self._answered(envelope)
                 self._undeliverable(envelope, target, hop)
             else:
-                self._pass_on(hop, envelope, [target], now)
+                self.forward(hop, envelope, target)
             return
+        self._answered(envelope)
+        now = self._now()
         groups: dict[int, tuple[Hop, list[Target]]] = {}
         for target in envelope.receivers():
             hop = self._resolve(envelope.mesh, target)
@@ -71,22 +72,42 @@ class Switch:
         for hop, targets in groups.values():
             self._pass_on(hop, envelope.to(targets), targets, now)
 
-    def receiver_died(self, receiver: Address, error: MilesError) -> None:
-        """Answer everything that the receiver still owed, and stop what it had asked of others."""
+    def forward(self, hop: Hop, envelope: Envelope, target: Target) -> None:
+        """Send an envelope with one receiver on by a known way, and take note of it afterwards: that can wait."""
+        if envelope.kind == wire.CALL:
+            self._pass_on(hop, envelope, (target,), self._now())
+            return
+        try:
+            hop.send(envelope)
+        finally:
+            self.in_flight.answered(envelope, self._now())
+
+    def _now(self) -> float:
         assert self._node is not None
-        for passed in self.in_flight.receiver_died(receiver):
-            self._node.answer_error(_request_of(passed), error, source=receiver)
-        for passed in self.in_flight.sender_died(receiver):
+        return self._node.loop.time()
+
+    def _answered(self, envelope: Envelope) -> None:
+        self.in_flight.answered(envelope, self._now())
+
+    def receivers_died(self, receivers: Collection[Address], error: MilesError) -> None:
+        """Answer everything that these still owed, and stop what they had asked of others."""
+        assert self._node is not None
+        for receiver in receivers:
+            for passed in self.in_flight.receiver_died(receiver):
+                self._node.answer_error(_request_of(passed), error, source=receiver)
+        for passed in self.in_flight.senders_died(receivers):
             self.route(_cancel_of(passed))
 
-    def _pass_on(self, hop: Hop, envelope: Envelope, targets: list[Target], now: float) -> None:
-        if envelope.kind == wire.CALL and not hop.answers_for_itself:
-            for target in targets:
-                self.in_flight.passed(envelope, Address(envelope.mesh, target.rank, target.incarnation), now)
+    def _pass_on(self, hop: Hop, envelope: Envelope, targets: Sequence[Target], now: float) -> None:
+        is_call = envelope.kind == wire.CALL
+        mesh = envelope.mesh
+        if is_call and not hop.answers_for_itself:
+            for rank, incarnation, _ in targets:
+                self.in_flight.passed(envelope, _tuple(Address, (mesh, rank, incarnation)), now)
         try:
             hop.send(envelope)
         except Exception as trouble:  # boundary: whatever a hop raises, its call has to end
-            if envelope.kind != wire.CALL:
+            if not is_call:
                 raise
             logger.exception("%s could not be passed on", envelope.method)
             for target in targets:

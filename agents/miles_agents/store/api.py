@@ -24,9 +24,20 @@ MAX_COPIES = 16
 _WAITING_AT_ONCE = 64
 """Threads of each verb that wait for the agent on behalf of event loops; more wait for a thread."""
 
-_clients: dict[tuple[int, str, str], StoreClient] = {}
-_pools: dict[tuple[int, str], ThreadPoolExecutor] = {}
+_clients: dict[tuple[str, str], StoreClient] = {}
+_pools: dict[str, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
+
+
+def _forget_parent() -> None:
+    """In a process that was forked off: its threads are not there, and its locks may be held by nobody."""
+    global _lock
+    _lock = threading.Lock()
+    _clients.clear()
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def put(value: Any, *, copies: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ref:
@@ -114,11 +125,10 @@ async def _in_thread(verb: str, work: Callable[[], T], take_back: Callable[[Futu
 
 def _pool(verb: str) -> ThreadPoolExecutor:
     """One per verb: puts that wait for room must not keep out the removal that makes it."""
-    key = (os.getpid(), verb)
     with _lock:
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(_WAITING_AT_ONCE, thread_name_prefix=f"store-{verb}")
-        return _pools[key]
+        if verb not in _pools:
+            _pools[verb] = ThreadPoolExecutor(_WAITING_AT_ONCE, thread_name_prefix=f"store-{verb}")
+        return _pools[verb]
 
 
 def _client() -> StoreClient:
@@ -129,11 +139,10 @@ def _client() -> StoreClient:
             evidence="this process is not a worker" if actor is None else f"the agent of {actor.node_name} has none",
             advice="Use the store in an actor's constructor, endpoints and threads; elsewhere, pass references on.",
         )
-    key = (os.getpid(), *actor.store)
     with _lock:
-        if key not in _clients:
-            _clients[key] = StoreClient(*actor.store)
-        return _clients[key]
+        if actor.store not in _clients:
+            _clients[actor.store] = StoreClient(*actor.store)
+        return _clients[actor.store]
 
 
 def _not_on_a_loop(verb: str) -> None:

@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import queue
+import secrets
 import socket
 import threading
 import time
@@ -28,7 +29,7 @@ from typing import Any
 from miles_agents.store import layout, messages
 from miles_agents.store.errors import StoreSilent
 from miles_agents.store.layout import PAGE, Layout, align
-from miles_agents.store.memory import Mapping, copy_bytes, copy_into
+from miles_agents.store.memory import Mapping, address_of, copy_bytes, copy_into
 from miles_agents.store.ref import Ref
 from miles_agents.wire.codec import Gathered, decode_bulk, encode_bulk
 
@@ -42,14 +43,14 @@ Place = tuple[int, int]
 
 
 class Connection:
-    """One connection to the agent, for one question at a time."""
+    """One connection to the agent, for one question at a time. ``process``: a number that this process has chosen."""
 
-    def __init__(self, path: str, token: str) -> None:
+    def __init__(self, path: str, token: str, process: int) -> None:
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             self.channel.settimeout(_GRACE_S)
             self.channel.connect(path)
-            self.ask([messages.HELLO, token], 0.0)
+            self.ask([messages.HELLO, token, process], 0.0)
         except OSError as error:
             self.close()
             raise _silent(f"{type(error).__name__}: {error}") from None
@@ -98,8 +99,7 @@ class StoreClient:
     """See the module's docstring. One per process."""
 
     def __init__(self, path: str, token: str) -> None:
-        self._path = path
-        self._token = token
+        self._hello = (path, token, secrets.randbits(62))
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._connections: list[Connection] = []
@@ -107,6 +107,8 @@ class StoreClient:
         self._idle: OrderedDict[Place, Mapping] = OrderedDict()
         self._holds = itertools.count(1)
         self._gone: queue.SimpleQueue[tuple[Place, Mapping | None, int]] = queue.SimpleQueue()
+        # Open for as long as this process lives: with the last connection, its mappings end for the agent.
+        self._anchor = Connection(*self._hello)
         threading.Thread(target=self._tell_what_is_gone, name="store", daemon=True).start()
 
     # -- the verbs ---------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ class StoreClient:
         """One for one caller; one that was left in the middle of something is closed."""
         with self._lock:
             connection = self._connections.pop() if self._connections else None
-        connection = connection or Connection(self._path, self._token)
+        connection = connection or Connection(*self._hello)
         try:
             yield connection
         except BaseException:
@@ -200,7 +202,6 @@ class StoreClient:
             self._gone.put((place, mapping, hold))
 
     def _tell_what_is_gone(self) -> None:
-        connection: Connection | None = None
         while True:
             over = [self._gone.get()]
             with contextlib.suppress(queue.Empty):
@@ -210,16 +211,19 @@ class StoreClient:
                 self._keep_for_later(place, mapping)
             question = [messages.RELEASE, [hold for _, _, hold in over]]
             del over, place, mapping  # a mapping that was not kept ends here, and not with the next one
-            for _ in range(2):  # a second time with a new connection
-                try:
-                    connection = connection or Connection(self._path, self._token)
-                    connection.ask(question, 0.0)
-                    break
-                except Exception as error:  # noqa: BLE001 - boundary: this thread serves all; the agent's end is ours
-                    logger.debug("the store was not told of %d mappings that are gone: %s", len(question[1]), error)
-                    if connection is not None:
-                        connection.close()
-                    connection = None
+            try:
+                self._tell(question)
+            except Exception as error:  # noqa: BLE001 - boundary: this thread serves all; the agent's end is ours
+                logger.debug("the store was not told of %d mappings that are gone: %s", len(question[1]), error)
+
+    def _tell(self, question: list[Any]) -> None:
+        """Over the connection that is always open; one that fails is replaced before it is closed."""
+        try:
+            self._anchor.ask(question, 0.0)
+        except StoreSilent:
+            broken, self._anchor = self._anchor, Connection(*self._hello)
+            broken.close()
+            self._anchor.ask(question, 0.0)
 
     def _keep_for_later(self, place: Place, mapping: Mapping | None) -> None:
         """Mapping costs as much as copying; the segment, and so the place, will be used again."""
@@ -237,7 +241,7 @@ def _plan_parts(values: Sequence[Any]) -> tuple[list[_Part], int]:
         what = "value" if len(values) == 1 else f"values[{index}]"
         body, buffers = encode_bulk(value, what=what)
         offset = align(end, PAGE)
-        part = _Part(offset, body, buffers, layout.plan(len(body), [buffer.nbytes for buffer in buffers]))
+        part = _Part(offset, body, buffers, layout.plan(len(body), [(b.nbytes, address_of(b)) for b in buffers]))
         parts.append(part)
         end = offset + part.plan.nbytes
     return parts, end

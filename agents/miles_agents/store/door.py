@@ -57,8 +57,8 @@ Answer = tuple[list[Any], int | None]
 class Desk(Protocol):
     """Who answers."""
 
-    def owner_of(self, token: str) -> Owner | None:
-        """The living worker with that token."""
+    def owner_of(self, token: str, process: int) -> Owner | None:
+        """The living worker with that token, or a process that it forked off."""
 
     async def answer(self, visitor: Visitor, question: list[Any]) -> Answer:
         """Answer a question. Raises MilesError, and ValueError, TypeError or LookupError for a malformed one."""
@@ -99,9 +99,13 @@ class StoreDoor:
         for visitor in list(self._visitors):
             self._hang_up(visitor)
 
-    def hang_up_on(self, owner: str) -> None:
-        """That worker is dead; children of it may have its connections."""
-        for visitor in [v for v in self._visitors if v.owner is not None and v.owner.ident == owner]:
+    def is_here(self, ident: str) -> bool:
+        """Whether that process has a connection."""
+        return any(visitor.owner is not None and visitor.owner.ident == ident for visitor in self._visitors)
+
+    def hang_up_on(self, begin: str) -> None:
+        """Those whose ident begins so are dead; others may have their connections."""
+        for visitor in [v for v in self._visitors if v.owner is not None and v.owner.ident.startswith(begin)]:
             self._hang_up(visitor)
 
     def _accept(self) -> None:
@@ -146,8 +150,9 @@ class StoreDoor:
         visitor.asking = tasks.create_task(self._ask(visitor, question), name=f"store: {question[0]}"[:64])
 
     def _greet(self, visitor: Visitor, question: list[Any]) -> None:
-        token = question[1] if len(question) == 2 and question[0] == messages.HELLO else None
-        visitor.owner = self._desk.owner_of(token) if isinstance(token, str) else None
+        match question:
+            case [messages.HELLO, str(token), int(process)]:
+                visitor.owner = self._desk.owner_of(token, process)
         if visitor.owner is None:
             refused = NotAllowedHere(
                 "the store does not know this process",

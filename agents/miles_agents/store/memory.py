@@ -7,10 +7,12 @@ pages, which are found (``/proc/self/pagemap``) and dropped before the mapping s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,7 +50,12 @@ class Mapping:
             raise OSError(number, f"{os.strerror(number)} (mapping {nbytes} bytes)")
         self.address: int = address
         self.nbytes = nbytes
-        weakref.finalize(self, _munmap, address, nbytes).atexit = False
+        self._unmap = weakref.finalize(self, _munmap, address, nbytes)
+        self._unmap.atexit = False
+
+    def unmap(self) -> None:
+        """End the mapping now; no view of it may be used any more. For threads: it takes time if it is large."""
+        self._unmap()
 
     def exporter(self, nbytes: int) -> Any:
         """An object whose buffer is the first ``nbytes``. Views keep it alive; this mapping has to live as long."""
@@ -116,15 +123,29 @@ def copy_bytes(address: int, source: bytes) -> None:
     ctypes.memmove(address, source, len(source))
 
 
-def copy_into(address: int, source: memoryview | Gathered) -> None:
+def copy_into(to: int, source: memoryview | Gathered) -> None:
     """Copy a buffer to an address, without holding the interpreter, on several threads if it is large."""
     if isinstance(source, Gathered):
-        source.write(memoryview((ctypes.c_char * source.nbytes).from_address(address)).cast("B"))
+        source.write(memoryview((ctypes.c_char * source.nbytes).from_address(to)).cast("B"))
         return
+    with _held(source) as address:
+        _copy(to, address, source.nbytes)
+
+
+def address_of(source: memoryview | Gathered) -> int:
+    """Where a buffer is; 0 for one that is in several places."""
+    if isinstance(source, Gathered):
+        return 0
+    with _held(source) as address:
+        return address
+
+
+@contextlib.contextmanager
+def _held(source: memoryview) -> Iterator[int]:
     held = _PyBuffer()
     _get_buffer(source, ctypes.byref(held), 0)
     try:
-        _copy(address, held.buf or 0, source.nbytes)
+        yield held.buf or 0
     finally:
         _release_buffer(ctypes.byref(held))
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from miles_agents.agent.background import Background
+from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_agents.store import messages, table_view
 from miles_agents.store.door import Answer, StoreDoor, Visitor
@@ -74,6 +75,12 @@ class Others(Protocol):
     async def remove(self, refs: Sequence[Ref]) -> None:
         """Remove objects everywhere but here."""
 
+    def report(self, kind: str, error: MilesError) -> None:
+        """Let the run know of ``store_full`` or ``object_lost``."""
+
+    def status(self) -> dict[str, int]:
+        """Counters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -109,13 +116,13 @@ class NodeStore:
         self.door = StoreDoor(parts.socket_path, self, lambda: self.tasks)
 
     def close(self) -> None:
-        """Hang up, and give all memory back."""
+        """Hang up, and let go of all memory."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self.door.close()
         for file in self.files.values():
-            file.close()
+            file.abandon()  # a thread may still be sending from it
         self.files.clear()
         for asked in self._asked.values():
             asked.cancel()
@@ -160,8 +167,7 @@ class NodeStore:
     def worker_gone(self, token: str) -> None:
         """A worker is dead, and all that it had started."""
         if not self._closed:
-            self.door.hang_up_on(token)
-            self._carry_out(self.table.owner_gone(token, self.loop.time()))
+            self.door.hang_up_on(f"{token}:")
 
     def facts(self) -> dict[str, int]:
         """Numbers for beats."""
@@ -169,7 +175,8 @@ class NodeStore:
 
     def status(self) -> dict[str, Any]:
         """Numbers, and who holds what."""
-        return {**table_view.status_of(self.table, self.loop.time()), "refused": self.door.num_refused}
+        counters = {} if self.others is None else self.others.status()
+        return {**table_view.status_of(self.table, self.loop.time()), "refused": self.door.num_refused, **counters}
 
     def is_home_of(self, key: Key) -> bool:
         """Whether the object was put here."""
@@ -188,10 +195,10 @@ class NodeStore:
 
     # -- questions of workers ----------------------------------------------------------------------------------
 
-    def owner_of(self, token: str) -> Owner | None:
+    def owner_of(self, token: str, process: int) -> Owner | None:
         """See ``Desk``."""
         label = self._find_worker(token)
-        return None if label is None else Owner(token, label)
+        return None if label is None else Owner(f"{token}:{process}", label)
 
     async def answer(self, visitor: Visitor, question: list[Any]) -> Answer:
         """See ``Desk``."""
@@ -222,6 +229,8 @@ class NodeStore:
         for request in visitor.granted.values():
             self.give_up(request)
         visitor.granted.clear()
+        if visitor.owner is not None and not self.door.is_here(visitor.owner.ident):
+            self._carry_out(self.table.owner_gone(visitor.owner.ident, self.loop.time()))
 
     async def _alloc(self, visitor: Visitor, nbytes: int, timeout_s: float) -> Answer:
         if nbytes <= 0:
@@ -313,6 +322,8 @@ class NodeStore:
             error = table_view.store_full(self.table, refuse, self._wanted[request], self.node, self.loop.time())
             asked.set_exception(error)
             logger.warning("%s", error)
+            if self.others is not None:
+                self.others.report("store_full", error)
 
     def _on_made(self, segment: int, making: asyncio.Future[SegmentFile]) -> None:
         if making.cancelled():

@@ -38,7 +38,11 @@ class SegmentFile:
         return Mapping(self.fd, self.capacity, private=False)
 
     def close(self) -> None:
-        """Give the memory back now: mappings that others keep of it hold nothing any more."""
+        """Give the memory back now: mappings that others keep of it hold nothing any more, and must not be touched."""
         with contextlib.suppress(OSError):
             os.ftruncate(self.fd, 0)
+        os.close(self.fd)
+
+    def abandon(self) -> None:
+        """Let go: the memory is the system's when the last mapping of it has ended."""
         os.close(self.fd)

@@ -221,10 +221,15 @@ class PoolTable:
             self.objects[stored.key] = stored
 
     def hold(self, key: Key, hold: int, owner: Owner) -> StoredObject | None:
-        """Somebody maps the object: until the release its memory is not given to others. None: it is not here."""
+        """Somebody maps the object: until the release its memory is not given to others. None: it is not here.
+
+        Raises ValueError if the owner has used that number for something that it still maps.
+        """
         found = self.find(key)
-        if found is None or (owner.ident, hold) in self._holds:
+        if found is None:
             return None
+        if (owner.ident, hold) in self._holds:
+            raise ValueError(f"hold {hold} is in use")
         found.holds[hold] = owner
         self._holds[owner.ident, hold] = found
         return found

@@ -11,6 +11,7 @@ What arrives equals what was sent, type included; what cannot arrive so is refus
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from miles_agents.wire.codec_types import (
     UnknownType,
 )
 from miles_agents.wire.codec_walk import PACKERS_IN_USE, Walk, cannot_travel, find_packer, may_hold_bytes_like, run_walk
-from miles_agents.wire.transport import Buffer
+from miles_agents.wire.transport import ZERO_COPY_BYTES, Buffer
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -60,12 +61,22 @@ __all__ = [
     "decode_bulk",
     "encode",
     "encode_bulk",
+    "encode_call",
     "own_buffers",
     "register_converter",
     "register_type",
 ]
 
 _SMALL_BODY = 1024
+_SCALARS = frozenset({type(None), bool, int, float, str})
+
+
+class _NeedsState(Exception):
+    """A value that is more than plain."""
+
+
+def _needs_state(_number: int, _data: bytes) -> Any:
+    raise _NeedsState
 
 
 def encode(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview]]:
@@ -82,7 +93,22 @@ def encode(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview]]
         CannotTravel: Something in the value cannot; the error names the path to it.
         TooLarge: Body and buffers exceed ``MAX_BODY_BYTES``.
     """
+    if type(value) in _SCALARS:
+        with contextlib.suppress(ValueError, OverflowError):  # what is wrong with it is told below
+            body: bytes = msgpack.packb(value)
+            if len(body) < ZERO_COPY_BYTES:
+                return body, []
     return _encode(value, what, Outgoing)
+
+
+def encode_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[memoryview]]:
+    """``encode`` for the arguments of a call, which arrive as ``[list, dict]``; quicker where all are scalars."""
+    if not kwargs and _SCALARS.issuperset(map(type, args)):
+        with contextlib.suppress(ValueError, OverflowError):  # what is wrong with them is told below
+            body: bytes = msgpack.packb((args, kwargs))
+            if len(body) < ZERO_COPY_BYTES:
+                return body, []
+    return _encode([list(args), kwargs], "arguments", Outgoing)
 
 
 def encode_bulk(value: Any, *, what: str = "value") -> tuple[bytes, list[memoryview | Gathered]]:
@@ -128,6 +154,11 @@ def decode(body: Buffer, buffers: Sequence[Buffer], *, libraries: Libraries) -> 
         UnknownType: It names a type that is not registered here.
         LibraryMissing: A library should be imported and is not installed.
     """
+    if not buffers and len(body) <= _SMALL_BODY:
+        try:  # most values are plain, and need no state
+            return msgpack.unpackb(body, ext_hook=_needs_state, strict_map_key=False, unicode_errors="surrogatepass")
+        except Exception:  # noqa: BLE001, S110 - boundary: bytes from another process; what is wrong is told below
+            pass
     return _decode(body, buffers, libraries, MAX_BODY_BYTES)
 
 

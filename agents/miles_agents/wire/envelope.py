@@ -47,7 +47,10 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024 * 1024
 MAX_BUFFERS = 100_000
 MAX_NUMBER = 2**63 - 1
 """Numbers of an envelope lie between 0 and this."""
-_MAX_REMAINING_MS = 2**53
+MAX_REMAINING_MS = 2**53
+_INTS = {int}
+_tuple = tuple.__new__
+"""Makes a named tuple without the detour through its own, slower constructor."""
 
 
 class MalformedFrame(PeerFault):
@@ -93,14 +96,24 @@ class Envelope:
     trace: int = 0
     body: bytes = b""
     buffers: list[Buffer] = field(default_factory=list)
+    short: bytes | None = field(default=None, compare=False, repr=False)
+    """Its part of the short frame that it came in (``wire/short_frame.py``): a hop passes it on as it is."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the message occupies in windows: body, buffers and a flat cost for the header."""
         total = len(self.body) + 64
+        if not self.buffers:
+            return total
         for buffer in self.buffers:
             total += buffer_bytes(buffer)
         return total
+
+    @property
+    def target(self) -> Target:
+        """The first (mostly only) receiver."""
+        flat = self.targets
+        return _tuple(Target, flat if len(flat) == 3 else flat[:3])
 
     def receivers(self) -> list[Target]:
         """The targets, one object each."""
@@ -128,7 +141,7 @@ class Envelope:
         remaining = NO_DEADLINE
         if self.deadline is not None:
             # An infinite deadline is a number too; min() makes it one that fits.
-            remaining = int(max(0.0, min((self.deadline - now) * 1000, _MAX_REMAINING_MS)))
+            remaining = int(max(0.0, min((self.deadline - now) * 1000, MAX_REMAINING_MS)))
         source = self.source
         sizes = [buffer_bytes(buffer) for buffer in self.buffers]
         return [
@@ -143,6 +156,8 @@ def check_sendable(envelope: Envelope) -> None:
     Raises:
         UnsendableMessage: ``envelope_from_plain`` would refuse its wire form, or a frame would be too large.
     """
+    if envelope.short is not None:
+        return  # it was checked when it came
     why = _unsendable(envelope)
     if why:
         raise UnsendableMessage(
@@ -157,10 +172,10 @@ def _unsendable(envelope: Envelope) -> str:
         return f"unknown kind {envelope.kind}"
     if len(envelope.method) > MAX_METHOD_CHARS:
         return f"the method's name has {len(envelope.method)} characters; limit {MAX_METHOD_CHARS}"
-    numbers = (envelope.rid, *envelope.source, envelope.mesh, envelope.size, envelope.flags, envelope.trace)
     targets = envelope.targets
-    if not targets or len(targets) % 3 or not all(map(is_natural, numbers)) or not all(map(is_natural, targets)):
-        return f"its numbers {numbers} or its {len(targets)} target numbers are not natural, or no triples"
+    numbers = (envelope.rid, *envelope.source, envelope.mesh, envelope.size, envelope.flags, envelope.trace, *targets)
+    if not targets or len(targets) % 3 or not are_natural(numbers):
+        return f"its numbers {numbers[:7]} or its {len(targets)} target numbers are not natural, or no triples"
     if envelope.deadline is not None and envelope.deadline != envelope.deadline:
         return "its deadline is not a number"
     if type(envelope.body) is not bytes or len(envelope.body) > MAX_INLINE_BYTES:
@@ -176,6 +191,11 @@ def _unsendable(envelope: Envelope) -> str:
 def is_natural(value: object) -> bool:
     """An integer that may stand on the wire; not a bool, not negative, at most 63 bits."""
     return type(value) is int and 0 <= value <= MAX_NUMBER
+
+
+def are_natural(values: Sequence[Any]) -> bool:
+    """``is_natural`` of all; every message asks this at every hop, so it is made of few steps."""
+    return set(map(type, values)) == _INTS and min(values) >= 0 and max(values) <= MAX_NUMBER
 
 
 def buffer_bytes(buffer: Buffer) -> int:
@@ -207,30 +227,23 @@ def envelope_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tu
         sizes,
         body,
     ) = plain
-    for number in (kind, rid, src_mesh, src_rank, src_inc, mesh, size, flags, trace):
-        if not is_natural(number):
-            raise malformed("a numeric field of an envelope is not a natural number")
+    if type(targets) is not list or not targets or len(targets) % 3:
+        raise malformed("an envelope's targets are not triples")
+    if not are_natural((kind, rid, src_mesh, src_rank, src_inc, mesh, size, flags, trace, *targets)):
+        raise malformed("a number of an envelope is not a natural number")
     if kind not in KIND_NAMES:
         raise malformed("an envelope of unknown kind")
-    if type(remaining) is not int or not NO_DEADLINE <= remaining <= _MAX_REMAINING_MS:
+    if type(remaining) is not int or not NO_DEADLINE <= remaining <= MAX_REMAINING_MS:
         raise malformed("an envelope's remaining milliseconds are out of range")
     if type(method) is not str or type(body) is not bytes or len(method) > MAX_METHOD_CHARS:
         raise malformed("an envelope's method or body has the wrong type")
-    flat = _flat_targets(targets)
-    taken = _matching_buffers(sizes, buffers)
+    taken = [] if sizes == [] else _matching_buffers(sizes, buffers)
     deadline = None if remaining == NO_DEADLINE else now + remaining / 1000
-    source = Address(src_mesh, src_rank, src_inc)
-    envelope = Envelope(kind, rid, source, mesh, flat, size, method, deadline, flags, trace, body, taken)
+    source = _tuple(Address, (src_mesh, src_rank, src_inc))
+    envelope = Envelope(
+        kind, rid, source, mesh, tuple(targets), size, method, deadline, flags, trace, body, taken
+    )  # fmt: skip
     return envelope, len(taken)
-
-
-def _flat_targets(targets: Any) -> tuple[int, ...]:
-    if type(targets) is not list or not targets or len(targets) % 3:
-        raise malformed("an envelope's targets are not triples")
-    for number in targets:
-        if not is_natural(number):
-            raise malformed("an envelope's targets are not natural numbers")
-    return tuple(targets)
 
 
 def _matching_buffers(sizes: Any, buffers: Sequence[Buffer]) -> list[Buffer]:

@@ -100,7 +100,7 @@ def cut(envelope: Envelope, fragment_bytes: int) -> Iterator[Item]:
             yield Fragment(total, view[start : start + fragment_bytes])
     sizes = [buffer_bytes(buffer) for buffer in envelope.buffers]
     body = b"" if cuts_body else envelope.body
-    yield Head(replace(envelope, buffers=[], body=body), sizes, len(envelope.body) if cuts_body else 0)
+    yield Head(replace(envelope, buffers=[], body=body, short=None), sizes, len(envelope.body) if cuts_body else 0)
 
 
 def item_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tuple[Item, int]:
@@ -155,8 +155,15 @@ class Assembly:
         self._progress = _IDLE
         self._buffers: list[bytearray] = []
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message is half there."""
+        return self._progress is _IDLE
+
     def take(self, items: list[Item]) -> list[Envelope]:
         """The messages that ``items`` complete. Raises MalformedFrame if they do not fit; nothing changes then."""
+        if self._progress is _IDLE and len(items) == 1 and type(items[0]) is Envelope:
+            return [items[0]]
         steps = [self._progress]
         for item in items:
             steps.append(_after(steps[-1], item))
@@ -179,7 +186,7 @@ class Assembly:
         body = bytes(pieced.pop()) if head.body_bytes else head.envelope.body
         filled = iter(pieced)
         buffers: list[Buffer] = [memoryview(next(filled)) if size else b"" for size in head.sizes]
-        return replace(head.envelope, body=body, buffers=buffers)
+        return replace(head.envelope, body=body, buffers=buffers, short=None)
 
 
 def _after(progress: _Progress, item: Item) -> _Progress:

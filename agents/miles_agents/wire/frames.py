@@ -26,6 +26,8 @@ def flat_frames(frames: Sequence[Buffer], max_frame_bytes: int) -> tuple[list[by
     Raises:
         UnsendableMessage: no frame, a frame that is not contiguous, or one above ``max_frame_bytes``.
     """
+    if len(frames) == 1 and type(frames[0]) is bytes and len(frames[0]) <= max_frame_bytes:
+        return [frames[0]], len(frames[0])
     flat = [frame if type(frame) is bytes else _flat(frame) for frame in frames]
     size = sum(map(len, flat))
     if not flat or (size > max_frame_bytes and max(map(len, flat)) > max_frame_bytes):

@@ -125,37 +125,48 @@ class AllowList:
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[str, str] = {}
+        self.nodes: dict[str, str] = {}
+        """Node by public key; for reading."""
+        self._proof_keys: dict[str, bytes] = {}
 
     def __contains__(self, public: object) -> bool:
-        return public in self._nodes
+        return public in self.nodes
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self.nodes)
 
-    def add(self, public: str, node: str) -> None:
+    def add(self, public: str, node: str, proof_key: bytes | None = None) -> None:
         """Allow ``public`` for ``node``. A node may have several keys (a new one before the old one goes).
+
+        ``proof_key``: what the key's owner proves itself with on a unix socket (``unix_auth``); None: it cannot.
 
         Raises:
             InvalidKey: not a Z85 key.
             KeyConflict: the key already belongs to another node.
         """
         _check_key(f"public key of node {node}", public)
-        holder = self._nodes.setdefault(public, node)
+        holder = self.nodes.setdefault(public, node)
         if holder != node:
             raise KeyConflict(
                 f"public key {public} cannot be allowed for node {node}",
                 evidence=f"it already belongs to node {holder}",
                 advice="Generate one key pair per node.",
             )
+        if proof_key is not None:
+            self._proof_keys[public] = proof_key
 
     def revoke(self, public: str) -> bool:
         """Forget a key. False: it was not allowed anyway."""
-        return self._nodes.pop(public, None) is not None
+        self._proof_keys.pop(public, None)
+        return self.nodes.pop(public, None) is not None
 
     def node_of(self, public: str) -> str | None:
         """The node that owns a key, or None for a stranger."""
-        return self._nodes.get(public)
+        return self.nodes.get(public)
+
+    def proof_key_of(self, public: str) -> bytes | None:
+        """What the owner of a key has to prove on a unix socket; None if it is not allowed there."""
+        return self._proof_keys.get(public)
 
 
 def _public_of(secret: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from miles_agents.wire.envelope import Envelope, MalformedFrame
 
 if TYPE_CHECKING:
-    from miles_agents.wire.link import Peer
+    from miles_agents.wire.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +102,17 @@ class Boundary:
         return
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, MalformedFrame):
-            self._stats.drop(error.evidence)
-            return True
         if not isinstance(error, Exception):
             return False
+        self.caught(error)
+        return True
+
+    def caught(self, error: Exception) -> None:
+        """Count and log what was raised, where a context would cost too much: on every message's way."""
+        if isinstance(error, MalformedFrame):
+            self._stats.drop(error.evidence)
+            return
         count = self._stats.drop(f"{self._what} raised {type(error).__name__}")
         # A fault that repeats with every message must not fill the log: the 1st, 2nd, 4th, 8th... is written.
         if count & (count - 1) == 0:
             logger.error("%s raised, %d times so far", self._what, count, exc_info=error)
-        return True

@@ -38,8 +38,17 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from miles_agents.wire.envelope import Envelope, buffer_bytes, check_sendable, is_natural, malformed
+from miles_agents.wire.envelope import (
+    MAX_MESSAGE_BYTES,
+    Envelope,
+    are_natural,
+    buffer_bytes,
+    check_sendable,
+    is_natural,
+    malformed,
+)
 from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
+from miles_agents.wire.short_frame import pack_envelope, pack_short
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -51,6 +60,7 @@ BATCH_MESSAGES = 256
 BATCH_BYTES = 1024 * 1024
 ACK_MESSAGES = 64
 ACK_BYTES = 4 * 1024 * 1024
+_tuple = tuple.__new__
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +128,23 @@ def parse_frame(data: Buffer) -> Frame:
     if type(plain) is not list or len(plain) != 6:
         raise malformed("a link frame is not an array of 6 fields")
     version, kind, session, seq, ack, payload = plain
-    if type(version) is not int or version != VERSION:
+    if version != VERSION or type(version) is not int:
         # Only a number is quoted: the repr of what a stranger nested deeply enough raises.
         raise malformed(f"protocol version {version if is_natural(version) else '?'}, this side speaks {VERSION}")
-    for number in (kind, session, seq, ack):
-        if not is_natural(number):
-            raise malformed("a numeric field of a link frame is not a natural number")
+    if not are_natural((kind, session, seq, ack)):
+        raise malformed("a numeric field of a link frame is not a natural number")
     if not HELLO <= kind <= GOODBYE:
         raise malformed("a link frame of unknown kind")
     if kind in (DATA, RESEND) and seq == 0:
         raise malformed("a number of an envelope is 0; they begin at 1")
-    return Frame(kind, session, seq, ack, payload)
+    return _tuple(Frame, (kind, session, seq, ack, payload))
 
 
 def parse_items(payload: Any, buffers: Sequence[Buffer], now: float) -> list[Item]:
     """The items of a DATA frame with the buffers that belong to each. Raises MalformedFrame."""
     if type(payload) is not list:
         raise malformed("the payload of DATA is not a list")
-    items = []
+    items: list[Item] = []
     used = 0
     for plain in payload:
         item, taken = item_from_plain(plain, buffers[used:] if used else buffers, now)
@@ -154,11 +163,15 @@ class Session:
         self.stats = SessionStats()
         self.received = 0
         self._pace = pace
+        self._whole_bytes = MAX_MESSAGE_BYTES if pace.fragment_bytes is None else pace.fragment_bytes
+        self._max_unacked = pace.window_messages
+        self._max_bytes = pace.window_bytes
         self._ack_bytes = min(ACK_BYTES, pace.window_bytes // 8)
         self._assembly = Assembly()
         self._next_seq = 1
         self._highest_sent = 0
-        self._waiting: deque[Numbered] = deque()
+        self.waiting: deque[Numbered] = deque()
+        """Accepted, not on the wire yet."""
         self._unacked: deque[Numbered] = deque()
         self._unacked_bytes = 0
         self._ack_owed_messages = 0
@@ -170,14 +183,14 @@ class Session:
     @property
     def last_sent(self) -> int:
         """Highest number that was put on the wire at least once and not taken back."""
-        if self._waiting:
-            return self._waiting[0].seq - 1
+        if self.waiting:
+            return self.waiting[0].seq - 1
         return self._next_seq - 1
 
     @property
     def num_unacknowledged(self) -> int:
         """Items that the peer has not acknowledged, sent or not."""
-        return len(self._unacked) + len(self._waiting)
+        return len(self._unacked) + len(self.waiting)
 
     def send(self, envelope: Envelope) -> None:
         """Accept an envelope: give it its number (or numbers) and keep it until the peer has it.
@@ -193,27 +206,56 @@ class Session:
             for item in cut(envelope, fragment_bytes):
                 self._number(item)
 
+    def send_at_once(self, envelope: Envelope, now: float) -> Batch | None:
+        """Accept an envelope like ``send``; if it is one item and may go now, it is the DATA message returned.
+
+        Raises:
+            UnsendableMessage: no peer would take it. It got no number.
+        """
+        num_bytes = envelope.num_bytes
+        unacked = self._unacked
+        if (
+            self.waiting
+            or num_bytes > self._whole_bytes
+            or (unacked and (len(unacked) >= self._max_unacked or self._unacked_bytes + num_bytes > self._max_bytes))
+        ):
+            self.send(envelope)
+            return None
+        packed = pack_envelope(envelope, now)
+        if packed is None:
+            check_sendable(envelope)
+        seq = self._next_seq
+        self._next_seq = seq + 1
+        unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
+        self._unacked_bytes += num_bytes
+        self._highest_sent = max(self._highest_sent, seq)
+        self._ack_owed_messages = self._ack_owed_bytes = 0
+        if packed is not None:
+            return _tuple(Batch, (seq, [pack_short(VERSION, self.session_id, seq, self.received, packed)]))
+        head = pack_frame(DATA, self.session_id, seq, self.received, [envelope.to_plain(now)])
+        return _tuple(Batch, (seq, [head, *envelope.buffers]))
+
     def _number(self, item: Item) -> None:
-        self._waiting.append(Numbered(self._next_seq, item, item.num_bytes))
+        self.waiting.append(Numbered(self._next_seq, item, item.num_bytes))
         self._next_seq += 1
 
     def has_sendable(self) -> bool:
         """Whether ``next_batch`` would return something."""
-        return bool(self._waiting) and self._fits(self._waiting[0].num_bytes)
+        return bool(self.waiting) and self._fits(self.waiting[0].num_bytes)
 
     def next_batch(self, now: float) -> Batch | None:
         """The next DATA message that the window allows, or None. It counts as sent."""
         if not self.has_sendable():
             return None
-        first = self._waiting[0].seq
+        first = self.waiting[0].seq
         plains: list[Any] = []
         buffers: list[Buffer] = []
         total = 0
-        while self._waiting and len(plains) < BATCH_MESSAGES:
-            numbered = self._waiting[0]
+        while self.waiting and len(plains) < BATCH_MESSAGES:
+            numbered = self.waiting[0]
             if plains and (total + numbered.num_bytes > BATCH_BYTES or not self._fits(numbered.num_bytes)):
                 break
-            self._waiting.popleft()
+            self.waiting.popleft()
             self._unacked.append(numbered)
             self._unacked_bytes += numbered.num_bytes
             total += numbered.num_bytes
@@ -228,17 +270,22 @@ class Session:
         while self._unacked and self._unacked[-1].seq >= seq:
             numbered = self._unacked.pop()
             self._unacked_bytes -= numbered.num_bytes
-            self._waiting.appendleft(numbered)
+            self.waiting.appendleft(numbered)
             self.stats.resent += 1
 
     def on_ack(self, ack: int) -> None:
         """The peer has everything up to ``ack``. Raises MalformedFrame if that was never sent; nothing changes then."""
         if not 0 <= ack <= self._highest_sent:
             raise malformed("a peer acknowledges what was never sent")
+        if self._unacked:
+            if self._unacked[0].seq > ack:
+                return
+        elif not self.waiting:
+            return
         while self._unacked and self._unacked[0].seq <= ack:
             self._unacked_bytes -= self._unacked.popleft().num_bytes
-        while not self._unacked and self._waiting and self._waiting[0].seq <= ack:
-            self._waiting.popleft()
+        while not self._unacked and self.waiting and self.waiting[0].seq <= ack:
+            self.waiting.popleft()
 
     def on_resend(self, seq: int) -> None:
         """The peer misses ``seq``. Only the first number that it did not acknowledge can be missing: more is stale."""
@@ -261,7 +308,7 @@ class Session:
         if seq > self.received + 1:
             self.stats.gaps += 1
             return []
-        fresh = items[self.received + 1 - seq :]
+        fresh = items[self.received + 1 - seq :] if seq <= self.received else items
         envelopes = self._assembly.take(fresh)
         self.stats.repeated += len(items) - len(fresh)
         self.received += len(fresh)
@@ -269,6 +316,22 @@ class Session:
         self._ack_owed_messages += len(items)
         self._ack_owed_bytes += num_bytes
         return envelopes
+
+    def take_next(self, seq: int, ack: int, num_bytes: int) -> bool:
+        """``on_ack`` and ``on_data`` in one, for a frame with one whole envelope that is the next: nearly all are.
+
+        False: it is not the next, or the numbers need a closer look; nothing was changed.
+        """
+        unacked = self._unacked
+        if seq != self.received + 1 or self.waiting or not self._assembly.is_idle or ack > self._highest_sent:
+            return False
+        while unacked and unacked[0].seq <= ack:
+            self._unacked_bytes -= unacked.popleft().num_bytes
+        self.received += 1
+        self.stats.delivered += 1
+        self._ack_owed_messages += 1
+        self._ack_owed_bytes += num_bytes
+        return True
 
     def missing(self, peer_last_sent: int) -> int | None:
         """First number to ask for again, given how far the peer says it is; None if nothing is to be asked.
@@ -301,8 +364,7 @@ class Session:
     def _fits(self, num_bytes: int) -> bool:
         if not self._unacked:
             return True
-        pace = self._pace
-        return len(self._unacked) < pace.window_messages and self._unacked_bytes + num_bytes <= pace.window_bytes
+        return len(self._unacked) < self._max_unacked and self._unacked_bytes + num_bytes <= self._max_bytes
 
 
 def total_bytes(frames: Sequence[Buffer]) -> int:

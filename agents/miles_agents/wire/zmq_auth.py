@@ -100,24 +100,24 @@ def check_dialer_address(address: str, *, encrypted: bool) -> None:
         )
 
 
-def split_address(address: str) -> tuple[str, str]:
-    """``("tcp", "host:port")`` or ``("ipc", "/path")``.
+def split_address(address: str, schemes: tuple[str, ...] = ("tcp", "ipc")) -> tuple[str, str]:
+    """``("tcp", "host:port")``, ``("ipc", "/path")`` or ``("unix", "/path")``, of the ``schemes`` that will do.
 
     Raises:
         BadAddress: anything else.
     """
     scheme, separator, rest = address.partition("://")
     problem = ""
-    if not separator or scheme not in ("tcp", "ipc"):
-        problem = "the scheme is not tcp or ipc"
+    if not separator or scheme not in schemes:
+        problem = f"the scheme is not {' or '.join(schemes)}"
     elif scheme == "tcp" and not all(rest.rpartition(":")):
         problem = "a tcp address needs a host and a port"
-    elif scheme == "ipc" and not rest.startswith("/"):
-        problem = "an ipc address needs an absolute path (abstract sockets have no permissions)"
-    elif scheme == "ipc" and len(os.fsencode(rest)) > zmq.IPC_PATH_MAX_LEN:
+    elif scheme != "tcp" and not rest.startswith("/"):
+        problem = f"an {scheme} address needs an absolute path (abstract sockets have no permissions)"
+    elif scheme != "tcp" and len(os.fsencode(rest)) > zmq.IPC_PATH_MAX_LEN:
         problem = f"the path has {len(os.fsencode(rest))} bytes, more than the {zmq.IPC_PATH_MAX_LEN} of a socket"
     if problem:
-        advice = "Use tcp://HOST:PORT, or ipc:// with a short absolute path."
+        advice = "Use tcp://HOST:PORT, or unix:// with a short absolute path."
         raise BadAddress(f"{address!r} is not an address that we can use", evidence=problem, advice=advice)
     return scheme, rest
 

@@ -16,6 +16,7 @@ import zmq
 
 from miles_agents.timings import Timings
 from miles_agents.wire.transport import ZERO_COPY_BYTES, Buffer, TransportHandler, TransportStats
+from miles_agents.wire.turns import current_turn
 from miles_agents.wire.zmq_auth import ZmqNetwork, ZmqSocket
 
 NOBLOCK = int(zmq.NOBLOCK)
@@ -72,12 +73,17 @@ class Pump:
             return
         self._draining = self._was_read = True
         is_empty = False
+        turn = current_turn()
+        is_ours = turn.begin()
+        turn.more = True  # whether it is so is not known before the next read
         try:
             for _ in range(_MESSAGES_PER_TURN):
                 if not self._read():
                     is_empty = True
                     break
         finally:
+            if is_ours:
+                turn.end()
             # Also when a handler raised: what is left must not wait for an edge that has already passed.
             self._draining = False
             if not is_empty:

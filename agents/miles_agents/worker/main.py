@@ -19,7 +19,7 @@ from typing import NoReturn
 import uvloop
 
 from miles_agents.rpc.context import enter_process
-from miles_agents.wire.zmq_transport import ZmqDialer
+from miles_agents.wire.unix_transport import UnixDialer
 from miles_agents.worker.own_process import name_process, with_entries
 from miles_agents.worker.runtime import WorkerRuntime
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth
@@ -91,7 +91,7 @@ def _run_io(birth: Birth, executors: ThreadExecutors, ready: queue.SimpleQueue[W
     async def serve() -> None:
         try:
             runtime = WorkerRuntime(birth, executors, _leave)
-            runtime.start(lambda link: ZmqDialer(birth.agent_address, link, timings=birth.timings))
+            runtime.start(lambda link: UnixDialer(birth.agent_address, link))
         except BaseException as error:  # handed to the main thread, which raises it
             ready.put(error)
             raise

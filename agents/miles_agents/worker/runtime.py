@@ -26,8 +26,9 @@ from miles_agents.rpc.mesh import ActorMesh, MeshInfo
 from miles_agents.rpc.node import RpcNode
 from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.wire.envelope import AGENT_MESH, CONTROLLER_MESH, Address, Envelope
-from miles_agents.wire.link import LinkDialer, Peer
+from miles_agents.wire.link import LinkDialer
 from miles_agents.wire.link_handlers import Refusal
+from miles_agents.wire.peer import Peer
 from miles_agents.wire.transport import Transport
 from miles_agents.worker.construct import construct
 from miles_agents.worker.spec import Birth
@@ -47,7 +48,7 @@ class WorkerRuntime:
         self._left = False
         self.link = LinkDialer(self, random.SystemRandom().getrandbits(63), self._hello)
         address = Address(spec.mesh, spec.rank, spec.incarnation)
-        self.node = RpcNode(address, spec.label, self.link.peer.send, libraries="import")
+        self.node = RpcNode(address, spec.label, self.link.peer.send, libraries="import", routes_from_any_thread=True)
         self.host = ActorHost(self.node, executors)
         info = MeshInfo(CONTROLLER_MESH, "controller", {0: spec.controller_incarnation})
         controller = ActorMesh(info, Shape.of(controller=1), self.node)
@@ -80,7 +81,7 @@ class WorkerRuntime:
         self._bind("__stack__", "io", thread_stacks, master, Address(AGENT_MESH, *birth.agent))
 
     def start(self, dial: Callable[[Any], Transport]) -> None:
-        """Dial the agent and begin to beat."""
+        """Dial the agent and begin to beat. The transport takes messages from any thread."""
         self.link.attach(dial)
         self._tick()
 
@@ -188,8 +189,7 @@ class WorkerRuntime:
     def _lease_event(self, event: leases.Event) -> None:
         if self._left:
             return
-        self._lease, effects = leases.step(self._lease, event, self.loop.time())
-        for effect in effects:
+        for effect in leases.step(self._lease, event, self.loop.time()):
             if isinstance(effect, Fence):
                 self._leave_once(f"fenced: {effect.reason}")
 

@@ -81,23 +81,46 @@ class WorkerSpec:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
-            "shape": self.shape.to_plain(),
-            "devices": list(self.devices),
-            "sys_path": list(self.sys_path),
-            "preload": None if self.preload is None else list(self.preload),
-        }
+        return {name: _plain_value(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> WorkerSpec:
         """Inverse of ``to_plain``."""
         fields = dict(plain)
-        fields["shape"] = Shape.from_plain(fields["shape"])
+        if not isinstance(fields["shape"], Shape):  # one for all, see ``unpack_specs``
+            fields["shape"] = Shape.from_plain(fields["shape"])
         fields["devices"] = tuple(fields["devices"])
         fields["sys_path"] = tuple(fields["sys_path"])
         fields["preload"] = None if fields["preload"] is None else tuple(fields["preload"])
         return cls(**fields)
+
+
+def pack_specs(specs: Sequence[WorkerSpec]) -> dict[str, Any]:
+    """Specs of one mesh (at least one) as plain values: what all have alike stands there once."""
+    first = specs[0]
+    varied = [
+        name
+        for name in WorkerSpec.__dataclass_fields__
+        if any(getattr(spec, name) != getattr(first, name) for spec in specs)
+    ]
+    plain = first.to_plain()
+    common = {name: value for name, value in plain.items() if name not in varied}
+    each = [{name: _plain_value(getattr(spec, name)) for name in varied} for spec in specs]
+    return {"common": common, "each": each}
+
+
+def unpack_specs(plain: dict[str, Any]) -> list[WorkerSpec]:
+    """Inverse of ``pack_specs``."""
+    common = plain["common"]
+    if "shape" in common:
+        common = {**common, "shape": Shape.from_plain(common["shape"])}
+    return [WorkerSpec.from_plain({**common, **own}) for own in plain["each"]]
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Shape):
+        return value.to_plain()
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
