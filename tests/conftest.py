@@ -6,7 +6,12 @@ import os
 import tempfile
 
 import pytest
+from hypothesis import settings
 from support.leaks import begin_session, no_leaks
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("miles", deadline=None)
+settings.load_profile("miles")
 
 begin_session()
 

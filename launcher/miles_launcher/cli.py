@@ -34,6 +34,9 @@ _KEY_BYTES = 4096
 
 _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RUN_MODULES = "miles_controller.controller,miles_launcher.local"
+"""What a script that defines actors imports of ours, and so do its workers when they load the class."""
+
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _TIMING_FLAGS = ("beat_s", "suspect_s", "fence_s", "dead_s")
 
@@ -137,7 +140,7 @@ def _agent(options: argparse.Namespace, passed_on: list[str]) -> NoReturn:
     _check_key(line, options.key_file or "stdin")
     os.environ[KEY_FD_VARIABLE] = str(_pipe_holding(line))
     reaper = Path(miles_agents.__file__).parent / "agent" / "reaper.py"
-    agent = [sys.executable, "-m", "miles_agents.agent", *passed_on]
+    agent = [sys.executable, "-m", "miles_agents.agent", "--also-import", _RUN_MODULES, *passed_on]
     os.execv(sys.executable, [sys.executable, "-I", "-S", str(reaper), "--", *agent])  # noqa: S606  # no shell
 
 

@@ -86,6 +86,9 @@ def render(snapshot: Mapping[str, Any]) -> RenderableType:
     now = float(snapshot["at"])
     parts: list[RenderableType] = [Text(f"{snapshot['run_id']}  agents dial {snapshot['address']}", style="bold")]
     parts.append(_nodes(snapshot["nodes"]))
+    zygotes = [(node["name"], zygote) for node in snapshot["nodes"] for zygote in node.get("zygotes", [])]
+    if zygotes:
+        parts.append(_zygotes(zygotes))
     parts += [_mesh(mesh) for mesh in snapshot["meshes"]]
     if snapshot["services"]:
         parts.append(_services(snapshot["services"]))
@@ -120,6 +123,14 @@ def _devices(info: Mapping[str, Any]) -> tuple[str, str, str]:
     gpus = info["gpus"]
     devices = f"{len(gpus)} x {gpus[0]['name']}" if gpus else f"{info['cpu_slots']} CPU slots"
     return info["hostname"], devices, f"{info['memory_bytes'] / 2**30:.0f} GiB"
+
+
+def _zygotes(zygotes: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    rows = [
+        (node, z["name"], z["pid"] or "-", z["state"], z["made"], f"{z['memory_bytes'] / 2**20:.0f} MiB")
+        for node, z in zygotes
+    ]
+    return _table("zygotes", ("node", "zygote", "pid", "state", "workers made", "memory"), rows)
 
 
 def _mesh(mesh: Mapping[str, Any]) -> Table:

@@ -14,6 +14,7 @@ from support.process_cases import alive, open_fds, reported, until
 from support.zygote_cases import WAIT_S, pool
 
 from miles_agents.agent import reaper
+from miles_agents.agent.process_exit import OomWatch
 from miles_agents.agent.process_launch import CannotStart
 from miles_agents.agent.process_tree import children_of, descendants, read_stat
 from miles_agents.agent.zygote_table import Limits
@@ -185,6 +186,27 @@ async def test_a_worker_whose_directory_is_gone_cannot_start_and_the_zygote_live
         with pytest.raises(CannotStart, match="working directory"):
             await p.zygotes.start(p.profile(), lost, p.birth(0), wait_s=WAIT_S)
         assert len(p.zygote_pids()) == 1 and p.news == []
+
+
+async def test_a_log_that_cannot_be_written_is_no_fault_of_the_zygote(tmp_path):
+    async with pool(tmp_path) as p:
+        await p.start(p.profile())
+        command = p.command()
+        lost = type(command)(command.argv, command.env, command.cwd, tmp_path / "gone" / "log")
+        with pytest.raises(CannotStart) as caught:
+            await p.zygotes.start(p.profile(), lost, p.birth(0), wait_s=WAIT_S)
+        assert "gone/log" in caught.value.evidence
+        assert len(p.zygote_pids()) == 1 and p.news == []
+
+
+async def test_an_out_of_memory_kill_of_a_forked_worker_is_told(tmp_path):
+    count = tmp_path / "memory.events"
+    count.write_text("oom_kill 4\n")
+    async with pool(tmp_path, oom=OomWatch(count)) as p:
+        worker = await p.start(p.profile())
+        count.write_text("oom_kill 5\n")
+        os.kill(worker.pid, signal.SIGKILL)
+        assert (await worker.exited).describe() == "killed by SIGKILL (9) (out of memory)"
 
 
 def module(folder: Path, name: str, text: str) -> str:

@@ -50,11 +50,11 @@ def key_file(tmp_path):
 
 def test_the_agent_gets_its_flags_and_the_key_but_not_where_others_can_see_it(fake_agent, report):
     flags = ["--node", "node-0", "--cpu-slots", "4", "--interface", "lo", "--run-dir", "/tmp/x", "--beat-s", "0.5"]
-    flags += ["--store-bytes", "9000000"]
+    flags += ["--store-bytes", "9000000", "--preload", "torch,numpy"]
     result = run_agent(flags, env=fake_agent)
     assert (result.returncode, result.stderr) == (0, b"")
     told = report()
-    assert told["argv"] == [*ADDRESS, *flags]
+    assert told["argv"] == ["--also-import", "miles_controller.controller,miles_launcher.local", *ADDRESS, *flags]
     assert told["key"] == KEY + "\n"
     assert "top-secret" not in json.dumps([told["argv"], told["env"]])
 
@@ -157,6 +157,7 @@ def test_a_terminal_is_not_asked_for_a_key():
         ([*ADDRESS, "--node", ""], "E-CLI-001"),
         ([*ADDRESS, "--cpu-slots", "-1"], "E-CLI-001"),
         ([*ADDRESS, "--store-bytes", "4096"], "E-CLI-001"),
+        ([*ADDRESS, "--preload", "numpy,no module"], "E-CLI-001"),
         ([*ADDRESS, "--fence-s", "30"], "E-CFG-001"),
         ([*ADDRESS, "--beat-s", "nan"], "E-CFG-001"),
     ],
@@ -250,6 +251,10 @@ FULL = {
                 "used_bytes": 2**29, "held_bytes": 2**30, "limit_bytes": 6 * 2**30,
                 "objects": 3, "holders": 4, "waiting": 1,
             },
+            "zygotes": [
+                {"name": "torch-1a2b3c", "modules": ["torch"], "state": "ready", "pid": 40, "made": 8,
+                 "memory_bytes": 300 << 20},
+            ],
         },
         {"name": "node-1", "state": "expected", "heard_s_ago": None},
     ],
@@ -281,6 +286,7 @@ async def test_status_shows_nodes_ranks_services_locks_and_events(status):
     assert "mesh odd [bold]name (gpus=2)" in lines
     assert "0 node-0 0 41 up train for 5 min (+2)" in lines
     assert "1 node-0 1 42 dead: killed by SIGKILL (9) idle" in lines
+    assert "node-0 torch-1a2b3c 40 ready 8 300 MiB" in lines
     assert "web node-0 ready 7 http 20001" in lines
     assert "weights rank 0 of mesh 2 1" in lines
     assert "60 s node-0 joined with 2 devices" in lines

@@ -65,6 +65,7 @@ async def test_each_node_gets_an_agent_with_its_key_and_flags(agents, controller
                 "--suspect-s": "0.2",
                 "--fence-s": "0.3",
                 "--dead-s": "0.4",
+                "--also-import": "miles_controller.controller,miles_launcher.local",
             }
             assert told["ppid"] == started.agents[node].pid
         assert controller.exits == {}

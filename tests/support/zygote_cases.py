@@ -11,6 +11,7 @@ from typing import Any
 
 from miles_agents.agent.process import Command, ProcessTable
 from miles_agents.agent.process_child import Child
+from miles_agents.agent.process_exit import OomWatch
 from miles_agents.agent.process_tree import children_of
 from miles_agents.agent.zygote_profile import Profile, profile_environment
 from miles_agents.agent.zygotes import Zygotes
@@ -24,9 +25,9 @@ WAIT_S = 60.0
 class Pool:
     """Zygotes in ``folder``, with the news of them."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *, oom: OomWatch | None = None, **options: Any) -> None:
         self.folder = folder
-        self.table = ProcessTable()
+        self.table = ProcessTable(oom=oom)
         self.zygotes = Zygotes(self.table, folder, **options)
         self.news: list[tuple[str, str]] = []
         self.zygotes.news = lambda kind, text: self.news.append((kind, text))
@@ -53,7 +54,7 @@ class Pool:
         """Of a worker that lives for as long as the test may take."""
         spec = WorkerSpec("run", 7, "lonely", number, 8, 9, Shape.of(ranks=64))
         timings = Timings(fence_s=200.0, dead_s=300.0)
-        return Birth(spec, f"ipc://{self.folder}/nobody", (0, 1), "token", "node-0", timings).pack()
+        return Birth(spec, "unix:///nonexistent/nobody", (0, 1), "token", "node-0", timings).pack()
 
     def zygote_pids(self) -> list[int]:
         """Of those that execute."""

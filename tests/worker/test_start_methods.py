@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import logging
 import os
 import random
 import re
@@ -86,6 +87,8 @@ class Facts(Actor):
             "umask": os.umask(0o022),
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "gc": [gc.isenabled(), list(gc.get_threshold())],
+            "log_level": logging.getLogger().level,
+            "recursion": sys.getrecursionlimit(),
             "switch": sys.getswitchinterval(),
         }
 
@@ -240,6 +243,23 @@ async def test_modules_are_there_once_and_chance_is_not(cluster):
     await mesh.stop()
 
 
+async def test_what_a_module_sets_when_imported_holds_in_forked_workers_too(cluster, tmp_path):
+    (tmp_path / "sets_things.py").write_text(
+        "import logging, signal, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "logging.basicConfig(level=logging.DEBUG)\nsys.setrecursionlimit(4321)\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    found = []
+    for method in METHODS:
+        mesh = await spawn(cluster, "set", method, 1, preload=("sets_things",), env=env)
+        facts = await mesh.facts.call_one()
+        found.append([facts[name] for name in ("handlers", "log_level", "recursion")])
+        await mesh.stop()
+    assert found[0] == found[1]
+    assert found[0][0][int(signal.SIGUSR2)] == str(signal.SIG_IGN)
+    assert found[0][1:] == [logging.INFO, 4321]
+
+
 async def test_executed_workers_have_their_modules_too(cluster):
     mesh = await spawn(cluster, "late-numpy", "exec", 1, preload=("numpy",))
     assert await mesh.loaded.call_one("numpy")
@@ -301,7 +321,7 @@ async def test_ranks_with_gpus_are_never_forked(tmp_path):
         cwd=str(tmp_path),
         start_method="zygote",
     )
-    birth = Birth(spec, "ipc://nowhere", (0, 1), "token", "node-0", Timings())
+    birth = Birth(spec, "unix:///nonexistent/nobody", (0, 1), "token", "node-0", Timings())
     error = await error_of(starter.start(birth, tmp_path / "log"), CannotFork)
     assert "CUDA" in error.evidence
     assert zygotes.facts() == [] and not table.children

@@ -29,6 +29,7 @@ from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import OpenTail
 from miles_agents.agent.orders import Orders
 from miles_agents.agent.overdue_reports import OverdueReports
+from miles_agents.agent.relay import Relay
 from miles_agents.agent.service import PortLessor, ProcessStarter
 from miles_agents.agent.starter import WorkerStarter
 from miles_agents.agent.worker_ending import WorkerWouldNotDie
@@ -304,6 +305,9 @@ class Agent:
         for envelope in waited or ():
             with self.link.boundary("an early envelope"):
                 self.on_envelope(self.link.peer, envelope)
+        assert self.workers is not None
+        relay = Relay(self.workers, self.switch.in_flight, self.link.peer)
+        self.link.relay, self.workers.link.relay = relay.down, relay.up
 
     def _answer_unknown(self, envelope: Envelope, target: Target) -> None:
         assert self.node is not None and self.workers is not None

@@ -142,7 +142,6 @@ def settle(options: dict[str, str]) -> None:
     bind_cpus_and_memory(options["cpus"], options["numa"])
     raise_oom_score(int(options["oom_score_adj"]))
     set_limits(core_dumps=options["core_dumps"] == "1")
-    reset_signals()
 
 
 def main(arguments: list[str]) -> None:
@@ -155,6 +154,7 @@ def main(arguments: list[str]) -> None:
         bind_life_to_parent(int(options["parent"]))
         env = read_environment(int(options["env_fd"]))
         settle(options)
+        reset_signals()
         os.write(error_fd, STARTED)
         try:
             os.execvpe(arguments[cut + 1], arguments[cut + 1 :], env)  # noqa: S606  # becoming it is the job

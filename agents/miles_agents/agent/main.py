@@ -64,6 +64,7 @@ class AgentOptions:
     key_file: str | None = None
     join_timeout_s: float = 60.0
     preload: tuple[str, ...] | None = None
+    also_import: tuple[str, ...] = ()
     store_bytes: int | None = None
     timings: Timings = field(default_factory=Timings)
 
@@ -78,7 +79,8 @@ def parse_options(argv: list[str]) -> AgentOptions:
     parser.add_argument("--run-dir")
     parser.add_argument("--key-file")
     parser.add_argument("--join-timeout-s", type=float, default=60.0)
-    parser.add_argument("--preload", type=lambda text: check_start([*filter(None, text.split(","))], "auto"))
+    parser.add_argument("--preload", type=_modules)
+    parser.add_argument("--also-import", type=_modules, default=())
     parser.add_argument("--store-bytes", type=int)
     numbers = [number.name for number in fields(Timings)]
     for name in numbers:
@@ -86,6 +88,10 @@ def parse_options(argv: list[str]) -> AgentOptions:
     found = vars(parser.parse_args(argv))
     timings = Timings(**{name: found.pop(name) for name in numbers})
     return AgentOptions(**found, timings=timings)
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    return check_start([*filter(None, text.split(","))], "auto") or ()
 
 
 def main() -> int:
@@ -143,7 +149,7 @@ class _Process:
             fenced: list[int] = []
             while True:
                 lives += 1
-                zygotes = Zygotes(table, log_dir)
+                zygotes = Zygotes(table, log_dir, also=self.options.also_import)
                 starter = ProcessStarter(table, info, zygotes=zygotes)
                 if self.options.preload is not None:
                     starter.warm(self.options.preload)

@@ -259,6 +259,15 @@ class WorkerPool:
             return worker.dead
         return worker
 
+    def find_living(self, mesh: int, rank: int) -> Worker | None:
+        """The worker of this node in that place, if it is connected and alive."""
+        worker = self._workers.get((mesh, rank))
+        return worker if worker is not None and worker.peer is not None and worker.dead is None else None
+
+    def knows(self, mesh: int, rank: int, incarnation: int) -> bool:
+        """Whether a worker of this node is or was in that place."""
+        return (mesh, rank) in self._workers or (mesh, rank, incarnation) in self._deaths
+
     def why_gone(self, mesh: int, target: Target) -> WorkerDied | None:
         """How a worker of this node ended, if it is remembered."""
         return self._deaths.get(Address(mesh, target.rank, target.incarnation))
@@ -300,15 +309,19 @@ class WorkerPool:
 
     def on_envelope(self, peer: Peer, envelope: Envelope) -> None:
         """From a worker to anybody."""
-        worker = self._by_peer.get(peer)
+        worker = self.heard(peer)
         if worker is None or envelope.source != worker.address:
             self.link.stats.drop("message in another's name")
             return
         self.agent.switch.route(envelope)
-        now = peer.last_heard
-        if now >= worker.heard_until:  # it was heard a moment ago: nothing new
-            worker.heard_until = now + self.agent.timings.beat_s / 4
+
+    def heard(self, peer: Peer) -> Worker | None:
+        """The worker that has said something; its life is told, unless it was a moment ago."""
+        worker = self._by_peer.get(peer)
+        if worker is not None and peer.last_heard >= worker.heard_until:
+            worker.heard_until = peer.last_heard + self.agent.timings.beat_s / 4
             self._step(worker, Heard())
+        return worker
 
     def on_beat(self, peer: Peer, beat_id: int, facts: dict[str, Any]) -> dict[str, Any]:
         """A worker lives."""

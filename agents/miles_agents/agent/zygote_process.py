@@ -18,7 +18,7 @@ from pathlib import Path
 
 from miles_agents.agent.process import NotAdopted, ProcessTable
 from miles_agents.agent.process_child import Child
-from miles_agents.agent.process_launch import STARTED, Command, explain, open_log, settle_options
+from miles_agents.agent.process_launch import STARTED, Command, explain, no_resources, open_log, settle_options
 from miles_agents.agent.process_tree import ProcessId
 from miles_agents.agent.zygote_profile import Profile
 from miles_agents.worker.zygote_talk import (
@@ -66,8 +66,8 @@ class Zygote:
         self._loop.add_reader(control, self._on_verdict)
 
     @classmethod
-    async def launch(cls, profile: Profile, table: ProcessTable, log_path: Path) -> Zygote:
-        """Execute one. Raises CannotStart, OSError."""
+    async def launch(cls, profile: Profile, table: ProcessTable, log_path: Path, also: tuple[str, ...] = ()) -> Zygote:
+        """Execute one. ``also``: more modules to import. Raises CannotStart, OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             argv = (profile.python, "-m", "miles_agents.worker", "--zygote", str(theirs.fileno()), *profile.modules)
@@ -75,7 +75,7 @@ class Zygote:
                 argv=argv, env=dict(profile.env), cwd=profile.cwd, log_path=log_path, pass_fds=(theirs.fileno(),)
             )
             ours.setblocking(False)
-            ours.send(Wishes(profile.sys_path, os.getpid()).pack())
+            ours.send(Wishes(profile.sys_path, also, os.getpid()).pack())
             child = await table.spawn(command)
         except BaseException:
             ours.close()
@@ -98,13 +98,17 @@ class Zygote:
 
         Raises:
             HandOverFailed: The zygote or the worker died, or took too long.
-            CannotStart: The worker could not settle (its working directory is gone, say).
+            CannotStart: The worker could not settle (its working directory is gone, say), or this process lacks means.
         """
         try:
             log = open_log(command.log_path)
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            except OSError:
+                os.close(log)
+                raise
         except OSError as error:
-            raise HandOverFailed(f"log file {command.log_path}: {error}") from None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            raise no_resources(command, error) from None
         ours.setblocking(False)
         waiting = _Waiting(Start(settle_options(command), dict(command.env), birth), log, theirs)
         try:
@@ -163,19 +167,18 @@ class Zygote:
     def _send(self) -> None:
         while batch := self._queue[:MAX_BATCH]:
             del self._queue[: len(batch)]
-            file = os.memfd_create("starts")
-            try:
-                with os.fdopen(os.dup(file), "wb") as writer:
-                    writer.write(pack_starts([waiting.start for waiting in batch]))
-                os.lseek(file, 0, os.SEEK_SET)
-                fds = [file, *(fd for waiting in batch for fd in (waiting.log, waiting.line.fileno()))]
-                # It has ended, or reads nothing: whoever waits sees the end of the line.
-                with contextlib.suppress(OSError):
-                    socket.send_fds(self._control, [b"fork"], fds)
-            finally:
-                os.close(file)
-                for waiting in batch:
-                    _close(waiting)
+            # It has ended, or reads nothing, or there are no descriptors: whoever waits sees the end of the line.
+            with contextlib.suppress(OSError):
+                self._send_batch(batch)
+            for waiting in batch:
+                _close(waiting)
+
+    def _send_batch(self, batch: list[_Waiting]) -> None:
+        with os.fdopen(os.memfd_create("starts"), "wb") as file:
+            file.write(pack_starts([waiting.start for waiting in batch]))
+            file.seek(0)
+            fds = [file.fileno(), *(fd for waiting in batch for fd in (waiting.log, waiting.line.fileno()))]
+            socket.send_fds(self._control, [b"fork"], fds)
 
     def close(self) -> None:
         """Let go of its socket, at whose end it ends. Idempotent."""

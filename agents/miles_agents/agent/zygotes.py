@@ -79,12 +79,15 @@ class Zygotes:
         table: ProcessTable,
         log_dir: Path,
         *,
+        also: tuple[str, ...] = (),
         limits: Limits | None = None,
         on_step: OnStep = lambda step, pid: None,
     ) -> None:
+        """``also``: modules of the runtime that most workers import with their actor's class, whatever is named."""
         self.news: News = lambda kind, text: None
         self._table = table
         self._log_dir = log_dir
+        self._also = also
         self._on_step = on_step
         self._loop = asyncio.get_running_loop()
         self._zygotes = ZygoteTable(limits)
@@ -201,7 +204,7 @@ class Zygotes:
 
     async def _live(self, life: _Life) -> None:
         try:
-            zygote = await Zygote.launch(life.profile, self._table, life.log_path)
+            zygote = await Zygote.launch(life.profile, self._table, life.log_path, self._also)
         except (CannotStart, OSError) as error:
             self._note_failure(
                 life, f"it cannot be executed: {error.what if isinstance(error, CannotStart) else error}"
@@ -285,7 +288,7 @@ class Zygotes:
             del self._lives[life.profile]
 
     def _tell(self, life: _Life, kind: str, why: str) -> None:
-        text = f"zygote {life.profile.name}: {why}"
+        text = f"zygote {life.profile.name}: {why} (log {life.log_path})"
         logger.warning("%s", text)
         self.news(kind, text)
 

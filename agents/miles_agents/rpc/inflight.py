@@ -49,26 +49,32 @@ class InFlight:
 
     def passed(self, envelope: Envelope, receiver: Address, now: float) -> None:
         """A call was passed on to a receiver."""
-        if envelope.kind != CALL:
-            return
-        source = envelope.source
-        key = _tuple(RequestKey, (source, envelope.rid))
+        if envelope.kind == CALL:
+            self.note(envelope.source, envelope.rid, receiver, envelope.method, now, envelope.trace)
+
+    def note(self, source: Address, rid: int, receiver: Address, method: str, now: float, trace: int) -> None:  # noqa: PLR0917
+        """``passed``, for a call of which only this is known."""
+        key = _tuple(RequestKey, (source, rid))
         requests = self._by_receiver.get(receiver)
         if requests is None:
             requests = self._by_receiver[receiver] = {}
-        requests[key] = _tuple(Passed, (key, receiver, envelope.method, now, envelope.trace))
+        requests[key] = _tuple(Passed, (key, receiver, method, now, trace))
 
     def answered(self, envelope: Envelope, now: float) -> None:
         """An answer passes on its way back."""
-        if envelope.kind not in _LAST_ANSWERS:
+        if envelope.kind in _LAST_ANSWERS:
+            rank, incarnation = envelope.targets[:2]
+            asker = _tuple(Address, (envelope.mesh, rank, incarnation))
+            self.answer(envelope.kind, envelope.source, asker, envelope.rid, now)
+
+    def answer(self, kind: int, receiver: Address, asker: Address, rid: int, now: float) -> None:
+        """``answered``, for a message of which only this is known."""
+        if kind not in _LAST_ANSWERS:
             return
-        receiver = envelope.source
         requests = self._by_receiver.get(receiver)
         if requests is None:
             return
-        rank, incarnation = envelope.targets[:2]
-        sender = _tuple(Address, (envelope.mesh, rank, incarnation))
-        passed = requests.pop(_tuple(RequestKey, (sender, envelope.rid)), None)
+        passed = requests.pop(_tuple(RequestKey, (asker, rid)), None)
         if passed is None:
             return
         if now - passed.since > self._longest.get(passed.method, 0.0):

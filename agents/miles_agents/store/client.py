@@ -106,10 +106,22 @@ class StoreClient:
         self._writable: OrderedDict[int, Mapping] = OrderedDict()
         self._idle: OrderedDict[Place, Mapping] = OrderedDict()
         self._holds = itertools.count(1)
-        self._gone: queue.SimpleQueue[tuple[Place, Mapping | None, int]] = queue.SimpleQueue()
+        self._gone: queue.SimpleQueue[tuple[Place, Mapping | None, int] | None] = queue.SimpleQueue()
         # Open for as long as this process lives: with the last connection, its mappings end for the agent.
         self._anchor = Connection(*self._hello)
-        threading.Thread(target=self._tell_what_is_gone, name="store", daemon=True).start()
+        self._teller = threading.Thread(target=self._tell_what_is_gone, name="store", daemon=True)
+        self._teller.start()
+
+    def close(self) -> None:
+        """Hang up. Values that were got may still be used, but not counted on: workers never do this."""
+        self._gone.put(None)
+        self._teller.join()
+        with self._lock:
+            connections, self._connections = [*self._connections, self._anchor], []
+            self._writable.clear()
+            self._idle.clear()
+        for connection in connections:
+            connection.close()
 
     # -- the verbs ---------------------------------------------------------------------------------------------
 
@@ -202,19 +214,27 @@ class StoreClient:
             self._gone.put((place, mapping, hold))
 
     def _tell_what_is_gone(self) -> None:
-        while True:
-            over = [self._gone.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(over) < _BATCH:
-                    over.append(self._gone.get_nowait())
-            for place, mapping, _ in over:
-                self._keep_for_later(place, mapping)
-            question = [messages.RELEASE, [hold for _, _, hold in over]]
-            del over, place, mapping  # a mapping that was not kept ends here, and not with the next one
+        while holds := self._clear_away():
+            question = [messages.RELEASE, holds]
             try:
                 self._tell(question)
             except Exception as error:  # noqa: BLE001 - boundary: this thread serves all; the agent's end is ours
-                logger.debug("the store was not told of %d mappings that are gone: %s", len(question[1]), error)
+                logger.debug("the store was not told of %d mappings that are gone: %s", len(holds), error)
+
+    def _clear_away(self) -> list[int]:
+        """Wait until mappings are gone; keep or end them; returns their holds. Empty: ``close`` was called."""
+        over = [self._gone.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(over) < _BATCH and over[-1] is not None:
+                over.append(self._gone.get_nowait())
+        if over[-1] is None:
+            over.pop()
+            if over:
+                self._gone.put(None)  # for the next time
+        gone = [one for one in over if one is not None]
+        for place, mapping, _ in gone:
+            self._keep_for_later(place, mapping)
+        return [hold for _, _, hold in gone]
 
     def _tell(self, question: list[Any]) -> None:
         """Over the connection that is always open; one that fails is replaced before it is closed."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+
+import psutil
 
 from miles_agents.store.memory import Mapping
 
 MAX_SEGMENTS = 10_000
+_LEFT_FREE = 0.05
+"""Of the machine's memory. Beyond it the kernel would rather kill somebody than say no."""
 RESERVED_FDS = 300
 """Descriptors of the agent that are not for segments."""
 
@@ -16,6 +21,11 @@ class SegmentFile:
     """One memfd. Its pages are there from the start; nobody meets SIGBUS later because there are none."""
 
     def __init__(self, number: int, capacity: int) -> None:
+        """Raises OSError if there is no memory for it."""
+        memory = psutil.virtual_memory()
+        if capacity > memory.available - _LEFT_FREE * memory.total:
+            available = f"{memory.available} of {memory.total} bytes of the machine's memory are available"
+            raise OSError(errno.ENOMEM, available)
         self.number = number
         self.capacity = capacity
         self.fd = os.memfd_create(f"miles-store-{number}", os.MFD_CLOEXEC)

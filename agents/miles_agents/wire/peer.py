@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import Envelope
 from miles_agents.wire.session import Session
+from miles_agents.wire.short_frame import Packed
 from miles_agents.wire.transport import Connection
 from miles_agents.wire.turns import current_turn
 
@@ -50,7 +51,7 @@ class Peer:
         """Whether there is a connection to it now, as far as is known."""
         return self.connection is not None
 
-    def send(self, envelope: Envelope) -> None:
+    def send(self, envelope: Envelope | Packed) -> None:
         """Send in order, exactly once, now or as soon as window and connection allow.
 
         The first message of a tick leaves at once, those behind it together at the tick's end; what is sent while
@@ -82,7 +83,7 @@ class Peer:
         with self.lock:
             self._send_now(envelope)
 
-    def _send_now(self, envelope: Envelope) -> None:
+    def _send_now(self, envelope: Envelope | Packed) -> None:
         connection, link = self.connection, self._link
         if connection is None:
             self.session.send(envelope)

@@ -48,7 +48,7 @@ from miles_agents.wire.envelope import (
     malformed,
 )
 from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
-from miles_agents.wire.short_frame import pack_envelope, pack_short
+from miles_agents.wire.short_frame import Packed, pack_envelope, pack_short
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -92,7 +92,7 @@ class Numbered(NamedTuple):
     """An item with the place in the conversation that it was given."""
 
     seq: int
-    item: Item
+    item: Item | Packed
     num_bytes: int
 
 
@@ -192,12 +192,15 @@ class Session:
         """Items that the peer has not acknowledged, sent or not."""
         return len(self._unacked) + len(self.waiting)
 
-    def send(self, envelope: Envelope) -> None:
+    def send(self, envelope: Envelope | Packed) -> None:
         """Accept an envelope: give it its number (or numbers) and keep it until the peer has it.
 
         Raises:
             UnsendableMessage: no peer would take it. It got no number.
         """
+        if isinstance(envelope, Packed):
+            self._number(envelope)
+            return
         check_sendable(envelope)
         fragment_bytes = self._pace.fragment_bytes
         if fragment_bytes is None:
@@ -206,7 +209,7 @@ class Session:
             for item in cut(envelope, fragment_bytes):
                 self._number(item)
 
-    def send_at_once(self, envelope: Envelope, now: float) -> Batch | None:
+    def send_at_once(self, envelope: Envelope | Packed, now: float) -> Batch | None:
         """Accept an envelope like ``send``; if it is one item and may go now, it is the DATA message returned.
 
         Raises:
@@ -221,9 +224,12 @@ class Session:
         ):
             self.send(envelope)
             return None
-        packed = pack_envelope(envelope, now)
-        if packed is None:
-            check_sendable(envelope)
+        if isinstance(envelope, Packed):
+            packed: bytes | None = envelope.short
+        else:
+            packed = pack_envelope(envelope, now)
+            if packed is None:
+                check_sendable(envelope)
         seq = self._next_seq
         self._next_seq = seq + 1
         unacked.append(_tuple(Numbered, (seq, envelope, num_bytes)))
@@ -235,7 +241,7 @@ class Session:
         head = pack_frame(DATA, self.session_id, seq, self.received, [envelope.to_plain(now)])
         return _tuple(Batch, (seq, [head, *envelope.buffers]))
 
-    def _number(self, item: Item) -> None:
+    def _number(self, item: Item | Packed) -> None:
         self.waiting.append(Numbered(self._next_seq, item, item.num_bytes))
         self._next_seq += 1
 

@@ -14,6 +14,7 @@ reads and checks it in one step, and passes the envelope on without making it an
 from __future__ import annotations
 
 import struct
+from typing import Any, NamedTuple, TypeAlias
 
 from miles_agents.wire.envelope import (
     KIND_NAMES,
@@ -24,7 +25,7 @@ from miles_agents.wire.envelope import (
     Envelope,
     malformed,
 )
-from miles_agents.wire.transport import ZERO_COPY_BYTES
+from miles_agents.wire.transport import ZERO_COPY_BYTES, Buffer
 
 MARK = 0xC1
 SHORT = bytes([MARK])
@@ -66,30 +67,80 @@ def pack_short(version: int, session: int, seq: int, ack: int, packed: bytes) ->
     return _HEAD.pack(MARK, version, session, seq, ack) + packed
 
 
-def parse_short(data: bytes, version: int, now: float) -> tuple[int, int, int, Envelope]:
-    """Session, number, acknowledgement and envelope of a short frame.
+class Packed(NamedTuple):
+    """An envelope that a hop passes on as it came, in the form of a short frame. An item of a session."""
+
+    short: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the item occupies in windows."""
+        return len(self.short)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """What follows the frame: nothing."""
+        return []
+
+    def to_plain(self, now: float) -> list[Any]:
+        """The long form of the wire, for when it travels together with others."""
+        data = bytes(_HEAD.size) + self.short
+        return envelope_of(_WHOLE.unpack_from(data), data, now).to_plain(now)
+
+
+Numbers: TypeAlias = tuple[int, ...]
+"""What stands in a short frame at fixed places, in this order; see ``MARK_AT`` and what follows."""
+
+(
+    MARK_AT, VERSION_AT, SESSION, SEQ, ACK, KIND, FLAGS, METHOD_BYTES, RID, SOURCE_MESH, SOURCE_RANK,
+    SOURCE_INCARNATION, MESH, RANK, INCARNATION, POSITION, SIZE, TRACE, LEFT,
+) = range(19)  # fmt: skip
+
+
+def read_numbers(data: bytes, version: int) -> Numbers:
+    """The numbers of a short frame, checked.
 
     Raises:
-        MalformedFrame: anything but exactly the right shape.
+        MalformedFrame: too short, of another version, of unknown kind, or a number is out of range.
     """
     try:
-        numbers = _WHOLE.unpack_from(data)
+        numbers: Numbers = _WHOLE.unpack_from(data)
     except struct.error:
         raise malformed("a short frame that is too short") from None
-    (
-        _, its_version, session, seq, ack, kind, flags, method_bytes, rid, source_mesh, source_rank, source_incarnation,
-        mesh, rank, incarnation, position, size, trace, left,
-    ) = numbers  # fmt: skip
-    if max(numbers) > MAX_NUMBER or left > MAX_REMAINING_MS + 1 or method_bytes > MAX_METHOD_CHARS:
+    if max(numbers) > MAX_NUMBER or numbers[LEFT] > MAX_REMAINING_MS + 1 or numbers[METHOD_BYTES] > MAX_METHOD_CHARS:
         raise malformed("a number of a short frame is out of range")
-    if its_version != version or kind not in KIND_NAMES or not seq:
+    if numbers[VERSION_AT] != version or numbers[KIND] not in KIND_NAMES or not numbers[SEQ]:
         raise malformed("a short frame of another version, of unknown kind, or without a number")
-    body = _BODY + method_bytes
+    return numbers
+
+
+def method_of(numbers: Numbers, data: bytes) -> str:
+    """The method. Raises MalformedFrame if it is not text."""
     try:
-        method = str(data[_BODY:body], "utf-8")
+        return str(data[_BODY : _BODY + numbers[METHOD_BYTES]], "utf-8")
     except UnicodeDecodeError:
         raise malformed("the method of a short frame is not text") from None
-    return session, seq, ack, Envelope(
+
+
+def packed_of(data: bytes) -> Packed:
+    """The envelope of a short frame, to pass on."""
+    return _tuple(Packed, (data[_HEAD.size :],))
+
+
+def envelope_of(numbers: Numbers, data: bytes, now: float) -> Envelope:
+    """The envelope of a short frame whose numbers were read. Raises MalformedFrame if its method is not text."""
+    (
+        _, _, _, _, _, kind, flags, method_bytes, rid, source_mesh, source_rank, source_incarnation,
+        mesh, rank, incarnation, position, size, trace, left,
+    ) = numbers  # fmt: skip
+    return Envelope(
         kind, rid, _tuple(Address, (source_mesh, source_rank, source_incarnation)), mesh, (rank, incarnation, position),
-        size, method, now + (left - 1) / 1000 if left else None, flags, trace, data[body:], [], data[_HEAD.size :],
+        size, method_of(numbers, data), now + (left - 1) / 1000 if left else None, flags, trace,
+        data[_BODY + method_bytes :], [], data[_HEAD.size :],
     )  # fmt: skip
+
+
+def parse_short(data: bytes, version: int, now: float) -> tuple[int, int, int, Envelope]:
+    """Session, number, acknowledgement and envelope of a short frame. Raises MalformedFrame."""
+    numbers = read_numbers(data, version)
+    return numbers[SESSION], numbers[SEQ], numbers[ACK], envelope_of(numbers, data, now)

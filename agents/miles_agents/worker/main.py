@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import logging
 import os
 import queue
 import signal
@@ -20,7 +19,7 @@ import uvloop
 
 from miles_agents.rpc.context import enter_process
 from miles_agents.wire.unix_transport import UnixDialer
-from miles_agents.worker.own_process import name_process, with_entries
+from miles_agents.worker.own_process import name_process, set_up_logging, with_entries
 from miles_agents.worker.runtime import WorkerRuntime
 from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth
 
@@ -72,7 +71,7 @@ def run(packed: bytes) -> NoReturn:
     """Be the worker of this packed ``Birth``. In a fresh process: executed, or forked by a zygote."""
     birth = Birth.unpack(packed)
     name_process(birth.spec.label)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, all_threads=True, chain=False)
     sys.setswitchinterval(0.001)  # a busy main thread must not keep the I/O thread waiting for 5 ms at a time

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from miles_agents.agent import exec_shim
-from miles_agents.worker.own_process import name_process, with_entries
+from miles_agents.worker.own_process import name_process, set_up_logging, with_entries
 from miles_agents.worker.zygote_talk import (
     GO,
     HERE,
@@ -63,12 +63,13 @@ def serve(control_fd: int, modules: Sequence[str]) -> bytes:
     if not message:
         os._exit(0)
     wishes = Wishes.unpack(message)
+    set_up_logging()
     name_process(f"zygote {'+'.join(modules) or 'runtime'}")
     missing = next((name for name in modules if not _is_there(name)), "") if not wishes.sys_path else ""
     if missing:
         _leave(control, Verdict(missing=missing))
     sys.path[:] = with_entries(sys.path, wishes.sys_path)
-    refusal = _import_all(modules) or why_unsafe()
+    refusal = _import_all(("miles_agents.worker.main", *wishes.also, *modules)) or why_unsafe()
     if refusal:
         _leave(control, Verdict(refusal=refusal))
     _prepare_to_fork()
@@ -83,7 +84,6 @@ def _is_there(module: str) -> bool:
 
 def _import_all(modules: Sequence[str]) -> str:
     """Why it failed, or "". The whole traceback goes to the log."""
-    importlib.import_module("miles_agents.worker.main")
     for name in modules:
         try:
             importlib.import_module(name)
@@ -289,10 +289,7 @@ def _become(start: Start) -> None:
     os.environ.update({"LC_CTYPE": coerced} if coerced is not None else {})
     os.environ.update(start.env)
     exec_shim.settle(start.options)
-    # As the interpreter has them at its start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # all others are as at exec, or as an import set them
     random = sys.modules.get("numpy.random")  # ``random`` seeds itself anew after a fork
     if random is not None:
         random.seed()

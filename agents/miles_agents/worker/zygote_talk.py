@@ -24,9 +24,16 @@ MAX_MESSAGE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The agent's first message: what to append to ``sys.path``, and whom workers have as their parent."""
+    """The agent's first message.
+
+    Attributes:
+        sys_path: What to append to ``sys.path``.
+        also: Modules to import beside those that were named: they are there, and harmless.
+        agent: The parent of all workers.
+    """
 
     sys_path: tuple[str, ...]
+    also: tuple[str, ...]
     agent: int
 
     def pack(self) -> bytes:
@@ -38,7 +45,7 @@ class Wishes:
     def unpack(cls, message: bytes) -> Wishes:
         """Inverse of ``pack``."""
         plain = msgpack.unpackb(message, unicode_errors="surrogateescape")
-        return cls(tuple(plain["sys_path"]), plain["agent"])
+        return cls(tuple(plain["sys_path"]), tuple(plain["also"]), plain["agent"])
 
 
 @dataclass(frozen=True, slots=True)
