@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.leaks import MARK
 from support.process_cases import alive, open_fds, reported, until
 from support.zygote_cases import WAIT_S, pool
 
@@ -37,6 +38,11 @@ def is_ours(child) -> bool:
     return stat is not None and (stat.ppid, stat.session, stat.group) == (os.getpid(), child.pid, child.pid)
 
 
+def is_marked(pid):
+    """Whether the checks for leaks know it as of this test session."""
+    return f"{MARK}={os.environ[MARK]}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+
+
 async def test_a_forked_worker_is_a_child_like_any_other(tmp_path):
     async with pool(tmp_path) as p:
         worker = await p.start(p.profile())
@@ -44,6 +50,8 @@ async def test_a_forked_worker_is_a_child_like_any_other(tmp_path):
         await until(lambda: read_stat(worker.pid).name == "lonely[0]", "it has its own name")
         (zygote,) = p.zygote_pids()
         assert children_of(zygote) == []
+        for pid in (zygote, worker.pid):
+            assert is_marked(pid)
         worker.send(signal.SIGSEGV)
         assert (await worker.wait(WAIT_S)).describe() == "killed by SIGSEGV (11)"
         second = await p.start(p.profile(), 1)

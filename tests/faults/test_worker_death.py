@@ -14,7 +14,7 @@ from support.process_cases import alive as still_alive
 from support.process_cases import reported
 from support.procs import alive, eventually
 
-from miles_agents.agent.worker_pool import WorkerNeverReady
+from miles_agents.agent.worker_errors import WorkerNeverReady
 from miles_agents.rpc.errors import ActorFailedToStart, WorkerDied
 from miles_agents.wire.remote_error import RemoteError
 from miles_controller.policy import Policy

@@ -9,7 +9,7 @@ from support.simulated_actors import Picky, Probe
 
 from miles_agents.agent.errors import AgentRefused
 from miles_agents.agent.process_launch import CannotStart
-from miles_agents.agent.worker_pool import WorkerNeverReady
+from miles_agents.agent.worker_errors import WorkerNeverReady
 from miles_agents.rpc.errors import NoSuchActor
 from miles_agents.rpc.inline import InlineExecutors
 from miles_agents.simulation import Fate

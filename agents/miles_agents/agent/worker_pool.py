@@ -20,9 +20,10 @@ from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import last_words
 from miles_agents.agent.process_exit import Exit
 from miles_agents.agent.starter import WorkerProcess
+from miles_agents.agent.worker_errors import advice_on, given_up, never_ready, still_there
 from miles_agents.agent.worker_facts import known_facts
 from miles_agents.agent.worker_life import Dead, Exited, Greeted, Heard, Kill, Ready, Silent, Started, StopAsked
-from miles_agents.errors import MilesError, PeerFault
+from miles_agents.errors import MilesError
 from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, NoSuchActor, StaleHandle, WorkerDied
 from miles_agents.rpc.future import CallFuture
@@ -42,12 +43,6 @@ LOG_TAIL_LINES = 50
 _DRAIN_S = 0.2
 _PREDECESSOR_S = 30.0
 _REMEMBERED_DEATHS = 1000
-
-
-class WorkerNeverReady(PeerFault):
-    """A worker ended, or was ended, before it said hello."""
-
-    code = "E-PEER-006"
 
 
 class Worker:
@@ -156,7 +151,7 @@ class WorkerPool:
             self._forget(worker)
             worker.gone.set_result("never started")
             if worker.life.state == "stopping" and worker.starting.cancelled():
-                raise _given_up(worker) from None
+                raise given_up(worker) from None
             raise
         finally:
             worker.begun.set()
@@ -171,7 +166,7 @@ class WorkerPool:
         deadline = self._loop.time() + _PREDECESSOR_S
         while (before := self._workers.get((spec.mesh, spec.rank))) is not None:
             if before.dead is None or self._loop.time() >= deadline:
-                raise _still_there(before)
+                raise still_there(before)
             await asyncio.wait([before.gone], timeout=deadline - self._loop.time())
 
     async def end(self, worker: Worker, why: str, grace_s: float) -> str:
@@ -400,7 +395,7 @@ class WorkerPool:
         with self.link.boundary(f"telling the death of {spec.label}"):
             self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():
-            worker.ready.set_exception(_never_ready(worker, death, tail))
+            worker.ready.set_exception(never_ready(worker, death, tail))
             worker.ready.exception()  # looked at: start() may have been cancelled meanwhile
         await self._clear_away(worker)
         self._forget(worker)
@@ -429,7 +424,7 @@ class WorkerPool:
         return WorkerDied(
             f"{worker.spec.label} on {node}, pid {pid}, died: {death.cause}",
             evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
-            advice=_advice(death.cause),
+            advice=advice_on(death.cause),
             actor=worker.spec.label,
             node=node,
             pid=pid,
@@ -461,34 +456,6 @@ def nobody_cares(told: CallFuture[None]) -> None:
     told.exception()
 
 
-def _advice(cause: str) -> str:
-    if "out of memory" in cause:
-        return "Give the node more memory or the rank less work; the kernel ended it for want of memory."
-    if "SIGKILL" in cause:
-        return "Find out who sent SIGKILL (an operator, the kernel's OOM killer: see dmesg)."
-    return "Read its last lines and its log file."
-
-
-def _never_ready(worker: Worker, death: Dead, tail: list[str]) -> WorkerNeverReady:
-    return WorkerNeverReady(
-        f"{worker.spec.label}, pid {worker.life.pid}, never said hello: {death.cause}",
-        evidence=f"its last lines ({worker.log_path}):\n{last_words(tail)}",
-        advice="Read its last lines; an import that fails or a wrong interpreter shows there.",
-        actor=worker.spec.label,
-        pid=worker.life.pid,
-        exit=death.cause,
-    )
-
-
-def _given_up(worker: Worker) -> WorkerNeverReady:
-    return WorkerNeverReady(
-        f"{worker.spec.label} never said hello: it was ended before it was executed",
-        evidence=worker.life.why_stopped,
-        advice="Give it more time with start_timeout_s if it had too little; look at the load of the node.",
-        actor=worker.spec.label,
-    )
-
-
 def too_late(label: str, why: str) -> ControllerLost:
     """The refusal of a start while everything is being ended."""
     return ControllerLost(
@@ -496,12 +463,4 @@ def too_late(label: str, why: str) -> ControllerLost:
         evidence=why,
         advice="Start it on another node, or wait until the node has joined again.",
         may_have_run=False,
-    )
-
-
-def _still_there(worker: Worker) -> MilesError:
-    return PeerFault(
-        f"{worker.spec.label} runs here already, as incarnation {worker.spec.incarnation}",
-        evidence=f"state {worker.life.state}, pid {worker.life.pid}",
-        advice="End it first.",
     )

@@ -20,7 +20,7 @@ from miles_agents.agent.process import NotAdopted, ProcessTable
 from miles_agents.agent.process_child import Child
 from miles_agents.agent.process_launch import STARTED, Command, explain, no_resources, open_log, settle_options
 from miles_agents.agent.process_tree import ProcessId
-from miles_agents.agent.zygote_profile import Profile
+from miles_agents.agent.zygote_profile import Profile, is_late
 from miles_agents.worker.zygote_talk import (
     GO,
     HERE,
@@ -70,10 +70,10 @@ class Zygote:
         """Execute one. ``also``: more modules to import. Raises CannotStart, OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            # The agent's late variables matter to nobody, but tell whoever looks at /proc whose process this is.
+            env = {name: value for name, value in os.environ.items() if is_late(name)} | dict(profile.env)
             argv = (profile.python, "-m", "miles_agents.worker", "--zygote", str(theirs.fileno()), *profile.modules)
-            command = Command(
-                argv=argv, env=dict(profile.env), cwd=profile.cwd, log_path=log_path, pass_fds=(theirs.fileno(),)
-            )
+            command = Command(argv=argv, env=env, cwd=profile.cwd, log_path=log_path, pass_fds=(theirs.fileno(),))
             ours.setblocking(False)
             ours.send(Wishes(profile.sys_path, also, os.getpid()).pack())
             child = await table.spawn(command)
