@@ -105,7 +105,7 @@ def test_the_tables_of_a_run():
     assert "| 1.05 ms | 10.0x | - | 50 ms, as Ray | 5 ms | goal |" in summary
     assert "| > 19.0x |" in summary
     assert "| not within 20 s" in text
-    assert "| 1.05 us (1.00..1.10) | 10.5 us (10.0..11.0), 10.0x | not installed |" in text
+    assert "| 1.05 us (1.00..1.10) | 10.5 us (10.0..11.0), 10.0x | 10.5 us (10.0..11.0), 10.0x | not installed |" in text
     assert "torchmonarch: not installed." in text
 
 
