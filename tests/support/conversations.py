@@ -9,6 +9,7 @@ from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, Address, Envelope, MalformedFrame
 from miles_agents.wire.fragments import Fragment, cut
 from miles_agents.wire.session import Pace, Session, parse_frame, parse_items
+from miles_agents.wire.short_frame import Arrived, envelope_of
 
 SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 SESSION = 77
@@ -19,6 +20,11 @@ WINDOW_BYTES = 2000
 
 def an_envelope(number, size=0, buffers=()):
     return Envelope(CALL, number, Address(2, 0, 1), 3, (0, 1, 0), body=bytes(size), buffers=list(buffers))
+
+
+def whole(item):
+    """The envelope of an item that is one, in whichever form it came."""
+    return envelope_of(item.numbers, item.short, 0.0) if isinstance(item, Arrived) else item
 
 
 class End:
@@ -60,7 +66,7 @@ class End:
         self.acked = max(self.acked, frame.ack)
         if frame.kind == wire.DATA:
             items = parse_items(frame.payload, frames[1:], 0.0)
-            self.delivered += self.session.on_data(frame.seq, items, wire.total_bytes(frames))
+            self.delivered += map(whole, self.session.on_data(frame.seq, items, wire.total_bytes(frames)))
             self.ask(self.session.missing(frame.seq - 1))
         elif frame.kind == wire.RESEND:
             self.resend_causes += 1

@@ -4,7 +4,7 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.conversations import HUGE, SESSION, SETTINGS, WINDOW_BYTES, Conversation, an_envelope
+from support.conversations import HUGE, SESSION, SETTINGS, WINDOW_BYTES, Conversation, an_envelope, whole
 
 from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, MAX_METHOD_CHARS, Address, Envelope, MalformedFrame
@@ -29,7 +29,7 @@ def batches(session):
 
 def sent_numbers(batch):
     frame = parse_frame(batch.frames[0])
-    return [e.rid for e in parse_items(frame.payload, batch.frames[1:], 0.0)]
+    return [whole(e).rid for e in parse_items(frame.payload, batch.frames[1:], 0.0)]
 
 
 def test_messages_of_one_tick_travel_together_with_their_buffers():

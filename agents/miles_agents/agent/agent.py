@@ -136,6 +136,7 @@ class Agent:
         self._greeted_at = self.loop.time()
         self._turned_away = ""
         self._early: list[Envelope] | None = []
+        self._relay: Relay | None = None
 
     @property
     def session_id(self) -> int:
@@ -282,6 +283,11 @@ class Agent:
             self._on_single(envelope, envelope.target)
             return
         receivers = envelope.receivers()
+        if self._relay is not None:
+            receivers = list(self._relay.spread(envelope, peer.last_heard))
+            if not receivers:
+                return
+            envelope = envelope.to(receivers)
         here = [target for target in receivers if self._resolve(envelope.mesh, target) is not self.uplink]
         if here:
             self.switch.route(envelope if len(here) == len(receivers) else envelope.to(here))
@@ -306,7 +312,7 @@ class Agent:
             with self.link.boundary("an early envelope"):
                 self.on_envelope(self.link.peer, envelope)
         assert self.workers is not None
-        relay = Relay(self.workers, self.switch.in_flight, self.link.peer)
+        relay = self._relay = Relay(self.workers, self.switch.in_flight, self.link.peer)
         self.link.relay, self.workers.link.relay = relay.down, relay.up
 
     def _answer_unknown(self, envelope: Envelope, target: Target) -> None:

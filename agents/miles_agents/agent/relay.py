@@ -9,9 +9,10 @@ Invariants: the same as of the switch and ``on_envelope``, which do the same in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from miles_agents.wire.envelope import AGENT_MESH, CALL, Address
+from miles_agents.wire.envelope import AGENT_MESH, CALL, Address, Envelope, Target
 from miles_agents.wire.peer import Peer
 from miles_agents.wire.short_frame import (
     INCARNATION,
@@ -25,6 +26,7 @@ from miles_agents.wire.short_frame import (
     TRACE,
     Numbers,
     method_of,
+    pack_each,
     packed_of,
 )
 
@@ -43,20 +45,38 @@ class Relay:
         self._in_flight = in_flight
         self._uplink = uplink
 
-    def down(self, peer: Peer, numbers: Numbers, data: bytes) -> bool:
+    def down(self, peer: Peer, numbers: Numbers, short: bytes) -> bool:
         """From the controller to a worker."""
         worker = self._pool.find_living(numbers[MESH], numbers[RANK])
         if worker is None or numbers[LEFT] or worker.address != numbers[MESH:POSITION]:
             return False
         if numbers[KIND] == CALL:
             source = _tuple(Address, numbers[SOURCE_MESH:MESH])
-            method = method_of(numbers, data)
+            method = method_of(numbers, short)
             self._in_flight.note(source, numbers[RID], worker.address, method, peer.last_heard, numbers[TRACE])
         assert worker.peer is not None
-        worker.peer.send(packed_of(data))
+        worker.peer.send(packed_of(short))
         return True
 
-    def up(self, peer: Peer, numbers: Numbers, data: bytes) -> bool:
+    def spread(self, envelope: Envelope, now: float) -> Sequence[Target]:
+        """From the controller to many workers. Returns those of the receivers to whom it was not passed on."""
+        receivers = envelope.receivers()
+        packed = pack_each(envelope)
+        if packed is None:
+            return receivers
+        declined: list[Target] = []
+        is_call, mesh, note = envelope.kind == CALL, envelope.mesh, self._in_flight.note
+        for target, item in zip(receivers, packed, strict=True):
+            worker = self._pool.find_living(mesh, target.rank)
+            if worker is None or worker.peer is None or worker.address.incarnation != target.incarnation:
+                declined.append(target)
+                continue
+            if is_call:
+                note(envelope.source, envelope.rid, worker.address, envelope.method, now, envelope.trace)
+            worker.peer.send(item)
+        return declined
+
+    def up(self, peer: Peer, numbers: Numbers, short: bytes) -> bool:
         """From a worker to the controller or beyond."""
         pool = self._pool
         worker = pool.heard(peer)
@@ -65,7 +85,7 @@ class Relay:
             return False
         if pool.find_living(mesh, numbers[RANK]) is not None or pool.knows(mesh, numbers[RANK], numbers[INCARNATION]):
             return False
-        self._uplink.send(packed_of(data))
+        self._uplink.send(packed_of(short))
         asker = _tuple(Address, (mesh, numbers[RANK], numbers[INCARNATION]))
         self._in_flight.answer(numbers[KIND], worker.address, asker, numbers[RID], peer.last_heard)
         return True

@@ -38,6 +38,8 @@ ONE_WAY = 1
 STREAM = 2
 """Flag of a call: the caller takes items and grants credits."""
 
+FLAT_BYTES = 64
+"""What a message costs in windows besides its bytes."""
 NO_DEADLINE = -1
 MAX_METHOD_CHARS = 200
 MAX_INLINE_BYTES = MAX_FRAME_BYTES - 16 * 1024 * 1024
@@ -102,7 +104,7 @@ class Envelope:
     @property
     def num_bytes(self) -> int:
         """Bytes that the message occupies in windows: body, buffers and a flat cost for the header."""
-        total = len(self.body) + 64
+        total = len(self.body) + FLAT_BYTES
         if not self.buffers:
             return total
         for buffer in self.buffers:

@@ -15,7 +15,8 @@ length    fields                                      meaning
 The pieces of a message come in the order of its buffers, with no other message in between; the body comes last, if it
 is cut too (size 0: it is not), and an empty buffer has no piece. Invariants: the sender copies nothing; the receiver
 copies each buffer once, into memory that grows as bytes really come, whatever the peer announces; a run of pieces that
-breaks the rules is malformed as a whole frame, and changes nothing.
+breaks the rules is malformed as a whole frame, and changes nothing. An item that is bytes and no list is a whole
+envelope, too, in the form of a short frame (``wire/short_frame.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from miles_agents.wire.envelope import (
+    FLAT_BYTES,
     MAX_BUFFERS,
     MAX_MESSAGE_BYTES,
     Envelope,
@@ -33,10 +35,8 @@ from miles_agents.wire.envelope import (
     is_natural,
     malformed,
 )
+from miles_agents.wire.short_frame import Arrived, read_packed
 from miles_agents.wire.transport import MAX_FRAME_BYTES, Buffer
-
-_FLAT_BYTES = 64
-"""What an item costs in windows besides its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Fragment:
     @property
     def num_bytes(self) -> int:
         """Bytes that the item occupies in windows."""
-        return len(self.piece) + _FLAT_BYTES
+        return len(self.piece) + FLAT_BYTES
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -84,10 +84,11 @@ class Head:
         return [self.envelope.to_plain(now), self.sizes, self.body_bytes]
 
 
-Item: TypeAlias = Envelope | Fragment | Head
+Item: TypeAlias = Envelope | Arrived | Fragment | Head
+Whole: TypeAlias = Envelope | Arrived
 
 
-def cut(envelope: Envelope, fragment_bytes: int) -> Iterator[Item]:
+def cut(envelope: Envelope, fragment_bytes: int) -> Iterator[Envelope | Fragment | Head]:
     """The items of a message, no piece larger than ``fragment_bytes``: itself alone, if it is not larger as a whole."""
     if envelope.num_bytes <= fragment_bytes:
         yield envelope
@@ -105,6 +106,8 @@ def cut(envelope: Envelope, fragment_bytes: int) -> Iterator[Item]:
 
 def item_from_plain(plain: Any, buffers: Sequence[Buffer], now: float) -> tuple[Item, int]:
     """Read and check one item; returns it and how many of ``buffers`` it took. Raises MalformedFrame."""
+    if type(plain) is bytes:
+        return read_packed(plain), 0
     if type(plain) is list and len(plain) == 2:
         total, size = plain
         if not is_natural(total) or not is_natural(size) or not 0 < size <= total <= MAX_FRAME_BYTES:
@@ -160,19 +163,21 @@ class Assembly:
         """Whether no message is half there."""
         return self._progress is _IDLE
 
-    def take(self, items: list[Item]) -> list[Envelope]:
+    def take(self, items: list[Item]) -> list[Whole]:
         """The messages that ``items`` complete. Raises MalformedFrame if they do not fit; nothing changes then."""
-        if self._progress is _IDLE and len(items) == 1 and type(items[0]) is Envelope:
-            return [items[0]]
+        if self._progress is _IDLE:
+            whole: list[Whole] = [item for item in items if type(item) is Arrived or type(item) is Envelope]
+            if len(whole) == len(items):
+                return whole
         steps = [self._progress]
         for item in items:
             steps.append(_after(steps[-1], item))
-        found = []
+        found: list[Whole] = []
         for before, item in zip(steps, items, strict=False):
             if isinstance(item, Fragment):
                 self._append(item.piece, is_new=not before.filled)
             else:
-                found.append(item if isinstance(item, Envelope) else self._finish(item))
+                found.append(self._finish(item) if isinstance(item, Head) else item)
         self._progress = steps[-1]
         return found
 

@@ -31,7 +31,17 @@ from miles_agents.wire.link_handlers import (
 )
 from miles_agents.wire.peer import Peer
 from miles_agents.wire.session import LOCAL, Frame, Pace, Session, parse_frame, parse_items
-from miles_agents.wire.short_frame import ACK, SEQ, SESSION, SHORT, Numbers, envelope_of, read_numbers
+from miles_agents.wire.short_frame import (
+    ACK,
+    SEQ,
+    SESSION,
+    SHORT,
+    Arrived,
+    Numbers,
+    envelope_of,
+    read_numbers,
+    short_of,
+)
 from miles_agents.wire.transport import DIALED, Buffer, Connection, Transport, TransportStats
 from miles_agents.wire.turns import current_turn
 
@@ -99,11 +109,12 @@ class Link:
             is_next = session.take_next(seq, ack, len(data))
         if not is_next:
             frame = Frame(wire.DATA, session.session_id, seq, ack, None)
-            self._take_items(peer, frame, [envelope_of(numbers, data, now)], len(data), handler)
+            self._take_items(peer, frame, [Arrived(numbers, short_of(data))], len(data), handler)
             return
+        short = short_of(data)
         try:
-            if self.relay is None or not self.relay(peer, numbers, data):
-                handler.on_envelope(peer, envelope_of(numbers, data, now))
+            if self.relay is None or not self.relay(peer, numbers, short):
+                handler.on_envelope(peer, envelope_of(numbers, short, now))
         except Exception as error:  # noqa: BLE001 - boundary: the code above
             self.boundary("on_envelope").caught(error)
         if session.ack_due():
@@ -171,12 +182,15 @@ class Link:
         is_ours, more = turn.begin(), turn.more
         last = len(fresh) - 1
         try:
-            for index, envelope in enumerate(fresh):
+            for index, item in enumerate(fresh):
                 if self._closed or peer.is_over:
                     break  # an envelope before it ended the session
                 turn.more = more or index < last
                 try:
-                    handler.on_envelope(peer, envelope)
+                    if not isinstance(item, Arrived):
+                        handler.on_envelope(peer, item)
+                    elif self.relay is None or not self.relay(peer, item.numbers, item.short):
+                        handler.on_envelope(peer, envelope_of(item.numbers, item.short, peer.last_heard))
                 except Exception as error:  # noqa: BLE001 - boundary: the code above; the envelopes behind this one are others'
                     self.boundary("on_envelope").caught(error)
         finally:

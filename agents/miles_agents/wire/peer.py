@@ -54,8 +54,8 @@ class Peer:
     def send(self, envelope: Envelope | Packed) -> None:
         """Send in order, exactly once, now or as soon as window and connection allow.
 
-        The first message of a tick leaves at once, those behind it together at the tick's end; what is sent while
-        messages are read leaves together when they are read.
+        The first message of a tick leaves at once, those behind it together at the tick's end; where it is known that
+        more will be read in this turn, they all leave together at its end.
 
         Raises:
             UnsendableMessage: no peer would take it; nothing was sent.
@@ -64,22 +64,20 @@ class Peer:
             with self.lock:
                 self._send_now(envelope)
             return
-        turn = current_turn()
-        if self._flush_is_due or turn.more:
+        if self._flush_is_due or self._tick_is_open:
             with self.lock:
                 self.session.send(envelope)
-            if not self._flush_is_due:
-                self._flush_is_due = True
-                turn.at_end(self.flush)
+            self._flush_is_due = True  # the end of the tick, or of the turn, is under way
             return
-        if not turn.reading:
-            if self._tick_is_open:
-                with self.lock:
-                    self.session.send(envelope)
-                self._flush_is_due = True  # the tick's end is under way
-                return
-            self._tick_is_open = True
-            self._link.loop.call_soon(self._end_tick)
+        turn = current_turn()
+        if turn.more:
+            with self.lock:
+                self.session.send(envelope)
+            self._flush_is_due = True
+            turn.at_end(self.flush)
+            return
+        self._tick_is_open = True
+        self._link.loop.call_soon(self._end_tick)
         with self.lock:
             self._send_now(envelope)
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 
@@ -47,8 +47,8 @@ from miles_agents.wire.envelope import (
     is_natural,
     malformed,
 )
-from miles_agents.wire.fragments import Assembly, Item, cut, item_from_plain
-from miles_agents.wire.short_frame import Packed, pack_envelope, pack_short
+from miles_agents.wire.fragments import Assembly, Fragment, Head, Item, Whole, cut, item_from_plain
+from miles_agents.wire.short_frame import Packed, pack_envelope, pack_short, packed_of
 from miles_agents.wire.transport import Buffer
 
 VERSION = 1
@@ -88,11 +88,15 @@ class Frame(NamedTuple):
     payload: Any
 
 
+Outbound: TypeAlias = Envelope | Packed | Fragment | Head
+"""What a session numbers."""
+
+
 class Numbered(NamedTuple):
     """An item with the place in the conversation that it was given."""
 
     seq: int
-    item: Item | Packed
+    item: Outbound
     num_bytes: int
 
 
@@ -198,9 +202,16 @@ class Session:
         Raises:
             UnsendableMessage: no peer would take it. It got no number.
         """
-        if isinstance(envelope, Packed):
-            self._number(envelope)
-            return
+        if not isinstance(envelope, Packed):
+            may_be_short = envelope.deadline is None and envelope.num_bytes <= self._whole_bytes
+            short = pack_envelope(envelope, 0.0) if may_be_short else None
+            if short is None:
+                self._send_long(envelope)
+                return
+            envelope = packed_of(short)
+        self._number(envelope)
+
+    def _send_long(self, envelope: Envelope) -> None:
         check_sendable(envelope)
         fragment_bytes = self._pace.fragment_bytes
         if fragment_bytes is None:
@@ -238,10 +249,11 @@ class Session:
         self._ack_owed_messages = self._ack_owed_bytes = 0
         if packed is not None:
             return _tuple(Batch, (seq, [pack_short(VERSION, self.session_id, seq, self.received, packed)]))
+        assert isinstance(envelope, Envelope)
         head = pack_frame(DATA, self.session_id, seq, self.received, [envelope.to_plain(now)])
         return _tuple(Batch, (seq, [head, *envelope.buffers]))
 
-    def _number(self, item: Item | Packed) -> None:
+    def _number(self, item: Outbound) -> None:
         self.waiting.append(Numbered(self._next_seq, item, item.num_bytes))
         self._next_seq += 1
 
@@ -265,8 +277,12 @@ class Session:
             self._unacked.append(numbered)
             self._unacked_bytes += numbered.num_bytes
             total += numbered.num_bytes
-            plains.append(numbered.item.to_plain(now))
-            buffers.extend(numbered.item.buffers)
+            item = numbered.item
+            if isinstance(item, Packed):
+                plains.append(item.short)
+            else:
+                plains.append(item.to_plain(now))
+                buffers.extend(item.buffers)
         self._highest_sent = max(self._highest_sent, self._unacked[-1].seq)
         head = pack_frame(DATA, self.session_id, first, self._acknowledge(), plains)
         return Batch(first, [head, *buffers])
@@ -306,7 +322,7 @@ class Session:
 
     # -- receiving -------------------------------------------------------------------------------------------
 
-    def on_data(self, seq: int, items: list[Item], num_bytes: int) -> list[Envelope]:
+    def on_data(self, seq: int, items: list[Item], num_bytes: int) -> list[Whole]:
         """Items numbered from ``seq`` (at least 1); returns the envelopes that are new, whole and in order.
 
         Raises MalformedFrame if a message in pieces is none; nothing changes then.
