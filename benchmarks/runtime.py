@@ -90,6 +90,8 @@ def _measure(runs: Sequence[parent.Run], results: Results, *, effort: str) -> No
         task = bar.add_task("", total=len(runs))
         for run in runs:
             bar.update(task, description=str(run))
+            if not console.is_terminal:  # there the bar is shown once, at the end
+                console.print(f"{bar.tasks[task].completed:g}/{len(runs)} {run}", highlight=False)
             if said := parent.measure(run, results, effort=effort):
                 console.print(f"{run} failed:\n{said}", markup=False)
             bar.advance(task)

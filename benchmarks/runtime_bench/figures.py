@@ -61,10 +61,12 @@ class Results:
     num_rounds: int = 0
 
     def add(self, earlier: Results, cases: Iterable[Case]) -> None:
-        """Take the figures of these cases, and what was said of them, from an earlier run."""
+        """Take the figures of these cases, and what was said of them, from an earlier run; a note says so."""
+        cases = list(cases)
         metrics = {row.metric_of(column) for case in cases for row in case.rows for column in case.columns}
         self.samples += [sample for sample in earlier.samples if sample.metric in metrics]
         self.notes += [note for note in earlier.notes if note not in self.notes]
+        self.notes.append(f"From another run: {', '.join(case.name for case in cases)}.")
         self.why_missing = {**earlier.why_missing, **self.why_missing}
 
     def spread(self, column: str, row: Row) -> Spread | None:

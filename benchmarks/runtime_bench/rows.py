@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OURS = "ours"
+TCP = "tcp"
 RAY = "ray"
 MONARCH = "monarch"
 RELAY = "relay"
@@ -21,6 +22,7 @@ HOPS_FLIGHT = "hops.flight"
 
 COLUMN_TITLES = {
     OURS: "ours",
+    TCP: "ours, agent by tcp",
     RAY: "Ray",
     MONARCH: "Monarch",
     RELAY: "bare zmq, relay",
@@ -81,7 +83,7 @@ class Row:
 
     def metric_of(self, column: str) -> str:
         """The name of this row's samples in that column."""
-        return self.ours if column == OURS and self.ours else self.metric
+        return self.ours if column in (OURS, TCP) and self.ours else self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def _at_most(limit: float) -> tuple[Bound, ...]:
     return (Bound(limit),)
 
 
-_CALL_COLUMNS = (OURS, RAY, MONARCH, RELAY, IPC)
+_CALL_COLUMNS = (OURS, TCP, RAY, MONARCH, RELAY, IPC)
 _ECHO = Asked(_against(4.0, 2.5), _against(6.0, 4.0))
 _FLIGHT = Asked(_against(3.0), _against(6.0))
 _GROUP = Asked(_against(7.0), _against(15.0))
@@ -162,7 +164,7 @@ CASES = (
     Case(
         "group",
         f"One call to {GROUP_SIZE} workers of a node, until all have answered (p50)",
-        _CALL_COLUMNS,
+        (OURS, RAY, MONARCH, RELAY, IPC),
         (
             Row("main-thread endpoint", "group", "ms", "group.main", asked=_GROUP),
             Row("io endpoint", "group", "ms", "group.io", asked=_GROUP),

@@ -31,7 +31,9 @@ def echo(reporter: Reporter, effort: Effort, call: Callable[[], Any], metric: st
     _percentiles(reporter, metric, seconds, column)
 
 
-async def echo_async(reporter: Reporter, effort: Effort, call: Callable[[], Awaitable[Any]], metric: str) -> None:
+async def echo_async(
+    reporter: Reporter, effort: Effort, call: Callable[[], Awaitable[Any]], metric: str, column: str
+) -> None:
     """One call after the other, each awaited."""
     for _ in range(effort.num_warm_up):
         await call()
@@ -40,7 +42,7 @@ async def echo_async(reporter: Reporter, effort: Effort, call: Callable[[], Awai
         begin = time.perf_counter()
         await call()
         seconds.append(time.perf_counter() - begin)
-    _percentiles(reporter, metric, seconds, "")
+    _percentiles(reporter, metric, seconds, column)
 
 
 def _percentiles(reporter: Reporter, metric: str, seconds: list[float], column: str) -> None:
@@ -55,11 +57,13 @@ def flight(reporter: Reporter, effort: Effort, batch: Callable[[], Any], column:
     reporter.sample("flight", NUM_IN_FLIGHT / percentile(seconds, 50), column=column)
 
 
-async def flight_async(reporter: Reporter, effort: Effort, batch: Callable[[], Awaitable[Any]], metric: str) -> None:
+async def flight_async(
+    reporter: Reporter, effort: Effort, batch: Callable[[], Awaitable[Any]], metric: str, column: str
+) -> None:
     """The same, awaited."""
     await batch()
     seconds = [await _timed_async(batch) for _ in range(effort.num_batches)]
-    reporter.sample(metric, NUM_IN_FLIGHT / percentile(seconds, 50))
+    reporter.sample(metric, NUM_IN_FLIGHT / percentile(seconds, 50), column=column)
 
 
 def group(reporter: Reporter, effort: Effort, call: Callable[[], Any], column: str = "") -> None:

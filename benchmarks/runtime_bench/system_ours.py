@@ -26,11 +26,12 @@ from miles_controller import Controller, ControllerConfig
 from miles_launcher.local import LocalAgents
 from runtime_bench import our_hops, sampling
 from runtime_bench.child import Effort, Reporter
-from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, START_SIZE
+from runtime_bench.rows import FREEZE_CAP_S, GROUP_SIZE, OURS, START_SIZE, TCP
 from runtime_bench.sampling import BULK_MIB, NUM_BULK_WARM_UP, NUM_IN_FLIGHT, TEXT
 
 _NODE = "node-0"
 Body = Callable[[Controller, Reporter, Effort], Coroutine[Any, Any, None]]
+Measure = Callable[[Any, str, str, Reporter, Effort], Coroutine[Any, Any, None]]
 
 
 class Echo(Actor):
@@ -91,15 +92,31 @@ class Producer(Actor):
         return end - begin
 
 
+class _ByTcp:
+    """A controller as an agent of another machine knows it."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.local_address = controller.address
+        self.issue_key = controller.issue_key
+        self.report_node_exit = controller.report_node_exit
+        self.dismiss = controller.dismiss
+
+
 @contextlib.asynccontextmanager
 async def _cluster(
-    num_slots: int, preload: Sequence[str] | None = None
+    num_slots: int, preload: Sequence[str] | None = None, *, by_tcp: bool = False
 ) -> AsyncIterator[tuple[Controller, LocalAgents]]:
     with tempfile.TemporaryDirectory() as directory:
         config = ControllerConfig(nodes=(_NODE,), run_dir=Path(directory))
         async with (
             Controller(config) as controller,
-            LocalAgents(controller, [_NODE], run_dir=Path(directory), cpu_slots=num_slots, preload=preload) as agents,
+            LocalAgents(
+                _ByTcp(controller) if by_tcp else controller,
+                [_NODE],
+                run_dir=Path(directory),
+                cpu_slots=num_slots,
+                preload=preload,
+            ) as agents,
         ):
             await controller.wait_for_nodes()
             yield controller, agents
@@ -113,21 +130,29 @@ def _case(num_slots: int, body: Body) -> Callable[[Reporter, Effort], None]:
     return lambda reporter, effort: uvloop.run(run(reporter, effort))
 
 
-async def _echo(controller: Controller, reporter: Reporter, effort: Effort) -> None:
-    mesh = await controller.spawn("echo", Echo)
-    await sampling.echo_async(reporter, effort, lambda: mesh.echo.call_one(TEXT), "echo.main")
-    await sampling.echo_async(reporter, effort, lambda: mesh.echo_io.call_one(TEXT), "echo.io")
+def _both_ways(measure: Measure) -> Callable[[Reporter, Effort], None]:
+    """With an agent of this machine, and with one that dials like those of others."""
+
+    async def run(reporter: Reporter, effort: Effort) -> None:
+        for column in (OURS, TCP):
+            async with _cluster(1, by_tcp=column == TCP) as (controller, _):
+                mesh = await controller.spawn("echo", Echo)
+                for name, endpoint_ in (("main", mesh.echo), ("io", mesh.echo_io)):
+                    await measure(endpoint_, name, column, reporter, effort)
+
+    return lambda reporter, effort: uvloop.run(run(reporter, effort))
 
 
-async def _flight(controller: Controller, reporter: Reporter, effort: Effort) -> None:
-    mesh = await controller.spawn("echo", Echo)
-    for name, endpoint_ in (("main", mesh.echo), ("io", mesh.echo_io)):
+async def _echo(endpoint_: Any, name: str, column: str, reporter: Reporter, effort: Effort) -> None:
+    await sampling.echo_async(reporter, effort, lambda: endpoint_.call_one(TEXT), f"echo.{name}", column)
 
-        async def batch(endpoint_: Any = endpoint_) -> None:
-            for future in [endpoint_.call_one(TEXT) for _ in range(NUM_IN_FLIGHT)]:
-                await future
 
-        await sampling.flight_async(reporter, effort, batch, f"flight.{name}")
+async def _flight(endpoint_: Any, name: str, column: str, reporter: Reporter, effort: Effort) -> None:
+    async def batch() -> None:
+        for future in [endpoint_.call_one(TEXT) for _ in range(NUM_IN_FLIGHT)]:
+            await future
+
+    await sampling.flight_async(reporter, effort, batch, f"flight.{name}", column)
 
 
 async def _group(controller: Controller, reporter: Reporter, effort: Effort) -> None:
@@ -259,8 +284,8 @@ def _below(pid: int) -> set[int]:
 
 
 CASES: dict[str, Callable[[Reporter, Effort], None]] = {
-    "echo": _case(1, _echo),
-    "flight": _case(1, _flight),
+    "echo": _both_ways(_echo),
+    "flight": _both_ways(_flight),
     "group": _case(GROUP_SIZE, _group),
     "hops": lambda reporter, effort: uvloop.run(_hops(reporter, effort)),
     "bulk": _case(2, _bulk),

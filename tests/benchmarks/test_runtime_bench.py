@@ -105,7 +105,9 @@ def test_the_tables_of_a_run():
     assert "| 1.05 ms | 10.0x | - | 50 ms, as Ray | 5 ms | goal |" in summary
     assert "| > 19.0x |" in summary
     assert "| not within 20 s" in text
-    assert "| 1.05 us (1.00..1.10) | 10.5 us (10.0..11.0), 10.0x | not installed |" in text
+    assert (
+        "| 1.05 us (1.00..1.10) | 10.5 us (10.0..11.0), 10.0x | 10.5 us (10.0..11.0), 10.0x | not installed |" in text
+    )
     assert "torchmonarch: not installed." in text
 
 
@@ -126,6 +128,7 @@ def test_an_earlier_run_adds_only_the_cases_that_are_asked_for():
     results.add(made_up_results(), [BY_NAME["start"]])
     assert {sample.metric for sample in results.samples} == {"kill", "start", "start.import"}
     assert results.why_missing == {MONARCH: "not installed"}
+    assert results.notes == ["From another run: start."]
 
 
 def test_tables_go_between_the_markers():
