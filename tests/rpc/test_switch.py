@@ -7,7 +7,7 @@ from support.wired import eventually, virtual, wired
 
 from miles_agents.errors import InternalError
 from miles_agents.rpc.actor import Actor, endpoint
-from miles_agents.rpc.errors import NoSuchActor, WorkerDied
+from miles_agents.rpc.errors import CallCancelled, NoSuchActor, WorkerDied
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.frames import UnsendableMessage
 
@@ -73,6 +73,30 @@ async def test_what_a_dead_sender_had_asked_for_is_stopped():
         await eventually(lambda: len(net.host(second).inbox) == 0)
         assert await second.echo.call_one(1) == 1
         assert net.switch.dropped == 1
+
+
+@virtual
+async def test_of_several_that_die_together_each_is_answered_for_and_all_that_they_asked_is_stopped():
+    async with wired() as net:
+        asking, asked = net.spawn(Worker, ranks=3), net.spawn(Worker, name="asked")
+        # Two of the dead have a request open at a living one; the third has none; a living one has one, too.
+        living = net.spawn(Worker, name="living")
+        futures = [asking.slice(ranks=rank).ask.call_one(asked, f"of {rank}") for rank in (0, 1)]
+        futures.append(asking.slice(ranks=2).wait.call_one("idle"))
+        other = living.ask.call_one(asked, "of the living")
+        await eventually(lambda: sorted(net.actor(asked).seen) == ["of 0", "of 1", "of the living"])
+        dead = {net.address(asking, rank) for rank in range(3)}
+        for address in dead:
+            del net._hops[address]
+        net.switch.receivers_died(dead, WorkerDied("gone", evidence="killed", advice="Look.", may_have_run=True))
+        for future in futures:
+            with pytest.raises(WorkerDied):
+                await future
+        await eventually(lambda: sorted(net.actor(asked).cancelled) == ["of 0", "of 1"])
+        assert len(net.switch.in_flight.pending_at(net.address(asked))) == 1
+        other.cancel()
+        with pytest.raises(CallCancelled):
+            await other
 
 
 @virtual

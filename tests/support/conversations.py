@@ -9,7 +9,7 @@ from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, Address, Envelope, MalformedFrame
 from miles_agents.wire.fragments import Fragment, cut
 from miles_agents.wire.session import Pace, Session, parse_frame, parse_items
-from miles_agents.wire.short_frame import Arrived, envelope_of
+from miles_agents.wire.short_frame import SHORT, Arrived, envelope_of, parse_short, read_numbers, short_of
 
 SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 SESSION = 77
@@ -40,12 +40,30 @@ class End:
         self.outbox = []  # frames on their way to the other end
         self.asked = set()  # numbers asked for since the last beat
         self.resend_causes = 0
+        self.takes_the_short_way = True
 
-    def send(self, size, buffers):
+    def accepts(self, size, buffers):
+        """The next envelope, noted as sent."""
         envelope = an_envelope(len(self.sent) + 1, size, buffers)
-        self.session.send(envelope)
         self.sent.append(envelope)
         self.items += [envelope] if self.fragment_bytes is None else cut(envelope, self.fragment_bytes)
+        return envelope
+
+    def send(self, size, buffers):
+        self.session.send(self.accepts(size, buffers))
+
+    def send_at_once(self, size, buffers):
+        """As a peer does: what may not go now waits, and whatever the window allows goes. The batch if there is one."""
+        envelope = self.accepts(size, buffers)
+        could_go = not self.session.waiting
+        batch = self.session.send_at_once(envelope, 0.0)
+        if batch is None:
+            self.flush()
+            return None
+        assert could_go, "it overtook what waits"
+        assert self.session.last_sent == batch.first_seq == len(self.items)
+        self.outbox.append(batch.frames)
+        return batch
 
     def flush(self):
         while (batch := self.session.next_batch(0.0)) is not None:
@@ -61,6 +79,9 @@ class End:
             self.control(wire.RESEND, seq=missing)
 
     def read(self, frames):
+        if frames[0][:1] == SHORT:
+            self.read_short(frames[0])
+            return
         frame = parse_frame(frames[0])
         self.session.on_ack(frame.ack)
         self.acked = max(self.acked, frame.ack)
@@ -77,6 +98,31 @@ class End:
             self.session.forget_asked()
             self.asked.clear()
             self.ask(self.session.missing(frame.seq))
+
+    def read_short(self, data):
+        session, (_, seq, ack, envelope) = self.session, parse_short(data, wire.VERSION, 0.0)
+        before = self.state()
+        self.acked = max(self.acked, ack)
+        if self.takes_the_short_way:
+            if session.take_next(seq, ack, len(data)):
+                assert session.received == before[0] + 1
+                self.delivered.append(envelope)
+                return
+            assert self.state() == before
+        session.on_ack(ack)
+        arrived = Arrived(read_numbers(data, wire.VERSION), short_of(data))
+        self.delivered += map(whole, session.on_data(seq, [arrived], len(data)))
+        self.ask(session.missing(seq - 1))
+
+    def state(self):
+        session = self.session
+        return (
+            session.received,
+            session.last_sent,
+            session.num_unacknowledged,
+            session.ack_due(),
+            session.stats.delivered,
+        )
 
     def resume(self, peer_received):
         self.session.resume(peer_received)
@@ -100,6 +146,23 @@ class Conversation(RuleBasedStateMachine):
     @rule(end=st.integers(0, 1), size=st.integers(0, 900), buffers=st.lists(st.binary(max_size=300), max_size=2))
     def send(self, end, size, buffers):
         self.ends[end].send(size, buffers)
+
+    @rule(end=st.integers(0, 1), size=st.integers(0, 900), buffers=st.lists(st.binary(max_size=300), max_size=1))
+    def send_at_once(self, end, size, buffers):
+        self.ends[end].send_at_once(size, buffers)
+
+    @rule(end=st.integers(0, 1), size=st.integers(0, 900))
+    def find_what_is_sent_at_once_unsendable(self, end, size):
+        sender = self.ends[end]
+        batch = sender.send_at_once(size, [])
+        if batch is not None:
+            sender.outbox.pop()
+            sender.session.rewind(batch.first_seq)
+            sender.resend_causes += 1
+
+    @rule(end=st.integers(0, 1), shortly=st.booleans())
+    def read_short_frames(self, end, shortly):
+        self.ends[end].takes_the_short_way = shortly
 
     @rule(end=st.integers(0, 1))
     def flush(self, end):

@@ -10,6 +10,7 @@ from miles_agents.wire import session as wire
 from miles_agents.wire.envelope import CALL, MAX_METHOD_CHARS, Address, Envelope, MalformedFrame
 from miles_agents.wire.frames import UnsendableMessage
 from miles_agents.wire.session import Session, parse_frame, parse_items
+from miles_agents.wire.short_frame import ACK, read_numbers
 
 
 def small_session():
@@ -198,3 +199,59 @@ def test_buffers_that_belong_to_nobody_are_malformed():
     for buffers in ([], [b"mine", b"more"], [b"not of this size"]):
         with pytest.raises(MalformedFrame):
             parse_items(payload, buffers, 0.0)
+
+
+def test_a_frame_taken_shortly_counts_for_acknowledgements_like_any_other():
+    short, long = Session(SESSION), Session(SESSION)
+    for number in range(1, wire.ACK_MESSAGES + 1):
+        assert not short.ack_due()
+        assert short.take_next(number, 0, 10)
+        long.on_data(number, [an_envelope(number)], 10)
+    assert short.ack_due()
+    assert long.ack_due()
+    assert short.stats == long.stats
+    by_bytes = Session(SESSION)
+    assert by_bytes.take_next(1, 0, wire.ACK_BYTES)
+    assert by_bytes.ack_due()
+
+
+def test_only_what_is_next_and_honest_is_taken_shortly():
+    session = small_session()
+    assert not session.take_next(2, 0, 10)
+    assert not session.take_next(1, 1, 10)
+    assert session.take_next(1, 0, 10)
+    assert not session.take_next(1, 0, 10)
+    session.send(an_envelope(1))
+    assert not session.take_next(2, 0, 10)
+    assert (session.received, session.stats.delivered) == (1, 1)
+
+
+def test_what_is_sent_at_once_acknowledges_and_is_kept_until_acknowledged():
+    session = small_session()
+    session.on_data(1, [an_envelope(1)] * wire.ACK_MESSAGES, 1)
+    assert session.ack_due()
+    batch = session.send_at_once(an_envelope(1), 0.0)
+    assert read_numbers(batch.frames[0], wire.VERSION)[ACK] == wire.ACK_MESSAGES
+    assert not session.ack_due()
+    assert session.num_unacknowledged == 1
+    session.rewind(1)
+    assert [sent_numbers(again) for again in batches(session)] == [[1]]
+    session.on_ack(1)
+    assert session.num_unacknowledged == 0
+
+
+def test_beyond_the_window_nothing_is_sent_at_once():
+    session = small_session()
+    assert session.send_at_once(an_envelope(1, 3 * WINDOW_BYTES), 0.0) is not None
+    assert session.send_at_once(an_envelope(2), 0.0) is None
+    assert batches(session) == []
+    session.on_ack(1)
+    assert session.send_at_once(an_envelope(3), 0.0) is None, "it would overtake"
+    assert [sent_numbers(batch) for batch in batches(session)] == [[2, 3]]
+
+
+def test_a_message_with_buffers_is_sent_at_once_in_the_long_form():
+    (head, buffer) = small_session().send_at_once(an_envelope(1, 5, [b"mine"]), 0.0).frames
+    assert buffer == b"mine"
+    (item,) = parse_items(parse_frame(head).payload, [buffer], 0.0)
+    assert item.rid == 1
