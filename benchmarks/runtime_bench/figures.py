@@ -66,6 +66,8 @@ class Results:
         metrics = {row.metric_of(column) for case in cases for row in case.rows for column in case.columns}
         self.samples += [sample for sample in earlier.samples if sample.metric in metrics]
         self.notes += [note for note in earlier.notes if note not in self.notes]
+        names = tuple(f"{case.name}, " for case in cases)  # a failure begins with its case
+        self.failures += [failure for failure in earlier.failures if failure.startswith(names)]
         self.notes.append(f"From another run: {', '.join(case.name for case in cases)}.")
         self.why_missing = {**earlier.why_missing, **self.why_missing}
 

@@ -125,10 +125,13 @@ def test_results_survive_json():
 
 def test_an_earlier_run_adds_only_the_cases_that_are_asked_for():
     results = Results(samples=[Sample(OURS, "kill", 3.0)], num_rounds=1)
-    results.add(made_up_results(), [BY_NAME["start"]])
+    earlier = made_up_results()
+    earlier.failures = ["start, ray, round 1: no", "group, ray, round 1: no"]
+    results.add(earlier, [BY_NAME["start"]])
     assert {sample.metric for sample in results.samples} == {"kill", "start", "start.import"}
     assert results.why_missing == {MONARCH: "not installed"}
     assert results.notes == ["From another run: start."]
+    assert results.failures == ["start, ray, round 1: no"]
 
 
 def test_tables_go_between_the_markers():
