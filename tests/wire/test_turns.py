@@ -126,15 +126,19 @@ def test_whatever_was_accepted_is_sent_in_order_once_the_loop_is_idle(steps):
 
 
 @virtual
-async def test_the_first_message_of_a_tick_leaves_at_once_and_the_rest_together():
+async def test_messages_on_their_own_leave_at_once_and_those_of_a_burst_together():
     sender = Sender()
-    for _ in range(4):
+    for _ in range(5):
         sender.send()
-    assert sender.transport.messages == [[1]]
+    # The second shows that there is a burst; what comes behind it waits for the end of the tick.
+    assert sender.transport.messages == [[1], [2]]
     await asyncio.sleep(0.01)
-    assert sender.transport.messages == [[1], [2, 3, 4]]
-    sender.send()
-    assert sender.transport.messages[2:] == [[5]]
+    assert sender.transport.messages == [[1], [2], [3, 4, 5]]
+    for number in (6, 7):
+        sender.send()
+        assert sender.transport.messages[-1] == [number]
+        await asyncio.sleep(0.01)
+    assert sender.transport.sent == sender.accepted
 
 
 @virtual
