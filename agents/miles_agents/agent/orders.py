@@ -87,7 +87,8 @@ class Orders:
     async def start_workers(self, plain: dict[str, Any]) -> list[dict[str, Any]]:
         """Start workers from ``spec.pack_specs``; returns pid and log path of each once all can be called.
 
-        All or nothing: where one fails, the others are ended, and its error is raised.
+        Where one fails, starts that are under way are broken off and its error is raised; what was ready before is
+        left to the controller, which ends the mesh.
         """
         specs = unpack_specs(plain)
         for spec in specs:

@@ -57,6 +57,8 @@ class FactNews:
 
     def sent(self, beat: int, entries: list[list[Any]], now: float) -> None:
         """A beat with these entries left."""
+        for entry in entries:  # what the other side knows of these is uncertain until an answer comes
+            self._told.pop((entry[0], entry[1]), None)
         self._sent[beat] = now, entries
         if len(self._sent) > MAX_UNANSWERED:
             del self._sent[next(iter(self._sent))]

@@ -33,6 +33,7 @@ from miles_agents.wire.envelope import Address, Envelope, Target
 from miles_agents.wire.link import LinkAcceptor
 from miles_agents.wire.link_handlers import Admission, Refusal
 from miles_agents.wire.peer import Peer
+from miles_agents.wire.turns import current_turn
 from miles_agents.worker.spec import Birth, WorkerSpec
 
 if TYPE_CHECKING:
@@ -294,6 +295,7 @@ class WorkerPool:
             worker = self._by_token[peer.name]
             self._by_peer[peer] = worker
             worker.greet(peer)
+        worker.drained.clear()
         self._step(worker, Greeted())
 
     def on_peer_down(self, peer: Peer) -> None:
@@ -390,10 +392,11 @@ class WorkerPool:
         error = self._death_of(worker, death, tail)
         worker.dead = error
         self._remember(worker.address, error)
-        with self.link.boundary(f"answering for {spec.label}"):
-            self.agent.switch.receivers_died({worker.address}, error)
-        with self.link.boundary(f"telling the death of {spec.label}"):
-            self._report("worker_exited", worker, [death.cause, death.expected, tail])
+        with current_turn().together():  # so that whoever hears the error finds the controller's status up to date
+            with self.link.boundary(f"answering for {spec.label}"):
+                self.agent.switch.receivers_died({worker.address}, error)
+            with self.link.boundary(f"telling the death of {spec.label}"):
+                self._report("worker_exited", worker, [death.cause, death.expected, tail])
         if not worker.ready.done():
             worker.ready.set_exception(never_ready(worker, death, tail))
             worker.ready.exception()  # looked at: start() may have been cancelled meanwhile

@@ -166,7 +166,7 @@ class Link:
                 handler.on_goodbye(peer, frame.payload)
         else:
             self.stats.drop("frame of a kind that this side does not expect")
-        if session.waiting and session.has_sendable():
+        if session.waiting:
             peer.flush()
 
     def _read_data(self, peer: Peer, frame: Frame, frames: Sequence[Buffer], handler: LinkHandler, now: float) -> None:
@@ -203,7 +203,7 @@ class Link:
                 peer.control(wire.RESEND, seq=missing)
         elif session.ack_due():
             peer.acknowledge()
-        if session.waiting and session.has_sendable():
+        if session.waiting:
             peer.flush()
 
     def _mend(self, peer: Peer, peer_last_sent: int) -> None:

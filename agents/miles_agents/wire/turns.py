@@ -7,15 +7,19 @@ still sends the answers to a batch as a batch.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
 
 
 class Turn:
     """A context: ``reading`` is true inside; at the end every ``flush`` that was asked for runs once, in order.
 
     ``more``: further messages of this turn are known to come, so what is sent now can wait for them.
-    A flush does not raise. A turn inside a turn belongs to the outer one.
+    A turn inside a turn belongs to the outer one.
     """
 
     __slots__ = ("_due", "more", "reading")
@@ -42,7 +46,22 @@ class Turn:
         if self._due:
             due, self._due = self._due, []
             for flush in due:
-                flush()
+                try:
+                    flush()
+                except Exception:  # boundary: one peer of many; the others' messages must leave
+                    logger.exception("a peer could not be flushed")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent inside leaves at the end, all at once; in a turn that is open, at its end."""
+        is_ours, more = self.begin(), self.more
+        self.more = True
+        try:
+            yield
+        finally:
+            self.more = more
+            if is_ours:
+                self.end()
 
 
 class _Turns(threading.local):

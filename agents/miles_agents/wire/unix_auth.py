@@ -1,7 +1,8 @@
 """Proof of a key on a unix socket: who dials must hold the secret of a key that is allowed, and so must who accepts.
 
 The directory of the socket is closed to other users already; this keeps a process of the same user (an actor, say)
-from passing for a node. Nothing is encrypted: the bytes never leave the kernel. The proof is a challenge and its
+from passing for a node by its name alone. Nothing is encrypted: the bytes never leave the kernel; whoever of the same
+user sits between the two and passes their words on is not found out (see docs/security.md). The proof is a challenge and its
 response, HMAC-SHA256 under a key derived from the secret half of the node's CURVE key, which the controller made and
 therefore knows::
 

@@ -309,19 +309,23 @@ class UnixDialer:
             self._stream.close()
 
     def _dial(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
+        sock: socket.socket | None = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
             sock.connect(os.fspath(self._path))
-        except OSError as error:
-            sock.close()
+            is_ours = _user_of(sock) == os.geteuid()
+            if is_ours:
+                self._stream = Stream(sock, self._max_frame_bytes, self._on_frames, self._on_end)
+        except OSError as error:  # nobody listens, or this process has no descriptor left: both may pass
+            if sock is not None:
+                sock.close()
             self._redial_later(f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}")
             return
-        if _user_of(sock) != os.geteuid():
+        if not is_ours:
             sock.close()
             self._refuse("a process of another user listens there")
             return
-        self._stream = Stream(sock, self._max_frame_bytes, self._on_frames, self._on_end)
         if self._key is None:
             self._up()
         else:
