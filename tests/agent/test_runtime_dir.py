@@ -148,14 +148,14 @@ def test_the_directory_of_a_killed_process_is_swept(holder, base):
     identity = process_identity(holder.pid)
     os.kill(holder.pid, signal.SIGKILL)
     eventually_sync(lambda: not alive(identity))
-    assert live_runs() == {}
-    assert sweep() == [base / "r1"]
+    assert "r1" not in live_runs()  # this user may have other runs
+    assert base / "r1" in sweep()
     assert not (base / "r1").exists()
 
 
 def test_a_stopped_process_still_holds_its_directory(holder, base):
     os.kill(holder.pid, signal.SIGSTOP)
-    assert sweep() == []
+    assert base / "r1" not in sweep()
     assert (base / "r1").exists()
 
 

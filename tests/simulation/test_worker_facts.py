@@ -90,6 +90,16 @@ def test_facts_are_told_until_a_beat_with_them_was_answered_and_then_no_more():
     assert news.news(changed, 5.0) == changed[1:]
 
 
+def test_what_was_told_last_counts_also_if_its_answer_was_lost():
+    news = FactNews()
+    idle, busy = [entry()], [entry(running=1, call="train")]
+    news.sent(1, idle, 1.0)
+    news.answered(1)
+    assert news.news(busy, 2.0) == busy
+    news.sent(2, busy, 2.0)  # it arrives, its answer does not
+    assert news.news(idle, 3.0) == idle
+
+
 def test_a_call_that_grows_older_is_no_news_but_another_call_is():
     news = FactNews()
     first = [entry(call="train", call_age_s=1.0)]

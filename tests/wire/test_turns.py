@@ -197,6 +197,29 @@ def test_a_turn_flushes_each_once_in_order_at_its_end():
     assert len(flushed) == 2
 
 
+def test_a_flush_that_fails_costs_the_others_nothing():
+    turn, flushed = Turn(), []
+
+    def fail():
+        raise LookupError("a transport's own trouble")
+
+    turn.begin()
+    turn.at_end(fail)
+    turn.at_end(lambda: flushed.append("b"))
+    turn.end()
+    assert flushed == ["b"]
+
+
+async def test_what_is_sent_together_leaves_in_one_message_at_the_end():
+    sender = Sender()
+    with current_turn().together():
+        sender.send()
+        sender.send()
+        assert sender.transport.messages == []
+    assert sender.transport.messages == [[1, 2]]
+    assert not current_turn().reading
+
+
 def test_a_turn_inside_a_turn_belongs_to_the_outer_one():
     turn = Turn()
     assert turn.begin()

@@ -159,6 +159,29 @@ async def test_without_descriptors_nobody_is_lost_and_the_loop_does_not_spin(pri
     acceptor.close()
 
 
+async def test_a_dialer_without_descriptors_tries_again(private):
+    acceptor, told = UnixAcceptor(f"unix://{private}/s", Recorder()), Recorder()
+    spare = os.dup(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    filling = []
+    try:
+        while True:
+            try:
+                filling.append(os.dup(spare))
+            except OSError:
+                break
+        dialer = UnixDialer(f"unix://{private}/s", told)
+        await eventually(lambda: "EMFILE" in dialer.last_refusal)
+    finally:
+        for fd in [*filling, spare]:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await told.until(lambda: bool(told.ups))
+    dialer.close()
+    acceptor.close()
+
+
 def test_a_dialer_needs_no_listener_to_be_there_first_and_says_what_it_waits_for(private):
     async def main():
         told = Recorder()

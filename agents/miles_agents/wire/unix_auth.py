@@ -2,9 +2,9 @@
 
 The directory of the socket is closed to other users already; this keeps a process of the same user (an actor, say)
 from passing for a node by its name alone. Nothing is encrypted: the bytes never leave the kernel; whoever of the same
-user sits between the two and passes their words on is not found out (see docs/security.md). The proof is a challenge and its
-response, HMAC-SHA256 under a key derived from the secret half of the node's CURVE key, which the controller made and
-therefore knows::
+user sits between the two and passes their words on is not found out (docs/security.md). The proof is a challenge and
+its response, HMAC-SHA256 under a key derived from the secret half of the node's CURVE key, which the controller made
+and therefore knows::
 
     acceptor: [MAGIC, a]                    a, d: 32 random bytes
     dialer:   [public key, d, HMAC(k, "dialer" a d)]
