@@ -29,7 +29,7 @@ from miles_agents.store import messages, table_view
 from miles_agents.store.door import Answer, StoreDoor, Visitor
 from miles_agents.store.errors import BadStoreArgument, ObjectRemoved, UnknownObject
 from miles_agents.store.ref import Key, Ref
-from miles_agents.store.segments import MAX_SEGMENTS, RESERVED_FDS, SegmentFile
+from miles_agents.store.segments import MAX_SEGMENTS, RESERVED_FDS, SegmentFile, SegmentMaker
 from miles_agents.store.table import Close, Effect, Grant, Make, Owner, PoolTable, Refuse, StoredObject
 from miles_agents.wire.envelope import Address
 
@@ -113,6 +113,7 @@ class NodeStore:
         self._wanted: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._maker = SegmentMaker()
         self.door = StoreDoor(parts.socket_path, self, lambda: self.tasks)
 
     def close(self) -> None:
@@ -130,15 +131,18 @@ class NodeStore:
 
     # -- room and objects, for the agent's own use -------------------------------------------------------------
 
-    async def room(self, owner: Owner, nbytes: int, timeout_s: float) -> Room:
-        """A segment for ``nbytes``. Raises StoreFull, ObjectTooLarge, NoMemory."""
+    async def room(self, owner: Owner, nbytes: int, timeout_s: float, *, goes_first: bool = False) -> Room:
+        """A segment for ``nbytes``; ``goes_first``: before all who wait and do not.
+
+        Raises StoreFull, ObjectTooLarge, NoMemory.
+        """
         if nbytes > self.table.limit_bytes:
             raise table_view.too_large(self.table, nbytes, self.node)
         request, now = next(self._requests), self.loop.time()
         asked: asyncio.Future[Room] = self.loop.create_future()
         self._asked[request], self._wanted[request] = asked, nbytes
         try:
-            self._carry_out(self.table.ask(request, owner, nbytes, now + timeout_s, now))
+            self._carry_out(self.table.ask(request, owner, nbytes, now + timeout_s, now, goes_first=goes_first))
             return await asked
         except BaseException:
             self.give_up(request)
@@ -309,7 +313,7 @@ class NodeStore:
                 case Refuse(request):
                     self._refuse(effect, request)
                 case Make(segment, capacity):
-                    making = self.loop.run_in_executor(self.threads, SegmentFile, segment, capacity)
+                    making = self.loop.run_in_executor(self.threads, self._maker.make, segment, capacity)
                     making.add_done_callback(functools.partial(self._on_made, segment))
                 case Close(segment):
                     closing = self.loop.run_in_executor(self.threads, self.files.pop(segment).close)

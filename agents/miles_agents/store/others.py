@@ -245,7 +245,8 @@ class OtherNodes:
                 del self._failed[next(iter(self._failed))]
 
     async def _copy_here(self, ref: Ref, timeout_s: float) -> None:
-        room = await self._store.room(Owner("fetch", f"a fetch of {ref}"), ref.nbytes, timeout_s)
+        owner = Owner("fetch", f"a fetch of {ref}")
+        room = await self._store.room(owner, ref.nbytes, timeout_s, goes_first=True)
         committed = False
         try:
             async with self._client.slots:
