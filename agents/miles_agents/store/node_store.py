@@ -73,7 +73,10 @@ class Others(Protocol):
         """Have ``copies`` nodes have these objects, this one included. Raises NoSecondNode, PullFailed."""
 
     async def remove(self, refs: Sequence[Ref]) -> None:
-        """Remove objects everywhere but here."""
+        """Remove objects everywhere but here. It goes on when the caller is cancelled."""
+
+    def start_removal(self, refs: Sequence[Ref]) -> object:
+        """The same, for those that do not wait."""
 
     def report(self, kind: str, error: MilesError) -> None:
         """Let the run know of ``store_full`` or ``object_lost``."""
@@ -222,7 +225,7 @@ class NodeStore:
         if question[0] == messages.GET:
             self.release(visitor.me.ident, [question[1]])
         elif question[0] == messages.COMMIT and visitor.committed:
-            self.drop([ref.key for ref in visitor.committed])
+            self._take_back(visitor.committed)
 
     def left(self, visitor: Visitor) -> None:
         """See ``Desk``."""
@@ -262,8 +265,14 @@ class NodeStore:
                 raise BadStoreArgument(f"copies={copies}", evidence="this store knows no other nodes", advice="")
             await self.others.copy_out(refs, copies, timeout_s)
         except BaseException:
-            self.drop([ref.key for ref in refs])
+            self._take_back(refs)
             raise
+
+    def _take_back(self, refs: Sequence[Ref]) -> None:
+        """Nobody was told these references: remove the objects here, and the copies that others have already."""
+        self.drop([ref.key for ref in refs])
+        if self.others is not None:
+            self.others.start_removal(refs)
 
     async def _get(self, visitor: Visitor, hold: int, ref: Ref, timeout_s: float) -> Answer:
         stored = await self.hold(ref, hold, visitor.me, timeout_s)
