@@ -223,9 +223,9 @@ class Story:
                     break
             return self.cluster.now - began
 
-        waiting, answered, back = (
-            self.cluster.cpu.task(work, "after a loss") for work in (wait(), answered_s(), back_s())
-        )
+        waiting = self.cluster.cpu.task(wait(), "after a loss")
+        answered = self.cluster.cpu.task(answered_s(), "after a loss")
+        back = self.cluster.cpu.task(back_s(), "after a loss")
         await asyncio.sleep(0.1)
         spent = self.cluster.cpu.seconds
         await self.cluster.lose(lost)
@@ -244,7 +244,7 @@ class Story:
         self.figures.check(answers == len(self.mesh), f"{answers} ranks answered after the loss")
 
     async def echo_of_all(self) -> int:
-        return sum((await self.mesh.echo.call(1)).values)
+        return int(sum((await self.mesh.echo.call(1)).values))
 
     async def rejoin(self) -> None:
         lost = self.cluster.names[: self.num_spares]
@@ -255,7 +255,7 @@ class Story:
             again = await self.controller.spawn("again", Rank, dims=dims)
             used = {rank.slot.node for rank in again._supervisor.ranks}
             self.figures.check(used == set(lost), "the mesh is not on the nodes that joined again")
-            answers = sum((await again.echo.call(1)).values)
+            answers = int(sum((await again.echo.call(1)).values))
             await again.stop(grace_s=0.0)
             return answers
 
