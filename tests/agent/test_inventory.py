@@ -14,6 +14,7 @@ from miles_agents.agent.inventory import (
     UnknownInterface,
     interface_addresses,
     inventory_notices,
+    memory_left,
     order_addresses,
     read_gpus,
     select_visible,
@@ -227,6 +228,37 @@ def test_limits_of_cgroup_v1_hold_also_when_the_path_is_that_of_the_host(tmp_pat
     )
     assert usable_cores(tmp_path) == 1
     assert usable_memory(tmp_path) == GIB
+
+
+def test_what_is_left_of_a_container_is_its_limit_less_what_cannot_be_given_back(tmp_path):
+    mib = 1024**2
+    stat = f"anon 1\ninactive_file {8 * mib}\nactive_file {2 * mib}\nshmem 3\n"
+    tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/memory.max": f"{100 * mib}\n",
+            "sys/fs/cgroup/a/memory.current": f"{95 * mib}\n",
+            "sys/fs/cgroup/a/memory.stat": stat,
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+            "sys/fs/cgroup/a/b/memory.current": f"{95 * mib}\n",
+        },
+    )
+    assert memory_left(tmp_path) == (15 * mib, 100 * mib)
+
+
+def test_what_is_left_under_cgroup_v1(tmp_path):
+    mib = 1024**2
+    tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "5:memory:/docker/abc\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{100 * mib}\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{95 * mib}\n",
+            "sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {4 * mib}\n",
+        },
+    )
+    assert memory_left(tmp_path) == (9 * mib, 100 * mib)
 
 
 def test_without_limits_the_machine_counts(tmp_path):

@@ -8,10 +8,10 @@ import socket
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from support.procs import eventually
+from support.procs import eventually, no_descriptors
 
 from miles_agents.store.bulk_fetch import BulkClient
-from miles_agents.store.bulk_serve import MAX_OFFERS, BulkServer
+from miles_agents.store.bulk_serve import MAX_OFFERS, BulkServer, Offer, send_stream
 from miles_agents.store.bulk_wire import (
     CHUNK,
     HEAD_BYTES,
@@ -255,3 +255,46 @@ async def test_whoever_is_cancelled_leaves_no_thread_that_writes():
         with pytest.raises(asyncio.CancelledError):
             await fetching
         assert client.num_transfers == 0
+
+
+class Sip:
+    """A socket whose other end takes little at a time; it has nothing that waits for all to be taken."""
+
+    def __init__(self):
+        self.taken, self.times = bytearray(), 0
+
+    def settimeout(self, seconds):
+        self.limit_s = seconds
+
+    def send(self, data):
+        self.times += 1
+        self.taken += data[:60_000]
+        return min(len(data), 60_000)
+
+
+def test_the_time_limit_of_a_stream_is_for_each_step_and_not_for_a_chunk():
+    data, sip = content(2 * CHUNK), Sip()
+    ticket = Ticket(HOST, 1, b"t" * 16, b"k" * 32, len(data), 1)
+    send_stream(sip, Offer(ticket, mapped(data), print), 0, 3.5)
+    assert sip.limit_s == 3.5 and sip.times > len(data) // 60_000
+    second = HEAD_BYTES + CHUNK
+    assert sip.taken[HEAD_BYTES:second] == data[:CHUNK]
+    assert sip.taken[second + HEAD_BYTES :] == data[CHUNK:]
+
+
+async def test_without_descriptors_the_server_pauses_and_goes_on(caplog):
+    data = content(1000)
+    async with serving(data) as (_, client, ticket, _):
+        stranger = socket.socket()
+        with stranger:
+            stranger.setblocking(False)
+            with no_descriptors():
+                with suppress(BlockingIOError):
+                    stranger.connect((HOST, ticket.port))
+                for _ in range(200):
+                    await asyncio.sleep(0)
+            refusals = [r for r in caplog.records if "nobody can be let in" in r.message]
+            assert len(refusals) == 1
+        to = bytearray(len(data))
+        await client.fetch(ticket, memoryview(to))
+        assert to == data

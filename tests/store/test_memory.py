@@ -1,5 +1,6 @@
 """Mappings: private ones forget what was written through them, and nothing else."""
 
+import gc
 import os
 
 import pytest
@@ -34,6 +35,35 @@ def test_what_a_private_mapping_changed_is_dropped_and_the_rest_stays(fd):
     assert bytes(both[1]) == b"s" * (PAGES * PAGE)
     both[0][8 * PAGE] = ord("n")
     assert both[1][8 * PAGE] == ord("n"), "a page is still a private copy"
+
+
+def test_a_view_in_a_cycle_that_is_handed_on_by_del_is_not_gone(fd):
+    kept, gone = [], []
+
+    class HandsOn:
+        def __del__(self):
+            kept.append(self.view)
+
+    mapping = Mapping(fd, PAGE, private=True)
+    one = HandsOn()
+    one.itself = one
+    one.view = memoryview(mapping.exporter_until(PAGE, lambda: gone.append("gone"))).cast("B")[7:]
+    del one
+    gc.collect()
+    assert len(kept) == 1 and not gone, "its memory was given back while it can be read"
+    kept.clear()
+    gc.collect()
+    assert gone == ["gone"]
+
+
+def test_a_view_in_a_cycle_that_nobody_keeps_is_gone(fd):
+    gone = []
+    mapping = Mapping(fd, PAGE, private=True)
+    cycle = [memoryview(mapping.exporter_until(PAGE, lambda: gone.append("gone")))]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert gone == ["gone"]
 
 
 def test_a_mapping_of_a_file_that_cannot_be_written_can_be(fd):

@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import socket
 from contextlib import asynccontextmanager
 
 import psutil
 import pytest
+from support.procs import eventually, no_descriptors
 
 from miles_agents.agent.background import Background
-from miles_agents.store.client import StoreClient
+from miles_agents.store.client import Connection, StoreClient, leave_to_parent
+from miles_agents.store.door import StoreDoor
 from miles_agents.store.errors import NoMemory, NotAllowedHere, ObjectTooLarge, StoreFull, StoreSilent
 from miles_agents.store.node_store import NodeStore, StoreParts
 from miles_agents.store.table import Owner
@@ -100,3 +103,81 @@ async def test_after_the_end_nothing_is_open(tmp_path):
     with pytest.raises((StoreSilent, NotAllowedHere)):
         await on_thread(client, tmp_path)
     made.worker_gone("good")
+
+
+async def test_a_connection_that_is_closed_is_over_although_a_child_has_it_too(tmp_path):
+    async with store(tmp_path) as made:
+        asking = await on_thread(Connection, str(tmp_path / "store"), "good", 1)
+        with socket.socket(fileno=os.dup(asking.channel.fileno())):  # as after a fork
+            _, fd = await on_thread(asking.ask, ["alloc", MIB, 5.0], 5.0)
+            os.close(fd)
+            assert made.facts()["used_bytes"]
+            asking.close()
+            await eventually(lambda: not made.facts()["used_bytes"], what="what was allocated to be free")
+
+
+async def test_a_child_closes_what_it_has_of_its_parents_questions_and_keeps_what_stands_for_its_mappings(tmp_path):
+    async with store(tmp_path):
+        worker = await on_thread(client, tmp_path)
+        asking = await on_thread(Connection, str(tmp_path / "store"), "good", 1)
+        pid = os.fork()
+        if not pid:
+            leave_to_parent()
+            closed, anchor = asking.channel.fileno(), worker._anchor
+            del worker
+            os._exit(0 if closed == -1 and anchor.channel.fileno() >= 0 else 1)
+        _, status = await on_thread(os.waitpid, pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        (ref,) = await on_thread(worker.put, [1], 1, soon())
+        await on_thread(asking.ask, ["remove", [ref.to_plain()]], 5.0)
+        asking.close()
+        await on_thread(worker.close)
+
+
+class Forgetful:
+    """A desk that fails at the first times it is told that mappings are gone."""
+
+    def __init__(self, failures):
+        self.failures, self.told = failures, []
+
+    def owner_of(self, token, process):
+        return ME
+
+    async def answer(self, visitor, question):
+        if self.failures:
+            self.failures -= 1
+            raise StoreSilent("no", evidence="not now", advice="again")
+        self.told.append(question)
+        return [], None
+
+    def not_taken(self, visitor, question):
+        pass
+
+    def left(self, visitor):
+        pass
+
+
+async def test_mappings_that_are_gone_are_told_again_until_they_are_heard_of(tmp_path):
+    tasks, desk = Background(), Forgetful(failures=4)
+    door = StoreDoor(tmp_path / "store", desk, lambda: tasks)
+    worker = await on_thread(client, tmp_path)
+    try:
+        worker._on_gone((0, 0), None, 17)
+        await eventually(lambda: desk.told == [["release", [17]]], what="the end of the mapping to be told")
+        assert desk.failures == 0
+    finally:
+        await on_thread(worker.close)
+        await tasks.close()
+        door.close()
+
+
+async def test_without_descriptors_the_door_pauses_and_goes_on(tmp_path, caplog):
+    async with store(tmp_path):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as knocking:
+            with no_descriptors():
+                knocking.connect(str(tmp_path / "store"))
+                for _ in range(200):
+                    await asyncio.sleep(0)
+            assert len([r for r in caplog.records if "can let nobody in" in r.message]) == 1
+        worker = await on_thread(client, tmp_path)
+        await on_thread(worker.close)

@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from miles_agents.store.layout import PAGE
 from miles_agents.store.ref import Key
-from miles_agents.store.table import Close, Grant, Make, Owner, PoolTable, Refuse, capacity_for
+from miles_agents.store.table import MOST_OVERTAKING, Close, Grant, Make, Owner, PoolTable, Refuse, capacity_for
+from miles_agents.store.table_view import status_of, store_full
 
 KB64 = 64 * 1024
 A, B, C = Owner("a", "put[0]"), Owner("b", "put[1]"), Owner("c", "read[0]")
@@ -82,7 +83,7 @@ def test_who_waits_is_served_in_order_and_refused_at_the_deadline():
     table = PoolTable(KB64, 10)
     filled(table, 1, A, KB64)
     assert table.ask(2, B, KB64, 5.0, 1.0) == []
-    assert table.ask(3, C, 100, 60.0, 1.0) == []
+    assert table.ask(3, C, KB64, 60.0, 1.0) == []
     assert table.next_deadline == 5.0
     assert table.tick(5.0) == [Refuse(2, "", 4.0, 1)]
     assert table.remove(key(1), 6.0) == [Grant(3, 1, KB64)]
@@ -111,6 +112,69 @@ def test_no_memory_is_told_to_who_asked_and_the_next_is_served():
     assert refused == Refuse(1, "OSError: no", 1.0, 1) and isinstance(other, Make)
 
 
+def test_at_most_so_many_pass_the_same_request():
+    table = PoolTable(200 * KB64, 1000)
+    filled(table, 1, A, 100 * KB64)
+    assert table.ask(2, B, 150 * KB64, 60, 1.0) == []
+    served = [bool(table.ask(request, C, 100, 60, 2.0)) for request in range(3, 3 + MOST_OVERTAKING + 5)]
+    assert served == [True] * MOST_OVERTAKING + [False] * 5
+
+
+def test_what_goes_first_is_served_before_those_who_waited_longer():
+    table = PoolTable(2 * KB64, 10)
+    filled(table, 1, A, 2 * KB64)
+    assert table.ask(2, B, 2 * KB64, 60, 1.0) == []
+    assert table.ask(3, C, 2 * KB64, 60, 2.0, goes_first=True) == []
+    assert table.remove(key(1), 3.0) == [Grant(3, 1, 2 * KB64)]
+    assert table.num_waiting == 1
+
+
+def test_the_deadline_counts_while_the_segment_is_made_and_the_segment_is_the_next_ones():
+    table = PoolTable(2 * KB64, 10)
+    (make,) = table.ask(1, A, 2 * KB64, 5.0, 0.0)
+    assert table.next_deadline == 5.0 and table.tick(4.9) == []
+    (refuse,) = table.tick(5.0)
+    assert refuse == Refuse(1, "", 5.0, 0) and table.next_deadline is None
+    assert "128.0 KiB being made by the system for 5 s" in store_full(table, refuse, 2 * KB64, "n0", 5.0).evidence
+    assert table.made(make.segment, 6.0) == []
+    assert table.ask(2, B, 2 * KB64, 60, 7.0) == [Grant(2, make.segment, 2 * KB64)]
+
+
+def test_who_runs_out_of_segments_is_told_so():
+    table = PoolTable(100 * KB64, 2)
+    for n in (1, 2):
+        filled(table, n, A, 100, (n,))
+    assert table.ask(3, B, 100, 5.0, 0.0) == []
+    (refuse,) = table.tick(5.0)
+    error = store_full(table, refuse, 100, "n0", 5.0)
+    assert "2 of 2 segments" in error.evidence and "put_parts" in error.advice
+    assert (status_of(table, 5.0)["num_segments"], status_of(table, 5.0)["max_segments"]) == (2, 2)
+
+
+class CountedParts(list):
+    """Counts how many of the parts are looked at."""
+
+    looks = 0
+
+    def __iter__(self):
+        for part in super().__iter__():
+            CountedParts.looks += 1
+            yield part
+
+
+def test_the_removal_and_release_of_a_part_does_not_look_at_the_others():
+    table = PoolTable(100 * KB64, 10)
+    numbers = tuple(range(1, 101))
+    segment = filled(table, 1, A, 100 * PAGE, numbers)
+    table.segments[segment].objects = CountedParts(table.segments[segment].objects)
+    for number in numbers:
+        table.hold(key(number), number, C)
+        table.remove(key(number), 1.0)
+    table.release("c", numbers, 2.0)
+    assert table.segments[segment].state == "free" and not table.objects
+    assert CountedParts.looks == len(numbers)
+
+
 def test_capacities_leave_little_unused():
     for nbytes in (1, PAGE, KB64, 10 * KB64 + 1, 1 << 26, (1 << 26) + 1, 12345678901):
         capacity = capacity_for(nbytes)
@@ -129,7 +193,8 @@ class Pool(RuleBasedStateMachine):
         self.table = PoolTable(LIMIT, MOST)
         self.now = 0.0
         self.open = {}  # request: (owner, deadline), not yet ended
-        self.order = []
+        self.order = []  # requests that wait, as they came
+        self.sizes, self.first, self.passed = {}, set(), {}
         self.granted = {}  # segment: (request, owner)
         self.making, self.closing = set(), set()
         self.stored = {}  # key: (owner, segment)
@@ -140,14 +205,14 @@ class Pool(RuleBasedStateMachine):
         for effect in effects:
             if isinstance(effect, Make):
                 self.making.add(effect.segment)
-                assert self.open[self.order.pop(0)]
+                self.served(self.table.segments[effect.segment].request)
             elif isinstance(effect, Close):
                 self.closing.add(effect.segment)
                 assert effect.segment not in self.granted
             elif isinstance(effect, Grant):
                 owner, _ = self.open.pop(effect.request)
                 if effect.request in self.order:
-                    assert self.order.pop(0) == effect.request, "out of order"
+                    self.served(effect.request)
                 assert effect.segment not in self.granted and effect.segment not in self.making
                 assert all(segment != effect.segment for _, segment in self.stored.values())
                 assert all(segment != effect.segment for _, _, segment in self.mapped.values()), "still mapped"
@@ -157,16 +222,36 @@ class Pool(RuleBasedStateMachine):
                 if effect.request in self.order:
                     self.order.remove(effect.request)
 
+    def served(self, request):
+        place = self.order.index(request)
+        assert request in self.first or not any(
+            other in self.first and self.sizes[other] <= self.sizes[request] for other in self.order
+        ), "before one that goes first"
+        for other in self.order[:place]:
+            if request in self.first and other not in self.first:
+                continue
+            assert self.sizes[request] < self.sizes[other], "passed by one that is not smaller"
+            self.passed[other] = self.passed.get(other, 0) + 1
+            assert self.passed[other] <= MOST_OVERTAKING
+        self.order.remove(request)
+
     def next_number(self):
         self.numbers += 1
         return self.numbers
 
-    @rule(owner=st.sampled_from([A, B, C]), nbytes=st.integers(1, LIMIT), patience=st.integers(1, 20))
-    def ask(self, owner, nbytes, patience):
+    @rule(
+        owner=st.sampled_from([A, B, C]),
+        nbytes=st.integers(1, LIMIT),
+        patience=st.integers(1, 20),
+        first=st.booleans(),
+    )
+    def ask(self, owner, nbytes, patience, first):
         request = self.next_number()
         self.open[request] = (owner, self.now + patience)
         self.order.append(request)
-        self.take(self.table.ask(request, owner, nbytes, self.now + patience, self.now))
+        self.sizes[request] = nbytes
+        self.first |= {request} if first else set()
+        self.take(self.table.ask(request, owner, nbytes, self.now + patience, self.now, goes_first=first))
 
     @precondition(lambda self: self.making)
     @rule(data=st.data(), works=st.booleans())
@@ -244,7 +329,7 @@ class Pool(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 10))
     def time_passes(self, seconds):
         self.now += seconds
-        late = [r for r in self.order if self.open[r][1] <= self.now]
+        late = [r for r, (_, deadline) in self.open.items() if deadline <= self.now]
         effects = self.table.tick(self.now)
         assert {e.request for e in effects if isinstance(e, Refuse)} == set(late)
         self.take(effects)
@@ -258,6 +343,13 @@ class Pool(RuleBasedStateMachine):
         assert {k for k, o in self.table.objects.items() if not o.removed} == set(self.stored)
         assert self.table.num_holds == len(self.mapped)
         assert self.table.num_waiting == len(self.order)
+
+    @invariant()
+    def the_totals_are_right(self):
+        segments = self.table.segments.values()
+        assert self.table.total_bytes == sum(s.capacity for s in segments)
+        assert self.table.used_bytes == sum(s.capacity for s in segments if s.state != "free")
+        assert self.table.num_used == sum(s.state != "free" for s in segments)
 
     @invariant()
     def nobody_waits_for_nothing(self):

@@ -48,6 +48,7 @@ from miles_agents.rpc.shape import Shape
 from miles_agents.rpc.switch import Hop, LocalHop, Switch
 from miles_agents.store.node_store import NodeStore, StoreParts
 from miles_agents.store.others import OtherNodes
+from miles_agents.store.peers import MeshPeers
 from miles_agents.timings import Timings
 from miles_agents.wire.envelope import AGENT_MESH, CALL, CONTROLLER_MESH, Address, Envelope, Target
 from miles_agents.wire.link import LinkDialer
@@ -347,7 +348,8 @@ class Agent:
         self.workers = WorkerPool(self, controller, logs)
         if self.parts.store is not None:
             self.store = NodeStore(self.parts.store, self.parts.info.node, self.address, self.workers.label_of)
-            self.store.others = self._other_nodes = OtherNodes(self.store, self.node, controller)
+            peers = MeshPeers(self.address, self.node, controller)
+            self.store.others = self._other_nodes = OtherNodes(self.store, peers)
         self.orders = Orders(self, controller)
         if self.parts.zygotes is not None:
             self.parts.zygotes.news = self.orders.zygote_news

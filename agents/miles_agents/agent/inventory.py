@@ -22,6 +22,8 @@ from miles_agents.errors import ConfigError, EnvironmentFault
 from miles_agents.node_info import Gpu, NodeInfo, default_cpu_slots
 
 MIG_MARK = " (MIG)"
+LEFT_FREE = 0.05
+"""Of the memory: beyond it the kernel would rather kill somebody than say no."""
 
 _DRIVER_LIBRARY = "libnvidia-ml.so.1"
 _MIG_ENABLED = 1  # NVML_DEVICE_MIG_ENABLE
@@ -328,6 +330,26 @@ def usable_memory(root: Path = Path("/")) -> int:
             if limit is not None and limit > 0:
                 limits.append(limit)
     return min(limits)
+
+
+def memory_left(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of RAM that can still be taken, and all of it, where the least is left: the machine, or a cgroup of ours.
+
+    What the kernel only keeps because there is room (files read before) counts as left.
+    """
+    memory = psutil.virtual_memory()
+    found = [(memory.available, memory.total)]
+    for folder in _cgroup_folders(root, "memory"):
+        for most, taken, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            limit, usage = _read_number(folder / most), _read_number(folder / taken)
+            if limit is not None and usage is not None and 0 < limit < memory.total:
+                stat = _read_text(folder / "memory.stat")
+                cache = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE)
+                found.append((max(0, limit - usage + sum(map(int, cache))), limit))
+    return min(found, key=lambda each: each[0] - LEFT_FREE * each[1])
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

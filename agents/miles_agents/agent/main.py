@@ -12,6 +12,7 @@ import asyncio
 import functools
 import logging
 import os
+import resource
 import signal
 import stat
 import sys
@@ -49,6 +50,7 @@ from miles_agents.worker.spec import check_start
 KEY_FD_VARIABLE = "MILES_KEY_FD"
 EXIT_FENCED = 70
 _REMEMBERED_LIVES = 100
+_MAX_OPEN_FILES = 65536
 logger = logging.getLogger(__name__)
 
 
@@ -94,10 +96,19 @@ def _modules(text: str) -> tuple[str, ...]:
     return check_start([*filter(None, text.split(","))], "auto") or ()
 
 
+def raise_file_limit() -> None:
+    """As many open files as allowed: each segment of the store, each connection and each child's pipe is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> int:
     """Run until the node is not wanted any more; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     options = parse_options(sys.argv[1:])
+    raise_file_limit()
     try:
         with os.fdopen(int(os.environ.pop(KEY_FD_VARIABLE)), "r") as file:
             key = AgentKey.from_line(file.read())

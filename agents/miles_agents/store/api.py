@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from miles_agents.rpc.context import find_actor, find_call
 from miles_agents.rpc.seconds import checked_seconds
-from miles_agents.store.client import StoreClient
+from miles_agents.store.client import StoreClient, leave_to_parent
 from miles_agents.store.errors import BadStoreArgument, BlocksLoop, NoStoreHere
 from miles_agents.store.messages import MAX_PARTS
 from miles_agents.store.node_store import MAX_TIMEOUT_S
@@ -33,6 +33,7 @@ def _forget_parent() -> None:
     """In a process that was forked off: its threads are not there, and its locks may be held by nobody."""
     global _lock
     _lock = threading.Lock()
+    leave_to_parent()
     _clients.clear()
     _pools.clear()
 

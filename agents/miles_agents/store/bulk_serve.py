@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 IDLE_S = 10.0
 MAX_OFFERS = 4
 HELLO_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 _MAX_STRANGERS = 32
 
 
@@ -64,6 +65,7 @@ class BulkServer:
         self._threads = ThreadPoolExecutor(MAX_OFFERS * MAX_STREAMS, thread_name_prefix="store-send")
         self._offers: dict[bytes, Offer] = {}
         self._listener: socket.socket | None = None
+        self._pause: asyncio.TimerHandle | None = None
         self._closed = False
         self._strangers: dict[socket.socket, asyncio.Task[None]] = {}
 
@@ -134,10 +136,17 @@ class BulkServer:
             listener = socket.create_server((self.host, 0), family=family, backlog=64)
             listener.setblocking(False)
             self._listener = listener
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
+            self._watch(listener)
         return int(self._listener.getsockname()[1])
 
+    def _watch(self, listener: socket.socket) -> None:
+        self._pause = None
+        self._loop.add_reader(listener.fileno(), self._accept, listener)
+
     def _stop_listening(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
@@ -148,7 +157,13 @@ class BulkServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             channel, _ = listener.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No descriptors, mostly: whoever knocks goes on waiting, and the loop must not spin meanwhile.
+            logger.warning("nobody can be let in who wants an object of the store: %s", error)
+            self._loop.remove_reader(listener.fileno())
+            self._pause = self._loop.call_later(ACCEPT_PAUSE_S, self._watch, listener)
             return
         channel.setblocking(False)
         if len(self._strangers) >= _MAX_STRANGERS:
@@ -161,11 +176,7 @@ class BulkServer:
         offer, stream = None, 0
         try:
             async with asyncio.timeout(self._hello_s):
-                hello = b""
-                while len(hello) < HELLO_BYTES and (
-                    more := await self._loop.sock_recv(channel, HELLO_BYTES - len(hello))
-                ):
-                    hello += more
+                hello = await self._read_hello(channel)
             token, stream = token_of(hello)
             offer = self._offers.get(token)
             if offer is None or not is_authentic(hello, offer.ticket.key) or stream not in offer.unused:
@@ -181,7 +192,7 @@ class BulkServer:
         if offer is not None:
             offer.unused.discard(stream)
             offer.sending.add(channel)
-            sending = self._loop.run_in_executor(self._threads, _send_stream, channel, offer, stream)
+            sending = self._loop.run_in_executor(self._threads, send_stream, channel, offer, stream, self._idle_s)
             sending.add_done_callback(lambda over: self._stream_over(offer, channel, over))
 
     async def _read_hello(self, channel: socket.socket) -> bytes:
@@ -219,9 +230,16 @@ class BulkServer:
             self.end(offer.ticket.token)
 
 
-def _send_stream(channel: socket.socket, offer: Offer, stream: int) -> None:
-    channel.settimeout(IDLE_S)
+def send_stream(channel: socket.socket, offer: Offer, stream: int, idle_s: float) -> None:
+    """Send one stream of an offer. Raises OSError, also when for ``idle_s`` nothing was taken."""
+    channel.settimeout(idle_s)
     for offset, nbytes in chunks_of(offer.ticket.nbytes, stream, offer.ticket.streams):
         data = offer.view[offset : offset + nbytes]
-        channel.sendall(offer.ticket.head(stream, offset, data))
-        channel.sendall(data)
+        _send_all(channel, memoryview(offer.ticket.head(stream, offset, data)))
+        _send_all(channel, data)
+
+
+def _send_all(channel: socket.socket, data: memoryview) -> None:
+    """Not ``sendall``: its time limit is for the whole, however steadily a slow reader takes it."""
+    while data:
+        data = data[channel.send(data) :]

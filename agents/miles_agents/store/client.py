@@ -2,7 +2,8 @@
 
 Consumes values and references, from any thread; the ends of mappings, from the garbage collector. Produces objects in
 segments; values whose arrays are views of mappings. Waits for: the agent's answers, until the deadline and ``_GRACE_S``
-more; the end of the agent closes the connection. A thread of its own tells the agent of mappings that are gone.
+more; the end of the agent closes the connection. A thread of its own tells the agent of mappings that are gone,
+again every ``_TELL_AGAIN_S`` until it has heard.
 
 Invariants: a value is visible to others only after all of it was copied; what a reader changes in its arrays nobody
 else sees; memory is not given back while a view of it lives; a process that was forked off works with connections of
@@ -12,6 +13,7 @@ its own and never speaks for the mappings of its parent.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -38,15 +40,43 @@ _GRACE_S = 10.0
 _IDLE_CONNECTIONS = 16
 _MAPPINGS = 32
 _BATCH = 1000
+_TELL_AGAIN_S = 0.5
 Place = tuple[int, int]
 """Segment and offset."""
 
 
-class Connection:
-    """One connection to the agent, for one question at a time. ``process``: a number that this process has chosen."""
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+_of_parents: list[socket.socket] = []
 
-    def __init__(self, path: str, token: str, process: int) -> None:
+
+def leave_to_parent() -> None:
+    """In a process that was forked off: let go of the connections of its parent.
+
+    But for those that say that the parent's mappings are there: this process has them, too, and may read them.
+    """
+    for connection in list(_open):
+        if connection.for_life:
+            _of_parents.append(connection.channel)
+        else:
+            connection.channel.close()
+    _open.clear()
+
+
+class Connection:
+    """One connection to the agent, for one question at a time.
+
+    Args:
+        path: The agent's socket.
+        token: The worker's.
+        process: A number that this process has chosen.
+        for_life: It stands for the process's mappings: one that is forked off keeps it.
+    """
+
+    def __init__(self, path: str, token: str, process: int, *, for_life: bool = False) -> None:
+        self.for_life = for_life
+        self._pid = os.getpid()
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        _open.add(self)
         try:
             self.channel.settimeout(_GRACE_S)
             self.channel.connect(path)
@@ -73,7 +103,14 @@ class Connection:
         raise messages.rebuild(answer)
 
     def close(self) -> None:
-        """Hang up: what was allocated over this connection and not committed is given back."""
+        """Hang up: what was allocated over this connection and not committed is given back.
+
+        Also if a process that was forked off has the socket, too: closing alone would tell the agent nothing then.
+        """
+        _open.discard(self)
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError):
+                self.channel.shutdown(socket.SHUT_RDWR)
         self.channel.close()
 
 
@@ -108,7 +145,7 @@ class StoreClient:
         self._holds = itertools.count(1)
         self._gone: queue.SimpleQueue[tuple[Place, Mapping | None, int] | None] = queue.SimpleQueue()
         # Open for as long as this process lives: with the last connection, its mappings end for the agent.
-        self._anchor = Connection(*self._hello)
+        self._anchor = Connection(*self._hello, for_life=True)
         self._teller = threading.Thread(target=self._tell_what_is_gone, name="store", daemon=True)
         self._teller.start()
 
@@ -150,8 +187,8 @@ class StoreClient:
             # The connection is closed by now: no answer that is under way can make this hold any more.
             self._on_gone((0, 0), None, hold)
             raise
-        exporter = mapping.exporter(nbytes)
-        weakref.finalize(exporter, self._on_gone, (segment, offset), mapping, hold).atexit = False
+        on_gone = functools.partial(self._on_gone, (segment, offset), mapping, hold)
+        exporter = mapping.exporter_until(nbytes, on_gone)
         body, buffers = layout.read(memoryview(exporter).cast("B"))
         return decode_bulk(bytes(body), buffers)
 
@@ -214,34 +251,39 @@ class StoreClient:
             self._gone.put((place, mapping, hold))
 
     def _tell_what_is_gone(self) -> None:
-        while holds := self._clear_away():
-            question = [messages.RELEASE, holds]
+        untold: list[int] = []
+        closing = False
+        while not closing:
+            holds, closing = self._clear_away(_TELL_AGAIN_S if untold else None)
+            untold += holds
             try:
-                self._tell(question)
+                while untold:
+                    self._tell([messages.RELEASE, untold[:_BATCH]])
+                    del untold[:_BATCH]
             except Exception as error:  # noqa: BLE001 - boundary: this thread serves all; the agent's end is ours
-                logger.debug("the store was not told of %d mappings that are gone: %s", len(holds), error)
+                logger.debug("the store was not told yet of %d mappings that are gone: %s", len(untold), error)
 
-    def _clear_away(self) -> list[int]:
-        """Wait until mappings are gone; keep or end them; returns their holds. Empty: ``close`` was called."""
-        over = [self._gone.get()]
+    def _clear_away(self, at_most_s: float | None) -> tuple[list[int], bool]:
+        """Wait until mappings are gone; keep or end them; their holds, and whether ``close`` was called."""
+        holds: list[int] = []
         with contextlib.suppress(queue.Empty):
-            while len(over) < _BATCH and over[-1] is not None:
-                over.append(self._gone.get_nowait())
-        if over[-1] is None:
-            over.pop()
-            if over:
-                self._gone.put(None)  # for the next time
-        gone = [one for one in over if one is not None]
-        for place, mapping, _ in gone:
-            self._keep_for_later(place, mapping)
-        return [hold for _, _, hold in gone]
+            one = self._gone.get(timeout=at_most_s)
+            while one is not None:
+                place, mapping, hold = one
+                self._keep_for_later(place, mapping)
+                holds.append(hold)
+                if len(holds) == _BATCH:
+                    return holds, False
+                one = self._gone.get_nowait()
+            return holds, True
+        return holds, False
 
     def _tell(self, question: list[Any]) -> None:
         """Over the connection that is always open; one that fails is replaced before it is closed."""
         try:
             self._anchor.ask(question, 0.0)
         except StoreSilent:
-            broken, self._anchor = self._anchor, Connection(*self._hello)
+            broken, self._anchor = self._anchor, Connection(*self._hello, for_life=True)
             broken.close()
             self._anchor.ask(question, 0.0)
 

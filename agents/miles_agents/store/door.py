@@ -26,6 +26,7 @@ from miles_agents.store.table import Owner
 
 logger = logging.getLogger(__name__)
 _HELLO_S = 5.0
+_ACCEPT_PAUSE_S = 0.1
 _MAX_STRANGERS = 64
 _MAX_CONNECTIONS = 4096
 
@@ -88,10 +89,13 @@ class StoreDoor:
         except BaseException:
             self._listener.close()
             raise
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._pause: asyncio.TimerHandle | None = None
+        self._watch()
 
     def close(self) -> None:
         """Hang up on everybody."""
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         with contextlib.suppress(OSError):
@@ -108,10 +112,19 @@ class StoreDoor:
         for visitor in [v for v in self._visitors if v.owner is not None and v.owner.ident.startswith(begin)]:
             self._hang_up(visitor)
 
+    def _watch(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
         try:
             channel, _ = self._listener.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No descriptors, mostly: whoever knocks goes on waiting, and the loop must not spin meanwhile.
+            logger.warning("the store can let nobody in: %s", error)
+            self._loop.remove_reader(self._listener.fileno())
+            self._pause = self._loop.call_later(_ACCEPT_PAUSE_S, self._watch)
             return
         strangers = sum(visitor.owner is None for visitor in self._visitors)
         full = strangers >= _MAX_STRANGERS or len(self._visitors) >= _MAX_CONNECTIONS

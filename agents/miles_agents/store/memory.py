@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,9 @@ _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _madvise = _libc.madvise
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MARKED = bytes(int(bool(top & _PRESENT_OR_SWAPPED) and not top & _OF_THE_FILE) for top in range(256))
+
+
+_OWNER = compile("", "<store>", "exec")
 
 
 class Mapping:
@@ -60,6 +63,20 @@ class Mapping:
     def exporter(self, nbytes: int) -> Any:
         """An object whose buffer is the first ``nbytes``. Views keep it alive; this mapping has to live as long."""
         return (ctypes.c_char * nbytes).from_address(self.address)
+
+    def exporter_until(self, nbytes: int, on_gone: Callable[[], None]) -> Any:
+        """An ``exporter``; ``on_gone`` is called when no view of it can be read any more, not at the process's end.
+
+        A weak reference to the exporter itself would be too early: views like ``memoryview`` take part in cycles, and
+        the garbage collector calls back for weak references into a cycle before the cycle's ``__del__``, which may
+        read the view, or hand it to somebody. So it is to something that the exporter owns and that the collector
+        does not track, which therefore ends only with the exporter. Code objects are that: untracked, and weakly
+        referenceable.
+        """
+        exporter = self.exporter(nbytes)
+        exporter.owner = _OWNER.replace()
+        weakref.finalize(exporter.owner, on_gone).atexit = False
+        return exporter
 
     def drop_private_pages(self) -> bool:
         """Forget what was written through a private mapping. False if this kernel does not show what was."""

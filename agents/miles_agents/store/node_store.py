@@ -29,7 +29,7 @@ from miles_agents.store import messages, table_view
 from miles_agents.store.door import Answer, StoreDoor, Visitor
 from miles_agents.store.errors import BadStoreArgument, ObjectRemoved, UnknownObject
 from miles_agents.store.ref import Key, Ref
-from miles_agents.store.segments import MAX_SEGMENTS, RESERVED_FDS, SegmentFile
+from miles_agents.store.segments import MAX_SEGMENTS, RESERVED_FDS, SegmentFile, SegmentMaker
 from miles_agents.store.table import Close, Effect, Grant, Make, Owner, PoolTable, Refuse, StoredObject
 from miles_agents.wire.envelope import Address
 
@@ -73,7 +73,10 @@ class Others(Protocol):
         """Have ``copies`` nodes have these objects, this one included. Raises NoSecondNode, PullFailed."""
 
     async def remove(self, refs: Sequence[Ref]) -> None:
-        """Remove objects everywhere but here."""
+        """Remove objects everywhere but here. It goes on when the caller is cancelled."""
+
+    def start_removal(self, refs: Sequence[Ref]) -> object:
+        """The same, for those that do not wait."""
 
     def report(self, kind: str, error: MilesError) -> None:
         """Let the run know of ``store_full`` or ``object_lost``."""
@@ -113,6 +116,7 @@ class NodeStore:
         self._wanted: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._maker = SegmentMaker()
         self.door = StoreDoor(parts.socket_path, self, lambda: self.tasks)
 
     def close(self) -> None:
@@ -130,15 +134,18 @@ class NodeStore:
 
     # -- room and objects, for the agent's own use -------------------------------------------------------------
 
-    async def room(self, owner: Owner, nbytes: int, timeout_s: float) -> Room:
-        """A segment for ``nbytes``. Raises StoreFull, ObjectTooLarge, NoMemory."""
+    async def room(self, owner: Owner, nbytes: int, timeout_s: float, *, goes_first: bool = False) -> Room:
+        """A segment for ``nbytes``; ``goes_first``: before all who wait and do not.
+
+        Raises StoreFull, ObjectTooLarge, NoMemory.
+        """
         if nbytes > self.table.limit_bytes:
             raise table_view.too_large(self.table, nbytes, self.node)
         request, now = next(self._requests), self.loop.time()
         asked: asyncio.Future[Room] = self.loop.create_future()
         self._asked[request], self._wanted[request] = asked, nbytes
         try:
-            self._carry_out(self.table.ask(request, owner, nbytes, now + timeout_s, now))
+            self._carry_out(self.table.ask(request, owner, nbytes, now + timeout_s, now, goes_first=goes_first))
             return await asked
         except BaseException:
             self.give_up(request)
@@ -222,7 +229,7 @@ class NodeStore:
         if question[0] == messages.GET:
             self.release(visitor.me.ident, [question[1]])
         elif question[0] == messages.COMMIT and visitor.committed:
-            self.drop([ref.key for ref in visitor.committed])
+            self._take_back(visitor.committed)
 
     def left(self, visitor: Visitor) -> None:
         """See ``Desk``."""
@@ -262,8 +269,14 @@ class NodeStore:
                 raise BadStoreArgument(f"copies={copies}", evidence="this store knows no other nodes", advice="")
             await self.others.copy_out(refs, copies, timeout_s)
         except BaseException:
-            self.drop([ref.key for ref in refs])
+            self._take_back(refs)
             raise
+
+    def _take_back(self, refs: Sequence[Ref]) -> None:
+        """Nobody was told these references: remove the objects here, and the copies that others have already."""
+        self.drop([ref.key for ref in refs])
+        if self.others is not None:
+            self.others.start_removal(refs)
 
     async def _get(self, visitor: Visitor, hold: int, ref: Ref, timeout_s: float) -> Answer:
         stored = await self.hold(ref, hold, visitor.me, timeout_s)
@@ -309,7 +322,7 @@ class NodeStore:
                 case Refuse(request):
                     self._refuse(effect, request)
                 case Make(segment, capacity):
-                    making = self.loop.run_in_executor(self.threads, SegmentFile, segment, capacity)
+                    making = self.loop.run_in_executor(self.threads, self._maker.make, segment, capacity)
                     making.add_done_callback(functools.partial(self._on_made, segment))
                 case Close(segment):
                     closing = self.loop.run_in_executor(self.threads, self.files.pop(segment).close)

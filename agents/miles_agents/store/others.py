@@ -1,10 +1,12 @@
 """Objects of other nodes: fetched once for all readers of this one, handed to others, copied, removed everywhere.
 
 Consumes what workers of this node want (``Others``) and calls of other agents (``endpoints``). Produces copies in this
-node's pool, tickets for other agents, removals at all who have a copy. Waits for: other agents and the controller,
-each call with a deadline; transfers, which end without progress. Invariants: one fetch of an object at a time; a copy
-is visible only when all of it was checked; the home of an object knows of every copy, or the copy is dropped; what
-other agents may ask, nobody else may.
+node's pool, tickets for other agents, removals at all who have a copy (``removals``). Waits for: other agents and the
+controller, each call with a deadline, the reader's where there is one; transfers, which end without progress.
+Invariants: one fetch of an object at a time; it says for each reader, within that reader's own time, how it ended;
+a copy is visible only when all of it was checked; the home of an object knows of every copy, or is gone, or the copy
+is dropped; an object is called lost only when every living agent has said that it has none; what other agents may
+ask, nobody else may.
 """
 
 from __future__ import annotations
@@ -14,51 +16,58 @@ import functools
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from miles_agents.errors import MilesError, PeerFault
 from miles_agents.rpc.context import current_call, outside_of_calls
-from miles_agents.rpc.errors import DeadlineExceeded, NodeLost, NoSuchActor, StaleHandle
-from miles_agents.rpc.future import CallFuture
+from miles_agents.rpc.errors import DeadlineExceeded
 from miles_agents.rpc.guard import not_your_order
-from miles_agents.rpc.mesh import ActorMesh, MeshInfo
-from miles_agents.rpc.node import RpcNode
-from miles_agents.rpc.shape import Extent, Shape
 from miles_agents.store.bulk_fetch import BulkClient
 from miles_agents.store.bulk_serve import BulkServer
 from miles_agents.store.bulk_wire import BadPeer, Ticket
-from miles_agents.store.errors import NoSecondNode, ObjectLost, ObjectRemoved, PullFailed
+from miles_agents.store.errors import NoSecondNode, ObjectLost, ObjectRemoved, PullFailed, StoreFull
 from miles_agents.store.layout import PAGE, align
 from miles_agents.store.memory import Mapping
 from miles_agents.store.node_store import NodeStore, Room, removed
+from miles_agents.store.peers import GONE, ORDER_S, PAUSE_S, Peers, Place, home_of
 from miles_agents.store.ref import Key, Ref
+from miles_agents.store.removals import Removals
 from miles_agents.store.table import Owner
 from miles_agents.wire.envelope import AGENT_MESH
 
 logger = logging.getLogger(__name__)
-_ORDER_S = 30.0
 _TRIES = 2
 _REPORT_S = 10.0
 _FETCH_S = 600.0
 """The longest that a fetch goes on for readers that have given up."""
-GONE = (NodeLost, StaleHandle, NoSuchActor)
-Place = tuple[str, int, int]
-"""A living agent: name of its node, rank, incarnation."""
+_GRACE_S = 1.0
+"""A fetch whose time is up tells why a moment later: that is more than that the time is up."""
+_PATIENCE_S = 20.0
+"""The longest that somebody is kept waiting for a removal, which goes on."""
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """A fetch, until it is over. ``deadline``: for room, and for answers; ``unwanted``: removed meanwhile."""
+
+    ref: Ref
+    deadline: float
+    task: asyncio.Task[None] | None = None
+    unwanted: bool = False
+    error: MilesError | None = None
 
 
 class OtherNodes:
     """See the module's docstring. Create it on the agent's loop; ``store.tasks`` runs its tasks."""
 
-    def __init__(self, store: NodeStore, node: RpcNode, controller: ActorMesh) -> None:
+    def __init__(self, store: NodeStore, peers: Peers) -> None:
         self.server = BulkServer(store.parts.address)
+        self.removals = Removals(peers, lambda: store.tasks)
         self._client = BulkClient()
         self._store = store
-        self._node = node
-        self._controller = controller
-        self._fetching: dict[Key, asyncio.Task[None]] = {}
-        self._failed: dict[Key, MilesError] = {}
-        self._unwanted: set[Key] = set()
-        self._copies: dict[Key, dict[tuple[int, int], Place]] = {}
+        self._peers = peers
+        self._fetching: dict[Key, _Fetch] = {}
         self._holds = itertools.count(1)
         self.num_fetched = 0
         self._reported: dict[str, float] = {}
@@ -66,11 +75,9 @@ class OtherNodes:
     def report(self, kind: str, error: MilesError) -> None:
         """Let the run know of ``store_full`` or ``object_lost``; not more often than every ``_REPORT_S``."""
         now = self._store.loop.time()
-        if now - self._reported.get(kind, -_REPORT_S) < _REPORT_S:
-            return
-        self._reported[kind] = now
-        tell = self._controller.endpoint("store_trouble").broadcast
-        outside_of_calls().run(tell, kind, error.what, error.evidence).add_done_callback(nobody_cares)
+        if now - self._reported.get(kind, -_REPORT_S) >= _REPORT_S:
+            self._reported[kind] = now
+            self._peers.report(kind, error.what, error.evidence)
 
     def status(self) -> dict[str, int]:
         """Counters."""
@@ -79,6 +86,7 @@ class OtherNodes:
 
     def close(self) -> None:
         """Cut everything off."""
+        self.removals.close()
         self.server.close()
         self._client.close()
 
@@ -97,27 +105,35 @@ class OtherNodes:
     # -- for workers of this node ------------------------------------------------------------------------------
 
     async def fetch(self, ref: Ref, timeout_s: float) -> None:
-        """Have a copy here. Concurrent callers share one fetch; a failed one is tried anew by the next caller."""
-        task = self._fetching.get(ref.key)
-        if task is None:
-            assert self._store.tasks is not None
-            self._failed.pop(ref.key, None)
-            work = outside_of_calls().run(
-                self._store.tasks.create_task, self._fetch(ref, timeout_s), name=f"store: fetch {ref}"
-            )
-            task = self._fetching[ref.key] = work
-            task.add_done_callback(lambda _: self._fetching.pop(ref.key, None))
-        await asyncio.wait([task], timeout=timeout_s)
-        if not task.done():
-            raise _not_fetched(ref, f"not within {timeout_s:g} s; it is still tried")
-        error = self._failed.get(ref.key)
-        if error is not None:
-            raise error
+        """Have a copy here. Concurrent callers share one fetch; who has time left tries anew when it fails for time."""
+        deadline = self._store.loop.time() + timeout_s
+        while True:
+            fetch = self._fetching.get(ref.key) or self._start(ref, deadline)
+            assert fetch.task is not None
+            left = max(0.0, deadline - self._store.loop.time()) + _GRACE_S
+            await asyncio.wait([fetch.task], timeout=left)
+            if not fetch.task.done():
+                raise _not_fetched(ref, f"not within {timeout_s:g} s; it is still tried")
+            if fetch.task.cancelled():
+                raise _not_fetched(ref, "this node's agent leaves the run")
+            if fetch.error is None:
+                return
+            had_less_time = fetch.deadline < deadline and deadline > self._store.loop.time()
+            if not had_less_time or not isinstance(fetch.error, StoreFull | PullFailed):
+                raise fetch.error
+
+    def _start(self, ref: Ref, deadline: float) -> _Fetch:
+        assert self._store.tasks is not None
+        fetch = _Fetch(ref, deadline)
+        create = self._store.tasks.create_task
+        fetch.task = outside_of_calls().run(create, self._run(fetch), name=f"store: fetch {ref}")
+        self._fetching[ref.key] = fetch
+        return fetch
 
     async def copy_out(self, refs: Sequence[Ref], copies: int, timeout_s: float) -> None:
         """Have other nodes fetch these objects of ours, until there are ``copies`` with this one."""
         deadline = self._store.loop.time() + timeout_s
-        others, _ = await self._nodes("")
+        others, _ = await self._peers.nodes("", ORDER_S)
         wanted, troubles = copies - 1, []
         start = refs[0].key.number % len(others) if others else 0  # not always the same node
         candidates = [*others[start:], *others[:start]]
@@ -125,7 +141,7 @@ class OtherNodes:
             chosen, candidates = candidates[:wanted], candidates[wanted:]
             plains = [ref.to_plain() for ref in refs]
             left = max(0.0, deadline - self._store.loop.time())
-            calls = [self._agent(place, left).endpoint("store_fetch").call_one(plains, left) for place in chosen]
+            calls = [self._peers.ask(place, left, "store_fetch", plains, left) for place in chosen]
             for place, found in zip(chosen, await asyncio.gather(*calls, return_exceptions=True), strict=True):
                 if isinstance(found, BaseException):
                     troubles.append(f"{place[0]}: {found}")
@@ -138,22 +154,18 @@ class OtherNodes:
                 advice="Put with fewer copies, or wait until more nodes have joined.",
             )
 
-    async def remove(self, refs: Sequence[Ref]) -> None:
-        """Remove objects everywhere but here."""
-        at_home = [ref for ref in refs if self._store.is_home_of(ref.key)]
-        await self._drop_copies([ref.key for ref in at_home])
+    def start_removal(self, refs: Sequence[Ref]) -> asyncio.Task[None] | None:
+        """Remove objects everywhere but here; see ``Removals.start``."""
         for ref in refs:
-            if ref not in at_home:
-                await self._remove_elsewhere(ref)
+            if ref.key in self._fetching:
+                self._fetching[ref.key].unwanted = True
+        at_home = [ref.key for ref in refs if self._store.is_home_of(ref.key)]
+        return self.removals.start(at_home, [ref for ref in refs if not self._store.is_home_of(ref.key)])
 
-    async def _remove_elsewhere(self, ref: Ref) -> None:
-        if ref.key in self._fetching:
-            self._unwanted.add(ref.key)
-        try:
-            await self._agent(_home_of(ref)).endpoint("store_remove").call_one([ref.to_plain()])
-        except GONE:
-            others, _ = await self._nodes(ref.home)
-            await self._drop_at(others, [ref.key])
+    async def remove(self, refs: Sequence[Ref]) -> None:
+        """Remove objects everywhere but here. Waits ``_PATIENCE_S`` at most; it goes on, also when cancelled."""
+        if (running := self.start_removal(refs)) is not None:
+            await asyncio.wait([running], timeout=_PATIENCE_S)
 
     # -- for other agents --------------------------------------------------------------------------------------
 
@@ -188,8 +200,7 @@ class OtherNodes:
             return False
         if self._store.is_home_of(ref.key):
             source = current_call().source
-            place = (by[:64], source.rank, source.incarnation)
-            self._copies.setdefault(ref.key, {})[source.rank, source.incarnation] = place
+            self.removals.note(ref.key, (by[:64], source.rank, source.incarnation))
         return True
 
     async def has(self, plain: list[Any]) -> bool:
@@ -198,95 +209,104 @@ class OtherNodes:
 
     async def fetch_for_other(self, plains: list[Any], timeout_s: float) -> None:
         """Have copies of these objects here."""
+        deadline = self._store.loop.time() + timeout_s
         for ref in map(Ref.from_plain, plains):
             if self._store.table.find(ref.key) is None:
-                await self.fetch(ref, timeout_s)
+                await self.fetch(ref, max(0.0, deadline - self._store.loop.time()))
 
     async def remove_at_home(self, plains: list[Any]) -> None:
         """Remove objects that were put here, and all their copies."""
-        keys = [Ref.from_plain(plain).key for plain in plains]
-        self._store.drop(keys)
-        await self._drop_copies(keys)
+        refs = [Ref.from_plain(plain) for plain in plains]
+        self._store.drop([ref.key for ref in refs])
+        await self.remove([ref for ref in refs if self._store.is_home_of(ref.key)])
 
     async def drop(self, keys: list[list[int]]) -> None:
         """Remove what is here of these objects."""
         found = [Key(*key) for key in keys]
-        self._unwanted.update(key for key in found if key in self._fetching)
+        for key in found:
+            if key in self._fetching:
+                self._fetching[key].unwanted = True
         self._store.drop(found)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    async def _drop_copies(self, keys: Sequence[Key]) -> None:
-        by_place: dict[Place, list[Key]] = {}
-        for key in keys:
-            for place in self._copies.pop(key, {}).values():
-                by_place.setdefault(place, []).append(key)
-        await asyncio.gather(*(self._drop_at([place], mine) for place, mine in by_place.items()))
-
-    async def _drop_at(self, places: Sequence[Place], keys: Sequence[Key]) -> None:
-        """Where an agent is gone, so are its copies; one that does not answer will be."""
-        calls = [self._agent(place).endpoint("store_drop").call_one([list(key) for key in keys]) for place in places]
-        for place, found in zip(places, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(found, BaseException) and not isinstance(found, GONE):
-                logger.warning("%s was not told to drop %d objects: %s", place[0], len(keys), found)
-
-    async def _fetch(self, ref: Ref, timeout_s: float) -> None:
-        key = ref.key
+    async def _run(self, fetch: _Fetch) -> None:
+        ref, now = fetch.ref, self._store.loop.time()
         try:
-            async with asyncio.timeout(max(timeout_s, _FETCH_S)):
-                await self._copy_here(ref, timeout_s)
+            async with asyncio.timeout(max(fetch.deadline - now, _FETCH_S)):
+                await self._copy_here(fetch)
+        except DeadlineExceeded as error:
+            fetch.error = _not_fetched(ref, f"{error.what}; {error.evidence}")
         except MilesError as error:
-            self._failed[key] = error
+            fetch.error = error
         except (OSError, BadPeer, ValueError) as error:  # TimeoutError too
-            self._failed[key] = _not_fetched(ref, f"{type(error).__name__}: {error}")
+            fetch.error = _not_fetched(ref, f"{type(error).__name__}: {error}")
+        except Exception as error:  # boundary: one fetch; its readers are told
+            logger.exception("a fetch of %s failed", ref)
+            fetch.error = _not_fetched(ref, f"{type(error).__name__}: {error}")
         finally:
-            self._unwanted.discard(key)
-            while len(self._failed) > 1000:
-                del self._failed[next(iter(self._failed))]
+            del self._fetching[ref.key]
 
-    async def _copy_here(self, ref: Ref, timeout_s: float) -> None:
-        room = await self._store.room(Owner("fetch", f"a fetch of {ref}"), ref.nbytes, timeout_s)
+    async def _copy_here(self, fetch: _Fetch) -> None:
+        ref, room_s = fetch.ref, self._left(fetch)
+        owner = Owner("fetch", f"a fetch of {ref}")
+        room = await self._store.room(owner, ref.nbytes, room_s, goes_first=True)
         committed = False
         try:
             async with self._client.slots:
-                source, token = await self._fill(ref, room)
-            if ref.key in self._unwanted:
+                source, token = await self._fill(fetch, room)
+            if fetch.unwanted:
                 raise removed(ref)
             self._store.commit(room, [(ref.key, 0, ref.nbytes)])
             committed = True
         finally:
             if not committed:
                 self._store.give_up(room.request)
-        await self._register(ref, source, token)
-
-    async def _register(self, ref: Ref, source: Place, token: bytes) -> None:
-        """Tell the source. Only now: a removal in between finds either the copy here, or us not registered."""
         try:
-            told = self._agent(source).endpoint("store_fetched")
-            may_keep = await told.call_one(ref.to_plain(), token, self._store.node)
-        except (*GONE, DeadlineExceeded):
-            may_keep = True
-        if not may_keep or ref.key in self._unwanted:
+            await self._register(fetch, source, token)
+        except BaseException:  # whoever does not know of this copy could not remove it
             self._store.drop([ref.key])
-            raise removed(ref)
+            raise
 
-    async def _fill(self, ref: Ref, room: Room) -> tuple[Place, bytes]:
-        """From its home, or else from whoever has a copy."""
+    async def _register(self, fetch: _Fetch, source: Place, token: bytes) -> None:
+        """Tell the source. Only now: a removal in between finds either the copy here, or us not registered."""
+        told = ("store_fetched", fetch.ref.to_plain(), token, self._store.node)
         try:
-            return await self._fill_from(_home_of(ref), ref, room)
+            may_keep = await self._peers.ask(source, max(ORDER_S, self._left(fetch)), *told)
+        except GONE:
+            may_keep = True
+        if not may_keep or fetch.unwanted:
+            raise removed(fetch.ref)
+
+    def _left(self, fetch: _Fetch) -> float:
+        return max(0.0, fetch.deadline - self._store.loop.time())
+
+    async def _fill(self, fetch: _Fetch, room: Room) -> tuple[Place, bytes]:
+        """From its home, or else from whoever has a copy."""
+        ref = fetch.ref
+        try:
+            return await self._fill_from(home_of(ref), fetch, room)
         except GONE as error:
             gone = error
-        others, story = await self._nodes(ref.home)
-        plain = ref.to_plain()
-        asked = [self._agent(place, 5.0).endpoint("store_has").call_one(plain) for place in others]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        troubles = []
-        for place, answer in zip(others, answers, strict=True):
-            if answer is True:
+        others, story = await self._peers.nodes(ref.home, self._left(fetch))
+        silent, troubles = {place[0] for place in others}, []
+        asking = {asyncio.ensure_future(self._has(place, fetch)) for place in others}
+        try:
+            for answer in asyncio.as_completed(asking, timeout=self._left(fetch)):
+                place, has_one = await answer
+                silent.discard(place[0])
                 try:
-                    return await self._fill_from(place, ref, room)
+                    if has_one:
+                        return await self._fill_from(place, fetch, room)
+                except GONE:
+                    pass  # its copy is gone too
                 except (PeerFault, ObjectRemoved) as error:
                     troubles.append(f"{place[0]}: {error.what}")
+        except TimeoutError:
+            troubles += [f"{name} did not say whether it has a copy" for name in sorted(silent)]
+        finally:
+            for task in asking:
+                task.cancel()
         if troubles:
             raise _not_fetched(ref, "\n".join([f"its home {ref.home} is gone", *troubles]))
         lost = ObjectLost(
@@ -298,19 +318,30 @@ class OtherNodes:
         self.report("object_lost", lost)
         raise lost
 
-    async def _fill_from(self, source: Place, ref: Ref, room: Room) -> tuple[Place, bytes]:
+    async def _has(self, place: Place, fetch: _Fetch) -> tuple[Place, bool]:
+        """Whether a copy is there. Asks until there is an answer; whoever wants to know has a deadline."""
+        while True:
+            try:
+                return place, await self._peers.ask(place, ORDER_S, "store_has", fetch.ref.to_plain()) is True
+            except GONE:
+                return place, False
+            except MilesError as error:
+                logger.warning("%s is asked again whether it has %s: %s", place[0], fetch.ref, error)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _fill_from(self, source: Place, fetch: _Fetch, room: Room) -> tuple[Place, bytes]:
         mapping = self._store.files[room.segment].map()
         try:
-            return source, await self._receive(source, ref, memoryview(mapping.exporter(ref.nbytes)).cast("B"))
+            return source, await self._receive(source, fetch, memoryview(mapping.exporter(fetch.ref.nbytes)).cast("B"))
         finally:
             self._store.threads.submit(mapping.unmap)
 
-    async def _receive(self, source: Place, ref: Ref, to: memoryview) -> bytes:
+    async def _receive(self, source: Place, fetch: _Fetch, to: memoryview) -> bytes:
         """Returns the token by which it was given."""
-        trouble: Exception | None = None
+        ref, trouble = fetch.ref, None
         for _ in range(_TRIES):
-            asked = self._agent(source).endpoint("store_offer").call_one(ref.to_plain(), self._store.node)
-            ticket = Ticket.from_plain(await asked)
+            order = ("store_offer", ref.to_plain(), self._store.node)
+            ticket = Ticket.from_plain(await self._peers.ask(source, self._left(fetch), *order))
             if ticket.nbytes != ref.nbytes:
                 raise ValueError(f"it has {ticket.nbytes} bytes")
             try:
@@ -322,27 +353,6 @@ class OtherNodes:
                 self.num_fetched += 1
                 return ticket.token
         raise _not_fetched(ref, f"from {source[0]}: {type(trouble).__name__}: {trouble}")
-
-    async def _nodes(self, home: str) -> tuple[list[Place], str]:
-        """The other agents that live, and how that of ``home`` ended."""
-        asked = self._controller.options(timeout_s=_ORDER_S).endpoint("store_nodes").call_one(home)
-        found, story = await asked
-        own = (self._store.address.rank, self._store.address.incarnation)
-        return [(name, rank, inc) for name, rank, inc in found if (rank, inc) != own], story
-
-    def _agent(self, place: Place, timeout_s: float = _ORDER_S) -> ActorMesh:
-        name, rank, incarnation = place
-        info = MeshInfo(AGENT_MESH, f"agent of {name}", {rank: incarnation})
-        return ActorMesh(info, Shape(Extent((), ()), (rank,)), self._node).options(timeout_s=timeout_s)
-
-
-def nobody_cares(told: CallFuture[None]) -> None:
-    """For reports: they fail only when this life leaves the run."""
-    told.exception()
-
-
-def _home_of(ref: Ref) -> Place:
-    return ref.home, ref.key.rank, ref.key.incarnation
 
 
 def _for_agents(name: str, function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
+from collections.abc import Callable
 
-import psutil
-
+from miles_agents.agent.inventory import LEFT_FREE, memory_left
 from miles_agents.store.memory import Mapping
 
 MAX_SEGMENTS = 10_000
-_LEFT_FREE = 0.05
-"""Of the machine's memory. Beyond it the kernel would rather kill somebody than say no."""
+_LOOK_AGAIN_S = 1.0
 RESERVED_FDS = 300
 """Descriptors of the agent that are not for segments."""
 
@@ -22,10 +22,6 @@ class SegmentFile:
 
     def __init__(self, number: int, capacity: int) -> None:
         """Raises OSError if there is no memory for it."""
-        memory = psutil.virtual_memory()
-        if capacity > memory.available - _LEFT_FREE * memory.total:
-            available = f"{memory.available} of {memory.total} bytes of the machine's memory are available"
-            raise OSError(errno.ENOMEM, available)
         self.number = number
         self.capacity = capacity
         self.fd = os.memfd_create(f"miles-store-{number}", os.MFD_CLOEXEC)
@@ -56,3 +52,44 @@ class SegmentFile:
     def abandon(self) -> None:
         """Let go: the memory is the system's when the last mapping of it has ended."""
         os.close(self.fd)
+
+
+class SegmentMaker:
+    """Makes segments on several threads without taking together what each alone might.
+
+    Args:
+        left: How much memory can still be taken, and how much there is in all.
+    """
+
+    def __init__(self, left: Callable[[], tuple[int, int]] = memory_left) -> None:
+        self._left = left
+        self._changed = threading.Condition()
+        self._being_made = 0
+
+    def make(self, number: int, capacity: int) -> SegmentFile:
+        """A segment. Raises OSError if there is no memory for it."""
+        self.claim(capacity)
+        try:
+            return SegmentFile(number, capacity)
+        finally:
+            self.done(capacity)
+
+    def done(self, capacity: int) -> None:
+        """What was claimed is taken, or not wanted."""
+        with self._changed:
+            self._being_made -= capacity
+            self._changed.notify_all()
+
+    def claim(self, capacity: int) -> None:
+        """Count in memory that is about to be taken. Raises OSError if there is not so much."""
+        with self._changed:
+            while True:
+                left, everything = self._left()
+                if capacity <= left - LEFT_FREE * everything - self._being_made:
+                    self._being_made += capacity
+                    return
+                if not self._being_made:
+                    raise OSError(errno.ENOMEM, f"{left} of {everything} bytes of memory are available")
+                # What others are making is counted twice, in part: only once they are done can a no be trusted. They
+                # end without anybody's help; meanwhile others may have given memory back.
+                self._changed.wait(_LOOK_AGAIN_S)

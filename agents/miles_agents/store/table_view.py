@@ -36,7 +36,9 @@ def describe_segments(table: PoolTable, now: float) -> list[str]:
 def _line(segment: Segment, now: float) -> str:
     size, age = show_bytes(segment.capacity), f"{now - segment.since:.0f} s"
     who = segment.owner.label if segment.owner is not None else "somebody who is gone"
-    if segment.state in ("making", "allocated"):
+    if segment.state == "making":
+        return f"{size} being made by the system for {age}"
+    if segment.state == "allocated":
         return f"{size} being written by {who} for {age}"
     if segment.state == "closing":
         return f"{size} being given back"
@@ -60,13 +62,20 @@ def store_full(table: PoolTable, refuse: Refuse, nbytes: int, node: str, now: fl
         )
     lines = describe_segments(table, now)
     head = (
-        f"{show_bytes(table.used_bytes)} of {show_bytes(table.limit_bytes)} in use; waited {refuse.waited_s:.1f} s; "
+        f"{show_bytes(table.used_bytes)} of {show_bytes(table.limit_bytes)} in use, "
+        f"{table.num_used} of {table.max_segments} segments; waited {refuse.waited_s:.1f} s; "
         f"{refuse.num_waiting} others wait"
     )
+    advice = "Remove objects that are done with, drop arrays that still map removed ones, or raise --store-bytes."
+    if table.num_used >= table.max_segments:
+        advice = (
+            "There is memory, but each put takes a segment of its own: put many small values as one, or together with "
+            "put_parts; remove objects that are done with, or let the agent open more files (ulimit -n)."
+        )
     return StoreFull(
         f"the store of {node} has no room for {show_bytes(nbytes)}",
         evidence="\n".join([head, *lines]),
-        advice="Remove objects that are done with, drop arrays that still map removed ones, or raise --store-bytes.",
+        advice=advice,
         nbytes=nbytes,
         node=node,
     )
@@ -84,5 +93,6 @@ def too_large(table: PoolTable, nbytes: int, node: str) -> ObjectTooLarge:
 
 
 def status_of(table: PoolTable, now: float) -> dict[str, Any]:
-    """Facts and lines, for the agent's status."""
-    return {**facts_of(table), "segments": describe_segments(table, now)}
+    """Facts, how many segments are in use and how many there may be, and lines, for the agent's status."""
+    numbers = {**facts_of(table), "num_segments": table.num_used, "max_segments": table.max_segments}
+    return {**numbers, "segments": describe_segments(table, now)}
