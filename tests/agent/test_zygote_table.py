@@ -115,6 +115,32 @@ def test_failures_far_apart_are_not_in_a_row():
         assert table.failed(profile(), table.ask(profile(), now).life, "killed", now)
 
 
+def kept(table, now=0.0):
+    answer = table.ask(profile(), now, keep=True)
+    table.leave(profile(), answer.life, now, made=False)
+    return answer.life
+
+
+def test_a_kept_one_that_fails_is_lacking_until_it_lives_again_and_is_kept_then():
+    table = ZygoteTable(LIMITS)
+    assert table.failed(profile(), kept(table), "killed", 10.0)
+    assert table.lacking(10.0) == [profile()]
+    used(table, profile(), 20.0)  # whoever asks next, it is kept
+    assert table.lacking(20.0) == [] and table.idle(1e9) == []
+
+
+def test_a_kept_one_that_fails_twice_rests_and_one_that_is_refused_or_ended_is_kept_no_more():
+    table = ZygoteTable(LIMITS)
+    for now in (0.0, 1.0):
+        assert table.failed(profile(), kept(table, now), "killed", now)
+    assert table.lacking(60.9) == [] and table.lacking(61.0) == [profile()] and table.keeps
+    table.refused(profile(), kept(table, 61.0), "threads")
+    assert not table.keeps
+    kept(other := ZygoteTable(LIMITS))
+    other.ended(profile())
+    assert other.lacking(1e9) == [] and not other.keeps
+
+
 PROFILES = [profile(name) for name in "abcd"]
 
 

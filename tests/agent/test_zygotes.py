@@ -174,6 +174,19 @@ async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path, step):
         assert is_ours(await p.start(p.profile()))
 
 
+async def test_a_start_that_is_cancelled_twice_leaves_nothing(tmp_path):
+    def at_step(name, pid):
+        if name == "go":
+            task.cancel()
+            task.get_loop().call_soon(task.cancel)
+
+    async with pool(tmp_path, on_step=at_step) as p:
+        task = asyncio.create_task(p.start(p.profile()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: set(p.table.children) <= set(p.zygote_pids()), "the worker is ended")
+
+
 async def test_killing_everything_includes_what_is_about_to_arrive(tmp_path):
     def at_step(name, pid):
         if name == "leave":
@@ -194,6 +207,38 @@ async def test_a_worker_whose_directory_is_gone_cannot_start_and_the_zygote_live
         with pytest.raises(CannotStart, match="working directory"):
             await p.zygotes.start(p.profile(), lost, p.birth(0), wait_s=WAIT_S)
         assert len(p.zygote_pids()) == 1 and p.news == []
+
+
+async def test_a_start_that_can_never_be_is_no_fault_of_the_zygote(tmp_path):
+    async with pool(tmp_path) as p:
+        await p.start(p.profile())
+        zygotes = p.zygote_pids()
+        with pytest.raises(CannotStart, match="cannot start"):
+            await p.start(p.profile(), 1, MILES_X="a\0b")
+        assert p.zygote_pids() == zygotes and p.news == []
+
+
+def private_memory(pid: int) -> bytes:
+    """What a process can write."""
+    parts = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            place, mode = line.split()[:2]
+            first, last = (int(each, 16) for each in place.split("-"))
+            if mode.startswith("rw") and last - first < 1 << 27:
+                memory.seek(first)
+                parts.append(memory.read(last - first) or b"")
+    return b"".join(parts)
+
+
+async def test_a_worker_holds_no_secret_of_its_siblings(tmp_path):
+    secrets = [os.urandom(16).hex() for _ in range(3)]
+    async with pool(tmp_path) as p:
+        starts = (p.start(p.profile(), number, MILES_SECRET=secret) for number, secret in enumerate(secrets))
+        workers = await asyncio.gather(*starts)
+        for worker, own in zip(workers, secrets, strict=True):
+            memory = private_memory(worker.pid)
+            assert [secret for secret in secrets if secret.encode() in memory] == [own]
 
 
 async def test_a_log_that_cannot_be_written_is_no_fault_of_the_zygote(tmp_path):
@@ -293,6 +338,9 @@ async def test_one_that_was_warmed_stays_and_is_used(tmp_path):
         (warm,) = p.zygote_pids()
         await p.start(p.profile())
         assert p.zygote_pids() == [warm]
+        os.kill(warm, signal.SIGKILL)
+        await until(lambda: p.zygote_pids() not in ([], [warm]), "another one takes its place")
+        await until(lambda: [fact["state"] for fact in p.zygotes.facts()] == ["ready"], "it is ready")
 
 
 AGENT = """

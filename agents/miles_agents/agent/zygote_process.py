@@ -18,7 +18,15 @@ from pathlib import Path
 
 from miles_agents.agent.process import NotAdopted, ProcessTable
 from miles_agents.agent.process_child import Child
-from miles_agents.agent.process_launch import STARTED, Command, explain, no_resources, open_log, settle_options
+from miles_agents.agent.process_launch import (
+    STARTED,
+    Command,
+    check,
+    explain,
+    no_resources,
+    open_log,
+    settle_options,
+)
 from miles_agents.agent.process_tree import ProcessId
 from miles_agents.agent.zygote_profile import Profile, is_late
 from miles_agents.worker.zygote_talk import (
@@ -30,7 +38,6 @@ from miles_agents.worker.zygote_talk import (
     Start,
     Verdict,
     Wishes,
-    pack_starts,
     parse_born,
 )
 
@@ -98,8 +105,10 @@ class Zygote:
 
         Raises:
             HandOverFailed: The zygote or the worker died, or took too long.
-            CannotStart: The worker could not settle (its working directory is gone, say), or this process lacks means.
+            CannotStart: The worker could not settle (its working directory is gone, say), or this process lacks means,
+                or no process can have such a command.
         """
+        check(command)  # else each zygote that is asked would be blamed
         try:
             log = open_log(command.log_path)
             try:
@@ -174,10 +183,13 @@ class Zygote:
                 _close(waiting)
 
     def _send_batch(self, batch: list[_Waiting]) -> None:
-        with os.fdopen(os.memfd_create("starts"), "wb") as file:
-            file.write(pack_starts([waiting.start for waiting in batch]))
-            file.seek(0)
-            fds = [file.fileno(), *(fd for waiting in batch for fd in (waiting.log, waiting.line.fileno()))]
+        with contextlib.ExitStack() as stack:
+            fds: list[int] = []
+            for waiting in batch:
+                file = stack.enter_context(os.fdopen(os.memfd_create("start"), "wb"))
+                file.write(waiting.start.pack())
+                file.seek(0)
+                fds += (file.fileno(), waiting.log, waiting.line.fileno())
             socket.send_fds(self._control, [b"fork"], fds)
 
     def close(self) -> None:

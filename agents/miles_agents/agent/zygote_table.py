@@ -5,7 +5,8 @@ r"""Which zygotes there are, and what becomes of a worker that asks for one. Pur
 
 Consumes: what workers ask for, what zygotes say, their ends, the clock. Produces: answers to workers, and orders to
 start and to end zygotes. Invariants: at most one zygote per profile and ``most`` in all; one that is in use, or kept,
-is never ended to make room or for being idle; a refusal holds for good, two failures in a row hold for ``rest_s``.
+is never ended to make room or for being idle; a refusal holds for good, two failures in a row hold for ``rest_s``. A
+profile stays kept when its zygote fails.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class ZygoteTable:
         self._living: dict[Profile, Record] = {}
         self._troubles: dict[Profile, Trouble] = {}
         self._lives = 0
+        self._kept: set[Profile] = set()
 
     @property
     def living(self) -> dict[Profile, Record]:
@@ -104,6 +106,9 @@ class ZygoteTable:
         why = self.why_not(profile, now)
         if why:
             return No(why)
+        if keep:
+            self._kept.add(profile)
+        keep = profile in self._kept
         record = self._living.get(profile)
         if record is not None:
             changed = replace(record, users=record.users + 1, kept=record.kept or keep, used_at=now)
@@ -135,6 +140,7 @@ class ZygoteTable:
         if self._of(profile, life) is None:
             return False
         del self._living[profile]
+        self._kept.discard(profile)
         self._note(profile, Trouble(why, _FAILURES_IN_A_ROW, None))
         return True
 
@@ -150,8 +156,22 @@ class ZygoteTable:
         return True
 
     def ended(self, profile: Profile) -> None:
-        """The zygote was ended on purpose."""
+        """The zygote was ended on purpose, and is kept no more."""
         self._living.pop(profile, None)
+        self._kept.discard(profile)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether any profile is kept, with a zygote or without."""
+        return bool(self._kept)
+
+    def lacking(self, now: float) -> list[Profile]:
+        """Kept profiles whose zygote failed, and that may have one again."""
+        return [profile for profile in self._kept - self._living.keys() if not self.why_not(profile, now)]
+
+    def keep_none(self) -> None:
+        """Nothing is to be started any more but for workers."""
+        self._kept.clear()
 
     def idle(self, now: float) -> list[Profile]:
         """Those that have been unused for too long; they are no longer among the living with this call."""

@@ -95,6 +95,7 @@ class Zygotes:
         self._tasks = Background()
         self._numbers = itertools.count()
         self._sweep: asyncio.TimerHandle | None = None
+        self._undoing: set[asyncio.Task[None]] = set()
 
     def lives(self, profile: Profile) -> bool:
         """Whether there is one, ready or not."""
@@ -138,12 +139,13 @@ class Zygotes:
         """End all zygotes. Their workers live on."""
         if self._sweep is not None:
             self._sweep.cancel()
+        self._zygotes.keep_none()
         lives = list(self._lives.values())
         for life in lives:
             self._end(life)
         tasks = [life.task for life in lives if life.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=_END_S)
+        if waits := {*tasks, *self._undoing}:
+            await asyncio.wait(waits, timeout=_END_S)
         await self._tasks.close()
 
     def facts(self) -> list[dict[str, Any]]:
@@ -192,13 +194,20 @@ class Zygotes:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             # It cannot be stopped half-way without leaving somebody for a moment: let it come to its end, and end that.
-            await asyncio.wait([making], timeout=_GIVEN_UP_S)
-            if not making.done():
-                await self._fail(life, "it does not react")
-                await asyncio.wait([making])
-            if making.exception() is None:
-                await self._table.kill_tree(making.result(), grace_s=0.0)
+            # Whoever cancels again stops waiting for this, not this.
+            undoing = self._loop.create_task(self._undo(life, making), name=f"undo a start of {life.profile.name}")
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            await asyncio.shield(undoing)
             raise
+
+    async def _undo(self, life: _Life, making: asyncio.Task[Child]) -> None:
+        await asyncio.wait([making], timeout=_GIVEN_UP_S)
+        if not making.done():
+            await self._fail(life, "it does not react")
+            await asyncio.wait([making])
+        if not making.cancelled() and making.exception() is None:
+            await self._table.kill_tree(making.result(), grace_s=0.0)
 
     # -- lives of zygotes --------------------------------------------------------------------------------------
 
@@ -262,6 +271,7 @@ class Zygotes:
         if self._zygotes.failed(life.profile, life.number, why, self._loop.time()):
             self._forget(life)
             self._tell(life, "zygote_failed", why)
+            self._warm_again()
         life.end()
 
     async def _fail(self, life: _Life, why: str) -> None:
@@ -281,7 +291,13 @@ class Zygotes:
             logger.info("zygote %s is not used any more and ends", profile.name)
             self._forget(life)
             life.end()
-        self._sweep = self._loop.call_later(_SWEEP_S, self._end_idle) if self._lives else None
+        self._warm_again()
+        wanted = bool(self._lives) or self._zygotes.keeps
+        self._sweep = self._loop.call_later(_SWEEP_S, self._end_idle) if wanted else None
+
+    def _warm_again(self) -> None:
+        for profile in self._zygotes.lacking(self._loop.time()):
+            self.warm(profile)
 
     def _forget(self, life: _Life) -> None:
         if self._lives.get(life.profile) is life:

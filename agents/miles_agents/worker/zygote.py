@@ -27,6 +27,7 @@ from typing import NoReturn
 
 from miles_agents.agent import exec_shim
 from miles_agents.worker.own_process import name_process, set_up_logging, with_entries
+from miles_agents.worker.zygote_safety import Holdings, other_threads, why_unsafe
 from miles_agents.worker.zygote_talk import (
     GO,
     HERE,
@@ -37,20 +38,18 @@ from miles_agents.worker.zygote_talk import (
     Verdict,
     Wishes,
     born,
-    unpack_starts,
 )
 
 STEP_S = 15.0
 """How long M and a new worker wait for the agent; it has given them up before."""
 EXIT_GIVEN_UP = 126
-_GPU_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """A start, with the descriptors that came with it."""
+    """What came for one worker. ``start`` is read by the worker only: no sibling has its secrets in memory."""
 
-    start: Start
+    start: int
     log: int
     line: socket.socket
 
@@ -69,7 +68,8 @@ def serve(control_fd: int, modules: Sequence[str]) -> bytes:
     if missing:
         _leave(control, Verdict(missing=missing))
     sys.path[:] = with_entries(sys.path, wishes.sys_path)
-    refusal = _import_all(("miles_agents.worker.main", *wishes.also, *modules)) or why_unsafe()
+    before = Holdings.now()
+    refusal = _import_all(("miles_agents.worker.main", *wishes.also, *modules)) or why_unsafe(before)
     if refusal:
         _leave(control, Verdict(refusal=refusal))
     _prepare_to_fork()
@@ -93,47 +93,6 @@ def _import_all(modules: Sequence[str]) -> str:
     return ""
 
 
-def why_unsafe() -> str:
-    """What there is in this process, after its imports, that a fork would break or share; "" if nothing."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            children = file.read().split()
-    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
-        children = []
-    if children:
-        return f"the imports started a process (pid {', '.join(children)})"
-    devices = [target for target in map(_target, os.listdir("/proc/self/fd")) if target.startswith(_GPU_DEVICES)]
-    if devices:
-        return f"the imports opened a GPU device ({devices[0]})"
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return "the imports made a CUDA context"
-    return _other_threads()
-
-
-def _other_threads() -> str:
-    threads = os.listdir("/proc/self/task")
-    if len(threads) == 1:
-        return ""
-    names = sorted(_comm(f"/proc/self/task/{thread}/comm") for thread in threads)
-    return f"{len(threads)} threads run after the imports ({', '.join(names)}); OMP_NUM_THREADS=1 avoids most"
-
-
-def _comm(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return "gone"
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        return ""
-
-
 def _leave(control: socket.socket, verdict: Verdict) -> NoReturn:
     control.send(verdict.pack())
     sys.stdout.flush()
@@ -155,7 +114,7 @@ def _prepare_to_fork() -> None:
 def _fork_for_ever(control: socket.socket, agent: int) -> bytes:
     while True:
         orders = _receive(control)
-        if _other_threads():
+        if other_threads():
             _refuse(orders, b"threads 0")
             continue
         try:
@@ -172,12 +131,10 @@ def _fork_for_ever(control: socket.socket, agent: int) -> bytes:
 
 def _receive(control: socket.socket) -> list[_Order]:
     """The next batch. Ends this process when the agent has closed the socket."""
-    message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 2 * MAX_BATCH + 1)
+    message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 3 * MAX_BATCH)
     if not message:
         os._exit(0)
-    with open(fds[0], "rb") as file:
-        starts = unpack_starts(file.read())
-    logs, lines = fds[1::2], fds[2::2]
+    starts, logs, lines = fds[::3], fds[1::3], fds[2::3]
     return [
         _Order(start, log, socket.socket(fileno=line)) for start, log, line in zip(starts, logs, lines, strict=True)
     ]
@@ -190,6 +147,7 @@ def _refuse(orders: Sequence[_Order], words: bytes) -> None:
 
 
 def _let_go(order: _Order) -> None:
+    os.close(order.start)
     os.close(order.log)
     order.line.close()
 
@@ -202,6 +160,7 @@ def _say(line: socket.socket, words: bytes) -> None:
 def _be_midwife(orders: Sequence[_Order], agent: int) -> bytes:
     """M: fork the workers, wait until the agent knows them all, end. Returns in the workers."""
     midwife = os.getpid()
+    made: list[tuple[socket.socket, int]] = []
     for order in orders:
         try:
             pid = os.fork()
@@ -212,24 +171,40 @@ def _be_midwife(orders: Sequence[_Order], agent: int) -> bytes:
             for other in orders:
                 if other is not order:
                     _let_go(other)
+            for _, worker in made:
+                os.close(worker)
             return _be_born(order, midwife, agent)
-    _wait_for_leave([order.line for order in orders])
+        try:
+            made.append((order.line, os.pidfd_open(pid)))
+        except OSError:  # it is dead and reaped already, or cannot be watched: the agent is to see the end of its line
+            order.line.close()
+    wait_for_leave(made)
     os._exit(0)
 
 
-def _wait_for_leave(lines: Sequence[socket.socket]) -> None:
-    """Until the agent has said it, or closed the line, for each."""
-    waiting = {line.fileno(): line for line in lines}
+def wait_for_leave(made: Sequence[tuple[socket.socket, int]]) -> None:
+    """For each line and pidfd of a worker: until the agent has said it, or closed the line, or the worker died.
+
+    The line of a dead worker is closed, so that the agent hears of it now: its siblings wait for the end of M.
+    """
+    waiting = {fd: (line, worker) for line, worker in made for fd in (line.fileno(), worker)}
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)
     deadline = time.monotonic() + STEP_S
     while waiting and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poll.poll(left * 1000):
-            poll.unregister(fd)
-            line = waiting.pop(fd)
-            with contextlib.suppress(OSError):  # closed with a word of ours unread
-                line.recv(MAX_MESSAGE)
+            if fd not in waiting:  # the other one of the two was ready as well
+                continue
+            line, worker = waiting[fd]
+            for each in (line.fileno(), worker):
+                poll.unregister(each)
+                del waiting[each]
+            if fd == worker:
+                line.close()
+            else:
+                with contextlib.suppress(OSError):  # closed with a word of ours unread
+                    line.recv(MAX_MESSAGE)
 
 
 def _be_born(order: _Order, midwife: int, agent: int) -> bytes:
@@ -244,7 +219,9 @@ def _be_born(order: _Order, midwife: int, agent: int) -> bytes:
         os.dup2(order.log, 1)
         os.dup2(order.log, 2)
         os.close(order.log)
-        _become(order.start)
+        with open(order.start, "rb") as file:
+            start = Start.unpack(file.read())
+        _become(start)
         line.send(exec_shim.STARTED)
         line.close()
     except exec_shim.Failure as failure:
@@ -253,7 +230,11 @@ def _be_born(order: _Order, midwife: int, agent: int) -> bytes:
     except OSError as error:  # the agent has given this start up
         exec_shim.say(f"the hand-over failed: {error}")
         os._exit(EXIT_GIVEN_UP)
-    return order.start.birth
+    except Exception as error:  # noqa: BLE001  boundary: a start that cannot be; the zygote is not to blame
+        exec_shim.say(f"cannot become a worker: {error!r}")
+        _say(order.line, b"settle 0")
+        os._exit(exec_shim.EXIT_NOT_STARTED)
+    return start.birth
 
 
 def _outlive(midwife: int, line: socket.socket) -> None:

@@ -18,7 +18,7 @@ HERE = b"here"
 GO = b"go"
 """Agent to worker: it is watched, become the worker."""
 MAX_BATCH = 64
-"""Workers per control message; each takes two descriptors, and the kernel passes on no more than 253."""
+"""Workers per control message; each takes three descriptors, and the kernel passes on no more than 253."""
 MAX_MESSAGE = 1 << 16
 
 
@@ -84,17 +84,16 @@ class Start:
     env: dict[str, str]
     birth: bytes
 
+    def pack(self) -> bytes:
+        """For a memory file of its own: it may be larger than a message, and only its worker is to read it."""
+        # Environments may hold any bytes.
+        packed: bytes = msgpack.packb(asdict(self), unicode_errors="surrogateescape")
+        return packed
 
-def pack_starts(starts: list[Start]) -> bytes:
-    """For the memory file of a batch: it may be larger than a message."""
-    # Environments may hold any bytes.
-    packed: bytes = msgpack.packb([asdict(start) for start in starts], unicode_errors="surrogateescape")
-    return packed
-
-
-def unpack_starts(data: bytes) -> list[Start]:
-    """Inverse of ``pack_starts``."""
-    return [Start(**plain) for plain in msgpack.unpackb(data, unicode_errors="surrogateescape")]
+    @classmethod
+    def unpack(cls, data: bytes) -> Start:
+        """Inverse of ``pack``."""
+        return cls(**msgpack.unpackb(data, unicode_errors="surrogateescape"))
 
 
 def born(pid: int, start_time: int) -> bytes:
