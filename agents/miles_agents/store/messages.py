@@ -48,7 +48,7 @@ def receive(channel: socket.socket) -> tuple[list[Any], int | None]:
         message = msgpack.unpackb(data)
         if not isinstance(message, list) or not message or not isinstance(message[0], str):
             raise ValueError("a message of another form")
-    except Exception as error:
+    except Exception as error:  # boundary: bytes of another process; descriptors that came with them must not stay
         for fd in fds:
             os.close(fd)
         if isinstance(error, EOFError):
