@@ -1,0 +1,152 @@
+"""The contract of a training backend: what the trainer needs of Megatron-core or FSDP2, and no more.
+
+A backend owns process groups, model, optimizer and learning-rate schedule. It knows nothing of rewards, advantages or
+loss formulas: those come in as functions of logits. Every method is collective: all ranks call it, in the same order.
+
+Packed batches: the samples of a micro-batch lie one after the other in one row of ``T`` tokens ("thd"), bounded by
+``cu_seqlens``; attention and positions stay within each sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+ModelTag: TypeAlias = Literal["actor", "ref"]
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """This rank's place. A group of size 1 may be None.
+
+    ``dp_rank`` is the part of a step's samples that this rank works on. Ranks that differ in ``tp_rank`` only work on
+    the same samples; their logits are shards of the vocabulary.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+
+@dataclass
+class MicroBatch:
+    """Samples that go through the model together.
+
+    Attributes:
+        tokens: int64 ``[T]``: prompts and responses, one after the other.
+        position_ids: int64 ``[T]``, from 0 in each sample.
+        cu_seqlens: int32 ``[n + 1]``: where each sample begins; the last entry is ``T`` without padding.
+        total_lengths: Tokens of each sample, prompt included.
+        response_lengths: Response tokens ``R_i`` of each sample.
+        loss_masks: float32 ``[R_i]`` each.
+        sample_positions: Places of the samples in this rank's data.
+        columns: Per-sample values that losses need, by name: tensors ``[R_i]`` (``log_probs``, ``advantages``, ...)
+            or plain numbers.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    total_lengths: list[int]
+    response_lengths: list[int]
+    loss_masks: list[torch.Tensor]
+    sample_positions: list[int] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class LossOutput:
+    """What a loss function makes of a micro-batch's logits.
+
+    Attributes:
+        loss: 0-d, with gradient. The step's loss is the SUM of these over all micro-batches and data-parallel ranks:
+            whatever divides (samples of the step, tokens of the step) is in it already. The backend must therefore
+            undo every averaging of its own (over micro-batches, over data-parallel ranks).
+        metrics: 0-d tensors without gradient that are summed the same way.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+LogitsFunction: TypeAlias = Callable[[torch.Tensor, MicroBatch], Any]
+"""Takes float32 logits ``[T, V / tp_size]`` and the micro-batch they belong to."""
+LossFunction: TypeAlias = Callable[[torch.Tensor, MicroBatch], LossOutput]
+
+
+@dataclass
+class StepOutcome:
+    """Of one optimizer step.
+
+    Attributes:
+        metrics: Sums over this rank's micro-batches only; the caller reduces over ``dp_group``.
+        grad_norm: Global norm before clipping.
+        learning_rate: The one that the step used.
+        stepped: False: the gradients were not finite and the step was left out.
+    """
+
+    metrics: dict[str, torch.Tensor]
+    grad_norm: float
+    learning_rate: float
+    stepped: bool = True
+
+
+class TrainBackend(ABC):
+    """See the module's docstring. Made in the rank's process once ``torch.distributed`` is initialised."""
+
+    parallel: ParallelState
+    device: torch.device
+
+    @abstractmethod
+    def init(self) -> int:
+        """Build everything and load weights: ``--load`` if it holds a checkpoint (then optimizer, schedule and RNG
+        too), else ``--ref-load``, else ``--hf-checkpoint``. Returns the next rollout id: 0 for a fresh start."""
+
+    @abstractmethod
+    def forward_only(
+        self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
+    ) -> list[Any]:
+        """``function(logits, batch)`` of each micro-batch, in order, without gradient. ``ref``: with the reference
+        model's weights (only if ``init`` was told that one is needed)."""
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:
+        """Gradients of all micro-batches, clipping, one optimizer step, one step of the schedule."""
+
+    @abstractmethod
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and full tensor as in the model's HF safetensors files, in the dtype the engines get, the same order on
+        all ranks. Every rank must exhaust it, and every rank sees each full tensor. A tensor is valid until the
+        next one is asked for."""
+
+    @abstractmethod
+    def save(self, directory: Path, *, rollout_id: int) -> None:
+        """Write weights, optimizer, schedule and RNG (``--no-save-optim``: weights only) into ``directory``, which is
+        new and empty. The caller renames it when all ranks are done."""
+
+    @abstractmethod
+    def sleep(self, level: int) -> None:
+        """Give memory back. Level 1: gradients and optimizer state; level 2: parameters (and reference) too. What
+        cannot be computed again goes to where ``--offload-train-target`` says."""
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """Take everything back, exactly as it was. Nothing to do if awake."""
+
+    def close(self) -> None:
+        """Give files and groups back at an orderly end."""

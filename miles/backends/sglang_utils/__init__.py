@@ -1,0 +1,1 @@
+"""SGLang servers: how they are started, spoken to, and watched."""

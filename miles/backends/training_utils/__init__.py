@@ -1,0 +1,1 @@
+"""What both training backends share: batches, schedules, losses."""

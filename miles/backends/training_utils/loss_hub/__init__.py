@@ -1,0 +1,1 @@
+"""Formulas: advantages, losses, corrections, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Rollout: data, generation, rewards, filters, the ledger, and the rollout manager."""

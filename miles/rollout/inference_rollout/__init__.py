@@ -1,0 +1,1 @@
+"""The class-based rollout function and its parts."""

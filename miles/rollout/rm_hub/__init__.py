@@ -1,0 +1,1 @@
+"""What judges answers: the built-in rewards and their dispatch."""

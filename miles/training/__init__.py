@@ -1,0 +1,1 @@
+"""The training job: the loop that the controller runs. Imports no torch."""

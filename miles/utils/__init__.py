@@ -1,0 +1,1 @@
+"""What several parts need; module paths that user code imports."""
