@@ -148,5 +148,5 @@ class TrainBackend(ABC):
     def wake_up(self) -> None:
         """Take everything back, exactly as it was. Nothing to do if awake."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most have nothing to give back
         """Give files and groups back at an orderly end."""
