@@ -1,0 +1,63 @@
+# Sourced by the scripts beside it: makes .venv, or brings it up to date. Bash functions only.
+#   PYTHON   the interpreter to build .venv with (default: the first python3 from 3.11 up on PATH)
+
+VENV=.venv
+STAMP=$VENV/.installed-for
+REQUIREMENTS=scripts/requirements
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "No Python 3.11 or newer found (tried: ${PYTHON:-python3 and python3.11 to python3.14})." >&2
+    echo "Install one, or name it: PYTHON=/path/to/python3 $0" >&2
+    return 1
+}
+
+# Debian keeps venv's half (ensurepip) in a package of its own.
+need_venv_module() {
+    "$1" -c 'import ensurepip, venv' 2>/dev/null && return
+    local package
+    package=python$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && apt-get install -y -qq "$package"
+    else
+        echo "$1 lacks the venv module. Install it (Debian, Ubuntu: apt-get install $package)." >&2
+        return 1
+    fi
+}
+
+has_nvidia_gpu() {
+    [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ]
+}
+
+# install_environment EXTRAS: .venv with the package, torch, the trainer and the engine. EXTRAS are those of
+# pyproject.toml. A venv whose interpreter is gone (moved checkout, upgraded Python) is made anew.
+install_environment() {
+    local extras=$1 python wanted
+    wanted=$(cat pyproject.toml scripts/environment.sh "$REQUIREMENTS"/* | sha256sum)
+    # What was installed with more extras serves fewer, too.
+    if [ "$(sed -n 1p "$STAMP" 2>/dev/null)" = "$wanted" ] && sed -n 2p "$STAMP" | grep -qF "$extras" &&
+        "$VENV/bin/python" -c 'import miles_agents' 2>/dev/null; then
+        echo "$VENV is up to date"
+        return
+    fi
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python) && need_venv_module "$python" && "$python" -m venv --clear "$VENV" || return
+    fi
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    local pip=("$VENV/bin/python" -m pip install -q)
+    if has_nvidia_gpu; then  # sglang names the torch that its kernels are built for
+        "${pip[@]}" -e ".[$extras,train,rollout]" || return
+    else
+        pip+=(-c "$REQUIREMENTS/torch.txt")
+        "$VENV/bin/python" -m pip show -q torch 2>/dev/null || "${pip[@]}" -r "$REQUIREMENTS/torch.txt" || return
+        "${pip[@]}" --no-deps -r "$REQUIREMENTS/cpu-no-deps.txt" || return
+        "${pip[@]}" -r "$REQUIREMENTS/cpu.txt" -e ".[$extras]" || return
+    fi
+    printf '%s\n%s\n' "$wanted" "$extras" >"$STAMP"
+}
