@@ -1,0 +1,62 @@
+"""``metrics.jsonl``: one line for each iteration and each evaluation. Always written, whatever else tracks the run.
+
+Fields of a line: ``event`` (``rollout`` or ``eval``), ``rollout_id``, ``rollouts_done`` (iterations that the weights
+have seen), ``time`` (seconds since the epoch), and the metrics by their names (``rollout/...``, ``train/...``,
+``perf/...``, ``eval/...``). A number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends lines; each is on disk (as far as a crash of this process goes) when ``write`` returns."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE_NAME
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        if not _ends_with_a_whole_line(self.path):
+            self._file.write("\n")
+
+    def write(self, event: str, rollout_id: int, rollouts_done: int, metrics: Mapping[str, float]) -> None:
+        """Append one line."""
+        head: dict[str, Any] = {
+            "event": event, "rollout_id": rollout_id, "rollouts_done": rollouts_done, "time": time.time(),
+        }  # fmt: skip
+        self._file.write(json.dumps({**head, **{name: _plain(value) for name, value in metrics.items()}}) + "\n")
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines. The last one may have been torn by a crash and is then left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _ends_with_a_whole_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
+
+
+def _plain(value: float) -> float | int | str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

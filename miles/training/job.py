@@ -1,0 +1,152 @@
+"""One training job from its resolved config to its exit code: the controller, its nodes, the parts, the loop, the end.
+
+Consumes: a config as ``miles.flags`` resolves it, and a way to start agents for a controller. Produces: the run
+directory (config, logs, events, metrics, journal), checkpoints, the exit code; on the terminal the story. Waits for:
+the loop, a death, or the user's Ctrl-C. Invariants: whatever ends the job, no process of it is left when ``run``
+returns; an error is told once, the user's own traceback first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import uvloop
+
+from miles.tracking.console import RunConsole
+from miles.tracking.metrics_file import MetricsFile
+from miles.tracking.plot import PLOT_NAME
+from miles.training.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, exit_code, first_of, story
+from miles.training.loop import Outcome, TrainingLoop
+from miles.training.parts import start
+from miles.training.watch import run_watched
+from miles_agents.errors import MilesError
+from miles_agents.run_files import usable_directory
+from miles_controller import Controller, ControllerConfig
+
+logger = logging.getLogger(__name__)
+
+StartNodes: TypeAlias = Callable[[Controller, Path], AbstractAsyncContextManager[Any]]
+"""Given a controller that listens and the run directory: starts its agents on entering, ends them on leaving."""
+
+_JOIN_S = 120.0
+_PLOT_S = 60.0
+NODES = ("node-0",)
+
+
+def run(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole | None = None) -> int:
+    """Run the job to its end in an event loop of its own; returns the exit code.
+
+    0: done. 1: the run failed. 2: it failed for something that the user's flags or files have to change. 130: Ctrl-C.
+    143: SIGTERM.
+    """
+    shown = console or RunConsole()
+    try:
+        run_dir = usable_directory(Path(config["run_dir"]))
+    except MilesError as error:
+        shown.say(story(error))
+        return exit_code(error)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with _logging_to(run_dir / "logs" / "controller.log"):
+        return _run(config, start_nodes, shown, run_dir)
+
+
+def _run(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path) -> int:
+    terminated: list[int] = []
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            outcome = runner.run(_main(config, start_nodes, shown, run_dir, terminated))
+    except KeyboardInterrupt:
+        shown.say(f"interrupted; everything has ended. Logs: {run_dir / 'logs'}")
+        return EXIT_INTERRUPTED
+    except asyncio.CancelledError:
+        shown.say(f"terminated; everything has ended. Logs: {run_dir / 'logs'}")
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+    except Exception as caught:  # boundary: whatever ended the job is told
+        error = first_of(caught)
+        logger.exception("the job failed", exc_info=error)
+        shown.say(f"\nthe run failed: {story(error)}\n  logs: {run_dir / 'logs'}")
+        return exit_code(error)
+    shown.finish(outcome.first_eval, outcome.last_eval, outcome.examples)
+    _draw_plot(run_dir, shown)
+    return EXIT_OK
+
+
+async def run_job(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole | None = None) -> Outcome:
+    """The job as an awaitable, for callers that have an event loop. Raises what ended it."""
+    return await _job(config, start_nodes, console or RunConsole(), Path(config["run_dir"]))
+
+
+async def _main(
+    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path, terminated: list[int]
+) -> Outcome:
+    task = asyncio.current_task()
+
+    def on_sigterm() -> None:
+        terminated.append(signal.SIGTERM)
+        if task is not None:
+            task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
+    return await _job(config, start_nodes, shown, run_dir)
+
+
+async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path) -> Outcome:
+    metrics = MetricsFile(run_dir)
+    try:
+        options = ControllerConfig(nodes=NODES, run_dir=run_dir, env=config.get("env") or {})
+        async with Controller(options) as controller, start_nodes(controller, run_dir):
+            shown.say(f"run {controller.run_id}, directory {run_dir}")
+            await controller.wait_for_nodes(timeout_s=_JOIN_S)
+            parts = await start(controller, config)
+            try:
+                return await run_watched(parts, TrainingLoop(parts, config, metrics, shown).run())
+            finally:
+                if parts.fleet is not None:
+                    await parts.fleet.stop()
+    finally:
+        metrics.close()
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """What this process logs goes to a file; warnings also to the terminal's stderr."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(file)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+        root.removeHandler(file)
+        file.close()
+
+
+def _draw_plot(run_dir: Path, shown: RunConsole) -> None:
+    """Best effort: a run is no worse for a missing picture, but it is told why there is none."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "miles.tracking.plot", str(run_dir)],
+            capture_output=True, text=True, timeout=_PLOT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        shown.say(f"no {PLOT_NAME}: {error}")
+        return
+    if done.returncode == 0:
+        shown.say(f"plot: {run_dir / PLOT_NAME}")
+    elif "No module named 'matplotlib'" in done.stderr:
+        shown.say(f"no {PLOT_NAME}: matplotlib is not installed (pip install 'miles[demo]')")
+    else:
+        shown.say(f"no {PLOT_NAME}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'unknown'}")

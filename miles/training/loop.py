@@ -1,0 +1,236 @@
+"""The synchronous training loop: generate, train, save, hand the new weights to the engines, evaluate; again.
+
+Consumes: the parts of the job, all ready. Produces: metrics per iteration, checkpoints. Waits for: calls to rollout
+manager and trainer, orders to engines; a death among them ends the wait (``watch``). Invariants: the weights that
+engines generate with are those of the last finished iteration; a checkpoint's tracker names it only when its rollout
+state is on disk, too; batches are removed from the store when they have been trained on.
+
+In a colocated run memory changes hands around training: engines give theirs back before the trainer takes its own;
+afterwards the trainer gives up gradients and optimizer state, engines take room for weights, the weights are moved, the
+trainer gives up its parameters, and engines take room for the KV cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miles.backends.weight_update.messages import WeightUpdate
+from miles.tracking.console import RunConsole
+from miles.tracking.metrics_file import MetricsFile
+from miles.training.parts import LOAD_S, Parts
+from miles.training.schedule import Cadence, Iteration, iterations
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.2
+
+
+@dataclass
+class Outcome:
+    """What a run has come to: evaluations by metric name, before and after, and a few answers."""
+
+    num_iterations: int = 0
+    first_eval: dict[str, float] = field(default_factory=dict)
+    last_eval: dict[str, float] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Stopwatch:
+    """Seconds by part of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count what happens inside for ``part``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        """``perf/{part}_time``, ``perf/step_time`` and what no part accounts for as ``perf/other_time``."""
+        total = time.perf_counter() - self._began
+        parts = {f"perf/{part}_time": seconds for part, seconds in self.seconds.items()}
+        return {**parts, "perf/step_time": total, "perf/other_time": total - sum(self.seconds.values())}
+
+
+class TrainingLoop:
+    """See the module's docstring."""
+
+    def __init__(self, parts: Parts, config: dict[str, Any], metrics: MetricsFile, console: RunConsole) -> None:
+        self.parts = parts
+        self.config = config
+        self.metrics = metrics
+        self.console = console
+        self.outcome = Outcome()
+        self.rollout = parts.calls(parts.rollout)
+        self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
+
+    async def run(self) -> Outcome:
+        """All iterations."""
+        config, parts = self.config, self.parts
+        cadence = Cadence(
+            eval_interval=config["eval_interval"] if parts.fleet is not None else None,
+            save_interval=config["save_interval"] if self.trainer is not None else None,
+            saves_last=bool(config["save"]) and self.trainer is not None,
+            eval_before_train=not config["skip_eval_before_train"],
+            num_rollout_per_epoch=parts.num_rollout_per_epoch,
+        )
+        if self.trainer is not None and parts.fleet is not None:
+            await self._update_weights(Stopwatch())
+            if config["check_weight_update_equal"]:
+                await self._check_weights()
+        num_rollout = config["num_rollout"]
+        start = parts.start_rollout_id
+        if start >= num_rollout:
+            if num_rollout == 0 and parts.fleet is not None and config["eval_interval"] is not None:
+                await self._evaluate(0, 0)
+            else:
+                self.console.say(f"nothing left to do: {start} of {num_rollout} rollouts are done")
+        stop_after = config.get("debug_exit_after_rollout")
+        for iteration in iterations(cadence, start=start, num_rollout=num_rollout, stop_after=stop_after):
+            await self._iterate(iteration)
+            self.outcome.num_iterations += 1
+        return self.outcome
+
+    async def _iterate(self, iteration: Iteration) -> None:
+        rollout_id, parts = iteration.rollout_id, self.parts
+        if iteration.evaluate_before:
+            await self._evaluate(rollout_id, rollout_id)
+        watch = Stopwatch()
+        with watch.measure("rollout"):
+            batch = await self._generate(rollout_id)
+        metrics: dict[str, float] = dict(batch.metrics)
+        if self.trainer is not None:
+            metrics.update(await self._train(rollout_id, batch.refs, watch))
+        await self.rollout.trained.call_one(rollout_id)
+        if iteration.save:
+            with watch.measure("save"):
+                await self._save(rollout_id)
+        if self.trainer is not None and parts.fleet is not None:
+            metrics.update(await self._update_weights(watch))
+        metrics.update(watch.metrics())
+        self.metrics.write("rollout", rollout_id, rollout_id + 1, metrics)
+        if rollout_id % self.config["log_interval"] == 0 or iteration.is_last:
+            self.console.step(rollout_id, self.config["num_rollout"], metrics)
+        if iteration.evaluate_after:
+            await self._evaluate(rollout_id, rollout_id + 1)
+
+    async def _generate(self, rollout_id: int) -> Any:
+        generating = self.rollout.generate.call_one(rollout_id)
+        return await self._with_bar(f"rollout {rollout_id + 1}/{self.config['num_rollout']}", generating)
+
+    async def _with_bar(self, title: str, call: Any) -> Any:
+        """Wait for a call of the rollout manager, showing how far it is."""
+        task = asyncio.ensure_future(_awaited(call))
+        progress = self.parts.calls(self.parts.rollout, 30.0).progress
+        try:
+            with self.console.bar(title) as bar:
+                while not task.done():
+                    await asyncio.wait({task}, timeout=_POLL_S)
+                    if not task.done() and not bar.disable:
+                        self.console.show(bar, await progress.call_one())
+            return await task
+        finally:
+            task.cancel()
+
+    async def _train(self, rollout_id: int, refs: list[Any], watch: Stopwatch) -> dict[str, float]:
+        trainer, fleet = self._needed_trainer(), self.parts.fleet
+        if fleet is not None and self.config["offload_rollout"]:
+            with watch.measure("offload"):
+                await fleet.release()
+        if self.config["offload_train"] and fleet is not None:
+            with watch.measure("offload"):
+                await trainer.wake_up.call()
+        with watch.measure("train"):
+            answers = await trainer.train.call(rollout_id, refs)
+        return dict(answers.at(gpus=0))
+
+    async def _update_weights(self, watch: Stopwatch) -> dict[str, float]:
+        """The trainer's weights become those of all engines, memory changing hands around it."""
+        trainer, fleet = self._needed_trainer(), self.parts.fleet
+        if fleet is None:
+            raise AssertionError("weights are updated only where there are engines")
+        sleeps = self.config["offload_train"]
+        if sleeps:
+            with watch.measure("offload"):
+                await trainer.sleep.call(1)
+        if self.config["offload_rollout"]:
+            with watch.measure("offload"):
+                await fleet.resume_memory("weights")
+        with watch.measure("update_weights"):
+            timings = await self._send_weights()
+        if sleeps:
+            with watch.measure("offload"):
+                await trainer.sleep.call(2)
+        if self.config["offload_rollout"]:
+            with watch.measure("offload"):
+                await fleet.resume_memory("kv_cache")
+        return {f"perf/update_weights/{name}_time": seconds for name, seconds in timings.items()}
+
+    async def _send_weights(self) -> dict[str, float]:
+        trainer, fleet = self._needed_trainer(), self.parts.fleet
+        timings: dict[str, float] = {}
+
+        async def send(update: WeightUpdate) -> None:
+            answers = await trainer.update_weights.call(update)
+            timings.update(answers.at(gpus=0))
+
+        if fleet is not None:
+            version = await fleet.weight_update(send)
+            await self.rollout.set_weight_version.call_one(version)
+        return timings
+
+    async def _check_weights(self) -> None:
+        trainer, fleet = self._needed_trainer(), self.parts.fleet
+        export = Path(self.config["run_dir"]) / "weight_check"
+        if self.config["offload_train"]:
+            await trainer.wake_up.call()
+        await trainer.export_hf.call(str(export))
+        if fleet is not None:
+            await fleet.check_equal(export)
+        if self.config["offload_train"]:
+            await trainer.sleep.call(1)
+            await trainer.sleep.call(2)
+        self.console.say("weight update checked: the engines hold exactly the trainer's weights")
+
+    async def _save(self, rollout_id: int) -> None:
+        """The rollout state first: the trainer's tracker file is what makes a checkpoint count."""
+        trainer = self._needed_trainer()
+        await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
+        paths = await trainer.save.call(rollout_id)
+        self.console.say(f"saved {paths.at(gpus=0)}")
+        if self.config["save_hf"]:
+            path = self.config["save_hf"].format(rollout_id=rollout_id)
+            await trainer.export_hf.call(path)
+            self.console.say(f"exported {path}")
+
+    async def _evaluate(self, rollout_id: int, rollouts_done: int) -> None:
+        began = time.perf_counter()
+        call = self.rollout.evaluate.call_one(rollout_id)
+        result = await self._with_bar("evaluation", call)
+        metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
+        self.metrics.write("eval", rollout_id, rollouts_done, metrics)
+        self.console.evaluated(rollouts_done, metrics)
+        if not self.outcome.first_eval:
+            self.outcome.first_eval = dict(metrics)
+        self.outcome.last_eval, self.outcome.examples = dict(metrics), list(result.examples)
+
+    def _needed_trainer(self) -> Any:
+        if self.trainer is None:
+            raise AssertionError("only called where there is a trainer")
+        return self.trainer
+
+
+async def _awaited(call: Any) -> Any:
+    return await call

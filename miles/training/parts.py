@@ -1,0 +1,167 @@
+"""The processes of a training job: the rollout manager, the trainer's ranks, the engines behind their router.
+
+Consumes: the resolved config and a running controller. Produces: handles, all ready. Waits for: processes to come up
+(bounded), models to load (bounded). Invariant: either everything that the config needs is up when ``start`` returns, or
+it raises and the controller's context ends what had been started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from miles.backends.sglang_utils.fleet import EngineFleet
+from miles.training.errors import CheckpointsDisagree, first_of
+from miles_agents.rpc.mesh import ActorMesh
+from miles_controller import Controller, OwnedMesh, Placement, Policy, Request
+
+LOAD_S = 3600.0
+"""For loading a model, saving it, exporting it: what is bound by a disk."""
+LONG_S = 7 * 24 * 3600.0
+"""For generating and training, whose length is the user's choice. What ends a hang is another condition: a death, the
+collectives' own timeout (``--distributed-timeout-minutes``), the user."""
+
+_PRELOAD = {
+    "megatron": "miles.backends.megatron_utils.preload",
+    "fsdp": "miles.backends.fsdp_utils.preload",
+}
+
+
+@dataclass
+class Parts:
+    """What the loop works with. Without engines (``--debug-train-only``) ``fleet`` is None, without training
+    (``--debug-rollout-only``) ``trainer`` is."""
+
+    rollout: OwnedMesh
+    trainer: OwnedMesh | None
+    fleet: EngineFleet | None
+    start_rollout_id: int
+    num_rollout_per_epoch: int | None
+
+    def calls(self, mesh: ActorMesh, timeout_s: float = LONG_S) -> Any:
+        """The mesh with a deadline for its calls."""
+        return mesh.options(timeout_s=timeout_s)
+
+
+def placement_requests(config: Mapping[str, Any]) -> list[Request]:
+    """What the job needs of nodes: the trainer's ranks and the engines' devices, shared if colocated."""
+    requests = []
+    on_cpu = config["device"] == "cpu"
+    # Cores are shared more readily than GPUs: where there are too few, ranks and engines take turns on them.
+    oversubscribe = on_cpu
+    if not config["debug_rollout_only"]:
+        requests.append(Request("trainer", config["world_size"], oversubscribe=oversubscribe))
+    if not config["debug_train_only"]:
+        colocated = config["colocate"] and not config["debug_rollout_only"]
+        requests.append(
+            Request(
+                "engines",
+                config["rollout_num_engines"],
+                devices_per_rank=config["rollout_num_gpus_per_engine"],
+                colocate_with="trainer" if colocated else None,
+                kind="service",
+                oversubscribe=oversubscribe and not colocated,
+            )
+        )
+    return requests
+
+
+async def start(controller: Controller, config: dict[str, Any]) -> Parts:
+    """Start everything that the config asks for, all at once.
+
+    Raises:
+        MilesError: Of whatever did not come up; the first cause if several did not.
+    """
+    placement = controller.place(placement_requests(config))
+    fleet = None
+    if not config["debug_train_only"]:
+        devices = [[index for slot in slots for index in slot.devices] for slots in placement.slots["engines"]]
+        fleet = EngineFleet(controller, config, node=placement.head, devices=devices)
+    try:
+        async with asyncio.TaskGroup() as group:
+            rollout = group.create_task(_start_rollout(controller, config))
+            trainer = group.create_task(_start_trainer(controller, config, placement))
+            if fleet is not None:
+                group.create_task(fleet.start())
+    except BaseExceptionGroup as errors:
+        raise first_of(errors) from None
+    mesh, start_rollout_id = trainer.result()
+    parts = Parts(rollout.result(), mesh, fleet, start_rollout_id, None)
+    engines = [] if fleet is None else fleet.targets
+    url, key = ("", "") if fleet is None else (fleet.router_url, fleet.api_key)
+    facts = await parts.calls(parts.rollout, LOAD_S).start.call_one(engines, url, key)
+    parts.num_rollout_per_epoch = facts["num_rollout_per_epoch"]
+    if start_rollout_id > 0:
+        await _load_rollout_state(parts, config)
+    return parts
+
+
+async def _start_rollout(controller: Controller, config: dict[str, Any]) -> OwnedMesh:
+    return await controller.spawn(
+        "rollout",
+        "miles.rollout.manager:RolloutManager",
+        config,
+        devices_per_rank=0,
+        policy=Policy(),
+        env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        start_timeout_s=300.0,
+        start_method="exec",  # user code decides what is imported here
+    )
+
+
+async def _start_trainer(
+    controller: Controller, config: dict[str, Any], placement: Placement
+) -> tuple[OwnedMesh | None, int]:
+    if config["debug_rollout_only"]:
+        return None, config["start_rollout_id"] or 0
+    size = config["world_size"]
+    local = [slots[0].local_rank for slots in placement.slots["trainer"]]
+    on_cpu = config["device"] == "cpu"
+
+    def rank_env(rank: int) -> dict[str, str]:
+        env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local[rank])}
+        return env if on_cpu else {**env, "CUDA_VISIBLE_DEVICES": "own"}
+
+    trainer = await controller.spawn(
+        "trainer",
+        "miles.backends.trainer:Trainer",
+        config,
+        dims={"gpus": size},
+        placement=placement,
+        policy=Policy("kill_group"),
+        env=_trainer_env(config),
+        rank_env=rank_env,
+        start_timeout_s=300.0,
+        preload=(_PRELOAD[config["train_backend"]],) if on_cpu else None,
+    )
+    host, port = await trainer.slice(gpus=0).options(timeout_s=60.0).rendezvous.call_one()
+    answers = await trainer.options(timeout_s=LOAD_S).init.call(host, port)
+    starts = {answer["start_rollout_id"] for answer in answers.values()}
+    if len(starts) != 1:
+        raise CheckpointsDisagree(
+            "the trainer's ranks would begin at different rollouts",
+            evidence=", ".join(f"rank {point['gpus']}: {a['start_rollout_id']}" for point, a in answers.items()),
+            advice="Make sure that all nodes see the same --load directory.",
+        )
+    return trainer, starts.pop() if config["start_rollout_id"] is None else config["start_rollout_id"]
+
+
+def _trainer_env(config: Mapping[str, Any]) -> dict[str, str]:
+    env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if config["device"] == "cpu" else {}
+    typed = {str(name): str(value) for name, value in (config.get("train_env_vars") or {}).items()}
+    return {**env, **typed}
+
+
+async def _load_rollout_state(parts: Parts, config: Mapping[str, Any]) -> None:
+    """Data position, buffer and ledger as they were when the trainer's checkpoint was written."""
+    directory = config["load"]
+    found = await parts.calls(parts.rollout, LOAD_S).load.call_one(parts.start_rollout_id - 1, directory)
+    if not found and config["start_rollout_id"] is None:
+        raise CheckpointsDisagree(
+            f"there is no rollout state beside the checkpoint of rollout {parts.start_rollout_id - 1}",
+            evidence=f"looked below {Path(directory) / 'rollout'}",
+            advice="Load a checkpoint whose rollout state is there, or give --start-rollout-id to begin the data anew.",
+        )
