@@ -18,12 +18,6 @@ class CheckpointsDisagree(ConfigError):
     code = "E-JOB-002"
 
 
-class NothingToDo(ConfigError):
-    """The run that was asked for has no iterations."""
-
-    code = "E-JOB-003"
-
-
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
