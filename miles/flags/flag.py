@@ -1,0 +1,122 @@
+"""What a flag is, as data. The parser, ``--help``, the reference page and the completeness tests are made of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+Kind: TypeAlias = Literal["int", "float", "str", "path", "json", "yesno", "switch", "off", "tri", "append"]
+"""``switch`` is off until named, ``off`` is on until named, ``tri`` has a ``--no-`` twin, ``append`` may be repeated,
+``yesno`` takes ``true`` or ``false`` as its value."""
+
+Source: TypeAlias = Literal["contract", "reference", "megatron", "ours", "sglang", "router"]
+"""Who named the flag: ``contract`` is the documented command line, ``reference`` what the reference system takes beyond
+it, ``megatron`` Megatron-LM's own parser, ``sglang`` and ``router`` the installed packages' parsers."""
+
+Plain: TypeAlias = Any
+"""A JSON value: None, bool, int, float, str, or a list or dict of such."""
+
+TAKES_NO_VALUE = frozenset({"switch", "off", "tri"})
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        names: As typed, the usual spelling first.
+        dest: Its key in the config.
+        kind: What is typed after it.
+        default: Value if it is not typed.
+        help: What it does, in a few words.
+        group: Heading in ``--help``.
+        choices: Values that exist at all; empty: any of the kind.
+        nargs: Number of values: None is one, ``"+"`` and ``"*"`` as in argparse.
+        source: Who named it.
+        only: The values that are what we do (None: any). Another one is refused with ``reason``.
+        reason: Why values outside ``only`` are refused.
+    """
+
+    names: tuple[str, ...]
+    dest: str
+    kind: Kind
+    default: Plain = None
+    help: str = ""
+    group: str = ""
+    choices: tuple[Plain, ...] = ()
+    nargs: str | int | None = None
+    source: Source = "contract"
+    only: tuple[Plain, ...] | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The usual spelling."""
+        return self.names[0]
+
+    @property
+    def status(self) -> str:
+        """``honoured``, ``refused``, or ``fixed``: only the values in ``only`` are taken."""
+        if self.only is None:
+            return "honoured"
+        return "fixed" if self.only else "refused"
+
+    def takes(self, value: Plain) -> bool:
+        """Whether this value is among those that we do."""
+        return self.only is None or value in self.only
+
+
+def _make(name: str, kind: Kind, default: Plain, help_text: str, more: dict[str, Any]) -> Flag:
+    names = (name, *more.pop("also", ()))
+    dest = more.pop("dest", name.removeprefix("--").replace("-", "_"))
+    return Flag(names, dest, kind, default, help_text, **more)
+
+
+def integer(name: str, default: Plain, help_text: str, **more: Any) -> Flag:
+    """A flag with whole numbers; ``more`` are fields of Flag, and ``also``: other spellings."""
+    return _make(name, "int", default, help_text, more)
+
+
+def number(name: str, default: Plain, help_text: str, **more: Any) -> Flag:
+    """A flag with real numbers."""
+    return _make(name, "float", default, help_text, more)
+
+
+def text(name: str, default: Plain, help_text: str, **more: Any) -> Flag:
+    """A flag with words."""
+    return _make(name, "str", default, help_text, more)
+
+
+def path(name: str, help_text: str, **more: Any) -> Flag:
+    """A flag that names a file or directory."""
+    return _make(name, "path", more.pop("default", None), help_text, more)
+
+
+def json_value(name: str, default: Plain, help_text: str, **more: Any) -> Flag:
+    """A flag whose value is JSON."""
+    return _make(name, "json", default, help_text, more)
+
+
+def switch(name: str, help_text: str, **more: Any) -> Flag:
+    """A flag without a value: off until it is named."""
+    return _make(name, "switch", more.pop("default", False), help_text, more)
+
+
+def off(name: str, dest: str, help_text: str, **more: Any) -> Flag:
+    """A flag without a value that turns ``dest`` off, which is on until then."""
+    return _make(name, "off", more.pop("default", True), help_text, {**more, "dest": dest})
+
+
+def tri(name: str, help_text: str, **more: Any) -> Flag:
+    """A flag with a ``--no-`` twin, undecided (None) until one of them is named."""
+    return _make(name, "tri", more.pop("default", None), help_text, more)
+
+
+def refused(flag: Flag, reason: str, *, only: tuple[Plain, ...] = ()) -> Flag:
+    """The same flag, of which only these values are taken; others are refused with this reason."""
+    return replace(flag, only=only, reason=reason)
+
+
+def grouped(group: str, source: Source, *flags: Flag) -> tuple[Flag, ...]:
+    """These flags under this heading, from this source."""
+    return tuple(replace(flag, group=group, source=source) for flag in flags)

@@ -1,0 +1,112 @@
+"""Flags: the loss and what goes into it."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, number, off, path, refused, switch, text
+
+GROUP = "algorithm"
+OPD = "not built yet: on-policy distillation"
+TIS = "not built yet: truncated importance sampling"
+REPLAY = "not built yet: routing replay"
+CRITIC = "not built yet: a critic, which PPO needs"
+ESTIMATORS = (
+    "grpo",
+    "gspo",
+    "ppo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "on_policy_distillation",
+)
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        refused(
+            text("--advantage-estimator", "grpo", "where advantages come from", choices=ESTIMATORS),
+            "not built yet: estimators other than grpo",
+            only=("grpo",),
+        ),
+        switch("--use-kl-loss", "KL divergence from the reference model in the loss"),
+        number("--kl-loss-coef", 0.0, "its weight (0: only watched)"),
+        text("--kl-loss-type", "k1", "its estimator", choices=("k1", "k2", "k3", "low_var_kl")),
+        number("--entropy-coef", 0.0, "weight of the entropy bonus"),
+        number("--eps-clip", 0.2, "lower clip of the ratio"),
+        number("--eps-clip-high", None, "upper clip of the ratio (unset: --eps-clip)"),
+        refused(switch("--use-tis", "truncated importance sampling"), TIS),
+        refused(switch("--use-routing-replay", "replay the routing of experts"), REPLAY),
+        refused(switch("--use-rollout-routing-replay", "replay the engine's routing"), REPLAY),
+        switch("--calculate-per-token-loss", "mean over tokens, not over samples"),
+        off(
+            "--no-check-for-nan-in-loss-and-grad",
+            "check_for_nan_in_loss_and_grad",
+            "take steps whose loss or gradient is not finite, too",
+        ),
+        refused(switch("--true-on-policy-mode", "reject samples with tokens of older weights"), "not built yet"),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        text("--loss-type", "policy_loss", "the loss", choices=("policy_loss", "sft_loss", "custom_loss")),
+        number("--eps-clip-c", None, "dual clip: bound of the ratio where advantages are negative (above 1)"),
+        off("--disable-grpo-std-normalization", "grpo_std_normalization", "do not divide by the group's deviation"),
+        off("--disable-rewards-normalization", "rewards_normalization", "advantages are the rewards themselves"),
+        off(
+            "--disable-compute-advantages-and-returns",
+            "compute_advantages_and_returns",
+            "no advantages (supervised training)",
+        ),
+        refused(switch("--normalize-advantages", "whiten advantages over ranks"), "not built yet"),
+        refused(
+            number("--kl-coef", 0.0, "KL divergence in the reward"),
+            "not built yet: KL in the reward; use --use-kl-loss",
+            only=(0.0,),
+        ),
+        refused(
+            text("--custom-loss-function-path", None, "the function of custom_loss"),
+            "not built yet: losses of user code",
+        ),
+        refused(
+            text("--custom-pg-loss-reducer-function-path", None, "reducer of the policy loss"),
+            "not built yet: reducers of user code",
+        ),
+        refused(switch("--use-unbiased-kl", "weigh KL by the ratio"), "not built yet"),
+        refused(
+            integer("--ref-update-interval", None, "rollouts between updates of the reference"),
+            "not built yet: a moving reference",
+        ),
+        refused(number("--gamma", 1.0, "discount"), "GRPO does not discount", only=(1.0,)),
+        refused(number("--lambd", 1.0, "lambda of GAE"), "GRPO has no values", only=(1.0,)),
+        refused(switch("--use-rollout-entropy", "entropy in the pass over old log-probs"), "not built yet"),
+        refused(switch("--observe-training-entropy", "watch entropy without gradient"), "not built yet"),
+        refused(switch("--reset-optimizer-states", "forget the optimizer's history at each rollout"), "not built yet"),
+        refused(switch("--use-rollout-logprobs", "the engine's log-probs are the old ones"), "not built yet"),
+        refused(switch("--skip-actor-forward-only", "no pass over old log-probs"), "not built yet"),
+        refused(switch("--keep-old-actor", "keep the rollout policy in the trainer"), "not built yet"),
+        refused(switch("--get-mismatch-metrics", "watch what TIS would do"), TIS),
+        refused(number("--tis-clip", 2.0, "upper bound"), TIS),
+        refused(number("--tis-clip-low", 0, "lower bound"), TIS),
+        refused(text("--custom-tis-function-path", None, "function"), TIS),
+        refused(switch("--use-indexer-replay", "replay the indexer's top-k"), REPLAY),
+        refused(switch("--use-rollout-indexer-replay", "replay the engine's top-k"), REPLAY),
+        refused(switch("--use-opsm", "off-policy sequence masking"), "not built yet: off-policy sequence masking"),
+        refused(number("--opsm-delta", 0.0001, "its threshold"), "not built yet: off-policy sequence masking"),
+        refused(integer("--num-critic-only-steps", 0, "rollouts that train the critic only"), CRITIC, only=(0,)),
+        refused(path("--critic-load", "critic's checkpoint"), CRITIC),
+        refused(path("--critic-save", "critic's checkpoints"), CRITIC),
+        refused(number("--critic-lr", None, "critic's learning rate"), CRITIC),
+        refused(integer("--critic-lr-warmup-iters", 0, "critic's warm-up"), CRITIC),
+        refused(number("--value-clip", 0.2, "clip of the value loss"), CRITIC),
+        refused(switch("--use-opd", "on-policy distillation"), OPD),
+        refused(text("--opd-type", None, "teacher", choices=("sglang", "megatron")), OPD),
+        refused(number("--opd-kl-coef", 1.0, "weight"), OPD),
+        refused(integer("--opd-log-prob-top-k", 0, "tokens compared"), OPD),
+        refused(text("--opd-top-k-strategy", "only-student", "which tokens"), OPD),
+        refused(text("--opd-reward-weight-mode", "student_p", "weights"), OPD),
+        refused(switch("--opd-topk-per-position", "tokens by position"), OPD),
+        refused(text("--opd-teacher-urls", None, "teachers", nargs="+"), OPD),
+        refused(text("--opd-teacher-key", "opd_teacher", "which teacher"), OPD),
+        refused(path("--opd-teacher-load", "teacher's checkpoint"), OPD),
+        refused(integer("--opd-teacher-ckpt-step", None, "its iteration"), OPD),
+    ),
+)

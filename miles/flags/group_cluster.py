@@ -1,0 +1,60 @@
+"""Flags: nodes, GPUs, who shares them, and what leaves memory when."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, json_value, path, refused, switch, text, tri
+
+GROUP = "cluster"
+CRITIC = "not built yet: a critic, which PPO needs"
+STREAMED = "not built yet: optimizer state streamed from disk"
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        integer("--actor-num-nodes", 1, "nodes of the trainer"),
+        integer("--actor-num-gpus-per-node", 8, "GPUs (CPU: ranks) of the trainer per node"),
+        integer(
+            "--rollout-num-gpus", None, "GPUs of all engines (unset: what the trainer leaves; with --colocate its)"
+        ),
+        integer("--rollout-num-gpus-per-engine", 1, "tensor-parallel size of each engine"),
+        switch("--colocate", "trainer and engines take turns on the same GPUs"),
+        tri("--offload-train", "the trainer's state leaves memory while engines generate (default: with --colocate)"),
+        tri("--offload-rollout", "engines release memory while the trainer works (default: with --colocate)"),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        integer("--num-gpus-per-node", None, "GPUs (CPU: slots) offered by each node (unset: what it has)"),
+        switch("--offload", "both --offload-train and --offload-rollout"),
+        text(
+            "--offload-rollout-level",
+            ["kv_cache", "weight"],
+            "what engines release",
+            nargs="+",
+            choices=("kv_cache", "weight"),
+        ),
+        text("--offload-train-target", "cpu", "where the sleeping trainer's state goes", choices=("cpu", "disk")),
+        path("--offload-train-disk-dir", "directory for --offload-train-target disk (unset: in the run directory)"),
+        json_value("--train-env-vars", {}, "environment variables of the training ranks, a JSON object"),
+        integer("--distributed-timeout-minutes", 10, "deadline of a collective"),
+        text(
+            "--distributed-backend",
+            "nccl",
+            "backend of the process groups (CPU: gloo)",
+            choices=("nccl", "gloo"),
+        ),
+        refused(integer("--critic-num-nodes", None, "nodes of the critic"), CRITIC),
+        refused(integer("--critic-num-gpus-per-node", None, "GPUs of the critic per node"), CRITIC),
+        refused(switch("--stream-optimizer-state-to-disk", "fp32 masters and moments live on disk"), STREAMED),
+        refused(text("--stream-optimizer-state-moment-dtype", "fp32", "dtype of moments on disk"), STREAMED),
+        refused(
+            integer("--offload-train-disk-chunk-mb", 256, "staging chunk of the disk target"),
+            "state is mapped from its file, so there is no staging buffer to size",
+        ),
+        refused(
+            integer("--train-memory-margin-bytes", 1024**3, "margin registered with the memory saver"),
+            "not built yet: memory margins of the trainer",
+        ),
+    ),
+)

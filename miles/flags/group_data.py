@@ -1,0 +1,144 @@
+"""Flags: prompts, batches, and the functions that replace parts of the rollout."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, json_value, number, off, path, refused, switch, text
+
+GROUP = "data and batches"
+ASYNC = "not built yet: fully asynchronous training"
+BUFFER = "not built yet: an external rollout buffer service"
+SESSION = "not built yet: the session server"
+DELTA = "not built yet: weights as deltas on disk"
+P2P = "not built yet: peer-to-peer weight transfer"
+EXTERNAL = "not built yet: engines started elsewhere"
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        path("--prompt-data", "JSONL (or Parquet) file with prompts; PATH@[a:b] takes rows a to b"),
+        text("--input-key", "prompt", "column of the prompt"),
+        text("--label-key", "label", "column of the label"),
+        text("--metadata-key", "metadata", "column of the metadata"),
+        switch("--apply-chat-template", "prompts are lists of messages, rendered by the tokenizer's template"),
+        switch("--rollout-shuffle", "shuffle prompts in each epoch"),
+        integer("--num-rollout", None, "iterations in all (unset: --num-epoch epochs of the data)"),
+        integer("--rollout-batch-size", None, "prompts per rollout"),
+        integer("--n-samples-per-prompt", 1, "responses per prompt: the group"),
+        integer("--global-batch-size", None, "samples per optimizer step (unset: from the other three)"),
+        integer("--num-steps-per-rollout", 1, "optimizer steps per rollout"),
+        integer("--over-sampling-batch-size", None, "prompts asked for at a time in dynamic sampling"),
+        switch("--balance-data", "give data-parallel ranks equal numbers of tokens"),
+        switch("--partial-rollout", "go on with aborted responses in the next rollout"),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        integer("--num-epoch", None, "epochs of the data, where --num-rollout is not given"),
+        integer("--start-rollout-id", None, "first rollout (unset: what the checkpoint says)"),
+        integer("--rollout-seed", 42, "seed of shuffling and of sampling"),
+        text("--data-source-path", "miles.rollout.data_source.RolloutDataSourceWithBuffer", "class of the data source"),
+        off(
+            "--disable-rollout-global-dataset",
+            "rollout_global_dataset",
+            "do not read --prompt-data: the data source has its own",
+        ),
+        json_value("--apply-chat-template-kwargs", {}, "arguments of the chat template, a JSON object"),
+        text("--tool-key", "tools", "column of the tools"),
+        text("--rollout-function-path", None, "class or function that replaces the rollout"),
+        text("--custom-generate-function-path", None, "function that replaces the generation of a sample"),
+        text("--buffer-filter-path", None, "function that takes groups out of the buffer"),
+        text(
+            "--loss-mask-type",
+            "qwen",
+            "how chat turns are masked in supervised training",
+            choices=("qwen", "qwen3", "distill_qwen"),
+        ),
+        integer("--data-pad-size-multiplier", 128, "packed batches are padded to a multiple of this many tokens"),
+        integer("--log-probs-max-tokens-per-gpu", None, "token budget of forward passes (unset: --max-tokens-per-gpu)"),
+        integer("--update-weight-buffer-size", 512 * 1024**2, "bytes of a bucket of a weight update"),
+        text(
+            "--pause-generation-mode",
+            "retract",
+            "what happens to running requests in a weight update",
+            choices=("abort", "retract", "in_place"),
+        ),
+        refused(
+            switch("--mask-offpolicy-in-partial-rollout", "tokens of older weights do not count in the loss"),
+            "not built yet",
+        ),
+        refused(
+            text("--rollout-all-samples-process-path", None, "function over all samples, dropped ones too"),
+            "not built yet",
+        ),
+        refused(
+            switch("--disable-rollout-trim-samples", "keep samples beyond a multiple of the batch"), "not built yet"
+        ),
+        refused(switch("--use-dynamic-global-batch-size", "the batch is as large as the rollout"), "not built yet"),
+        refused(switch("--allow-partial-train-step", "a last, smaller step"), "not built yet"),
+        refused(
+            switch("--balance-by-flops", "balance FLOPs, not tokens"), "not built yet: --balance-data balances tokens"
+        ),
+        refused(
+            path("--chat-template-path", "another chat template"), "not built yet: the template is the tokenizer's"
+        ),
+        refused(
+            json_value("--multimodal-keys", None, "columns of images and other media"), "not built yet: multimodal data"
+        ),
+        refused(
+            text("--object-store-backend", "shm", "how rollout data travels"),
+            "rollout data travels through the shared memory of the runtime's store",
+        ),
+        refused(
+            json_value("--mooncake-store-init-kwargs", None, "arguments of Mooncake"),
+            "rollout data travels through the runtime's store",
+        ),
+        refused(
+            integer("--mooncake-replica-num", 1, "copies of each object"),
+            "rollout data travels through the runtime's store",
+        ),
+        refused(
+            text("--rollout-submission-granularity", None, "what frees capacity"),
+            "not built yet: refill by sample",
+            only=("group",),
+        ),
+        refused(switch("--fully-async", "generate all the time"), ASYNC),
+        refused(integer("--max-weight-staleness", None, "how many versions a sample may lag"), ASYNC),
+        refused(integer("--async-max-concurrent-samples", None, "trajectories in flight"), ASYNC),
+        refused(number("--async-data-buffer-capacity-factor", 2.0, "size of the buffer"), ASYNC),
+        refused(text("--async-unused-samples-handler", "drop", "what happens to stale groups"), ASYNC),
+        refused(text("--custom-async-data-buffer-path", None, "class of the buffer"), ASYNC),
+        refused(integer("--update-weights-interval", 1, "rollouts between weight updates"), ASYNC, only=(1,)),
+        refused(
+            text("--update-weight-transfer-mode", "broadcast", "how weights travel"),
+            "not built yet: disk-delta and p2p",
+            only=("broadcast",),
+        ),
+        refused(path("--update-weight-disk-dir", "directory of deltas"), DELTA),
+        refused(path("--update-weight-local-checkpoint-dir", "checkpoint that deltas patch"), DELTA),
+        refused(text("--update-weight-delta-encoding", "xor", "format of deltas"), DELTA),
+        refused(text("--update-weight-delta-checksum", "xxh3-128", "digest of deltas"), DELTA),
+        refused(text("--custom-update-weight-post-write-path", None, "hook after deltas are written"), DELTA),
+        refused(integer("--p2p-transfer-num-workers", 4, "threads"), P2P),
+        refused(number("--p2p-transfer-timeout", 30.0, "seconds per transfer"), P2P),
+        refused(switch("--rollout-external", "use engines that run already"), EXTERNAL),
+        refused(text("--rollout-external-engine-addrs", None, "their addresses", nargs="+"), EXTERNAL),
+        refused(switch("--pin-rollout-manager-to-head", "the rollout manager runs on the head node"), "", only=(True,)),
+        refused(text("--rollout-buffer-url", None, "address of the service"), BUFFER),
+        refused(integer("--fetch-trajectory-retry-times", -1, "tries"), BUFFER),
+        refused(number("--min-batch-collection-ratio", 1, "share to wait for"), BUFFER),
+        refused(text("--rollout-task-type", "math", "kind of task"), BUFFER),
+        refused(text("--use-session-server", False, "serve sessions", nargs="?"), SESSION),
+        refused(text("--session-server-ip", None, "address"), SESSION),
+        refused(text("--session-server-port", None, "port or range", nargs="+"), SESSION),
+        refused(text("--tito-model", "default", "token-in-token-out family"), SESSION),
+        refused(text("--session-message-matcher", "strict", "how histories match"), SESSION),
+        refused(text("--session-sample-picker-path", None, "hook"), SESSION),
+        refused(text("--session-sample-postprocessor-path", None, "hook"), SESSION),
+        refused(text("--http-proxy", None, "proxy of requests"), "not built yet: requests to engines use no proxy"),
+        refused(
+            switch("--use-distributed-post", "spread requests over nodes"),
+            "not built yet: one HTTP client serves all engines",
+        ),
+    ),
+)

@@ -1,0 +1,67 @@
+"""Flags: SGLang's engines and the router before them. ``--sglang-*`` and ``--router-*`` beyond these are the installed
+packages' own: see ``passthrough``."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, number, off, path, refused, switch, text
+
+GROUP = "engines and router"
+MILES_ROUTER = "the router is sglang-router"
+LORA = "not built yet: LoRA"
+MTP = "not built yet: multi-token prediction"
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        text("--sglang-router-ip", None, "a router that runs already (unset: one is started)"),
+        integer("--sglang-router-port", None, "its port, or the port of the one that is started"),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        integer("--sglang-server-concurrency", 512, "most requests in flight per engine"),
+        text("--sglang-router-policy", None, "how the router chooses an engine"),
+        integer("--sglang-router-request-timeout-secs", 14400, "the router's deadline of a request"),
+        refused(path("--sglang-config", "YAML of server groups"), "not built yet: server groups"),
+        refused(integer("--prefill-num-servers", None, "prefill servers"), "not built yet: prefill and decode apart"),
+        refused(switch("--use-miles-router", "another router"), MILES_ROUTER),
+        refused(number("--miles-router-timeout", None, "its deadline"), MILES_ROUTER),
+        refused(integer("--miles-router-max-connections", None, "its connections"), MILES_ROUTER),
+        refused(integer("--miles-router-health-check-failure-threshold", 3, "its patience"), MILES_ROUTER),
+        refused(switch("--recompute-logprobs-via-prefill", "score responses again"), "not built yet"),
+        refused(off("--no-sglang-lora-use-virtual-experts", "sglang_lora_use_virtual_experts", "kind of LoRA"), LORA),
+    ),
+    *grouped(
+        "multi-token prediction",
+        "contract",
+        refused(integer("--mtp-num-layers", 0, "layers of the checkpoint that predict further tokens"), MTP, only=(0,)),
+        refused(switch("--enable-mtp-training", "train them"), MTP),
+        refused(number("--mtp-loss-scaling-factor", 0.2, "weight of their loss"), MTP),
+    ),
+    *grouped(
+        "LoRA",
+        "reference",
+        refused(integer("--lora-rank", 0, "rank (0: no LoRA)"), LORA, only=(0,)),
+        refused(integer("--lora-alpha", 16, "scale"), LORA),
+        refused(number("--lora-dropout", 0.0, "dropout"), LORA),
+        refused(text("--lora-type", "lora", "variant"), LORA),
+        refused(text("--target-modules", None, "which layers"), LORA),
+        refused(text("--exclude-modules", None, "which layers not"), LORA),
+        refused(path("--lora-adapter-path", "adapter to start from"), LORA),
+        refused(switch("--lora-sync-from-tensor", "send adapters as tensors"), LORA),
+        refused(switch("--lora-base-cpu-backup", "base weights on the CPU"), LORA),
+        refused(switch("--lora-train-only", "do not serve adapters"), LORA),
+        refused(switch("--experts-shared-outer-loras", "layout for experts"), LORA),
+        refused(integer("--multi-lora-n-adapters", 0, "adapters"), LORA, only=(0,)),
+        refused(text("--multi-lora-adapter", [], "NAME CONFIG", nargs="+"), LORA),
+        refused(number("--multi-lora-idle-poll-s", 5.0, "poll"), LORA),
+        refused(text("--multi-lora-http-server-path", None, "class"), LORA),
+        refused(text("--multi-lora-backend-path", None, "class"), LORA),
+        refused(integer("--multi-lora-api-port", 8068, "port"), LORA),
+        refused(off("--multi-lora-disable-service-mode", "multi_lora_service_mode", "end when done"), LORA),
+        refused(integer("--multi-lora-max-adapter-global-batch-size", None, "bound"), LORA),
+        refused(number("--multi-lora-max-coalesce-wait-s", 0.5, "wait"), LORA),
+        refused(number("--multi-lora-max-empty-wait-s", 30.0, "wait"), LORA),
+    ),
+)

@@ -1,0 +1,81 @@
+"""Flags: the model, where weights come from, and checkpoints."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, path, refused, switch, text
+
+GROUP = "model and checkpoints"
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        text("--train-backend", "megatron", "what trains", choices=("megatron", "fsdp")),
+        path("--hf-checkpoint", "Hugging Face model directory: config, tokenizer, weights"),
+        path("--ref-load", "reference model: a torch_dist checkpoint or a Hugging Face directory"),
+        path("--load", "checkpoint to resume from"),
+        path("--save", "directory that checkpoints are written to"),
+        integer(
+            "--save-interval",
+            None,
+            "rollouts between checkpoints (the last one always)",
+            also=("--persistent-save-interval",),
+        ),
+        refused(
+            text("--model-name", None, "name of the model family, for weight names"),
+            "the family is read from config.json",
+        ),
+        refused(
+            text("--spec", None, "module and function of a layer spec", nargs="*"),
+            "not built yet: layer specs from outside",
+        ),
+    ),
+    *grouped(
+        GROUP,
+        "megatron",
+        switch("--finetune", "load weights only: no optimizer, schedule, RNG or iteration"),
+        integer("--ckpt-step", None, "which checkpoint of --load (unset: the latest)"),
+        switch("--no-save-optim", "checkpoints hold weights only"),
+        switch("--no-load-optim", "do not load the optimizer's state"),
+        switch("--no-load-rng", "do not load random number generators"),
+        refused(
+            switch("--no-save-rng", "checkpoints hold no random number generators"), "their few bytes are always saved"
+        ),
+        refused(
+            text("--ckpt-format", "torch_dist", "format of checkpoints"),
+            "checkpoints are torch_dist, which every parallel layout can read",
+            only=("torch_dist",),
+        ),
+        refused(switch("--auto-detect-ckpt-format", "find the format out"), "", only=(True,)),
+        refused(switch("--use-dist-ckpt", "use torch_dist checkpoints"), "", only=(True,)),
+        refused(switch("--async-save", "save in the background"), "not built yet: saving in the background"),
+        refused(
+            text("--tokenizer-type", None, "kind of tokenizer"),
+            "the tokenizer is that of --hf-checkpoint",
+            only=("HuggingFaceTokenizer",),
+        ),
+        refused(path("--tokenizer-model", "tokenizer directory"), "the tokenizer is that of --hf-checkpoint"),
+        integer("--seed", 1234, "seed of training (engines: plus their rank)"),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        integer("--ref-ckpt-step", None, "which checkpoint of --ref-load (unset: the latest)"),
+        path("--save-hf", "also export a Hugging Face directory at each save; may hold {rollout_id}"),
+        refused(
+            text("--megatron-to-hf-mode", "raw", "who converts weights"),
+            "bridge needs Transformer Engine and Megatron-Bridge; raw is our own table",
+            only=("raw",),
+        ),
+        refused(
+            path("--save-trigger-sentinel", "a file whose presence asks for a save"), "not built yet: saves on request"
+        ),
+        refused(
+            switch("--low-memory-resume", "optimizer state is allocated on the CPU while loading"), "not built yet"
+        ),
+        refused(
+            text("--custom-model-provider-path", None, "function that builds the model"),
+            "not built yet: models built by user code",
+        ),
+    ),
+)

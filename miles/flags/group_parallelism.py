@@ -1,0 +1,135 @@
+"""Flags: how a model is spread over ranks, and the memory and speed of its passes."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, number, off, refused, switch, text
+
+GROUP = "parallelism and memory"
+RECOMPUTE = "not built yet: activation recomputation"
+CPU_BACKEND = "not built yet: parameters of FSDP on the CPU"
+
+FLAGS: tuple[Flag, ...] = (
+    *grouped(
+        GROUP,
+        "contract",
+        integer("--tensor-model-parallel-size", 1, "tensor parallel: ranks that share each layer"),
+        refused(
+            integer("--pipeline-model-parallel-size", 1, "pipeline parallel"),
+            "not built yet: pipeline parallel",
+            only=(1,),
+        ),
+        refused(
+            integer("--context-parallel-size", 1, "context parallel"), "not built yet: context parallel", only=(1,)
+        ),
+        refused(
+            integer("--expert-model-parallel-size", 1, "expert parallel"), "not built yet: expert parallel", only=(1,)
+        ),
+        refused(
+            integer("--expert-tensor-parallel-size", 1, "tensor parallel within experts"),
+            "not built yet: mixture of experts",
+            only=(1,),
+        ),
+        refused(switch("--sequence-parallel", "sequence parallel"), "not built yet: sequence parallel"),
+        switch("--use-dynamic-batch-size", "fill micro-batches up to --max-tokens-per-gpu"),
+        integer("--max-tokens-per-gpu", None, "token budget of a micro-batch on each GPU"),
+        integer("--micro-batch-size", 1, "samples per micro-batch, without dynamic batches"),
+        refused(text("--recompute-granularity", None, "what is recomputed", choices=("full", "selective")), RECOMPUTE),
+        refused(text("--recompute-method", None, "how layers are chosen", choices=("uniform", "block")), RECOMPUTE),
+        refused(integer("--recompute-num-layers", None, "layers per chunk"), RECOMPUTE),
+        refused(switch("--gradient-checkpointing", "activation recomputation (FSDP)"), RECOMPUTE),
+        refused(switch("--fsdp-cpu-offload", "FSDP keeps parameters, gradients and optimizer on the CPU"), CPU_BACKEND),
+        refused(
+            text("--fsdp-cpu-backend", "gloo", "process groups of what is on the CPU"), CPU_BACKEND, only=("gloo",)
+        ),
+        text(
+            "--attn-implementation",
+            "flash_attention_2",
+            "attention of FSDP models",
+            choices=("flash_attention_2", "sdpa", "eager"),
+        ),
+    ),
+    *grouped(
+        GROUP,
+        "megatron",
+        text(
+            "--attention-backend",
+            "auto",
+            "attention of Megatron models",
+            choices=("flash", "fused", "unfused", "local", "auto"),
+        ),
+        switch("--bf16", "parameters in bfloat16 (the default on CUDA)"),
+        refused(switch("--fp16", "parameters in float16"), "not built yet: float16 and its loss scaling; use --bf16"),
+        switch("--deterministic-mode", "deterministic numerics"),
+        refused(
+            text(
+                "--transformer-impl",
+                None,
+                "who implements the layers",
+                choices=("local", "transformer_engine", "inference_optimized"),
+            ),
+            "Transformer Engine where it is installed, else our own layers; there is nothing to choose",
+        ),
+        refused(switch("--use-flash-attn", "flash attention"), "use --attention-backend flash"),
+        refused(
+            off("--disable-gloo-process-groups", "enable_gloo_process_groups", "no gloo groups"),
+            "gloo groups carry what is on the CPU",
+        ),
+        refused(switch("--attention-softmax-in-fp32", "attention's softmax in float32"), "", only=(True,)),
+        refused(switch("--use-mcore-models", "megatron-core models"), "", only=(True,)),
+        *(
+            refused(off(name, dest, "turns a fused kernel off"), "", only=(False,))
+            for name, dest in (
+                ("--no-masked-softmax-fusion", "masked_softmax_fusion"),
+                ("--no-bias-gelu-fusion", "bias_gelu_fusion"),
+                ("--no-bias-swiglu-fusion", "bias_swiglu_fusion"),
+                ("--no-bias-dropout-fusion", "bias_dropout_fusion"),
+                ("--no-rope-fusion", "apply_rope_fusion"),
+                ("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion"),
+            )
+        ),
+        refused(switch("--no-persist-layer-norm", "turns a fused kernel off"), "", only=(True,)),
+    ),
+    *grouped(
+        GROUP,
+        "reference",
+        refused(
+            text("--qkv-format", "thd", "layout of batches", choices=("thd", "bshd")),
+            "not built yet: padded batches (bshd)",
+            only=("thd",),
+        ),
+        refused(switch("--recompute-loss-function", "recompute the loss"), RECOMPUTE),
+        refused(
+            integer("--log-probs-chunk-size", -1, "tokens per chunk of log-probs"),
+            "not built yet: log-probs in chunks",
+            only=(-1,),
+        ),
+        refused(
+            text("--linear-attention-backend", "fla", "kernels of linear attention"), "not built yet: linear attention"
+        ),
+        refused(
+            text("--miles-dsa-topk-backend", "torch", "top-k of sparse attention"), "not built yet: sparse attention"
+        ),
+        refused(
+            text("--dsa-attention-backend", "tilelang", "kernels of sparse attention"),
+            "not built yet: sparse attention",
+        ),
+        refused(switch("--allgather-cp", "context parallel by all-gather"), "not built yet: context parallel"),
+        refused(switch("--indep-dp", "replicas are worlds of their own"), "not built yet: recovery of ranks"),
+        refused(switch("--delay-split-train-data-by-dp", "ranks split the data"), "not built yet: recovery of ranks"),
+        refused(switch("--rematerialize-param-from-master-weight", "rebuild parameters at wake-up"), "not built yet"),
+        refused(switch("--check-rematerialize-param-from-master-weight", "check it"), "not built yet"),
+        refused(
+            text("--extra-high-precision-layers-hf", [], "layers not quantised", nargs="*"),
+            "not built yet: quantised export",
+        ),
+        refused(
+            text("--extra-high-precision-layers-megatron", [], "layers not quantised", nargs="*"),
+            "not built yet: quantised export",
+        ),
+        refused(number("--mfu-peak-tflops", None, "peak of the device"), "not built yet: model FLOPs utilisation"),
+        refused(
+            integer("--dp-replicate-size", 1, "replicas of FSDP's shards"), "not built yet: hybrid sharding", only=(1,)
+        ),
+        refused(switch("--fp16-lm-cross-entropy", "cross entropy in float16"), "log-probs are computed in float32"),
+    ),
+)

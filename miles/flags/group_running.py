@@ -1,0 +1,211 @@
+"""Flags: faults, what is shown and kept, debugging, and what is ours alone."""
+
+from __future__ import annotations
+
+from miles.flags.flag import Flag, grouped, integer, number, path, refused, switch, text
+
+FAULTS = "not built yet: recovery of ranks and engines (--use-fault-tolerance)"
+TRACKERS = "not built yet: trackers other than metrics.jsonl and the console"
+PROFILER = "not built yet: profiling"
+DUMPER = "not built yet: the tensor dumper"
+DASHBOARD = "not built yet: the dashboard"
+CI = "for the reference system's own tests"
+HOSTS = "not built yet: more than this machine"
+
+_FAULTS: tuple[Flag, ...] = (
+    *grouped(
+        "fault tolerance",
+        "contract",
+        refused(switch("--use-fault-tolerance", "recover ranks and engines"), FAULTS),
+        refused(
+            integer("--rollout-health-check-first-wait", 0, "seconds before the first heartbeat"), FAULTS, only=(0,)
+        ),
+        refused(integer("--rollout-health-check-interval", 30, "seconds between heartbeats"), FAULTS, only=(30,)),
+        refused(integer("--rollout-health-check-timeout", 30, "deadline of a heartbeat"), FAULTS, only=(30,)),
+    ),
+    *grouped(
+        "fault tolerance",
+        "reference",
+        refused(text("--ft-components", None, "what recovers", nargs="+"), FAULTS),
+        refused(integer("--control-server-port", 0, "port of the control server"), FAULTS, only=(0,)),
+        refused(switch("--mini-ft-controller-enable", "heal in a loop"), FAULTS),
+        refused(number("--mini-ft-controller-poll-interval", 10.0, "seconds"), FAULTS),
+        refused(number("--mini-ft-controller-resume-delay", 10.0, "seconds"), FAULTS),
+        refused(number("--trainer-heartbeat-checker-interval", 10.0, "seconds"), FAULTS),
+        refused(number("--trainer-heartbeat-checker-timeout", 10.0, "seconds"), FAULTS),
+        refused(number("--trainer-heartbeat-checker-first-wait", 300.0, "seconds"), FAULTS),
+        refused(integer("--trainer-heartbeat-checker-failure-threshold", 3, "misses"), FAULTS),
+    ),
+)
+
+_LOGGING: tuple[Flag, ...] = (
+    *grouped(
+        "logging",
+        "contract",
+        refused(switch("--use-wandb", "Weights and Biases"), TRACKERS),
+        refused(text("--wandb-project", None, "project"), TRACKERS),
+        refused(text("--wandb-group", None, "group"), TRACKERS),
+        integer("--log-interval", 1, "rollouts between lines on the console"),
+        text("--custom-rollout-log-function-path", None, "function that logs rollouts"),
+        text("--custom-eval-rollout-log-function-path", None, "function that logs evaluations"),
+    ),
+    *grouped(
+        "logging",
+        "reference",
+        *(
+            refused(text(f"--wandb-{name}", None, name), TRACKERS)
+            for name in ("mode", "dir", "key", "host", "team", "run-id", "run-name")
+        ),
+        refused(switch("--disable-wandb-random-suffix", "stable name"), TRACKERS),
+        refused(switch("--wandb-always-use-train-step", "axis"), TRACKERS),
+        refused(switch("--log-multi-turn", "statistics of turns"), "not built yet"),
+        refused(switch("--log-passrate", "pass@k"), "not built yet"),
+        refused(text("--log-reward-category", None, "histogram of a reward key"), "not built yet"),
+        refused(switch("--log-correct-samples", "statistics of correct samples"), "not built yet"),
+        refused(switch("--use-mlflow", "MLflow"), TRACKERS),
+        *(
+            refused(text(f"--mlflow-{name}", None, name), TRACKERS)
+            for name in ("tracking-uri", "experiment-name", "run-name", "run-id")
+        ),
+        refused(switch("--use-tensorboard", "TensorBoard"), TRACKERS),
+        refused(text("--tb-project-name", None, "project"), TRACKERS),
+        refused(text("--tb-experiment-name", None, "experiment"), TRACKERS),
+        refused(switch("--use-prometheus", "Prometheus"), TRACKERS),
+        refused(integer("--prometheus-port", 9090, "port"), TRACKERS),
+        refused(text("--prometheus-run-name", None, "label"), TRACKERS),
+        refused(switch("--use-miles-dashboard", "dashboard"), DASHBOARD),
+        refused(number("--dashboard-flush-interval", 5.0, "seconds"), DASHBOARD),
+        refused(number("--dashboard-gpu-sample-interval", 1.0, "seconds"), DASHBOARD),
+        refused(number("--dashboard-sglang-scrape-interval", 2.0, "seconds"), DASHBOARD),
+        refused(text("--dashboard-sglang-scrape-mode", "auto", "source"), DASHBOARD),
+        refused(text("--dashboard-sglang-metrics", None, "which"), DASHBOARD),
+        refused(switch("--dashboard-forward-prometheus", "push"), DASHBOARD),
+    ),
+)
+
+_PROFILING: tuple[Flag, ...] = (
+    *grouped(
+        "profiling",
+        "contract",
+        refused(
+            text("--profile-target", ["train_overall"], "which part", nargs="+"), PROFILER, only=(["train_overall"],)
+        ),
+        refused(switch("--use-pytorch-profiler", "PyTorch's profiler"), PROFILER),
+        refused(integer("--profile-step-start", 10, "first step"), PROFILER),
+        refused(integer("--profile-step-end", 12, "last step"), PROFILER),
+        refused(path("--memory-snapshot-path", "file of the snapshot", default="snapshot.pickle"), PROFILER),
+        refused(path("--tensorboard-dir", "directory of TensorBoard"), TRACKERS),
+    ),
+    *grouped(
+        "profiling",
+        "reference",
+        refused(path("--memory-snapshot-dir", "directory", default="."), PROFILER),
+        refused(integer("--memory-snapshot-num-steps", None, "steps"), PROFILER),
+        refused(text("--memory-recorder", "torch", "recorder"), PROFILER),
+        refused(switch("--record-memory-history", "record allocations"), PROFILER),
+    ),
+)
+
+_DEBUGGING: tuple[Flag, ...] = (
+    *grouped(
+        "debugging",
+        "contract",
+        switch("--debug-rollout-only", "no trainer"),
+        switch("--debug-train-only", "no engines"),
+        path("--save-debug-rollout-data", "file of each rollout; holds {rollout_id}"),
+        path("--load-debug-rollout-data", "files to train on in place of rollouts (no engines)"),
+    ),
+    *grouped(
+        "debugging",
+        "reference",
+        number("--load-debug-rollout-data-subsample", None, "share of the loaded samples that is used"),
+        integer("--debug-exit-after-rollout", None, "stop after that many rollouts; the schedule stays"),
+        path("--dump-details", "directory for what can be dumped: rollouts"),
+        switch("--check-weight-update-equal", "engines must hold exactly the trainer's weights after an update"),
+        refused(switch("--debug-skip-weight-update", "send no weights"), "not built yet"),
+        refused(switch("--debug-disable-optimizer", "no optimizer steps"), "not built yet"),
+        refused(
+            text("--check-weight-update-selector", "all", "which model"), "not built yet: draft models", only=("all",)
+        ),
+        refused(
+            text("--check-weight-update-skip-list", None, "tensors left out", nargs="+"), "all weights are compared"
+        ),
+        refused(switch("--check-weight-update-allow-quant-error", "tolerance"), "weights are compared bit by bit"),
+        refused(switch("--check-lora-weight-equal", "adapters"), "not built yet: LoRA"),
+        *(
+            refused(path(f"--save-debug-{name}-data", name), "not built yet")
+            for name in ("trajectory", "train", "event")
+        ),
+        *(
+            refused(text(f"--dumper-{name}", None, name), DUMPER)
+            for name in ("dir", "inference", "fwd-only", "fwd-bwd", "source-patcher-config-inference")
+        ),
+        refused(switch("--dumper-enable", "dump tensors"), DUMPER),
+        refused(text("--dumper-source-patcher-config-train", None, "patcher"), DUMPER),
+        refused(switch("--save-local-weight-checksum", "checksums of ranks"), "not built yet"),
+        refused(switch("--enable-event-analyzer", "rules at each step"), "not built yet"),
+        refused(switch("--enable-witness", "witnesses of passes"), "not built yet"),
+        refused(integer("--witness-buffer-size", 1048576, "ids"), "not built yet"),
+        refused(switch("--debug-deterministic-collective", "reductions in order"), "not built yet"),
+        refused(
+            text("--env-report", "", "report of the reference's launcher"),
+            "the environment is recorded in the run directory",
+        ),
+        *(
+            refused(switch(f"--ci-{name}", name), CI)
+            for name in (
+                "test",
+                "disable-kl-checker",
+                "disable-logprobs-checker",
+                "disable-weight-update-checker",
+                "save-model-hash",
+                "check-model-hash",
+            )
+        ),
+        *(
+            refused(text(f"--ci-{name}", None, name), CI)
+            for name in (
+                "ft-test-actions",
+                "inject-rollout-data-path",
+                "inject-rollout-data-start-rollout-id",
+                "inject-rollout-data-min-match-ratio",
+                "metric-checker-key",
+                "metric-checker-threshold",
+                "save-grad-norm",
+                "load-grad-norm",
+            )
+        ),
+    ),
+)
+
+_HOOKS: tuple[Flag, ...] = grouped(
+    "hooks",
+    "reference",
+    path(
+        "--custom-config-path", "YAML file of further values, keys as in the resolved config; base64:... is taken too"
+    ),
+    refused(switch("--freeze-indexer", "sparse attention's indexer"), "not built yet: sparse attention"),
+    *(
+        refused(text(f"--custom-megatron-{name}-path", None, name), "not built yet: hooks into the trainer")
+        for name in ("init", "before-log-prob-hook", "before-train-step-hook", "post-save-hook")
+    ),
+)
+
+_OURS: tuple[Flag, ...] = grouped(
+    "runtime",
+    "ours",
+    path("--run-dir", "directory of this run: config, logs, metrics, journals (unset: a new one in ./runs)"),
+    text("--device", "auto", "where models run", choices=("auto", "cuda", "cpu")),
+    switch("--dry-run", "show placement, ports, command lines and environment, and start nothing"),
+    text("--resume", None, "auto: go on from the newest checkpoint in --save, if there is one", choices=("auto",)),
+    Flag(("--env",), "env", "append", default=[], help="KEY=VALUE for all processes; may be repeated"),
+    refused(
+        text("--launcher", "local", "how agents are started", choices=("local", "ssh", "slurm", "external")),
+        HOSTS,
+        only=("local",),
+    ),
+    refused(text("--hosts", None, "machines, with commas between them"), HOSTS),
+    refused(path("--hostfile", "file of machines"), HOSTS),
+)
+
+FLAGS: tuple[Flag, ...] = (*_FAULTS, *_LOGGING, *_PROFILING, *_DEBUGGING, *_HOOKS, *_OURS)

@@ -1,0 +1,81 @@
+"""All flags, from all groups. Built once per process; imports neither torch nor argparse."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+from miles.flags import (
+    group_algorithm,
+    group_architecture,
+    group_cluster,
+    group_data,
+    group_engines,
+    group_model,
+    group_optimizer,
+    group_parallelism,
+    group_reward,
+    group_running,
+    group_sampling,
+)
+from miles.flags.flag import Flag, Plain
+from miles.flags.megatron_names import refused_megatron_flags
+
+OUR_GROUPS = (
+    group_cluster,
+    group_model,
+    group_data,
+    group_sampling,
+    group_parallelism,
+    group_algorithm,
+    group_optimizer,
+    group_reward,
+    group_engines,
+    group_running,
+    group_architecture,
+)
+
+
+class Table:
+    """Flags, found by name and by dest. Names are unique; several flags may share a dest."""
+
+    def __init__(self, flags: Iterable[Flag]) -> None:
+        self.flags = tuple(flags)
+        self.by_name: Mapping[str, Flag] = {name: flag for flag in self.flags for name in spellings(flag)}
+        by_dest: dict[str, Flag] = {}
+        for flag in self.flags:
+            by_dest.setdefault(flag.dest, flag)
+        self.by_dest: Mapping[str, Flag] = by_dest
+
+    def nearest(self, name: str) -> str | None:
+        """The known name that looks most like this one, unless none does."""
+        close = difflib.get_close_matches(name, self.by_name, n=1, cutoff=0.7)
+        return close[0] if close else None
+
+    def defaults(self) -> dict[str, Plain]:
+        """Default by dest, of all flags but those of Megatron-LM that are refused and would promise something."""
+        return {
+            flag.dest: flag.default
+            for flag in reversed(self.flags)  # the first of several with the same dest counts
+            if flag.only != () or flag.source != "megatron" or flag.default in (None, False)
+        }
+
+    def extended(self, flags: Iterable[Flag]) -> Table:
+        """With further flags; those here keep the names that they have."""
+        return Table((*self.flags, *(flag for flag in flags if not set(spellings(flag)) & set(self.by_name))))
+
+
+def spellings(flag: Flag) -> tuple[str, ...]:
+    """All that may be typed for a flag, the ``--no-`` twin of a tri-state one too."""
+    if flag.kind != "tri":
+        return flag.names
+    return (*flag.names, *("--no-" + name.removeprefix("--") for name in flag.names))
+
+
+@cache
+def table() -> Table:
+    """The flags that do not depend on what is installed."""
+    ours = [flag for group in OUR_GROUPS for flag in group.FLAGS]
+    names = {name for flag in ours for name in flag.names}
+    return Table((*ours, *refused_megatron_flags(names)))
