@@ -1,0 +1,278 @@
+"""The losses: policy gradient with clipping (GRPO), supervised fine-tuning, and the user's own.
+
+All of them see one micro-batch's logits and give its part of the step's loss, in the sense of
+``miles.backends.base.LossOutput``: parts are added up and nothing else. What divides is in ``reduction.Reducer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from miles.backends.base import LossFunction, LossOutput, MicroBatch, ParallelState
+from miles.backends.training_utils.data import StepPlan, pieces, response_rows
+from miles.backends.training_utils.loss_hub.corrections import vanilla_tis_function
+from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl, log_probs_and_entropy
+from miles.backends.training_utils.loss_hub.reduction import Reducer
+from miles.backends.training_utils.loss_hub.settings import LossSettings
+from miles_agents.errors import UserCodeError
+
+MAX_LOG_RATIO = 20.0
+LOSS_COLUMNS = ("rollout_mask_sums", "advantages", "returns", "log_probs", "ref_log_probs", "rollout_log_probs")
+"""What a micro-batch of a training step carries; for a custom loss, everything there is."""
+
+Metrics = dict[str, torch.Tensor]
+
+
+class BadLossFunction(UserCodeError):
+    """A custom loss, correction or reducer returned something else than it should."""
+
+    code = "E-TRAIN-004"
+
+
+@dataclass
+class LogProbOutput:
+    """Of a pass without gradient: float32 ``[R_i]`` for each sample of a micro-batch, on the device."""
+
+    log_probs: list[torch.Tensor]
+    entropy: list[torch.Tensor] | None
+
+
+class Losses:
+    """Functions of logits for a backend, with the run's settings and the rank's tensor-parallel group in them."""
+
+    def __init__(self, args: Any, parallel: ParallelState) -> None:
+        self.args = args
+        self.settings = LossSettings.from_args(args)
+        self.parallel = parallel
+        self._custom_loss = _load(args, "custom_loss_function_path")
+        self._correction = _load(args, "custom_tis_function_path") or vanilla_tis_function
+        self._pg_reducer = _load(args, "custom_pg_loss_reducer_function_path")
+
+    def for_step(self, step: StepPlan) -> LossFunction:
+        """The loss of one optimizer step's micro-batches."""
+        kinds: dict[str, Callable[[torch.Tensor, MicroBatch, Reducer], LossOutput]] = {
+            "policy_loss": self._policy_loss,
+            "sft_loss": self._sft_loss,
+            "custom_loss": self._users_loss,
+        }
+        kind = kinds[self.settings.loss_type]
+
+        def loss(logits: torch.Tensor, batch: MicroBatch) -> LossOutput:
+            return kind(logits, batch, Reducer(batch, step, per_token=self.settings.per_token))
+
+        return loss
+
+    def log_prob_function(self, *, with_entropy: bool) -> Callable[[torch.Tensor, MicroBatch], LogProbOutput]:
+        """For ``forward_only``."""
+
+        def log_probs(logits: torch.Tensor, batch: MicroBatch) -> LogProbOutput:
+            values, entropy = self.log_probs(logits, batch, with_entropy=with_entropy)
+            lengths = batch.response_lengths
+            return LogProbOutput(pieces(values, lengths), None if entropy is None else pieces(entropy, lengths))
+
+        return log_probs
+
+    def log_probs(
+        self, logits: torch.Tensor, batch: MicroBatch, *, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """float32 ``[sum R_i]`` each, of the response tokens, at the rollout's temperature."""
+        rows, targets = response_rows(batch)
+        return log_probs_and_entropy(
+            logits,
+            rows,
+            targets,
+            temperature=self.settings.temperature,
+            vocab_size=self.settings.vocab_size,
+            tp_group=self.parallel.tp_group,
+            chunk_size=self.settings.chunk_size,
+            with_entropy=with_entropy,
+        )
+
+    def _sft_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
+        """-log p of the response tokens."""
+        log_probs, _ = self.log_probs(logits, batch, with_entropy=False)
+        loss = reduce(-log_probs)
+        return LossOutput(loss, {"loss": loss.detach()})
+
+    def _policy_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
+        """Clipped policy gradient - entropy_coef * H + kl_loss_coef * KL(policy || reference).
+
+        Sources: Schulman et al., Proximal policy optimization (2017); Ye et al., dual clip (2020); Shao et al.,
+        DeepSeekMath (2024) for GRPO.
+        """
+        settings = self.settings
+        log_probs, entropy = self.log_probs(logits, batch, with_entropy=True)
+        assert entropy is not None
+        old = self._old_log_probs(batch, log_probs)
+        ppo_kl = _trained_and_finite(old - log_probs, reduce)
+        advantages = _trained_and_finite(_column(batch, "advantages", log_probs), reduce)
+        per_token, clipped, ratio = clipped_policy_loss(ppo_kl, advantages, settings)
+        pg_loss, metrics = self._corrected(per_token, ppo_kl, log_probs, batch, reduce)
+        entropy_loss = reduce(entropy if settings.entropy_coef else entropy.detach())
+        loss = pg_loss - settings.entropy_coef * entropy_loss if settings.entropy_coef else pg_loss
+        if settings.use_kl_loss:
+            kl = self._kl(batch, log_probs, old, reduce)
+            metrics["kl_loss"] = reduce(kl.detach())
+            loss = loss + settings.kl_loss_coef * reduce(kl) if settings.kl_loss_coef else loss
+        metrics |= {
+            "loss": loss.detach(),
+            "pg_loss": pg_loss.detach(),
+            "entropy_loss": entropy_loss.detach(),
+            "pg_clipfrac": reduce(clipped),
+            "ppo_kl": reduce(ppo_kl.detach()),
+            "ess_ratio": _effective_sample_size(ratio.detach(), reduce),
+        }
+        return LossOutput(loss, metrics | _distance_to_engine(batch, log_probs, reduce))
+
+    def _old_log_probs(self, batch: MicroBatch, log_probs: torch.Tensor) -> torch.Tensor:
+        if self.settings.use_rollout_log_probs:
+            return _column(batch, "rollout_log_probs", log_probs)
+        if self.settings.skip_actor_forward_only:
+            return log_probs.detach()
+        return _column(batch, "log_probs", log_probs)
+
+    def _kl(self, batch: MicroBatch, log_probs: torch.Tensor, old: torch.Tensor, reduce: Reducer) -> torch.Tensor:
+        reference = _column(batch, "ref_log_probs", log_probs)
+        importance = (log_probs - old).exp() if self.settings.use_unbiased_kl else None
+        kl = compute_approx_kl(log_probs, reference, self.settings.kl_loss_type, importance)
+        return _trained_and_finite(kl, reduce)
+
+    def _corrected(
+        self,
+        per_token: torch.Tensor,
+        ppo_kl: torch.Tensor,
+        log_probs: torch.Tensor,
+        batch: MicroBatch,
+        reduce: Reducer,
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The policy-gradient loss, after the correction for the engine's probabilities if one is asked for."""
+        settings, masks, metrics = self.settings, batch.loss_masks, Metrics()
+        wanted = settings.use_tis or settings.get_mismatch_metrics
+        if wanted and batch.sample_positions:
+            trained = batch.columns.get("log_probs") or pieces(log_probs.detach(), batch.response_lengths)
+            per_token, masks, found = self._correction(
+                args=self.args,
+                pg_loss=per_token,
+                train_log_probs=trained,
+                rollout_log_probs=_present(batch, "rollout_log_probs"),
+                loss_masks=batch.loss_masks,
+                total_lengths=batch.total_lengths,
+                response_lengths=batch.response_lengths,
+                parallel_state=self.parallel,
+                max_seq_lens=None,
+            )
+            metrics = {name: reduce(value.detach()) for name, value in found.items()}
+            metrics["ois"] = reduce((-ppo_kl).detach().exp())
+        if self._pg_reducer is not None and batch.sample_positions:
+            reducer = self._pg_reducer(batch.total_lengths, batch.response_lengths, masks, settings.per_token)
+            return reducer(per_token) / reduce.divisor, metrics
+        return reduce.with_masks(per_token, masks), metrics
+
+    def _users_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
+        """``--custom-loss-function-path``: the reference's signature, so logits are ``[1, T, V / tp]`` divided by the
+        temperature, and the batch is a dict. ``sum_of_sample_mean`` and the result are before the division by the
+        step's samples (or tokens)."""
+        if not batch.sample_positions:
+            return LossOutput(0.0 * logits.sum(), {})
+        assert self._custom_loss is not None
+        scaled = logits / self.settings.temperature if self.settings.temperature not in (0.0, 1.0) else logits
+        result = self._custom_loss(
+            self.args, _as_dict(batch), scaled.unsqueeze(0), lambda values: reduce(values) * reduce.divisor
+        )
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)):
+            raise BadLossFunction(
+                "the custom loss returned something else than a loss and metrics",
+                evidence=f"it returned {type(result).__name__}",
+                advice="Return (0-d tensor, dict of 0-d tensors) from --custom-loss-function-path.",
+            )
+        loss, metrics = result
+        found = {name: torch.as_tensor(value).detach() / reduce.divisor for name, value in metrics.items()}
+        loss = loss / reduce.divisor
+        return LossOutput(loss, {"loss": loss.detach()} | found)
+
+
+def clipped_policy_loss(
+    ppo_kl: torch.Tensor, advantages: torch.Tensor, settings: LossSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per token: ``max(-r A, -clip(r, 1 - eps, 1 + eps_high) A)`` with ``r = exp(-ppo_kl)``, at most ``-c A`` where A
+    is negative (dual clip); whether the clip took effect (float); and ``r``."""
+    ratio = (-ppo_kl).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1 - settings.eps_clip, 1 + settings.eps_clip_high) * advantages
+    loss = torch.maximum(plain, clipped)
+    if settings.eps_clip_c is not None:
+        loss = torch.where(advantages < 0, torch.minimum(-settings.eps_clip_c * advantages, loss), loss)
+    return loss, (clipped > plain).float(), ratio
+
+
+def _effective_sample_size(ratio: torch.Tensor, reduce: Reducer) -> torch.Tensor:
+    """Per sample ``(sum w)^2 / (N sum w^2)`` with the ratios w of its N trained tokens: 1 if all weigh the same."""
+    values, counts = [], []
+    for weights, active in zip(reduce.split(ratio), reduce.split(reduce.mask), strict=True):
+        weighted = weights * active
+        count = float(active.sum())
+        values.append(weighted.sum().square() / (max(count, 1.0) * weighted.square().sum().clamp(min=1e-8)))
+        counts.append(count)
+    return reduce.per_sample(values, counts)
+
+
+def _distance_to_engine(batch: MicroBatch, log_probs: torch.Tensor, reduce: Reducer) -> Metrics:
+    """How far the trainer's probabilities of the chosen tokens are from those that the engine reported."""
+    if "rollout_log_probs" not in batch.columns:
+        return {}
+    engine = _column(batch, "rollout_log_probs", log_probs)
+    trainer = _column(batch, "log_probs", log_probs) if "log_probs" in batch.columns else log_probs.detach()
+    return {
+        "train_rollout_logprob_abs_diff": reduce((trainer - engine).abs()),
+        "train_rollout_kl": reduce(compute_approx_kl(engine, trainer, "low_var_kl")),
+    }
+
+
+def _trained_and_finite(values: torch.Tensor, reduce: Reducer) -> torch.Tensor:
+    return torch.where(torch.isfinite(values) & reduce.active, values, 0.0)
+
+
+def _present(batch: MicroBatch, name: str) -> list[torch.Tensor]:
+    if name not in batch.columns:
+        raise BadLossFunction(
+            f"the loss needs {name}, which the samples do not have",
+            evidence=f"they have {', '.join(sorted(batch.columns)) or 'nothing'}",
+            advice="Let the generate function fill it in, or leave out the flag that asks for it.",
+        )
+    return batch.columns[name]
+
+
+def _column(batch: MicroBatch, name: str, like: torch.Tensor) -> torch.Tensor:
+    """Flat ``[sum R_i]``. A micro-batch without samples has none of anything."""
+    if not batch.sample_positions:
+        return torch.zeros_like(like)
+    return torch.cat([values.to(like.dtype) for values in _present(batch, name)])
+
+
+def _as_dict(batch: MicroBatch) -> dict[str, Any]:
+    """As the reference's hooks see a batch."""
+    bounds = batch.cu_seqlens.tolist()
+    samples = [batch.tokens[a:b] for a, b in pairwise(bounds)]
+    return {
+        **batch.columns,
+        "tokens": batch.tokens.unsqueeze(0),
+        "unconcat_tokens": samples[: len(batch.total_lengths)],
+        "total_lengths": batch.total_lengths,
+        "response_lengths": batch.response_lengths,
+        "loss_masks": batch.loss_masks,
+    }
+
+
+def _load(args: Any, name: str) -> Callable[..., Any] | None:
+    path = getattr(args, name, None)
+    if not path:
+        return None
+    from miles.utils.misc import load_function
+
+    function: Callable[..., Any] = load_function(path)
+    return function
