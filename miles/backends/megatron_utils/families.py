@@ -1,0 +1,186 @@
+"""Architecture families: what a Hugging Face ``config.json`` means for Megatron, and which tensor goes where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from miles.backends.megatron_utils.errors import UnsupportedModel
+from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Layout, Replicated, Vocabulary
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one family of decoder-only models from another."""
+
+    qkv_bias: bool
+    qk_norm: bool
+
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2": Family(qkv_bias=True, qk_norm=False),
+    "qwen3": Family(qkv_bias=False, qk_norm=True),
+    "llama": Family(qkv_bias=False, qk_norm=False),
+}
+"""By ``model_type``."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base, and how the frequencies are scaled (``llama3``, or not at all)."""
+
+    base: float
+    scaling: Mapping[str, float] | None = None
+
+    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+        """float32 ``[head_dim / 2]``. Scaling: "Llama 3.1" as in Hugging Face's ``rope_type: llama3``."""
+        frequencies = 1.0 / (self.base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        if self.scaling is None:
+            return frequencies
+        factor, low, high = (self.scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        context = self.scaling["original_max_position_embeddings"]
+        wavelengths = 2 * math.pi / frequencies
+        smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+        # Short wavelengths stay, long ones are stretched by the factor, those between go from one to the other.
+        return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as its ``config.json`` describes it."""
+
+    model_type: str
+    family: Family
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    norm_eps: float
+    rope: Rope
+    max_positions: int
+
+
+def read_shape(config: Mapping[str, Any]) -> Shape:
+    """Of a ``config.json``.
+
+    Raises:
+        UnsupportedModel: Another architecture, or a variant of a known one that the layers here do not compute.
+    """
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedModel(
+            f"the Megatron backend does not know models of type {model_type!r}",
+            evidence=f"architectures: {config.get('architectures')}; known: {', '.join(FAMILIES)}",
+            advice="Use a model of a known type, or --train-backend fsdp.",
+            model_type=model_type,
+        )
+    _refuse_variants(config, model_type)
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
+    return Shape(
+        model_type=model_type,
+        family=family,
+        layers=int(config["num_hidden_layers"]),
+        hidden=hidden,
+        ffn=int(config["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        vocab=int(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=_read_rope(config),
+        max_positions=int(config.get("max_position_embeddings", 32768)),
+    )
+
+
+def _refuse_variants(config: Mapping[str, Any], model_type: str) -> None:
+    wrong = {
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(config.get("attention_bias")),
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "use_sliding_window": bool(config.get("use_sliding_window")),
+        "quantization_config": bool(config.get("quantization_config")),
+    }
+    for key, refused in wrong.items():
+        if refused:
+            raise UnsupportedModel(
+                f"the Megatron backend cannot compute this variant of {model_type}",
+                evidence=f"config.json says {key}: {config[key]!r}",
+                advice="Use a model without it, or --train-backend fsdp.",
+                model_type=model_type,
+            )
+
+
+def _read_rope(config: Mapping[str, Any]) -> Rope:
+    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return Rope(base)
+    if kind == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return Rope(base, {key: float(parameters[key]) for key in keys})
+    raise UnsupportedModel(
+        f"the Megatron backend cannot scale rotary embeddings by {kind!r}",
+        evidence=f"config.json says {parameters!r}; known: default, llama3",
+        advice="Use a model without it, or --train-backend fsdp.",
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter, and the Hugging Face tensors that it is made of."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+def weight_rules(shape: Shape, padded_vocab: int) -> list[Rule]:
+    """All parameters of a model, in the order in which weights are handed on."""
+    vocabulary = Vocabulary(shape.vocab, padded_vocab)
+    rules = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    for layer in range(shape.layers):
+        rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+    rules.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()))
+    if not shape.tied:
+        rules.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return rules
+
+
+def _layer_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
+    attention, hf_attention, hf_mlp = ours + "self_attention.", theirs + "self_attn.", theirs + "mlp."
+    qkv = FusedQKV(shape.heads, shape.kv_heads, shape.head_dim)
+    kinds = ("weight", "bias") if shape.family.qkv_bias else ("weight",)
+    rules = [
+        Rule(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), Replicated()),
+        *(
+            Rule(f"{attention}linear_qkv.{kind}", tuple(f"{hf_attention}{part}_proj.{kind}" for part in "qkv"), qkv)
+            for kind in kinds
+        ),
+    ]
+    if shape.family.qk_norm:
+        rules += [
+            Rule(f"{attention}{part}_layernorm.weight", (f"{hf_attention}{part}_norm.weight",), Replicated())
+            for part in "qk"
+        ]
+    return [
+        *rules,
+        Rule(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Cut(1)),
+        Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), Replicated()),
+        Rule(
+            ours + "mlp.linear_fc1.weight", (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight"), GateAndUp()
+        ),
+        Rule(ours + "mlp.linear_fc2.weight", (hf_mlp + "down_proj.weight",), Cut(1)),
+    ]

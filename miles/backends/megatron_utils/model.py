@@ -1,0 +1,141 @@
+"""The Megatron model that a Hugging Face config and the flags describe."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+
+from miles.backends.megatron_utils.device_shim import install
+from miles.backends.megatron_utils.errors import UnsupportedParallelism
+from miles.backends.megatron_utils.families import Shape
+
+install()
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402  # after the shim
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from miles.backends.megatron_utils.layer_spec import block_spec, packed  # noqa: E402
+
+PADDED_LOGIT = -1e30
+"""Of rows that only pad the vocabulary: no probability, and finite, so that 0 times it is 0."""
+
+_FROM_FLAGS = (
+    "apply_query_key_layer_scaling",
+    "attention_softmax_in_fp32",
+    "bias_dropout_fusion",
+    "deterministic_mode",
+    "distribute_saved_activations",
+    "fp32_residual_connection",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_modules",
+    "recompute_num_layers",
+)
+"""Fields of ``TransformerConfig`` that are taken from flags of the same name."""
+
+
+def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> TransformerConfig:
+    """What the layers need to know. The architecture is that of the Hugging Face config."""
+    given = {name: getattr(args, name) for name in _FROM_FLAGS if getattr(args, name, None) is not None}
+    return TransformerConfig(
+        **given,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=shape.family.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
+        attention_dropout=getattr(args, "attention_dropout", 0.0) or 0.0,
+        hidden_dropout=getattr(args, "hidden_dropout", 0.0) or 0.0,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # All weights come from a directory. Initialising must still run: it marks what is tensor-parallel.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        # Losses are scaled by their functions; so nothing divides by micro-batches or data-parallel ranks.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Kernels of libraries that the layers here do without.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),
+    )
+
+
+def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPTModel:
+    """Without weights: parameters hold whatever memory held."""
+    _check_tensor_parallel(shape, config.tensor_model_parallel_size)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=padded_vocab(args, shape.vocab),
+        max_sequence_length=shape.max_positions,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope.base,
+    )
+    frequencies = shape.rope.inverse_frequencies(shape.head_dim)
+    model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    return model
+
+
+def padded_vocab(args: Namespace, vocab: int) -> int:
+    """Rows of the embedding: a multiple of ``--make-vocab-size-divisible-by`` on each tensor-parallel rank."""
+    multiple = (getattr(args, "make_vocab_size_divisible_by", None) or 1) * args.tensor_model_parallel_size
+    return math.ceil(vocab / multiple) * multiple
+
+
+def logits_of(model: Any, tokens: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Of packed sequences, through whatever wraps the model: ``[T, V / tp]`` in the model's dtype.
+
+    ``tokens``: int64 ``[T]``; ``cu_seqlens``: int32 ``[n + 1]``, the bounds of sequences of ``lengths`` tokens.
+    """
+    # Rotary positions come from `packed`; the embedding has none of its own.
+    logits = model(
+        input_ids=tokens.unsqueeze(0),
+        position_ids=None,
+        attention_mask=None,
+        packed_seq_params=packed(cu_seqlens, lengths),
+    )
+    return logits.squeeze(0)
+
+
+def hide_padding(logits: torch.Tensor, vocab: int, tp_rank: int) -> torch.Tensor:
+    """``[T, V / tp]`` with :data:`PADDED_LOGIT` in columns from ``vocab`` on; in place."""
+    columns = logits.shape[-1]
+    valid = min(max(vocab - tp_rank * columns, 0), columns)
+    if valid < columns:
+        logits[:, valid:] = PADDED_LOGIT
+    return logits
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _check_tensor_parallel(shape: Shape, size: int) -> None:
+    """Megatron cuts heads, the MLP and (fewer than ranks, or not) key-value heads evenly."""
+    whole = shape.kv_heads % size == 0 or size % shape.kv_heads == 0
+    if shape.heads % size or shape.ffn % size or not whole:
+        raise UnsupportedParallelism(
+            f"--tensor-model-parallel-size {size} does not divide the model",
+            evidence=f"{shape.heads} heads, {shape.kv_heads} key-value heads, MLP of {shape.ffn}",
+            advice="Choose a size that divides them.",
+        )

@@ -1,0 +1,152 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from the flags."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from miles.backends.megatron_utils.adam import use_in_megatron
+from miles.backends.megatron_utils.device_shim import install
+from miles.backends.megatron_utils.errors import UnsupportedSetting
+
+install()
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+_FROM_FLAGS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "apply_wd_to_qk_layernorm",
+    "clip_grad",
+    "decoupled_lr",
+    "decoupled_min_lr",
+    "lr",
+    "min_lr",
+    "sgd_momentum",
+    "weight_decay",
+)
+"""Fields of ``OptimizerConfig`` that are taken from flags of the same name."""
+
+_REFUSED = {
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "fp16": "--fp16",
+}
+
+
+def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParallel:
+    """The model with its gradient buffers (and, for Adam, parameter buffers), reduced over data-parallel ranks."""
+    bf16 = model.config.params_dtype == torch.bfloat16
+    config = DistributedDataParallelConfig(
+        # In 16 bits, sums over micro-batches and ranks lose what they are for.
+        grad_reduce_in_fp32=bf16 and not getattr(args, "grad_reduce_in_bf16", False),
+        overlap_grad_reduce=bool(getattr(args, "overlap_grad_reduce", False)),
+        use_distributed_optimizer=args.optimizer == "adam",
+        bucket_size=getattr(args, "ddp_bucket_size", None),
+    )
+    return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+
+
+def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
+    """Adam, sharded over data-parallel ranks, or SGD.
+
+    Raises:
+        UnsupportedSetting: A flag asks for what is not built, or what this device lacks.
+    """
+    for name, flag in _REFUSED.items():
+        if getattr(args, name, False):
+            raise UnsupportedSetting(
+                f"{flag} is not built yet",
+                evidence="the Megatron backend keeps fp32 state of Adam or SGD where the parameters are",
+                advice=f"Leave {flag} out.",
+            )
+    if args.optimizer not in ("adam", "sgd"):
+        raise UnsupportedSetting(
+            f"--optimizer {args.optimizer} is not known", evidence="known: adam, sgd", advice="Choose one of them."
+        )
+    use_in_megatron()
+    dtype = model.config.params_dtype
+    given = {name: getattr(args, name) for name in _FROM_FLAGS if getattr(args, name, None) is not None}
+    config = OptimizerConfig(
+        **given,
+        optimizer=args.optimizer,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+    )
+    overrides = get_standard_config_overrides(config)
+    return get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:
+    """Counts optimizer steps. Warm-up and decay that the flags do not bound end with the run."""
+    total = train_steps(args)
+    decay = getattr(args, "lr_decay_iters", None) or total
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    warmup = fraction * decay if fraction is not None else getattr(args, "lr_warmup_iters", None) or 0
+    weight_decay = args.weight_decay
+    start, end = (getattr(args, f"{which}_weight_decay", None) for which in ("start", "end"))
+    use_checkpoint = bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
+    _check_schedule(args, weight_decay if start is None else start, weight_decay if end is None else end)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=getattr(args, "lr_warmup_init", None) or 0.0,
+        max_lr=args.lr,
+        min_lr=getattr(args, "min_lr", None) or 0.0,
+        lr_warmup_steps=warmup,
+        # It contains the warm-up, and must be longer; beyond its end the rate is the lowest anyway.
+        lr_decay_steps=max(decay, math.ceil(warmup) + 1),
+        lr_decay_style=args.lr_decay_style,
+        start_wd=weight_decay if start is None else start,
+        end_wd=weight_decay if end is None else end,
+        wd_incr_steps=total,
+        wd_incr_style=getattr(args, "weight_decay_incr_style", None) or "constant",
+        # A run may be continued for longer than it was meant at first: flags win unless told otherwise.
+        use_checkpoint_opt_param_scheduler=use_checkpoint,
+        override_opt_param_scheduler=not use_checkpoint,
+        wsd_decay_steps=getattr(args, "lr_wsd_decay_iters", None),
+        lr_wsd_decay_style=getattr(args, "lr_wsd_decay_style", None),
+    )
+
+
+def _check_schedule(args: Namespace, start_decay: float, end_decay: float) -> None:
+    """What megatron.core asserts."""
+    lowest, first = getattr(args, "min_lr", None) or 0.0, getattr(args, "lr_warmup_init", None) or 0.0
+    varying = (getattr(args, "weight_decay_incr_style", None) or "constant") != "constant"
+    if not 0 <= lowest <= args.lr or first > args.lr:
+        what = f"--min-lr {lowest} and --lr-warmup-init {first} must be between 0 and --lr {args.lr}"
+    elif not 0 <= start_decay <= end_decay or (start_decay != end_decay and not varying):
+        what = f"weight decay cannot go from {start_decay} to {end_decay}"
+    else:
+        return
+    raise UnsupportedSetting(
+        what,
+        evidence=f"--lr-decay-style {args.lr_decay_style}",
+        advice="Let the rate fall to --min-lr; let weight decay grow, with --weight-decay-incr-style linear or cosine.",
+    )
+
+
+def train_steps(args: Namespace) -> int:
+    """Optimizer steps of the whole run; at least 1."""
+    rollouts = getattr(args, "num_rollout", None) or 1
+    return max(int(rollouts * (getattr(args, "num_steps_per_rollout", None) or 1)), 1)
+
+
+def clip_gradients(optimizer: Any, total_norm: float) -> None:
+    """Scale all gradients so that their global norm is at most ``--clip-grad``; 0 leaves them."""
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, total_norm)

@@ -1,0 +1,110 @@
+"""Forward and backward passes over packed micro-batches, through megatron.core's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from miles.backends.base import LogitsFunction, LossFunction, MicroBatch
+from miles.backends.megatron_utils.device_shim import install
+
+install()
+
+from megatron.core.distributed import finalize_model_grads  # noqa: E402  # after the shim
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
+
+from miles.backends.megatron_utils.model import hide_padding, logits_of  # noqa: E402
+
+LogitsOf = Callable[[Any, MicroBatch], torch.Tensor]
+
+
+def make_logits_of(device: torch.device, vocab: int, tp_rank: int) -> LogitsOf:
+    """A function of model and micro-batch that gives float32 logits ``[T, V / tp]``."""
+
+    def compute(model: Any, batch: MicroBatch) -> torch.Tensor:
+        tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
+        logits = logits_of(model, tokens, cu_seqlens, _lengths(batch))
+        return hide_padding(logits.float(), vocab, tp_rank)
+
+    return compute
+
+
+def _lengths(batch: MicroBatch) -> list[int]:
+    """Of the sequences; what pads the batch after the last one is a sequence of its own."""
+    bounds: list[int] = batch.cu_seqlens.tolist()
+    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def forward_only(model: Any, batches: Sequence[MicroBatch], function: LogitsFunction, logits_of: LogitsOf) -> list[Any]:
+    """``function(logits, batch)`` of each, without gradient and without dropout."""
+    if not batches:
+        return []
+
+    def step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        return logits_of(model, batch), lambda logits, non_loss_data: function(logits, batch)  # noqa: ARG005
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _run(step, model, batches, forward_only=True, collect_non_loss_data=True)
+    finally:
+        model.train(was_training)
+
+
+def forward_backward(
+    model: Any, batches: Sequence[MicroBatch], loss_function: LossFunction, logits_of: LogitsOf
+) -> dict[str, torch.Tensor]:
+    """Gradients of the sum of all losses, over micro-batches and data-parallel ranks, into the model's buffers.
+
+    Returns metrics, summed over this rank's micro-batches.
+    """
+    one = torch.ones((), dtype=torch.int)
+
+    def step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            output = loss_function(logits, batch)
+            # With a count of tokens, which is not used, megatron.core leaves the loss as it is.
+            return output.loss, one, {name: value.detach() for name, value in output.metrics.items()}
+
+        return logits_of(model, batch), loss
+
+    model.train()
+    model.config.finalize_model_grads_func = _reduce_gradients
+    if not batches:
+        # The other data-parallel ranks wait for this one.
+        _reduce_gradients([model])
+        return {}
+    return _sum(_run(step, model, batches, forward_only=False))
+
+
+def _run(step: Callable[..., Any], model: Any, batches: Sequence[MicroBatch], **options: Any) -> list[Any]:
+    run = get_forward_backward_func()
+    results: list[Any] = run(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=1,  # for pipeline stages, which there are none of
+        micro_batch_size=1,
+        **options,
+    )
+    return results
+
+
+def _reduce_gradients(model: list[Any], _num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """Sum over data-parallel ranks; not divided by tokens, as megatron.core would with their count."""
+    finalize_model_grads(model, None, **options)
+
+
+def _sum(metrics: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for part in metrics:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value.clone()
+    return total
