@@ -2,22 +2,14 @@
 
 import pytest
 import torch
-from support.backend_cases import SumOfSquares, TokenLogProbs, backend_args, micro_batch, micro_batches, sequences
 from support.hf_reference import hf_log_probs, load_hf_model
+from support.megatron_cases import TokenLogProbs, make_backend, micro_batch, sequences
 from support.ranks import run_ranks
 from support.tiny_models import ARCHITECTURES, tiny_model
 
-from miles.backends.megatron_utils.backend import MegatronBackend
-
-
-def backend(model, **changed):
-    made = MegatronBackend(backend_args(model, **changed))
-    made.init()
-    return made
-
 
 def log_probs_of(path, samples, changed):
-    ours = backend(path, **changed)
+    ours = make_backend(path, **changed)
     return ours.forward_only([micro_batch(samples)], TokenLogProbs(ours.parallel))[0]
 
 
