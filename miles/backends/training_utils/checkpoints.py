@@ -1,0 +1,142 @@
+"""Committing a checkpoint: written aside, made durable, renamed; the tracker file last. All ranks succeed, or nothing
+that was there before has changed.
+
+``{save}/.iter_0000012.tmp`` is what is being written. ``{save}/iter_0000012`` is complete whenever it exists, and
+``{save}/latest_checkpointed_iteration.txt`` names the newest that is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from miles.backends.training_utils.collectives import all_gather_text
+from miles_agents.errors import EnvironmentFault
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class CannotSave(EnvironmentFault):
+    """A checkpoint could not be written. Earlier ones are as they were."""
+
+    code = "E-TRAIN-008"
+
+
+def commit_checkpoint(root: Path, rollout_id: int, write: Callable[[Path], None], device: torch.device) -> Path:
+    """Collective over all ranks: ``write(directory)`` on each, then the commit by rank 0.
+
+    Args:
+        root: ``--save``. All ranks see the same.
+        rollout_id: Of the rollout whose training the checkpoint includes.
+        write: Writes this rank's part into a directory that exists.
+        device: That of collectives.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        CannotSave: On all ranks alike, with what each rank saw.
+    """
+    final, aside = root / f"iter_{rollout_id:07d}", root / f".iter_{rollout_id:07d}.tmp"
+    is_first = dist.get_rank() == 0
+    steps: list[Callable[[], None]] = [
+        (lambda: _begin(root, aside)) if is_first else _nothing,
+        lambda: write(aside),
+        (lambda: _make_durable(aside)) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else _nothing,
+        (lambda: _publish(root, aside, final, rollout_id)) if is_first else _nothing,
+    ]
+    for step in steps:
+        _all_or_none(step, final, aside, device)
+    return final
+
+
+def _all_or_none(step: Callable[[], None], final: Path, aside: Path, device: torch.device) -> None:
+    """Do it on every rank; if it fails on any, clean up and raise on all."""
+    own: Exception | None = None
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - whatever a backend's writer raises: all ranks must hear of it
+        own = error
+    told = all_gather_text("" if own is None else _tell(own), device)
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
+    if not failures:
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    full = any(_is_full(text) for text in told)
+    raise CannotSave(
+        f"checkpoint {final} could not be written" + (": the disk is full" if full else ""),
+        evidence="\n".join([*failures, f"{_free(final.parent)} are free on the disk of {final.parent}"]),
+        advice="Make room"
+        if full
+        else "Repair what the evidence names, then continue from the newest checkpoint with --load",
+        directory=str(final),
+    ) from own
+
+
+def _begin(root: Path, aside: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def _make_durable(directory: Path) -> None:
+    """Every file and directory below is on the disk. Nodes that see it over the network do it for their own caches."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _publish(root: Path, aside: Path, final: Path, rollout_id: int) -> None:
+    """From here on it counts. What has that name already (after a resume from further back) gives way."""
+    replaced = root / f".{final.name}.old"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    aside.rename(final)
+    _sync(root)
+    tracker = root / f".{TRACKER}.tmp"
+    tracker.write_text(str(rollout_id))
+    _sync(tracker)
+    tracker.replace(root / TRACKER)
+    _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tell(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return text if len(text) <= 2000 else text[:1000] + " ... " + text[-1000:]
+
+
+def _is_full(text: str) -> bool:
+    return any(os.strerror(number) in text for number in _FULL)
+
+
+def _free(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return f"{shutil.disk_usage(path).free / (1 << 20):.1f} MiB"
+    except OSError as error:
+        return str(error)
+
+
+def _nothing() -> None:
+    """What the other ranks do while one works."""

@@ -1,0 +1,108 @@
+"""What a rollout's data and an optimizer step come to in numbers, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from miles.backends.base import ParallelState, StepOutcome
+from miles.backends.training_utils.collectives import sum_by_name
+from miles.backends.training_utils.data import RankData
+from miles.utils.flops import forward_flops
+from miles_agents.errors import EnvironmentFault
+
+PER_TOKEN = ("log_probs", "ref_log_probs", "rollout_log_probs", "advantages", "returns", "entropy")
+PER_SAMPLE = ("raw_reward", "rewards", "truncated")
+
+
+class NotFinite(EnvironmentFault):
+    """Loss or gradients are not finite. The optimizer has not used them."""
+
+    code = "E-TRAIN-006"
+
+
+def speaks(parallel: ParallelState) -> bool:
+    """Among ranks that have the same samples, the one whose numbers count: it has the logits."""
+    return parallel.tp_rank == 0 and parallel.cp_rank == 0 and parallel.pp_rank == parallel.pp_size - 1
+
+
+def rollout_metrics(data: RankData, parallel: ParallelState, device: torch.device) -> dict[str, float]:
+    """``rollout/...``: averages over all samples; of what is per token, of each sample's average over trained tokens.
+
+    Collective over all ranks.
+    """
+    sums: dict[str, float] = {}
+    if speaks(parallel):
+        sums["count"] = float(len(data))
+        sums["response_lengths"] = float(sum(data.response_lengths))
+        sums["total_lengths"] = float(sum(data.total_lengths))
+        for name in PER_SAMPLE:
+            values = data.columns.get(name, [])
+            if values and all(isinstance(value, int | float) for value in values):
+                sums[name] = float(sum(values))
+        for name in PER_TOKEN:
+            if name in data.columns:
+                sums[name] = sum(map(_masked_mean, data.columns[name], data.loss_masks))
+    totals = sum_by_name(sums, device)
+    count = max(totals.pop("count", 0.0), 1.0)
+    return {f"rollout/{name}": total / count for name, total in totals.items()}
+
+
+def step_metrics(outcome: StepOutcome, parallel: ParallelState, device: torch.device) -> dict[str, float]:
+    """Sums over all ranks of what losses gave, with gradient norm and learning rate. Collective over all ranks."""
+    own = {name: float(value) for name, value in outcome.metrics.items()} if speaks(parallel) else {}
+    return sum_by_name(own, device) | {"grad_norm": outcome.grad_norm, "lr-pg_0": outcome.learning_rate}
+
+
+def check_finite(args: Any, metrics: dict[str, float], where: str) -> None:
+    """Unless ``--no-check-for-nan-in-loss-and-grad``.
+
+    Raises:
+        NotFinite: On all ranks alike.
+    """
+    if not getattr(args, "check_for_nan_in_loss_and_grad", True):
+        return
+    # With fp16 an overflow is how the loss scale finds its value.
+    watched = ["loss"] if getattr(args, "fp16", False) else ["loss", "grad_norm"]
+    bad = [name for name in watched if not math.isfinite(metrics.get(name, 0.0))]
+    if bad:
+        raise NotFinite(
+            f"{' and '.join(bad)} not finite at {where}",
+            evidence=", ".join(f"{name} {value:g}" for name, value in metrics.items()),
+            advice="Lower --lr or look at the samples of this rollout (--save-debug-rollout-data); "
+            "--no-check-for-nan-in-loss-and-grad goes on instead.",
+        )
+
+
+def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """``train/...``: of each name the average over the rollout's steps; of the learning rate the last."""
+    names = sorted({name for step in steps for name in step})
+    means = {f"train/{name}": sum(s.get(name, 0.0) for s in steps) / len(steps) for name in names}
+    if steps:
+        means["train/lr-pg_0"] = steps[-1]["lr-pg_0"]
+    return means
+
+
+def speed_metrics(
+    args: Any, data: RankData, parallel: ParallelState, device: torch.device, seconds: dict[str, float]
+) -> dict[str, float]:
+    """``perf/...``: tokens per second and TFLOP/s per rank of the training steps. Collective over all ranks."""
+    own: dict[str, float] = {}
+    if speaks(parallel):
+        own["tokens"] = float(sum(data.total_lengths))
+        config = getattr(args, "hf_config", None) or {}
+        if {"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"} <= config.keys():
+            own["flops"] = sum(3.0 * forward_flops(config, length) for length in data.total_lengths)
+    totals = sum_by_name(own, device)
+    elapsed = max(seconds.get("perf/actor_train_time", 0.0), 1e-9)
+    metrics = {"perf/actor_train_tok_per_s": totals["tokens"] / elapsed}
+    if "flops" in totals:
+        metrics["perf/actor_train_tflops"] = totals["flops"] / elapsed / parallel.world_size / 1e12
+    return metrics
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> float:
+    trained = mask > 0
+    return float(values[trained].mean()) if bool(trained.any()) else 0.0

@@ -1,0 +1,37 @@
+"""Seconds by phase, and which phase a rank is in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Timers:
+    """Seconds since ``take``. ``phase`` may be read from another thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phase = "idle"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count what happens inside for ``name``; on a GPU, until it is done."""
+        outer, self.phase = self.phase, name
+        began = time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.phase = outer
+
+    def take(self) -> dict[str, float]:
+        """``perf/{name}_time`` of all, which begin anew."""
+        taken = {f"perf/{name}_time": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
