@@ -66,6 +66,12 @@ _RARE = {
     "explicit_flags",
     "offload_train_disk_chunk_mb",
     "global_batch_size",
+    "deterministic_mode",
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr_style",
 }
 
 

@@ -1,0 +1,269 @@
+"""Training with FSDP2 on transformers' own models: pure data parallel, parameters sharded over all ranks.
+
+Consumes micro-batches and functions of logits; produces gradients summed over micro-batches and ranks, optimizer steps
+and full weights. Waits for nothing but collectives of the process group it was given. Invariants: between calls all
+parameters are sharded and no gradient is left; the schedule counts the steps that were taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from miles.backends.base import (
+    LogitsFunction,
+    LossFunction,
+    LossOutput,
+    MicroBatch,
+    ModelTag,
+    ParallelState,
+    StepOutcome,
+    TrainBackend,
+)
+from miles.backends.fsdp_utils.checkpoint import Progress, RankState, is_checkpoint, load_checkpoint, save_checkpoint
+from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
+from miles.backends.fsdp_utils.memory import Sleeper
+from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules, named_shards
+from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
+from miles.backends.fsdp_utils.packing import packed_layout
+from miles.backends.fsdp_utils.settings import settings_of
+from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
+
+logger = logging.getLogger(__name__)
+
+
+class FSDPBackend(TrainBackend):
+    """See the module's docstring.
+
+    Args:
+        args: The run's resolved flags.
+        role: "actor"; there is no other.
+
+    Raises:
+        FsdpFlagRefused: A flag cannot be honoured.
+    """
+
+    def __init__(self, args: Any, role: str = "actor") -> None:
+        if role != "actor":
+            raise FsdpFlagRefused(
+                f"--train-backend fsdp trains no {role}",
+                evidence="it trains the actor only",
+                advice="Use --train-backend megatron, or an --advantage-estimator without a critic.",
+            )
+        self.settings = settings_of(args)
+        self.device = _device(self.settings.device)
+        self._mesh = init_device_mesh(self.settings.device, (dist.get_world_size(),), mesh_dim_names=("dp",))
+        self._group = self._mesh.get_group()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.parallel = ParallelState(
+            rank=rank, world_size=size, dp_rank=rank, dp_size=size, dp_group=self._group if size > 1 else None
+        )
+        self._model: Any = None
+        self._reference: Any = None
+        self._optimizer: ShardedOptimizer | None = None
+        self._sleeper: Sleeper | None = None
+
+    def init(self) -> int:
+        """As the contract says."""
+        settings = self.settings
+        if settings.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self._seed(settings.seed)
+        self._model = build_model(settings.loads.hf_checkpoint, self._mesh, self.device, self._options(trained=True))
+        self._optimizer = ShardedOptimizer(self._model, settings.optimizer, settings.schedule, self._group)
+        start = self._load()
+        if settings.needs_reference:
+            self._reference = self._make_reference()
+        self._sleeper = Sleeper(settings.offload, self.device, self.parallel.rank)
+        return start
+
+    def forward_only(
+        self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
+    ) -> list[Any]:
+        """As the contract says."""
+        network = self._reference if model == "ref" else self._model
+        assert network is not None, "a reference is there only if init was told that one is needed"
+        network.eval()
+        with torch.no_grad():
+            results = [function(self._logits(network, batch), batch) for batch in batches]
+        _reshard(network)
+        return results
+
+    def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:
+        """As the contract says.
+
+        Raises:
+            NotFinite: The gradients are not, and ``--no-check-for-nan-in-loss-and-grad`` was not given.
+        """
+        optimizer = self._trained()
+        self._model.train()
+        metrics: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            output = loss_function(self._logits(self._model, batch), batch)
+            torch.autograd.backward(output.loss)
+            _add(metrics, output)
+        norm = optimizer.take_gradients()
+        rate = optimizer.learning_rate
+        if math.isfinite(norm):
+            optimizer.step(norm)
+            return StepOutcome(metrics, norm, rate)
+        optimizer.drop_gradients()
+        if self.settings.optimizer.check_finite:
+            raise self._not_finite(norm)
+        return StepOutcome(metrics, norm, rate, stepped=False)
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As the contract says; a tied output layer is left out, as in the files."""
+        return full_weights(self._model, self.settings.dtype)
+
+    def save(self, directory: Path, *, rollout_id: int) -> None:
+        """As the contract says, in the form of ``checkpoint.py``."""
+        optimizer = self._trained() if self.settings.save_optimizer else None
+        rng = RankState.now() if self.settings.save_rng else None
+        progress = Progress(rollout_id, self._trained().steps, self.settings.schedule.as_plain(), dist.get_world_size())
+        save_checkpoint(directory, self._model, optimizer, rng, progress)
+
+    def sleep(self, level: int) -> None:
+        """As the contract says."""
+        assert self._sleeper is not None
+        optimizer = self._trained()
+        optimizer.drop_gradients()
+        self._sleeper.put_away("optimizer", optimizer.tensors())
+        if level >= 2:
+            models = [self._model] + ([self._reference] if self._reference is not None else [])
+            for model in models:
+                _reshard(model)
+            shards = [shard.to_local() for model in models for _, shard in named_shards(model)]
+            self._sleeper.put_away("parameters", shards)
+        self._sleeper.give_back()
+
+    def wake_up(self) -> None:
+        """As the contract says."""
+        assert self._sleeper is not None
+        self._sleeper.take_back()
+
+    def close(self) -> None:
+        """Leave no file of a sleep behind."""
+        if self._sleeper is not None:
+            self._sleeper.close()
+
+    def _trained(self) -> ShardedOptimizer:
+        assert self._optimizer is not None, "init comes first"
+        return self._optimizer
+
+    def _options(self, *, trained: bool) -> ModelOptions:
+        settings = self.settings
+        return ModelOptions(
+            storage=torch.float32 if trained else settings.dtype,
+            compute=settings.dtype,
+            attention=settings.attention,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            cpu_offload=settings.cpu_offload,
+            trained=trained,
+        )
+
+    def _logits(self, network: Any, batch: MicroBatch) -> torch.Tensor:
+        """float32 ``[T, V]``."""
+        bounds = batch.cu_seqlens.tolist()
+        extra: dict[str, Any] = {"packed": packed_layout(bounds, len(batch.tokens), self.device)}
+        if self.settings.attention == "flash_attention_2":
+            extra = self._flash_arguments(batch, bounds)
+        output = network(
+            input_ids=batch.tokens.to(self.device)[None],
+            position_ids=batch.position_ids.to(self.device)[None],
+            use_cache=False,
+            **extra,
+        )
+        return cast("torch.Tensor", output.logits[0].float())
+
+    def _flash_arguments(self, batch: MicroBatch, bounds: list[int]) -> dict[str, Any]:
+        """Those by which transformers tells flash attention where samples begin; padding is a sample of its own."""
+        if bounds[-1] < len(batch.tokens):
+            bounds = [*bounds, len(batch.tokens)]
+        starts = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
+        return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+    def _load(self) -> int:
+        """Weights, and whatever else there is, into the new model and optimizer."""
+        loads = self.settings.loads
+        if loads.load is None or not is_checkpoint(loads.load):
+            if loads.load is not None:
+                logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
+            self._load_weights(self._model, loads.ref_load or loads.hf_checkpoint)
+            return 0
+        full = not loads.finetune
+        progress = load_checkpoint(
+            loads.load,
+            self._model,
+            self._trained() if full and loads.optimizer else None,
+            step=loads.step,
+            rng=full and loads.rng,
+        )
+        if not full:
+            return 0
+        if loads.optimizer and progress.schedule != self.settings.schedule.as_plain():
+            logger.info("the schedule follows this run's flags, not those that the checkpoint was made with")
+        return progress.rollout_id + 1
+
+    def _load_weights(self, model: nn.Module, directory: Path) -> None:
+        """From a Hugging Face directory or a checkpoint of this backend."""
+        if is_checkpoint(directory):
+            load_checkpoint(directory, model, None, step=None, rng=False)
+            return
+        if not (directory / "config.json").is_file() and (directory / "latest_checkpointed_iteration.txt").exists():
+            raise BadModelDirectory(
+                f"--ref-load {directory} is not of a form that --train-backend fsdp reads",
+                evidence="it holds a checkpoint in Megatron's torch_dist form",
+                advice="Convert it to a Hugging Face directory with `miles convert`, and give that.",
+            )
+        load_hf_weights(model, directory)
+
+    def _make_reference(self) -> nn.Module:
+        loads = self.settings.loads
+        model = build_model(loads.hf_checkpoint, self._mesh, self.device, self._options(trained=False))
+        self._load_weights(model, loads.ref_load or loads.hf_checkpoint)
+        return model
+
+    def _seed(self, seed: int) -> None:
+        """Ranks hold different samples, and draw different numbers."""
+        own = seed + self.parallel.dp_rank
+        random.seed(own)
+        np.random.seed(own % 2**32)  # user code may use the global generator
+        torch.manual_seed(own)
+
+    def _not_finite(self, norm: float) -> NotFinite:
+        return NotFinite(
+            f"the gradient norm of optimizer step {self._trained().steps} is {norm}",
+            evidence="no weight was changed",
+            advice="Lower --lr, look at the losses of the steps before, or leave such steps out with "
+            "--no-check-for-nan-in-loss-and-grad.",
+        )
+
+
+def _device(kind: str) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _add(sums: dict[str, torch.Tensor], output: LossOutput) -> None:
+    for name, value in output.metrics.items():
+        sums[name] = sums[name] + value if name in sums else value.detach()
+
+
+def _reshard(model: nn.Module) -> None:
+    """A forward pass alone leaves the root gathered, and it would not see the next update."""
+    for module in fsdp_modules(model):
+        module.reshard()

@@ -1,0 +1,204 @@
+"""This backend's checkpoints: torch.distributed.checkpoint for what is sharded, plain files for the rest.
+
+``iter_0000007/model/`` and ``optimizer/`` hold shards with their names and places, so that any number of ranks can
+load them; ``rng_00000.safetensors`` each rank's generators; ``meta.json`` counters. The directory above has
+``latest_checkpointed_iteration.txt``, which the trainer writes last.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
+from miles.backends.fsdp_utils.model import named_shards
+from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
+
+TRACKER = "latest_checkpointed_iteration.txt"
+META = "meta.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Attributes:
+    rollout_id: That after which the checkpoint was made.
+    steps: Optimizer steps done.
+    schedule: Of the run that made it.
+    """
+
+    rollout_id: int
+    steps: int
+    schedule: dict[str, Any]
+    world_size: int
+
+
+@dataclass(frozen=True)
+class RankState:
+    """A rank's random number generators: Python's and numpy's as JSON, torch's as bytes."""
+
+    python: str
+    numpy: str
+    torch: dict[str, torch.Tensor]
+
+    @classmethod
+    def now(cls) -> RankState:
+        """Of this process."""
+        name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        return cls(json.dumps(random.getstate()), json.dumps([name, keys.tolist(), *rest]), states)
+
+    def save(self, path: Path) -> None:
+        """Into one file."""
+        save_file(self.torch, path, metadata={"python": self.python, "numpy": self.numpy})
+
+    @classmethod
+    def load(cls, path: Path) -> RankState:
+        """From a file of ``save``."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        return cls(metadata["python"], metadata["numpy"], load_file(path))
+
+    def restore(self) -> None:
+        """Make this process's generators go on from here."""
+        version, state, gauss = json.loads(self.python)
+        random.setstate((version, tuple(state), gauss))
+        name, keys, *rest = json.loads(self.numpy)
+        np.random.set_state((name, np.array(keys, np.uint32), *rest))
+        torch.set_rng_state(self.torch["cpu"])
+        if "cuda" in self.torch and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.torch["cuda"])
+
+
+def is_checkpoint(root: Path) -> bool:
+    """Whether ``root`` is a place where this backend has saved."""
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return False
+    iteration = tracker.read_text().strip()
+    return iteration.isdecimal() and (root / f"iter_{int(iteration):07d}" / META).is_file()
+
+
+def save_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer | None,
+    rng: RankState | None,
+    progress: Progress,
+) -> None:
+    """Write everything into ``directory``, which is new and empty. Collective."""
+    state_dict_saver.save(dict(named_shards(model)), checkpoint_id=directory / "model")
+    if optimizer is not None:
+        state_dict_saver.save(_optimizer_state(optimizer), checkpoint_id=directory / "optimizer")
+    if rng is not None:
+        rng.save(directory / f"rng_{dist.get_rank():05d}.safetensors")
+    if dist.get_rank() == 0:
+        (directory / META).write_text(json.dumps({"format": FORMAT, **asdict(progress)}, indent=2))
+
+
+def load_checkpoint(
+    root: Path, model: nn.Module, optimizer: ShardedOptimizer | None, *, step: int | None, rng: bool
+) -> Progress:
+    """Fill model and optimizer from ``root``'s newest checkpoint, or from that of rollout ``step``. Collective.
+
+    Raises:
+        BadFsdpCheckpoint: It is not there, not whole, or of another model.
+    """
+    directory = _directory(root, step)
+    progress = _progress(directory)
+    _read(dict(named_shards(model)), directory / "model", "--load")
+    if optimizer is not None:
+        optimizer.set_steps(progress.steps)
+        _read(_optimizer_state(optimizer), directory / "optimizer", "--no-load-optim")
+    if rng:
+        _restore_rng(directory, progress)
+    return progress
+
+
+def _optimizer_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
+    """States as parts of wholes, with the places of the parameters that they belong to."""
+    state: dict[str, Any] = {}
+    for shard in optimizer.shards:
+        parameter = shard.parameter
+        for name, local in optimizer.state(shard).items():
+            state[f"{shard.name}.{name}"] = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+    return state
+
+
+def _directory(root: Path, step: int | None) -> Path:
+    if step is None:
+        step = int((root / TRACKER).read_text())
+    directory = root / f"iter_{step:07d}"
+    if not (directory / META).is_file():
+        there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "nothing"
+        raise _bad(f"{root} has no checkpoint of rollout {step}", f"there is: {there}", "Give another --ckpt-step.")
+    return directory
+
+
+def _progress(directory: Path) -> Progress:
+    try:
+        meta = json.loads((directory / META).read_text())
+        if meta.pop("format") != FORMAT:
+            raise ValueError("it was written by a newer version")
+        return Progress(**meta)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _bad(f"{directory / META} cannot be read", str(error), "Load another checkpoint.") from error
+
+
+def _read(state: dict[str, Any], directory: Path, flag: str) -> None:
+    if not directory.is_dir():
+        raise _bad(
+            f"{directory.parent} holds no {directory.name} state",
+            "it was saved with --no-save-optim" if directory.name == "optimizer" else "the directory is not whole",
+            f"Give {flag}, or load another checkpoint.",
+        )
+    try:
+        state_dict_loader.load(state, checkpoint_id=directory)
+    except (CheckpointException, ValueError, RuntimeError, OSError) as error:
+        raise _bad(
+            f"{directory} does not fit this model, or is not whole",
+            str(error).strip()[:2000],
+            "Load a checkpoint that was made with this --hf-checkpoint.",
+        ) from error
+
+
+def _restore_rng(directory: Path, progress: Progress) -> None:
+    """Ranks that were not there go on with the seed they started with."""
+    rank = dist.get_rank()
+    path = directory / f"rng_{rank:05d}.safetensors"
+    if not path.is_file():
+        if rank < progress.world_size:
+            raise _bad(f"{directory} holds no RNG state of rank {rank}", "no such file", "Give --no-load-rng.")
+        return
+    try:
+        RankState.load(path).restore()
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _bad(f"{path} cannot be read", str(error), "Give --no-load-rng.") from error
+
+
+def _bad(what: str, evidence: str, advice: str) -> BadFsdpCheckpoint:
+    return BadFsdpCheckpoint(what, evidence=evidence, advice=advice)

@@ -1,0 +1,176 @@
+"""Where the trainer's state is while engines have the memory: storages are emptied, and their bytes kept elsewhere.
+
+``disk``: one file per rank and part, written and read in chunks; gone after waking. ``cpu``: pinned memory of the host,
+for CUDA; on a CPU there is nowhere else to go, so that nothing moves. Tensors stay the same objects throughout: only
+their storages shrink to nothing and grow again, bit for bit as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from miles.backends.fsdp_utils.errors import OffloadFailed
+from miles.backends.fsdp_utils.settings import OffloadSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Part:
+    """Storages that went away together, and where their bytes are: in ``file`` one after the other, or in ``host``."""
+
+    storages: list[torch.UntypedStorage]
+    sizes: list[int]
+    file: Path | None = None
+    host: list[torch.Tensor] = field(default_factory=list)
+
+
+class Sleeper:
+    """Parts of this rank's state by name, awake or away."""
+
+    def __init__(self, settings: OffloadSettings, device: torch.device, rank: int) -> None:
+        self._settings = settings
+        self._device = device
+        self._rank = rank
+        self._away: dict[str, _Part] = {}
+        if settings.target == "cpu" and device.type == "cpu":
+            logger.info("--offload-train-target cpu: the state is in the memory of the CPU, and stays there")
+
+    def put_away(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Free the memory of ``tensors``, which must not be touched until ``take_back``. Nothing to do if away.
+
+        Raises:
+            OffloadFailed: The disk is full, or does not work. Nothing is freed then.
+        """
+        if name in self._away or (self._settings.target == "cpu" and self._device.type == "cpu"):
+            return
+        storages = _storages(tensors)
+        part = _Part(storages, [storage.nbytes() for storage in storages])
+        if self._settings.target == "disk":
+            self._write(name, part)
+        else:
+            part.host = [_to_host(storage) for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+        self._away[name] = part
+
+    def give_back(self) -> None:
+        """What was freed goes to the system, or to whoever else uses the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            _trim()
+
+    def take_back(self) -> None:
+        """All parts are where they were, and files are gone.
+
+        Raises:
+            OffloadFailed: A file cannot be read. The state is lost then.
+        """
+        for name in list(self._away):
+            part = self._away[name]
+            for storage, size in zip(part.storages, part.sizes, strict=True):
+                storage.resize_(size)
+            if part.file is not None:
+                self._read(part)
+            else:
+                for storage, host in zip(part.storages, part.host, strict=True):
+                    _bytes_of(storage).copy_(host, non_blocking=False)
+            del self._away[name]
+
+    def close(self) -> None:
+        """Leave no file behind."""
+        for part in self._away.values():
+            if part.file is not None:
+                part.file.unlink(missing_ok=True)
+        self._away.clear()
+        with suppress(OSError):
+            self._settings.directory.rmdir()
+
+    def _write(self, name: str, part: _Part) -> None:
+        part.file = self._settings.directory / f"{name}-rank{self._rank:05d}-{os.getpid()}.bin"
+        try:
+            self._settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with part.file.open("wb", buffering=0) as file:
+                for storage in part.storages:
+                    for chunk in self._chunks(storage):
+                        _write_all(file.fileno(), chunk.cpu())
+        except OSError as error:
+            part.file.unlink(missing_ok=True)
+            raise OffloadFailed(
+                f"the trainer's {name} state cannot be written to {part.file}",
+                evidence=f"{error}; {sum(part.sizes)} bytes are needed",
+                advice="Make room there, or give another --offload-train-disk-dir.",
+            ) from error
+
+    def _read(self, part: _Part) -> None:
+        assert part.file is not None
+        try:
+            with part.file.open("rb", buffering=0) as file:
+                for storage in part.storages:
+                    for chunk in self._chunks(storage):
+                        staged = chunk if chunk.device.type == "cpu" else torch.empty_like(chunk, device="cpu")
+                        _read_all(file.fileno(), staged)
+                        if staged is not chunk:
+                            chunk.copy_(staged)
+            part.file.unlink()
+        except OSError as error:
+            raise OffloadFailed(
+                f"the trainer's state cannot be read back from {part.file}",
+                evidence=str(error),
+                advice="Start again from the newest checkpoint, with another --offload-train-disk-dir.",
+            ) from error
+
+    def _chunks(self, storage: torch.UntypedStorage) -> Sequence[torch.Tensor]:
+        whole = _bytes_of(storage)
+        return torch.split(whole, self._settings.chunk_bytes) if len(whole) else ()
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:
+    """Those that the tensors live in, each once, none that is empty."""
+    found: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found.setdefault(storage.data_ptr(), storage)
+    return list(found.values())
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """uint8 ``[n]``, the same memory."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _to_host(storage: torch.UntypedStorage) -> torch.Tensor:
+    host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+    return host.copy_(_bytes_of(storage))
+
+
+def _write_all(descriptor: int, chunk: torch.Tensor) -> None:
+    view = memoryview(chunk.numpy().data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _read_all(descriptor: int, chunk: torch.Tensor) -> None:
+    view = memoryview(chunk.numpy().data)
+    while view:
+        count = os.readv(descriptor, [view])
+        if not count:
+            raise OSError("the file is shorter than what was written")
+        view = view[count:]
+
+
+def _trim() -> None:
+    """The C library keeps freed memory for later unless asked."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

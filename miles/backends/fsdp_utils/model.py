@@ -1,0 +1,133 @@
+"""From a Hugging Face directory to a sharded model: built without memory, sharded, then filled shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from miles.backends.fsdp_utils import hf_import, packing
+from miles.backends.fsdp_utils.errors import BadModelDirectory
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama")
+_OURS = {"sdpa": packing.SDPA, "eager": packing.EAGER}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is built.
+
+    Attributes:
+        storage: Dtype of the shards. float32 under a bfloat16 ``compute`` keeps master weights.
+        compute: Dtype of gathered parameters and activations.
+        trained: False: no gradients.
+    """
+
+    storage: torch.dtype
+    compute: torch.dtype
+    attention: str
+    gradient_checkpointing: bool = False
+    cpu_offload: bool = False
+    trained: bool = True
+
+
+def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options: ModelOptions) -> nn.Module:
+    """The causal language model of ``directory``'s ``config.json``, sharded over ``mesh``; its weights are not set.
+
+    Raises:
+        BadModelDirectory: There is no usable ``config.json``, or it is of another architecture.
+    """
+    config = read_config(directory)
+    transformers = hf_import.transformers()
+    packing.register()
+    attention = _OURS.get(options.attention, options.attention)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=options.storage, attn_implementation=attention
+        )
+    model.tie_weights()
+    if options.gradient_checkpointing and options.trained:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.requires_grad_(options.trained)
+    _shard(model, mesh, options)
+    model.to_empty(device="cpu" if options.cpu_offload else device)
+    _fill_buffers(model, device)
+    return cast("nn.Module", model)
+
+
+def read_config(directory: Path) -> Any:
+    """The directory's configuration, without a look at the network.
+
+    Raises:
+        BadModelDirectory: As ``build_model`` says.
+    """
+    if not (directory / "config.json").is_file():
+        raise BadModelDirectory(
+            f"{directory} is not a Hugging Face model directory",
+            evidence="it holds no config.json" if directory.is_dir() else "there is no such directory",
+            advice="Give a directory with config.json and safetensors files (--hf-checkpoint, --ref-load).",
+        )
+    config = hf_import.transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
+    if config.model_type not in ARCHITECTURES:
+        raise BadModelDirectory(
+            f"{directory} holds a model of an architecture that --train-backend fsdp does not know",
+            evidence=f"model_type is {config.model_type}; known: {', '.join(ARCHITECTURES)}",
+            advice="Use a model of a known architecture.",
+        )
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise BadModelDirectory(
+            f"{directory} holds a model with sliding-window attention, which --train-backend fsdp does not do",
+            evidence=f"layer_types: {', '.join(sorted(set(config.layer_types)))}",
+            advice="Use a model with full attention in all layers.",
+        )
+    return config
+
+
+def named_shards(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+    """Parameters by name, a tied one once."""
+    for name, parameter in model.named_parameters():
+        yield name, cast("DTensor", parameter)
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The parts that are gathered as one, the root among them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module
+
+
+def _shard(model: Any, mesh: DeviceMesh, options: ModelOptions) -> None:
+    mixed = options.compute != options.storage
+    policy = MixedPrecisionPolicy(param_dtype=options.compute, reduce_dtype=torch.float32) if mixed else None
+    keywords: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy or MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **keywords)
+    fully_shard(model, **keywords)
+    for module in fsdp_modules(model):
+        # Losses bring their own divisors: gradients are sums over ranks, not means.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """The only ones are the rotary frequencies: they follow from the configuration and are in no file."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+    empty = [name for name, _ in model.named_buffers() if not name.startswith("model.rotary_emb.")]
+    if empty:
+        raise BadModelDirectory(
+            "the model has buffers that no weight file holds",
+            evidence=", ".join(empty),
+            advice="Use a model of a known architecture with a known version of transformers.",
+        )

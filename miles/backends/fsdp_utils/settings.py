@@ -1,0 +1,207 @@
+"""The run's flags as this backend needs them: typed, frozen, and refused here where they cannot be honoured."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.backends.fsdp_utils.errors import FsdpFlagRefused
+from miles.backends.fsdp_utils.schedule import Schedule, schedule_of
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (
+    ("tensor_model_parallel_size", "--tensor-model-parallel-size"),
+    ("pipeline_model_parallel_size", "--pipeline-model-parallel-size"),
+    ("context_parallel_size", "--context-parallel-size"),
+    ("expert_model_parallel_size", "--expert-model-parallel-size"),
+)
+_ATTENTION = ("flash_attention_2", "sdpa", "eager")
+_OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """``--optimizer`` and what belongs to it. ``clip_grad`` 0: no clipping."""
+
+    name: str
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    clip_grad: float
+    check_finite: bool
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Where weights and state come from, and what is left out (``--no-load-optim`` and the like)."""
+
+    hf_checkpoint: Path
+    load: Path | None
+    ref_load: Path | None
+    step: int | None
+    optimizer: bool
+    rng: bool
+    finetune: bool
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """Where a sleeping trainer's state is. ``target``: "cpu" or "disk"; ``directory``: of the latter."""
+
+    target: str
+    directory: Path
+    chunk_bytes: int
+
+
+@dataclass(frozen=True)
+class FsdpSettings:
+    """All of it. ``dtype`` is that of computing and of the weights that engines get."""
+
+    device: str
+    dtype: torch.dtype
+    attention: str
+    gradient_checkpointing: bool
+    cpu_offload: bool
+    seed: int
+    deterministic: bool
+    needs_reference: bool
+    save_optimizer: bool
+    save_rng: bool
+    optimizer: OptimizerSettings
+    schedule: Schedule
+    loads: LoadSettings
+    offload: OffloadSettings
+
+
+def settings_of(args: Any) -> FsdpSettings:
+    """Of the run's resolved flags.
+
+    Raises:
+        FsdpFlagRefused: One of them cannot be honoured. Its first line names the flag.
+    """
+    _refuse_other_parallelism(args)
+    device = args.device
+    return FsdpSettings(
+        device=device,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[args.params_dtype],
+        attention=_attention(args, device),
+        gradient_checkpointing=bool(getattr(args, "gradient_checkpointing", False)),
+        cpu_offload=_cpu_offload(args, device),
+        seed=args.seed,
+        deterministic=bool(getattr(args, "deterministic_mode", False)),
+        needs_reference=needs_reference(args),
+        save_optimizer=not getattr(args, "no_save_optim", False),
+        save_rng=not getattr(args, "no_save_rng", False),
+        optimizer=_optimizer(args),
+        schedule=schedule_of(args),
+        loads=_loads(args),
+        offload=_offload(args),
+    )
+
+
+def needs_reference(args: Any) -> bool:
+    """Whether the run compares with a reference model: the conditions of ``--ref-load``."""
+    return bool(getattr(args, "use_kl_loss", False)) or getattr(args, "kl_coef", 0.0) != 0
+
+
+def process_group_backend(args: Any) -> str:
+    """What ``torch.distributed`` is initialised with: host tensors need a backend too, where state goes to the host."""
+    if args.device == "cpu":
+        return "gloo"
+    cpu = getattr(args, "fsdp_cpu_backend", "gloo")
+    return f"cpu:{cpu},cuda:nccl" if cpu else "nccl"
+
+
+def _refuse_other_parallelism(args: Any) -> None:
+    for name, flag in _SIZES:
+        size = getattr(args, name, 1) or 1
+        if size != 1:
+            raise FsdpFlagRefused(
+                f"{flag} {size} does not go with --train-backend fsdp",
+                evidence="FSDP2 here shards over data-parallel ranks only",
+                advice=f"Leave {flag} out, or use --train-backend megatron.",
+            )
+
+
+def _attention(args: Any, device: str) -> str:
+    """The contract's default, flash attention, becomes what the device has; typed, it is refused."""
+    name = getattr(args, "attn_implementation", None) or "flash_attention_2"
+    if name not in _ATTENTION:
+        raise FsdpFlagRefused(
+            f"--attn-implementation {name} is not known",
+            evidence=f"known: {', '.join(_ATTENTION)}",
+            advice="Give one of the known ones.",
+        )
+    if name != "flash_attention_2" or device != "cpu":
+        return name
+    if "attn_implementation" in (getattr(args, "explicit_flags", None) or ()):
+        raise FsdpFlagRefused(
+            "--attn-implementation flash_attention_2 needs a GPU",
+            evidence="the device of this run is cpu",
+            advice="Leave it out, or give sdpa or eager.",
+        )
+    logger.info("--attn-implementation: sdpa, since flash_attention_2 needs a GPU")
+    return "sdpa"
+
+
+def _cpu_offload(args: Any, device: str) -> bool:
+    if not getattr(args, "fsdp_cpu_offload", False):
+        return False
+    if device == "cpu":
+        logger.info("--fsdp-cpu-offload: nothing to do, since this run computes on the CPU")
+        return False
+    if not getattr(args, "fsdp_cpu_backend", "gloo"):
+        raise FsdpFlagRefused(
+            "--fsdp-cpu-offload needs a backend for tensors on the host",
+            evidence="--fsdp-cpu-backend is empty",
+            advice="Give --fsdp-cpu-backend gloo.",
+        )
+    return True
+
+
+def _optimizer(args: Any) -> OptimizerSettings:
+    name = getattr(args, "optimizer", "adam")
+    if name not in _OPTIMIZERS:
+        raise FsdpFlagRefused(
+            f"--optimizer {name} does not go with --train-backend fsdp",
+            evidence=f"known: {', '.join(_OPTIMIZERS)}",
+            advice="Give one of the known ones.",
+        )
+    return OptimizerSettings(
+        name=name,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=getattr(args, "adam_eps", 1e-8),
+        momentum=getattr(args, "sgd_momentum", 0.9),
+        clip_grad=args.clip_grad or 0.0,
+        check_finite=bool(getattr(args, "check_for_nan_in_loss_and_grad", True)),
+    )
+
+
+def _loads(args: Any) -> LoadSettings:
+    def path(name: str) -> Path | None:
+        value = getattr(args, name, None)
+        return Path(value) if value else None
+
+    return LoadSettings(
+        hf_checkpoint=Path(args.hf_checkpoint),
+        load=path("load"),
+        ref_load=path("ref_load"),
+        step=getattr(args, "ckpt_step", None),
+        optimizer=not getattr(args, "no_load_optim", False),
+        rng=not getattr(args, "no_load_rng", False),
+        finetune=bool(getattr(args, "finetune", False)),
+    )
+
+
+def _offload(args: Any) -> OffloadSettings:
+    directory = getattr(args, "offload_train_disk_dir", None)
+    return OffloadSettings(
+        target=getattr(args, "offload_train_target", "cpu"),
+        directory=Path(directory) if directory else Path(args.run_dir) / "offload",
+        chunk_bytes=(getattr(args, "offload_train_disk_chunk_mb", None) or 256) << 20,
+    )
