@@ -133,6 +133,8 @@ class _Columns:
 
     def _is_per_token(self, values: Sequence[Any]) -> bool:
         """A list of numbers of the response's length, for every sample."""
+        if not any(self.responses):
+            return False
         for value, length in zip(values, self.responses, strict=True):
             if not isinstance(value, list | tuple | np.ndarray) or len(value) != length:
                 return False

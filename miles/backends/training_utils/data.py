@@ -126,8 +126,9 @@ def response_rows(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pieces(flat: Any, lengths: Iterable[Any]) -> list[torch.Tensor]:
     """A flat tensor (or array) as views of these lengths."""
-    tensor = torch.from_numpy(flat) if isinstance(flat, np.ndarray) else flat
-    return list(torch.split(tensor, [int(length) for length in lengths]))
+    if isinstance(flat, np.ndarray):
+        flat = torch.from_numpy(flat if flat.flags.writeable else flat.copy())
+    return list(torch.split(flat, [int(length) for length in lengths]))
 
 
 def _on(value: Any, device: torch.device) -> Any:
