@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["int", "float", "str", "path", "json", "yesno", "switch", "off", "tri", "append"]
+Kind: TypeAlias = Literal["int", "float", "str", "path", "json", "count", "yesno", "switch", "off", "tri", "append"]
 """``switch`` is off until named, ``off`` is on until named, ``tri`` has a ``--no-`` twin, ``append`` may be repeated,
-``yesno`` takes ``true`` or ``false`` as its value."""
+``yesno`` takes ``true`` or ``false`` as its value, ``count`` a whole number that may end in k, M, G, T, Ki, Mi, Gi
+or Ti."""
 
 Source: TypeAlias = Literal["contract", "reference", "megatron", "ours", "sglang", "router"]
 """Who named the flag: ``contract`` is the documented command line, ``reference`` what the reference system takes beyond

@@ -56,5 +56,5 @@ FLAGS: tuple[Flag, ...] = grouped(
     refused(integer("--padded-vocab-size", None, "padded vocabulary"), "computed from --make-vocab-size-divisible-by"),
     refused(number("--init-method-std", None, "scale of random weights"), "weights are loaded, not drawn"),
     refused(text("--softmax-type", "vanilla", "kind of softmax"), EXACT, only=("vanilla",)),
-    refused(switch("--trust-remote-code", "run code of the model directory"), "no code of a model directory is run"),
+    refused(switch("--trust-remote-code", "run code of the model directory"), "not built yet"),
 )

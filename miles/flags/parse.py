@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NoReturn
 
 from miles.flags.flag import TAKES_NO_VALUE, Flag, Plain
@@ -158,6 +159,7 @@ _KINDS = {
     "str": "a word",
     "path": "a path",
     "json": "JSON",
+    "count": "a whole number, such as 4096 or 4Ki",
     "yesno": "true or false",
     "append": "KEY=VALUE",
 }
@@ -195,6 +197,8 @@ def _of_kind(kind: str, word: Any) -> Plain:
         return value
     if kind == "json":
         return _json(word)
+    if kind == "count":
+        return _count(word)
     if kind == "path" and not str(word):
         raise ValueError("is an empty path")
     if kind == "append" and (not isinstance(word, str) or not re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL)):
@@ -211,6 +215,16 @@ def _whole(word: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError("is not a whole number")
+
+
+def _count(word: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT])|(\d+)([KMGT])i", str(word).replace("ki", "Ki"))
+    if not match:
+        return _whole(word)
+    decimal, suffix, binary, prefix = match.groups()
+    if decimal is not None:
+        return int(Decimal(decimal) * 1000 ** ("kMGT".index(suffix) + 1))
+    return int(binary) << 10 * ("KMGT".index(prefix) + 1)
 
 
 def _json(word: Any) -> Plain:

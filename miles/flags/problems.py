@@ -79,12 +79,6 @@ class PassthroughUnreadable(EnvironmentFault):
     code = "E-FLAG-004"
 
 
-class ConfigFileUnreadable(ConfigError):
-    """A resolved config that was written earlier cannot be read."""
-
-    code = "E-FLAG-005"
-
-
 def shown(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, list):

@@ -54,11 +54,20 @@ class Table:
         return close[0] if close else None
 
     def defaults(self) -> dict[str, Plain]:
-        """Default by dest, of all flags but those of Megatron-LM that are refused and would promise something."""
+        """Default by dest, in the table's order. Left out are the flags of Megatron-LM that are refused, and those of
+        installed packages, whose defaults are theirs."""
+        values: dict[str, Plain] = {}
+        for flag in self.flags:
+            if flag.source not in {"sglang", "router"} and (flag.source != "megatron" or flag.only != ()):
+                values.setdefault(flag.dest, flag.default)  # the first of several with the same dest counts
+        return values
+
+    def absent(self) -> dict[str, Plain]:
+        """Dest and default of the refused flags of Megatron-LM whose default says that a feature is off."""
         return {
             flag.dest: flag.default
-            for flag in reversed(self.flags)  # the first of several with the same dest counts
-            if flag.only != () or flag.source != "megatron" or flag.default in (None, False)
+            for flag in self.flags
+            if flag.source == "megatron" and flag.only == () and (flag.default is None or flag.default is False)
         }
 
     def extended(self, flags: Iterable[Flag]) -> Table:

@@ -1,0 +1,80 @@
+"""``--custom-config-path``: further values from a YAML file, applied before anything is derived from them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any
+
+from miles.flags.flag import Flag
+from miles.flags.parse import Parsed, convert, refusal
+from miles.flags.problems import Problem, listed, shown
+from miles.flags.table import Table
+
+FLAG = "--custom-config-path"
+
+
+def read_config(path: str) -> dict[str, Any] | Problem:
+    """The values of a YAML file, or of ``base64:...``, which holds one."""
+    import yaml
+
+    try:
+        if path.startswith("base64:"):
+            text = base64.b64decode(path.removeprefix("base64:"), validate=True).decode()
+        else:
+            text = Path(path).read_text()
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeError, binascii.Error) as error:
+        return Problem(FLAG, path, f"cannot be read: {error}", "a YAML file", "Correct the path.")
+    except yaml.YAMLError as error:
+        return Problem(FLAG, path, f"is not YAML: {error}", "key: value", "Repair the file.")
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        return Problem(FLAG, path, "does not hold keys with values", "key: value", "Repair the file.")
+    return values
+
+
+def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
+    """As if typed, and stronger: a value from the file replaces a typed one, with a notice."""
+    for key, value in values.items():
+        dest = key.replace("-", "_")
+        flag = table.by_dest.get(dest)
+        if flag is None:
+            _extra(parsed, table, key, value)
+            continue
+        if dest in parsed.typed and parsed.typed[dest] != value:
+            parsed.notices.append(
+                f"{parsed.spelled[dest]} {shown(parsed.typed[dest])} is replaced by {shown(value)} of {FLAG}"
+            )
+        _take(parsed, flag, value)
+
+
+def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
+    try:
+        converted = _converted(flag, value)
+    except ValueError as error:
+        allowed = listed(flag.choices) if flag.choices else flag.kind
+        parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", shown(value), str(error), allowed, "Repair the file."))
+        return
+    if not flag.takes(converted) and converted != flag.default:
+        parsed.problems.append(refusal(flag, f"{FLAG}: {flag.dest}", converted))
+        return
+    parsed.typed[flag.dest] = converted
+    parsed.spelled.setdefault(flag.dest, f"{FLAG}: {flag.dest}")
+
+
+def _converted(flag: Flag, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, list) and (flag.nargs or flag.kind == "append"):
+        return [convert(flag, item) for item in value]
+    return convert(flag, value)
+
+
+def _extra(parsed: Parsed, table: Table, key: str, value: Any) -> None:
+    near = table.nearest("--" + key.replace("_", "-"))
+    hint = f"; the flag {near} is not meant?" if near else ""
+    parsed.notices.append(f"{FLAG}: {key} is no flag, and goes to user code as it is{hint}")
+    parsed.extra[key] = value

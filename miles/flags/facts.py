@@ -1,0 +1,190 @@
+"""What the machine, the files and the data say: gathered once, so that what is made of it is pure.
+
+``gather`` reads; everything else here is data. Nothing raises: what cannot be read becomes a line that says why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miles.flags.prompt_facts import DataFacts, read_data
+from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
+from miles_agents.errors import MilesError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The file whose content says which iteration of a checkpoint directory is the newest; written last."""
+
+MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
+WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir")
+HOOKS = (
+    "rollout_function_path",
+    "eval_function_path",
+    "custom_generate_function_path",
+    "custom_rm_path",
+    "data_source_path",
+    "dynamic_sampling_filter_path",
+    "buffer_filter_path",
+    "rollout_sample_filter_path",
+    "custom_rollout_log_function_path",
+    "custom_eval_rollout_log_function_path",
+)
+
+
+@dataclass(frozen=True)
+class DirectoryFacts:
+    """A directory that may hold a Hugging Face model or checkpoints.
+
+    Attributes:
+        exists: It is a directory.
+        config: Its ``config.json``; None: it has none, or ``config_error`` says why it cannot be used.
+        config_error: Empty if there is nothing to say.
+        has_tokenizer: It has a tokenizer's file.
+        has_weights: It has safetensors.
+        iteration: Of the newest checkpoint, as the tracker file says; None: no checkpoint.
+    """
+
+    exists: bool = False
+    config: dict[str, Any] | None = None
+    config_error: str = ""
+    has_tokenizer: bool = False
+    has_weights: bool = False
+    iteration: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that rules may know beyond the flags.
+
+    Attributes:
+        directories: By path, as typed.
+        data: By path, as typed, slice included.
+        unwritable: Why a path cannot be written to, by path; what is absent can be.
+        missing_files: Paths that were named and do not exist.
+        hook_errors: Why user code cannot be found, by dotted path.
+        gpus: GPUs that this process may use.
+        torch_has_cuda: The installed torch is not the CPU build.
+        cores: CPU cores that this process may use.
+        default_run_dir: Where a run without ``--run-dir`` writes.
+        cwd: What relative paths are relative to.
+    """
+
+    directories: Mapping[str, DirectoryFacts] = field(default_factory=dict)
+    data: Mapping[str, DataFacts] = field(default_factory=dict)
+    unwritable: Mapping[str, str] = field(default_factory=dict)
+    missing_files: frozenset[str] = frozenset()
+    hook_errors: Mapping[str, str] = field(default_factory=dict)
+    gpus: int = 0
+    gpu_fault: str = ""
+    torch_has_cuda: bool = False
+    cores: int = 1
+    default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
+    cwd: str = "/"
+
+
+def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
+    """Look at everything that these values name. ``run_dir``: where a run without ``--run-dir`` writes."""
+    gpus, fault = _count_gpus()
+    columns = [values.get("input_key"), values.get("label_key"), values.get("metadata_key")]
+    eval_columns = [values.get("eval_input_key") or columns[0], values.get("eval_label_key") or columns[1], columns[2]]
+    data = {}
+    if path := values.get("prompt_data"):
+        data[path] = read_data(path, _named(columns))
+    for path in (values.get("eval_prompt_data") or [])[1::2]:
+        data.setdefault(path, read_data(path, _named(eval_columns)))
+    directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
+    written = [path for key in WRITTEN if (path := values.get(key))]
+    named_files = [path for key in ("eval_config",) if (path := values.get(key)) and not path.startswith("base64:")]
+    return Facts(
+        directories=directories,
+        data=data,
+        unwritable={path: reason for path in [*written, run_dir] if (reason := why_unwritable(Path(path)))},
+        missing_files=frozenset(path for path in named_files if not Path(path).is_file()),
+        hook_errors={path: reason for key in HOOKS if (path := values.get(key)) and (reason := why_not_found(path))},
+        gpus=gpus,
+        gpu_fault=fault,
+        torch_has_cuda=_torch_has_cuda(),
+        cores=usable_cores(),
+        default_run_dir=run_dir,
+        cwd=os.getcwd(),
+    )
+
+
+def look_at(path: Path) -> DirectoryFacts:
+    """What a directory holds, as far as file names and ``config.json`` tell."""
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except OSError:
+        return DirectoryFacts()
+    config, error = _read_config(path / "config.json") if "config.json" in names else (None, "")
+    return DirectoryFacts(
+        exists=True,
+        config=config,
+        config_error=error,
+        has_tokenizer=bool(names & {"tokenizer.json", "tokenizer.model"}) or {"vocab.json", "merges.txt"} <= names,
+        has_weights=any(name.endswith(".safetensors") for name in names),
+        iteration=_read_iteration(path / TRACKER),
+    )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return None, f"config.json cannot be read: {error}"
+    return (config, "") if isinstance(config, dict) else (None, "config.json is not a JSON object")
+
+
+def _read_iteration(path: Path) -> int | None:
+    try:
+        return int(path.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+def why_unwritable(path: Path) -> str:
+    """Why files cannot be written below ``path``, which need not exist; empty: they can."""
+    nearest = path.absolute()
+    while not nearest.exists():
+        if nearest.is_symlink():
+            return f"{nearest} is a link to nowhere"
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable for user {os.getuid()}"
+
+
+def why_not_found(dotted: str) -> str:
+    """Why ``package.module.name`` cannot be found, without running more of it than its packages' own imports."""
+    module, _, name = dotted.rpartition(".")
+    if not module or not name:
+        return "it is not of the form module.name"
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception as error:  # noqa: BLE001  # boundary: a package of the user's runs here
+        return f"{type(error).__name__}: {error}"
+    return "" if found else f"there is no module {module!r} on the import path"
+
+
+def _count_gpus() -> tuple[int, str]:
+    try:
+        return len(read_gpus(DriverNvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))), ""
+    except MilesError as error:
+        return 0, f"{error.what}: {error.evidence}"
+
+
+def _torch_has_cuda() -> bool:
+    try:
+        return not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _named(columns: list[Any]) -> list[str]:
+    return [str(column) for column in columns if column]

@@ -1,0 +1,126 @@
+"""From what was typed and what is known to a config, or to all that is wrong. Pure: files and machine are facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from miles.flags.draft import Draft
+from miles.flags.facts import HOOKS, WRITTEN, Facts
+from miles.flags.flag import Plain
+from miles.flags.parse import Parsed
+from miles.flags.problems import Problem
+from miles.flags.ranges import check_ranges
+from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
+from miles.flags.rules_model import resolve_checkpoints, resolve_model
+from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
+from miles.flags.table import Table
+
+RULES = (
+    resolve_parts,
+    resolve_device,
+    resolve_backend,
+    resolve_model,
+    resolve_cluster,
+    resolve_batch,
+    resolve_data,
+    resolve_lengths,
+    resolve_reward,
+    resolve_eval,
+    resolve_checkpoints,
+)
+"""In this order: each reads what those before it wrote."""
+
+_MADE_ABSOLUTE = ("hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", *WRITTEN)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The outcome. With problems, ``config`` is what it would have been as far as rules could tell; do not run it."""
+
+    config: dict[str, Plain]
+    problems: tuple[Problem, ...]
+    notices: tuple[str, ...]
+
+
+def with_defaults(parsed: Parsed, table: Table) -> dict[str, Plain]:
+    """Every dest with its value: what was typed, else what user code's flags have, else the default."""
+    return {**table.defaults(), **parsed.extra, **parsed.typed}
+
+
+def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
+    """Derive and check everything."""
+    draft = Draft(
+        values=with_defaults(parsed, table),
+        typed=frozenset(parsed.typed),
+        spelled=dict(parsed.spelled),
+        facts=facts,
+        problems=list(parsed.problems),
+        notices=list(parsed.notices),
+    )
+    check_ranges(draft, table)
+    for rule in RULES:
+        rule(draft)
+    _check_hooks(draft)
+    _resolve_environment(draft)
+    _resolve_paths(draft)
+    return Resolved(draft.values, tuple(draft.problems), tuple(draft.notices))
+
+
+def _check_hooks(draft: Draft) -> None:
+    for dest in HOOKS:
+        if dest in draft.typed and (why := draft.facts.hook_errors.get(draft[dest] or "")):
+            draft.problem(
+                dest,
+                why,
+                allowed="module.function",
+                advice="Correct it, or add the directory of the module to PYTHONPATH.",
+            )
+
+
+def _resolve_environment(draft: Draft) -> None:
+    """``env`` becomes a dict; ``--train-env-vars`` is one already."""
+    draft["env"] = dict(entry.split("=", 1) for entry in draft["env"])
+    variables = draft["train_env_vars"]
+    if not isinstance(variables, dict) or not all(isinstance(value, str | int | float) for value in variables.values()):
+        draft.problem(
+            "train_env_vars",
+            "not a JSON object of variables",
+            allowed='such as {"NCCL_DEBUG": "INFO"}',
+            advice="Give a JSON object.",
+            value=str(variables),
+        )
+    else:
+        draft["train_env_vars"] = {name: str(value) for name, value in variables.items()}
+    for dest in ("apply_chat_template_kwargs",):
+        if not isinstance(draft[dest], dict):
+            draft.problem(
+                dest, "not a JSON object", allowed="a JSON object", advice="Give a JSON object.", value=str(draft[dest])
+            )
+
+
+def _resolve_paths(draft: Draft) -> None:
+    """Directories that are written can be; paths become absolute, because processes may work elsewhere."""
+    if not draft["run_dir"]:
+        draft["run_dir"] = draft.facts.default_run_dir
+    for dest in WRITTEN:
+        if why := draft.facts.unwritable.get(draft[dest] or ""):
+            draft.problem(
+                dest, f"cannot be written: {why}", allowed="a directory of yours", advice="Choose another directory."
+            )
+    if draft["offload_train_disk_dir"] is None:
+        draft["offload_train_disk_dir"] = str(PurePosixPath(draft["run_dir"]) / "offload")
+    for dest in dict.fromkeys((*_MADE_ABSOLUTE, "save_debug_rollout_data", "load_debug_rollout_data")):
+        draft[dest] = _absolute(draft.facts.cwd, draft[dest])
+    pairs: list[Any] = draft["eval_prompt_data"] or []
+    if pairs and len(pairs) % 2 == 0:
+        draft["eval_prompt_data"] = [
+            _absolute(draft.facts.cwd, word) if place % 2 else word for place, word in enumerate(pairs)
+        ]
+
+
+def _absolute(cwd: str, path: Plain) -> Plain:
+    if not path or path.startswith("base64:"):
+        return path
+    return str(PurePosixPath(cwd) / path)

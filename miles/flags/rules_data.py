@@ -1,0 +1,282 @@
+"""Rules: batches, prompts, lengths, rewards, evaluation."""
+
+from __future__ import annotations
+
+from miles.flags.batch import solve
+from miles.flags.draft import Draft
+from miles.flags.group_reward import BUILT_REWARDS
+from miles.flags.problems import listed
+from miles.flags.prompt_facts import DataFacts
+
+LABELLED = ("math",)
+"""Rewards that compare with the label."""
+_KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
+
+
+def resolve_batch(draft: Draft) -> None:
+    """The four-knob equation, then how a step's samples fall on ranks and micro-batches."""
+    given = [draft[dest] if dest in draft.typed else None for dest in _KNOBS]
+    sizes = solve(*given)
+    if isinstance(sizes, str):
+        typed = [dest for dest in _KNOBS if dest in draft.typed]
+        draft.problem(
+            typed[-1] if typed else "rollout_batch_size",
+            sizes,
+            allowed="rollout_batch_size x n_samples_per_prompt = global_batch_size x num_steps_per_rollout",
+            advice="Change one of the four, or leave one out: it is computed."
+            if typed
+            else "Give --rollout-batch-size.",
+        )
+        return
+    for dest in _KNOBS:
+        draft[dest] = getattr(sizes, dest)
+    if draft.trains:
+        _check_step(draft)
+    asked = draft["over_sampling_batch_size"]
+    if asked is None:
+        draft["over_sampling_batch_size"] = draft["rollout_batch_size"]
+    elif asked < draft["rollout_batch_size"]:
+        draft.problem(
+            "over_sampling_batch_size",
+            f"less than the {draft['rollout_batch_size']} prompts of a rollout",
+            allowed=f"{draft['rollout_batch_size']} or more",
+            advice="Raise it, or leave it out.",
+        )
+    if draft["n_samples_per_prompt"] == 1:
+        draft["grpo_std_normalization"] = False
+
+
+def _check_step(draft: Draft) -> None:
+    samples, ranks = draft["global_batch_size"], draft["dp_size"]
+    if samples % ranks:
+        draft.problem(
+            "global_batch_size",
+            f"{samples} samples of a step cannot be divided among {ranks} data-parallel ranks",
+            allowed=f"a multiple of {ranks}",
+            advice="Change the batch, or the number of ranks.",
+        )
+    if draft["use_dynamic_batch_size"]:
+        if draft["max_tokens_per_gpu"] is None:
+            draft.problem("use_dynamic_batch_size", "it needs a token budget", advice="Give --max-tokens-per-gpu.")
+    elif samples % ranks == 0 and (samples // ranks) % draft["micro_batch_size"]:
+        draft.problem(
+            "micro_batch_size",
+            f"the {samples // ranks} samples of a step on each rank cannot be divided into micro-batches of "
+            f"{draft['micro_batch_size']}",
+            allowed=f"a divisor of {samples // ranks}",
+            advice="Change it, or use --use-dynamic-batch-size.",
+        )
+    if draft["log_probs_max_tokens_per_gpu"] is None:
+        draft["log_probs_max_tokens_per_gpu"] = draft["max_tokens_per_gpu"]
+
+
+def resolve_data(draft: Draft) -> None:
+    """Prompts, and from their number how many rollouts there are."""
+    path = draft["prompt_data"]
+    replays = bool(draft["load_debug_rollout_data"])
+    uses_prompts = draft["rollout_global_dataset"] and not replays
+    draft["num_rollout_derived"] = draft["num_rollout"] is None
+    if not path:
+        if uses_prompts:
+            draft.problem("prompt_data", "it is missing", allowed="a JSONL file", advice="Give --prompt-data FILE.")
+        elif draft["num_rollout"] is None:
+            draft.problem("num_rollout", "without --prompt-data it cannot be derived", advice="Give --num-rollout N.")
+        return
+    facts = draft.facts.data.get(path, DataFacts())
+    if _check_file(draft, "prompt_data", path, facts):
+        _check_columns(draft, facts)
+        _derive_rollouts(draft, facts.rows)
+
+
+def _check_file(draft: Draft, dest: str, path: str, facts: DataFacts) -> bool:
+    if facts.error:
+        draft.problem(dest, facts.error, allowed="a JSONL or Parquet file", advice="Correct the path.", value=path)
+    elif facts.broken:
+        number, why = facts.broken
+        draft.problem(
+            dest,
+            f"line {number} is broken: {why}",
+            allowed="one JSON object per line",
+            advice=f"Repair line {number}.",
+            value=path,
+        )
+    elif not facts.rows:
+        draft.problem(
+            dest, "it is empty", allowed="at least one row", advice="Correct the path or the slice.", value=path
+        )
+    else:
+        return True
+    return False
+
+
+def _check_columns(draft: Draft, facts: DataFacts) -> None:
+    for dest in ("input_key", "label_key"):
+        column = draft[dest]
+        if not column or column not in facts.absent:
+            continue
+        if dest == "label_key" and dest not in draft.typed and not _needs_label(draft):
+            draft["label_key"] = None
+            continue
+        draft.problem(
+            dest,
+            f"line {facts.absent[column]} of {draft['prompt_data']} has no column {column!r}",
+            allowed=listed(facts.columns),
+            advice=f"Give {draft.flag(dest)} one of the columns that there are, or repair the file.",
+            value=column,
+        )
+
+
+def _needs_label(draft: Draft) -> bool:
+    kind = (draft["rm_type"] or "").removeprefix("boxed_")
+    return kind in LABELLED and not draft["custom_rm_path"] and draft.generates
+
+
+def _derive_rollouts(draft: Draft, rows: int) -> None:
+    if draft["num_rollout"] is not None:
+        if draft["num_epoch"] is not None:
+            draft.notice(f"--num-epoch is ignored: --num-rollout {draft['num_rollout']} is given")
+        return
+    prompts = draft["rollout_batch_size"]
+    if not prompts:
+        return
+    if rows < prompts:
+        draft.problem(
+            "rollout_batch_size",
+            f"{draft['prompt_data']} has {rows} prompts, less than one rollout takes, so that an epoch has no rollout",
+            allowed=f"up to {rows}, or any with --num-rollout",
+            advice="Lower it, or give --num-rollout.",
+        )
+        return
+    epochs = draft["num_epoch"] or 1
+    draft["num_rollout"] = epochs * (rows // prompts)
+    draft.notice(
+        f"--num-rollout is {draft['num_rollout']}: {epochs} epoch{'s' if epochs > 1 else ''} of {rows} prompts, "
+        f"{prompts} per rollout"
+    )
+
+
+def resolve_lengths(draft: Draft) -> None:
+    """Context, prompt and response fit into each other and into the model."""
+    model_context = draft["max_position_embeddings"] if draft["hf_config"] else None
+    engine_context = draft.values.get("sglang_context_length")
+    bounds = [bound for bound in (model_context, engine_context) if bound]
+    limit = min(bounds) if bounds else None
+    context = draft["rollout_max_context_len"]
+    if context is None:
+        draft["rollout_max_context_len"] = context = limit
+    elif limit and context > limit:
+        draft.problem(
+            "rollout_max_context_len",
+            f"the model's context has {limit} tokens",
+            allowed=f"up to {limit}",
+            advice="Lower it, or use a model with a longer context.",
+        )
+    if draft["eval_max_context_len"] is None:
+        draft["eval_max_context_len"] = context
+    _check_response(draft, context)
+    if context and draft["rollout_max_prompt_len"] is None:
+        draft["rollout_max_prompt_len"] = max(1, context - 1)
+    elif context and draft["rollout_max_prompt_len"] > context - 1:
+        draft.problem(
+            "rollout_max_prompt_len",
+            f"a context of {context} tokens leaves no token for a response",
+            allowed=f"up to {context - 1}",
+            advice="Lower it, or leave it out.",
+        )
+
+
+def _check_response(draft: Draft, context: int | None) -> None:
+    response = draft["rollout_max_response_len"]
+    if response is None:
+        if draft.generates and draft["loss_type"] != "sft_loss" and draft["rollout_function_path"] is None:
+            draft.problem(
+                "rollout_max_response_len",
+                "it is missing: an engine would stop after a number of its own",
+                allowed="a number of tokens",
+                advice="Give --rollout-max-response-len.",
+            )
+    elif context and response >= context:
+        draft.problem(
+            "rollout_max_response_len",
+            f"a context of {context} tokens leaves no token for a prompt",
+            allowed=f"up to {context - 1}",
+            advice="Lower it, or raise --rollout-max-context-len.",
+        )
+
+
+def resolve_reward(draft: Draft) -> None:
+    """Somebody gives rewards, and one that is built."""
+    kind = draft["rm_type"]
+    if kind is not None and kind.removeprefix("boxed_") not in BUILT_REWARDS:
+        known = {"dapo", "deepscaler", "f1", "gpqa", "ifbench", "gemma_math"}
+        what = "not built yet" if kind.removeprefix("boxed_") in known else "there is no such reward"
+        draft.problem(
+            "rm_type",
+            what,
+            allowed=f"{listed(BUILT_REWARDS)}; also with boxed_ before it",
+            advice="Use one of these, or a function of yours with --custom-rm-path.",
+        )
+    needs_url = (kind or "").removeprefix("boxed_") == "remote_rm"
+    if needs_url and not draft["rm_url"]:
+        draft.problem("rm_type", "it needs an address", advice="Give --rm-url.")
+    replaced = draft["rollout_function_path"] or draft["custom_generate_function_path"]
+    from_data = draft["load_debug_rollout_data"] or draft["loss_type"] == "sft_loss"
+    if draft.generates and kind is None and not draft["custom_rm_path"] and not replaced and not from_data:
+        draft.problem(
+            "rm_type",
+            "nothing gives rewards",
+            allowed=f"{listed(BUILT_REWARDS)}, or --custom-rm-path",
+            advice="Give --rm-type or --custom-rm-path.",
+        )
+    if draft["eps_clip_high"] is None:
+        draft["eps_clip_high"] = draft["eps_clip"]
+    if draft["eval_reward_key"] is None:
+        draft["eval_reward_key"] = draft["reward_key"]
+
+
+def resolve_eval(draft: Draft) -> None:
+    """Evaluation has data, and what it does not say is as in rollouts."""
+    for name in ("temperature", "top_p", "top_k", "max_response_len"):
+        if draft[f"eval_{name}"] is None:
+            draft[f"eval_{name}"] = draft[f"rollout_{name}"]
+    for name in ("input_key", "label_key", "tool_key"):
+        if draft[f"eval_{name}"] is None:
+            draft[f"eval_{name}"] = draft[name]
+    pairs = draft["eval_prompt_data"] or []
+    if len(pairs) % 2:
+        draft.problem(
+            "eval_prompt_data",
+            "names and paths do not come in pairs",
+            allowed="NAME PATH NAME PATH ...",
+            advice="Give a name before each path.",
+        )
+        return
+    for path in pairs[1::2]:
+        facts = draft.facts.data.get(path, DataFacts())
+        if _check_file(draft, "eval_prompt_data", path, facts) and draft["eval_input_key"] in facts.absent:
+            draft.problem(
+                "eval_input_key",
+                f"line {facts.absent[draft['eval_input_key']]} of {path} has no column {draft['eval_input_key']!r}",
+                allowed=listed(facts.columns),
+                advice="Give --eval-input-key one of the columns that there are.",
+                value=draft["eval_input_key"],
+            )
+    if draft["eval_config"] in draft.facts.missing_files:
+        draft.problem("eval_config", "there is no such file", allowed="a YAML file", advice="Correct the path.")
+    if draft["eval_interval"] is not None:
+        _check_eval(draft, bool(pairs))
+
+
+def _check_eval(draft: Draft, has_pairs: bool) -> None:
+    if not has_pairs and not draft["eval_config"] and not draft["eval_function_path"]:
+        draft.problem(
+            "eval_interval",
+            "there is no evaluation data",
+            advice="Give --eval-prompt-data NAME PATH, or --eval-config.",
+        )
+    if draft["group_rm"]:
+        draft.problem("group_rm", "evaluations need a reward for each sample", advice="Remove it, or --eval-interval.")
+    if not draft.generates:
+        draft.problem(
+            "eval_interval", "without engines nothing can be evaluated", advice="Remove it, or what turns engines off."
+        )

@@ -1,0 +1,187 @@
+"""Rules: the model directory, the model's shape, and checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+from miles.flags.architecture import FAMILIES, UnknownArchitecture, shape
+from miles.flags.draft import Draft
+from miles.flags.facts import TRACKER
+from miles.flags.flag import TAKES_NO_VALUE, Plain
+from miles.flags.table import table
+
+DOWNLOAD = "Give a local directory: hf download NAME --local-dir DIR makes one."
+
+
+def resolve_model(draft: Draft) -> None:
+    """``hf_config``, and every shape flag from it; what was typed must agree."""
+    draft["hf_config"] = None
+    path = draft["hf_checkpoint"]
+    if not path:
+        draft.problem("hf_checkpoint", "it is missing", allowed="a model directory", advice=DOWNLOAD)
+        return
+    found = draft.directory("hf_checkpoint")
+    if not found.exists:
+        draft.problem("hf_checkpoint", "there is no such directory", allowed="a model directory", advice=DOWNLOAD)
+        return
+    if found.config is None:
+        what = found.config_error or "it has no config.json"
+        draft.problem("hf_checkpoint", what, allowed="a Hugging Face model directory", advice=DOWNLOAD)
+    if not found.has_tokenizer:
+        draft.problem(
+            "hf_checkpoint",
+            "it has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)",
+            allowed="a model directory with its tokenizer",
+            advice="Copy the tokenizer's files into it.",
+        )
+    if not found.has_weights:
+        draft.problem(
+            "hf_checkpoint",
+            "it has no weights (*.safetensors), which engines load before the first update",
+            allowed="a model directory with its weights",
+            advice="Copy the weights into it, or save them as safetensors.",
+        )
+    if found.config is not None:
+        draft["hf_config"] = found.config
+        _resolve_shape(draft)
+
+
+def _resolve_shape(draft: Draft) -> None:
+    try:
+        derived = shape(draft["hf_config"])
+    except UnknownArchitecture as unknown:
+        draft.problem(
+            "hf_checkpoint",
+            f"{unknown} is not built yet",
+            allowed=", ".join(FAMILIES),
+            advice="Use a model of one of these architectures.",
+        )
+        return
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"config.json has no {error.args[0]!r}" if isinstance(error, KeyError) else f"config.json: {error}"
+        draft.problem("hf_checkpoint", what, allowed="the config.json of a model", advice="Repair config.json.")
+        return
+    for dest, value in derived.items():
+        if dest in draft.typed and not _agree(dest, draft[dest], value, derived):
+            given = draft[dest]
+            is_switch = table().by_dest[dest].kind in TAKES_NO_VALUE
+            draft.problem(
+                dest,
+                f"config.json of --hf-checkpoint says otherwise: {value}",
+                allowed="leave it out" if is_switch else str(value),
+                advice="Leave it out: the shape is read from config.json. Or correct --hf-checkpoint.",
+                value=given,
+            )
+        draft[dest] = value
+    _check_tensor_parallel(draft)
+
+
+def _agree(dest: str, given: Plain, derived: Plain, shape_of_model: dict[str, Plain]) -> bool:
+    if dest == "group_query_attention":  # one group per head is what the flag says of it, too
+        return bool(
+            bool(given) == derived or shape_of_model["num_query_groups"] == shape_of_model["num_attention_heads"]
+        )
+    if isinstance(derived, float) or isinstance(given, float):
+        return derived is not None and math.isclose(given, derived, rel_tol=1e-9)
+    return bool(given == derived)
+
+
+def _check_tensor_parallel(draft: Draft) -> None:
+    for dest, flag in (
+        ("tensor_model_parallel_size", "tensor_model_parallel_size"),
+        ("rollout_num_gpus_per_engine", "rollout_num_gpus_per_engine"),
+    ):
+        size = draft[dest]
+        if draft["num_attention_heads"] % size:
+            draft.problem(
+                flag,
+                f"{draft['num_attention_heads']} attention heads cannot be divided by {size}",
+                allowed=f"a divisor of {draft['num_attention_heads']}",
+                advice="Lower it.",
+            )
+    size, groups = draft["tensor_model_parallel_size"], draft["num_query_groups"]
+    if groups % size and draft["num_attention_heads"] % size == 0:
+        draft.problem(
+            "tensor_model_parallel_size",
+            f"{groups} key-value heads cannot be divided by {size}",
+            allowed=f"a divisor of {groups}",
+            advice="Lower it.",
+        )
+
+
+def resolve_checkpoints(draft: Draft) -> None:
+    """Where weights come from, and where they go."""
+    if draft["resume"] == "auto":
+        _resume(draft)
+    _resolve_load(draft)
+    _resolve_reference(draft)
+    if draft["save_interval"] is not None and not draft["save"]:
+        draft.problem("save_interval", "there is no directory to save to", advice="Give --save DIR.")
+    if draft["no_save_optim"] and not draft["save"] and "no_save_optim" in draft.typed:
+        draft.problem("no_save_optim", "nothing is saved", advice="Give --save DIR, or leave it out.")
+
+
+def _resume(draft: Draft) -> None:
+    if not draft["save"]:
+        draft.problem("resume", "it looks for checkpoints in --save, which is missing", advice="Give --save DIR.")
+        return
+    found = draft.directory("save")
+    if found.iteration is not None:
+        draft["load"] = draft["save"]
+        draft.notice(f"resuming from {draft['save']}, iteration {found.iteration}")
+    else:
+        draft.notice(f"{draft['save']} has no checkpoint yet: a new run")
+
+
+def _resolve_load(draft: Draft) -> None:
+    """A ``--load`` without a checkpoint is a fresh start, so that the same command starts and resumes."""
+    if draft["load"]:
+        found = draft.facts.directories.get(draft["load"]) or draft.directory("save")
+        if found.iteration is not None:
+            return
+        why = f"has no {TRACKER}" if found.exists else "does not exist"
+        source = "--ref-load" if draft["ref_load"] else "--hf-checkpoint"
+        draft.notice(f"--load {draft['load']} {why}: a fresh start, with the weights of {source}")
+        if draft["ckpt_step"] is not None:
+            draft.problem(
+                "ckpt_step",
+                f"--load {draft['load']} has no checkpoints",
+                advice="Correct --load, or leave --ckpt-step out.",
+            )
+    elif draft["ckpt_step"] is not None:
+        draft.problem("ckpt_step", "it names a checkpoint of --load, which is missing", advice="Give --load DIR.")
+    draft["load"] = None
+    draft["no_load_optim"] = draft["no_load_rng"] = draft["finetune"] = True
+
+
+def _resolve_reference(draft: Draft) -> None:
+    if draft["ref_load"]:
+        found = draft.directory("ref_load")
+        if not found.exists:
+            draft.problem(
+                "ref_load",
+                "there is no such directory",
+                allowed="a torch_dist checkpoint or a Hugging Face directory",
+                advice="Correct the path; miles convert makes a torch_dist checkpoint of a Hugging Face directory.",
+            )
+        elif found.iteration is None and found.config is None:
+            draft.problem(
+                "ref_load",
+                f"it has neither {TRACKER} nor config.json",
+                allowed="a torch_dist checkpoint or a Hugging Face directory",
+                advice="Correct the path.",
+            )
+        elif draft["train_backend"] == "fsdp" and found.config is None:
+            draft.problem(
+                "ref_load",
+                "the FSDP backend reads Hugging Face directories",
+                allowed="a Hugging Face directory",
+                advice="Give the directory that the checkpoint was made of.",
+            )
+    elif draft["use_kl_loss"] and draft["hf_checkpoint"]:
+        draft["ref_load"] = draft["hf_checkpoint"]
+        draft.notice("the reference model is --hf-checkpoint: --ref-load is not given")
+    if draft["ref_ckpt_step"] is not None and draft.directory("ref_load").iteration is None:
+        draft.problem(
+            "ref_ckpt_step", "--ref-load has no checkpoints", advice="Give a torch_dist --ref-load, or leave it out."
+        )

@@ -1,0 +1,244 @@
+"""Rules: which parts of a run there are, on what device, on how many of them."""
+
+from __future__ import annotations
+
+from miles.flags.draft import Draft
+
+SFT_ROLLOUT = "miles.rollout.sft_rollout.generate_rollout"
+
+
+def resolve_parts(draft: Draft) -> None:
+    """Trainer, engines, or both."""
+    if draft["load_debug_rollout_data"] and not draft["debug_train_only"]:
+        draft["debug_train_only"] = True
+    if draft["debug_rollout_only"] and draft["debug_train_only"]:
+        draft.problem(
+            "debug_rollout_only",
+            f"there would be neither trainer nor engines with {_train_only_flag(draft)}",
+            advice="Give one of the two.",
+        )
+        draft["debug_train_only"] = False
+    if draft["loss_type"] == "sft_loss":
+        _supervised(draft)
+    elif draft["loss_type"] == "custom_loss":
+        draft.problem(
+            "loss_type",
+            "not built yet: losses of user code",
+            allowed="policy_loss or sft_loss",
+            advice="Use --loss-type policy_loss or sft_loss.",
+        )
+    if draft["dump_details"] and not draft["save_debug_rollout_data"]:
+        draft["save_debug_rollout_data"] = draft["dump_details"].rstrip("/") + "/rollout_data/{rollout_id}.pt"
+
+
+def _train_only_flag(draft: Draft) -> str:
+    return draft.flag("debug_train_only" if "debug_train_only" in draft.typed else "load_debug_rollout_data")
+
+
+def _supervised(draft: Draft) -> None:
+    """Supervised training: the answers are in the data, so engines are needed for evaluations only."""
+    draft["compute_advantages_and_returns"] = False
+    if draft["rollout_function_path"] is None and not draft["load_debug_rollout_data"]:
+        draft["rollout_function_path"] = SFT_ROLLOUT
+    is_ours = draft["rollout_function_path"] == SFT_ROLLOUT
+    if is_ours and draft["eval_interval"] is None and not draft["debug_train_only"]:
+        if draft["debug_rollout_only"]:
+            draft.problem(
+                "debug_rollout_only",
+                "supervised training generates nothing",
+                advice="Remove it, or use --loss-type policy_loss.",
+            )
+            return
+        draft["debug_train_only"] = True
+        draft.notice("supervised training without evaluation needs no engines: none are started")
+
+
+def resolve_device(draft: Draft) -> None:
+    """``cuda`` or ``cpu``, and what follows for numbers and kernels."""
+    facts = draft.facts
+    can_cuda = facts.gpus > 0 and facts.torch_has_cuda
+    if draft["device"] == "auto":
+        draft["device"] = "cuda" if can_cuda else "cpu"
+        if facts.gpus and not facts.torch_has_cuda:
+            draft.notice(f"{facts.gpus} GPUs are not used: the installed torch is a CPU build")
+        elif facts.gpu_fault:
+            draft.notice(f"no GPU is used: {facts.gpu_fault}")
+    elif draft["device"] == "cuda" and not can_cuda:
+        why = facts.gpu_fault or ("the installed torch is a CPU build" if facts.gpus else "this machine shows no GPU")
+        draft.problem("device", why, allowed="cpu or auto", advice="Use --device auto.")
+    is_cpu = draft["device"] == "cpu"
+    draft["bf16"] = bool(draft["bf16"]) or not is_cpu
+    draft["params_dtype"] = "bfloat16" if draft["bf16"] else "float32"
+    if is_cpu:
+        _without_cuda(draft)
+
+
+def _without_cuda(draft: Draft) -> None:
+    """A default that a CPU cannot do becomes what it can; the same thing typed is refused."""
+    replacements = {
+        "distributed_backend": ("nccl", "gloo", draft.trains),
+        "attn_implementation": ("flash_attention_2", "sdpa", draft["train_backend"] == "fsdp"),
+    }
+    for dest, (cannot, can, matters) in replacements.items():
+        if draft[dest] != cannot:
+            continue
+        if dest in draft.typed:
+            draft.problem(
+                dest, "needs CUDA, and models run on the CPU", allowed=can, advice=f"Leave it out, or give {can}."
+            )
+        elif matters:
+            draft.notice(f"{draft.flag(dest)} is {can}: {cannot} needs CUDA")
+        draft[dest] = can
+    if draft["attention_backend"] in {"flash", "fused"}:
+        draft.problem(
+            "attention_backend",
+            "needs CUDA, and models run on the CPU",
+            allowed="auto, unfused or local",
+            advice="Leave it out.",
+        )
+    for dest in ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer"):
+        if draft[dest]:
+            draft.problem(dest, "needs CUDA, and models run on the CPU", allowed="leave it out", advice="Leave it out.")
+
+
+def resolve_backend(draft: Draft) -> None:
+    """What one of the two training backends cannot do."""
+    if draft["train_backend"] == "fsdp":
+        if draft["tensor_model_parallel_size"] != 1:
+            draft.problem(
+                "tensor_model_parallel_size",
+                "the FSDP backend is data parallel only",
+                allowed="1",
+                advice="Leave it out, or use --train-backend megatron.",
+            )
+        if "optimizer" in draft.typed and draft["optimizer"] != "adam":
+            draft.problem(
+                "optimizer",
+                "the FSDP backend has Adam only",
+                allowed="adam",
+                advice="Leave it out, or use --train-backend megatron.",
+            )
+    elif "attn_implementation" in draft.typed:
+        draft.problem(
+            "attn_implementation",
+            "it is the FSDP backend's; Megatron's is --attention-backend",
+            advice="Use --attention-backend, or --train-backend fsdp.",
+        )
+
+
+def resolve_cluster(draft: Draft) -> None:
+    """World size, engines, and whether this machine has room for both."""
+    if draft["actor_num_nodes"] > 1 and draft.trains:
+        draft.problem(
+            "actor_num_nodes",
+            "not built yet: more than this machine",
+            allowed="1",
+            advice="Give --actor-num-nodes 1 and put all ranks into --actor-num-gpus-per-node.",
+        )
+    world = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"] if draft.trains else 0
+    draft["world_size"] = world
+    draft["dp_size"] = _data_parallel(draft, world)
+    slots = _slots(draft)
+    if draft["debug_rollout_only"] and draft["colocate"]:
+        draft["colocate"] = False
+        draft.notice("--colocate has nobody to share with under --debug-rollout-only")
+    _resolve_offload(draft)
+    engines_gpus = _engine_gpus(draft, world, slots) if draft.generates else 0
+    draft["rollout_num_gpus"] = engines_gpus
+    _count_engines(draft, engines_gpus)
+    needed = max(world, engines_gpus) if draft["colocate"] else world + engines_gpus
+    _check_room(draft, needed, slots)
+
+
+def _data_parallel(draft: Draft, world: int) -> int:
+    model_parallel: int = draft["tensor_model_parallel_size"]
+    if world % model_parallel:
+        draft.problem(
+            "tensor_model_parallel_size",
+            f"{world} ranks cannot be divided into groups of {model_parallel}",
+            allowed=f"a divisor of {world}",
+            advice="Change it, or --actor-num-gpus-per-node.",
+        )
+    return max(1, world // model_parallel)
+
+
+def _slots(draft: Draft) -> int:
+    """GPUs of this machine, or the CPU slots that it offers in their place."""
+    if draft["device"] == "cpu":
+        return int(draft["num_gpus_per_node"] or max(8, draft.facts.cores))
+    asked = draft["num_gpus_per_node"]
+    if asked is not None and asked > draft.facts.gpus:
+        draft.problem(
+            "num_gpus_per_node",
+            f"this machine shows {draft.facts.gpus} GPUs",
+            allowed=f"up to {draft.facts.gpus}",
+            advice="Lower it, or look at CUDA_VISIBLE_DEVICES.",
+        )
+    return int(min(asked or draft.facts.gpus, draft.facts.gpus))
+
+
+def _resolve_offload(draft: Draft) -> None:
+    for dest in ("offload_train", "offload_rollout"):
+        if draft[dest] is None:
+            draft[dest] = bool(draft["offload"] or draft["colocate"])
+    if not (draft.trains and draft.generates):
+        draft["offload_train"] = draft["offload_rollout"] = False
+
+
+def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
+    per_engine: int = draft["rollout_num_gpus_per_engine"]
+    given: int | None = draft["rollout_num_gpus"]
+    if draft["colocate"]:
+        if given not in (None, world):
+            draft.notice(f"--rollout-num-gpus {given} is ignored: with --colocate engines have the trainer's {world}")
+        return world
+    if given is not None:
+        return given
+    if draft["device"] == "cpu":
+        draft.notice(f"--rollout-num-gpus is {per_engine}: one engine, for CPU slots are no devices to fill")
+        return per_engine
+    left = slots - world
+    if left < per_engine:
+        draft.problem(
+            "rollout_num_gpus",
+            f"the trainer takes {world} of {slots} GPUs and leaves {max(0, left)}, an engine needs {per_engine}",
+            advice="Share them with --colocate, or lower --actor-num-gpus-per-node.",
+        )
+        return per_engine
+    return left - left % per_engine
+
+
+def _count_engines(draft: Draft, gpus: int) -> None:
+    per_engine = draft["rollout_num_gpus_per_engine"]
+    draft["rollout_num_engines"] = gpus // per_engine
+    if gpus % per_engine:
+        whose = "the trainer's, which engines share," if draft["colocate"] else "of the rollout"
+        draft.problem(
+            "rollout_num_gpus_per_engine",
+            f"the {gpus} GPUs {whose} cannot be divided into engines of {per_engine}",
+            allowed=f"a divisor of {gpus}",
+            advice="Change it, or the number of GPUs.",
+        )
+    if draft.values.get("sglang_tp_size", per_engine) != per_engine:
+        draft.problem(
+            "sglang_tp_size",
+            f"an engine has the {per_engine} GPUs of --rollout-num-gpus-per-engine",
+            allowed=str(per_engine),
+            advice="Leave it out, and give --rollout-num-gpus-per-engine.",
+        )
+    draft["sglang_tp_size"] = per_engine
+
+
+def _check_room(draft: Draft, needed: int, slots: int) -> None:
+    draft["cpu_slots"] = max(slots, needed) if draft["device"] == "cpu" else 0
+    if draft["device"] == "cpu":
+        if needed > draft.facts.cores:
+            draft.notice(f"{needed} ranks and engines share {draft.facts.cores} CPU cores")
+    elif needed > slots:
+        flag = "actor_num_gpus_per_node" if draft.trains else "rollout_num_gpus"
+        draft.problem(
+            flag,
+            f"trainer and engines need {needed} GPUs, this machine offers {slots}",
+            allowed=f"{slots} in all",
+            advice="Lower the numbers, or share GPUs with --colocate.",
+        )

@@ -1,0 +1,56 @@
+"""Flags that user code adds: ``add_arguments(parser)`` of the rollout function and of the generate function.
+
+Only the process that resolves flags imports these modules for that; its output is no channel that they could disturb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from miles.flags.facts import why_not_found
+from miles.flags.parse import UserArguments
+from miles.flags.problems import UserArgumentsFailed
+
+DESTS = ("rollout_function_path", "custom_generate_function_path")
+
+
+def load_user_arguments(values: Mapping[str, Any]) -> list[UserArguments]:
+    """The functions that add flags, of the code that these values name.
+
+    Raises:
+        UserArgumentsFailed: A module raised when it was imported. One that cannot be found is told by the rules.
+    """
+    found = []
+    for dest in DESTS:
+        path = values.get(dest)
+        if not path or why_not_found(path):
+            continue
+        module, _, name = path.rpartition(".")
+        flag = "--" + dest.replace("_", "-")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:  # noqa: BLE001  # boundary: user code
+            raise _failed(f"{flag} {path} cannot be imported", error) from None
+        add_arguments = getattr(function, "add_arguments", None)
+        if callable(add_arguments):
+            found.append(_named(add_arguments, f"add_arguments of {flag} {path} raised"))
+    return found
+
+
+def _named(add_arguments: UserArguments, what: str) -> UserArguments:
+    def add(parser: argparse.ArgumentParser) -> None:
+        try:
+            add_arguments(parser)
+        except Exception as error:  # noqa: BLE001  # boundary: user code
+            raise _failed(what, error) from None
+
+    return add
+
+
+def _failed(what: str, error: Exception) -> UserArgumentsFailed:
+    trace = "".join(traceback.format_exception(error))
+    return UserArgumentsFailed(what, evidence=trace, advice="Repair the code; the traceback says where.")
