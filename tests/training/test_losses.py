@@ -1,0 +1,230 @@
+"""GRPO and supervised losses and their gradients equal a plain implementation of the formulas."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.plain_losses import HIDDEN, VOCAB, assert_close, flags, plain_loss, random_train_data
+from support.ranks import run_ranks
+from support.tiny_backend import TinyBackend, make_parallel, tiny_logits, tiny_parameters
+
+from miles.backends.base import ParallelState
+from miles.backends.training_utils.data import RankData
+from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
+from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, BadLossFunction, Losses
+from miles.backends.training_utils.loss_hub.settings import UnsupportedLoss
+from miles.utils.train_data import split_train_data
+
+CPU = torch.device("cpu")
+STEPS = 2
+
+
+def of_plain(args, data, count=8):
+    """Per step: metrics, and gradients of all parameters."""
+    found = []
+    for step in range(count // args.global_batch_size):
+        parameters = {n: v.requires_grad_() for n, v in tiny_parameters(VOCAB, HIDDEN, args.seed).items()}
+        groups = sorted(set(data["rollout_ids"]))[step * args.global_batch_size :][: args.global_batch_size]
+        places = [i for i, r in enumerate(data["rollout_ids"]) if r in groups]
+        if not places:
+            continue
+        metrics = plain_loss(args, parameters, data, places)
+        if isinstance(metrics["loss"], torch.Tensor):
+            metrics["loss"].backward()
+        gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in parameters.items()}
+        found.append((metrics, gradients))
+    return found
+
+
+def of_ours(args, data):
+    """The same, from all ranks' parts one after the other in this process."""
+    ranks = [RankData.from_wire(part) for part in split_train_data(args, data)]
+    losses = Losses(args, ParallelState())
+    found = []
+    for step in range(len(ranks[0].steps)):
+        parameters = {n: v.requires_grad_() for n, v in tiny_parameters(VOCAB, HIDDEN, args.seed).items()}
+        metrics = {}
+        for rank in ranks:
+            compute_advantages_and_returns(args, ParallelState(), rank)
+            for samples in rank.steps[step].micro_batches:
+                batch = rank.micro_batch(samples, CPU, LOSS_COLUMNS)
+                output = losses.for_step(rank.steps[step])(
+                    tiny_logits(parameters, batch.tokens, batch.position_ids), batch
+                )
+                output.loss.backward()
+                for name, value in output.metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + value
+        found.append((metrics, {n: v.grad for n, v in parameters.items()}))
+    return found
+
+
+def assert_same(args, found, wanted):
+    assert len(found) == len(wanted)
+    for (metrics, gradients), (plain_metrics, plain_gradients) in zip(found, wanted, strict=True):
+        names = ["loss"] if args.loss_type == "sft_loss" else list(plain_metrics)
+        if not args.use_kl_loss and "kl_loss" in names:
+            names.remove("kl_loss")
+        assert_close(metrics, {name: plain_metrics[name] for name in names}, args)
+        for name, gradient in plain_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+any_flags = st.fixed_dictionaries(
+    {
+        "dp_size": st.integers(1, 3),
+        "use_dynamic_batch_size": st.booleans(),
+        "micro_batch_size": st.integers(1, 3),
+        "balance_data": st.booleans(),
+        "calculate_per_token_loss": st.booleans(),
+        "use_kl_loss": st.booleans(),
+        "kl_loss_type": st.sampled_from(["k1", "k2", "k3", "low_var_kl"]),
+        "eps_clip_c": st.sampled_from([None, 1.1, 3.0]),
+        "entropy_coef": st.sampled_from([0.0, 0.1]),
+        "rollout_temperature": st.sampled_from([1.0, 0.7]),
+        "log_probs_chunk_size": st.sampled_from([-1, 3]),
+        "loss_type": st.sampled_from(["policy_loss", "policy_loss", "sft_loss"]),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(any_flags, st.integers(0, 10**6), st.booleans())
+def test_loss_and_gradient_equal_the_formula(changed, seed, siblings):
+    args = flags(**changed)
+    data = random_train_data(seed, siblings=siblings)
+    assert_same(args, of_ours(args, data), of_plain(args, data))
+
+
+def on_ranks(changed, seed):
+    """Loss and gradients of the first step, by way of a backend's training step."""
+    args = flags(**changed)
+    backend = TinyBackend(args)
+    backend.init()
+    (part,) = [
+        part for part in split_train_data(args, random_train_data(seed)) if part["dp_rank"] == backend.parallel.dp_rank
+    ]
+    data = RankData.from_wire(part)
+    compute_advantages_and_returns(args, backend.parallel, data)
+    losses = Losses(args, backend.parallel)
+    batches = [data.micro_batch(samples, CPU, LOSS_COLUMNS) for samples in data.steps[0].micro_batches]
+    outcome = backend.train_step(batches, losses.for_step(data.steps[0]))
+    return {n: float(v) for n, v in outcome.metrics.items()}, {n: v.grad for n, v in backend.parameters.items()}
+
+
+@pytest.mark.parametrize(("dp_size", "tp_size"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_loss_and_gradient_equal_the_formula_on_ranks(dp_size, tp_size, dynamic):
+    changed = {"dp_size": dp_size, "tp_size": tp_size, "use_dynamic_batch_size": dynamic, "micro_batch_size": 2}
+    args = flags(**changed)
+    answers = run_ranks(dp_size * tp_size, on_ranks, changed, 11)
+    metrics, gradients = of_plain(args, random_train_data(11))[0]
+    summed = {name: sum(a[0][name] for a in answers[::tp_size]) for name in metrics}
+    assert_close(summed, metrics, (dp_size, tp_size))
+    rows = VOCAB // tp_size
+    for rank, (_, found) in enumerate(answers):
+        shard = {**gradients, "out": gradients["out"][(rank % tp_size) * rows :][:rows]}
+        for name, gradient in shard.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name} of rank {rank}")
+
+
+def normalised_on_ranks(changed, seed):
+    args = flags(**changed)
+    parallel = make_parallel(1)
+    data = RankData.from_wire(split_train_data(args, random_train_data(seed))[parallel.dp_rank])
+    compute_advantages_and_returns(args, parallel, data)
+    return list(zip(data.partition, data.columns["advantages"], strict=True))
+
+
+def test_normalised_advantages_are_the_same_on_two_ranks_as_on_one():
+    one = dict(run_ranks(1, normalised_on_ranks, {"dp_size": 1, "normalize_advantages": True}, 5)[0])
+    answers = run_ranks(2, normalised_on_ranks, {"dp_size": 2, "normalize_advantages": True}, 5)
+    two = dict(answers[0] + answers[1])
+    assert one.keys() == two.keys()
+    for place, values in one.items():
+        torch.testing.assert_close(two[place], values)
+    masks = random_train_data(5)["loss_masks"]
+    trained = torch.cat([values[torch.tensor(masks[i]) > 0] for i, values in one.items() if len(values)])
+    torch.testing.assert_close(trained.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(trained.var(), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_engine_distances_and_effective_sample_size_are_reported():
+    data = random_train_data(2)
+    data["rollout_log_probs"] = data["log_probs"]
+    (metrics, _) = of_ours(flags(), data)[0]
+    assert float(metrics["train_rollout_logprob_abs_diff"]) == 0
+    assert float(metrics["train_rollout_kl"]) == 0
+    assert 0 < float(metrics["ess_ratio"]) <= 1
+
+
+def test_truncated_importance_sampling_weighs_losses_by_the_distance_to_the_engine():
+    data = random_train_data(4)
+    plain, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0), data)[0]
+    corrected, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0, use_tis=True, tis_clip=1e9), data)[0]
+    shifted = {**data, "rollout_log_probs": [[x - 0.5 for x in own] for own in data["log_probs"]]}
+    doubled, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0, use_tis=True, tis_clip=1e9), shifted)[0]
+    bounded, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0, use_tis=True, tis_clip=1.25), shifted)[0]
+    assert_close({"x": doubled["pg_loss"]}, {"x": float(plain["pg_loss"]) * 2.718281828**0.5}, "uniform weight")
+    assert_close({"x": bounded["pg_loss"]}, {"x": float(plain["pg_loss"]) * 1.25}, "clipped weight")
+    assert float(corrected["pg_loss"]) != pytest.approx(float(plain["pg_loss"]))
+    assert {"tis", "tis_clipfrac", "tis_abs", "ois"} <= doubled.keys()
+
+
+def custom_loss(args, batch, logits, sum_of_sample_mean):
+    """A user's: the square of the logits of response tokens."""
+    assert logits.shape[0] == 1
+    values, end = [], 0
+    for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
+        end += total
+        values.append(logits[0, end - response - 1 : end - 1].square().sum(-1))
+    loss = sum_of_sample_mean(torch.cat(values)) * args.scale
+    return loss, {"squares": loss.detach()}
+
+
+def test_a_custom_loss_gets_what_the_reference_gives_it():
+    path = "training.test_losses.custom_loss"
+    args = flags(loss_type="custom_loss", custom_loss_function_path=path, scale=3.0, dp_size=2)
+    data = random_train_data(9)
+    metrics, _ = of_ours(args, data)[0]
+    parameters = tiny_parameters(VOCAB, HIDDEN, args.seed)
+    wanted = 0.0
+    for i in range(4):
+        tokens, response, mask = torch.tensor(data["tokens"][i]), data["response_lengths"][i], data["loss_masks"][i]
+        logits = tiny_logits(parameters, tokens, torch.arange(len(tokens))) / args.rollout_temperature
+        rows = logits[len(tokens) - response - 1 : len(tokens) - 1].square().sum(-1)
+        wanted += 3.0 * float((rows * torch.tensor(mask)).sum()) / max(sum(mask), 1) / 4
+    assert_close(metrics, {"loss": wanted, "squares": wanted}, "custom")
+
+
+def wrong_loss(args, batch, logits, sum_of_sample_mean):
+    return logits.sum()
+
+
+def test_a_custom_loss_that_returns_something_else_is_told_what_to_return():
+    args = flags(loss_type="custom_loss", custom_loss_function_path="training.test_losses.wrong_loss")
+    with pytest.raises(BadLossFunction, match="something else than a loss"):
+        of_ours(args, random_train_data(9))
+
+
+def test_a_missing_column_is_named():
+    data = random_train_data(9)
+    del data["rollout_log_probs"]
+    with pytest.raises(BadLossFunction, match="rollout_log_probs"):
+        of_ours(flags(use_rollout_logprobs=True), data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"advantage_estimator": "gspo"}, "--advantage-estimator gspo"),
+        ({"kl_loss_type": "k4"}, "--kl-loss-type k4"),
+        ({"use_opd": True}, "--use-opd"),
+        ({"eps_clip_c": 0.5}, "--eps-clip-c 0.5"),
+        ({"loss_type": "value_loss"}, "--loss-type value_loss"),
+        ({"use_tis": True, "use_rollout_logprobs": True}, "--use-tis"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(changed, flag):
+    with pytest.raises(UnsupportedLoss) as caught:
+        Losses(flags(**changed), ParallelState())
+    assert flag in str(caught.value)
