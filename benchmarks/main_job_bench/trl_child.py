@@ -1,0 +1,13 @@
+"""Entry of TRL's process: ``python -m main_job_bench.trl_child``; arguments as ``trl_side`` says."""
+
+from __future__ import annotations
+
+import sys
+
+from main_job_bench.workload import hide_torchvision
+
+if __name__ == "__main__":
+    hide_torchvision()
+    from main_job_bench import trl_side
+
+    sys.exit(trl_side.main(sys.argv[1:]))
