@@ -1,7 +1,7 @@
 """``python -m miles.flags FLAGS``: the short-lived process that resolves a command line. JSON on stdout.
 
 ``{"config": {...}, "notices": [...]}``, or ``{"problems": [...], "notices": [...]}``, or, where user code or an
-installed package failed, ``{"error": {"what", "evidence", "advice", "code"}}``. The exit code is 0 for all of them.
+installed package failed, ``{"error": {"text", "code", "exit_code"}}``. The exit code is 0 for all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from miles.flags.entry import resolve_argv
-from miles_agents.errors import MilesError
+from miles_agents.errors import ConfigError, MilesError, UserCodeError
 
 
 def answer(argv: list[str]) -> dict[str, Any]:
@@ -20,11 +20,20 @@ def answer(argv: list[str]) -> dict[str, Any]:
     try:
         resolved = resolve_argv(argv)
     except MilesError as error:
-        return {"error": {key: getattr(error, key) for key in ("what", "evidence", "advice", "code")}}
+        exit_code = 2 if isinstance(error, ConfigError) else 1
+        return {"error": {"text": _story(error), "code": error.code, "exit_code": exit_code}}
     if resolved.problems:
         problems = [problem.as_dict() for problem in resolved.problems]
         return {"problems": problems, "notices": list(resolved.notices)}
     return {"config": resolved.config, "notices": list(resolved.notices)}
+
+
+def _story(error: MilesError) -> str:
+    """A user's own traceback comes first."""
+    if isinstance(error, UserCodeError):
+        rest = f"{error.what}\n  what to do: {error.advice}\n  code: {error.code} (docs/errors.md)"
+        return f"{error.evidence.rstrip()}\n\n{rest}"
+    return str(error)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def _take(result: Parsed, flag: Flag, name: str, raw: Any) -> None:
 
 def refusal(flag: Flag, name: str, value: Plain) -> Problem:
     """Why this value of this flag is not taken."""
-    allowed = listed(shown(value) for value in flag.only or ()) if flag.only else "leave it out"
+    allowed = listed(shown(value) for value in flag.only) if flag.only else ""
     advice = f"Give {name} {allowed}, or leave it out." if flag.only else "Leave it out."
     shown_value = "" if flag.kind in TAKES_NO_VALUE else shown(value)
     return Problem(name, shown_value, f"refused: {flag.reason}", allowed, advice)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from miles.backends.sglang_utils.environment import stand_ins_first
 from miles.flags.flag import Flag, refused
 from miles.flags.problems import PassthroughUnreadable
 
@@ -130,6 +129,8 @@ def _run(command: Sequence[str], package: Package) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     if importlib.metadata.version("torch").endswith("+cpu") or not Path("/dev/nvidiactl").exists():
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        from miles.backends.sglang_utils.environment import stand_ins_first
+
         environment |= stand_ins_first(environment)
     else:
         environment = dict(os.environ)

@@ -1,0 +1,133 @@
+"""``--dry-run``: where everything would run, with which command lines, ports and environment. Starts nothing.
+
+What is shown comes from the code that a run uses: the placement of the controller, the arguments of engines and
+router. Ports are leased when a process starts, so they have names here and no numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
+from miles_agents.errors import MilesError
+from miles_agents.node_info import NodeInfo
+from miles_controller.placement import Inventory, Placement, place
+
+NODE = "node-0"
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run.
+
+    Attributes:
+        name: Its own.
+        node: Where.
+        devices: Indices of its GPUs or CPU slots.
+        ports: Names of the ports that its agent would lease.
+        command: Its command line.
+        env: What is added to the environment.
+    """
+
+    name: str
+    node: str
+    devices: tuple[int, ...]
+    ports: tuple[str, ...]
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+def show_plan(config: dict[str, Any], out: Console) -> int:
+    """Write the plan; returns 0, or 2 if it cannot be carried out."""
+    from miles.training.parts import placement_requests
+
+    on_cpu = config["device"] == "cpu"
+    try:
+        info = take_inventory(
+            NODE, cpu_slots=config["cpu_slots"] or None, interface=None, nvml=None if on_cpu else DriverNvml()
+        )
+        placement = place(Inventory.of([info]), placement_requests(config))
+        processes = list(plan(config, placement))
+    except MilesError as error:
+        out.print(Text(str(error), style="bold red"))
+        return 2
+    _write(config, info, placement, processes, out)
+    return 0
+
+
+def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
+    """All processes, in the order in which they start."""
+    worker = (sys.executable, "-m", "miles_agents.worker")
+    yield Process("controller", "here", (), ("status",), (sys.executable, "train.py"), {})
+    yield Process(
+        f"agent of {NODE}", NODE, (), (), (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", NODE), {}
+    )
+    yield Process("rollout manager", NODE, (), (), worker, {})
+    yield from _engines(config, placement)
+    for rank, slots in enumerate(placement.slots.get("trainer", ())):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(config["world_size"]), "LOCAL_RANK": str(slots[0].local_rank)}
+        ports = ("rendezvous",) if rank == 0 else ()
+        devices = slots[0].devices
+        yield Process(f"trainer rank {rank}", slots[0].node, devices, ports, worker, env | config["train_env_vars"])
+
+
+def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
+    engines = placement.slots.get("engines", ())
+    if not engines:
+        return
+    import json
+
+    from miles.backends.sglang_utils.environment import engine_environment
+    from miles.backends.sglang_utils.server_arguments import router_arguments, server_arguments
+
+    launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_router", _HOST, "PORTS")
+    if not config["sglang_router_ip"]:
+        yield Process("router", NODE, (), ("http", "metrics"), (*launch, json.dumps(router_arguments(config))), {})
+    launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", _HOST, "PORTS")
+    for rank, slots in enumerate(engines):
+        devices = tuple(device for slot in slots for device in slot.devices)
+        env = engine_environment(
+            config["device"],
+            index=rank,
+            tp_size=config["rollout_num_gpus_per_engine"],
+            colocate=config["colocate"],
+            inherited=os.environ,
+            device_ids=[str(device) for device in devices],
+        )
+        arguments = json.dumps(server_arguments(config, rank))
+        yield Process(f"engine {rank}", slots[0].node, devices, ("http", "nccl"), (*launch, arguments), env)
+
+
+def _write(
+    config: Mapping[str, Any], info: NodeInfo, placement: Placement, processes: list[Process], out: Console
+) -> None:
+    kind = "CPU slot" if config["device"] == "cpu" else "GPU"
+    out.print(Text(f"run directory {config['run_dir']}, device {config['device']}, {config['params_dtype']}"))
+    for notice in inventory_notices(info):
+        out.print(Text(f"note: {notice}", style="dim"))
+    table = Table(title="placement", title_justify="left")
+    for title in ("process", "node", f"{kind}s", "ports (leased at the start)"):
+        table.add_column(title)
+    for process in processes:
+        table.add_row(
+            process.name, process.node, " ".join(map(str, process.devices)) or "-", ", ".join(process.ports) or "-"
+        )
+    out.print(table)
+    if placement.shared:
+        out.print(Text(f"{' and '.join(placement.shared)} share {kind}s: there are {info.cores} CPU cores"))
+    if config["env"]:
+        out.print(Text("environment of all: " + " ".join(f"{key}={value}" for key, value in config["env"].items())))
+    for process in processes:
+        env = [f"{name}={shlex.quote(value)}" for name, value in process.env.items()]
+        out.print(Text(f"\n{process.name}:", style="bold"))
+        out.print(Text("  " + " ".join([*env, shlex.join(process.command)])))

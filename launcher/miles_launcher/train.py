@@ -1,0 +1,144 @@
+"""``python train.py FLAGS``: flags to a config in a process of its own, then the job. This process loads no torch.
+
+Exit codes: 0 done; 1 the run failed; 2 flags or the user's files have to change; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from miles.flags.problems import FlagProblems, Problem, ResolverFailed
+from miles_agents.errors import MilesError
+
+if TYPE_CHECKING:
+    from miles_controller import Controller
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_FLAGS, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+RESOLVE_S = 300.0
+"""Deadline of the process that resolves flags. Most of it is for SGLang's parser, which is read once per version."""
+
+_TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the resolving process found. ``config`` is None if ``problems`` or ``error`` says why."""
+
+    config: dict[str, Any] | None = None
+    problems: tuple[Problem, ...] = ()
+    notices: tuple[str, ...] = ()
+    error: Mapping[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line to its end; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from miles.flags.help import render_help
+        from miles.flags.table import table
+
+        sys.stdout.write(render_help(table(), shutil.get_terminal_size((120, 40)).columns))
+        return EXIT_OK
+    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        with err.status("reading the flags"):
+            answer = resolve(arguments)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except MilesError as error:
+        err.print(Text(str(error)))
+        return EXIT_FAILED
+    config = _told(answer, out, err)
+    if config is None:
+        return int(answer.error.get("exit_code", EXIT_BAD_FLAGS))
+    if config["dry_run"]:
+        from miles_launcher.dry_run import show_plan
+
+        return show_plan(config, out)
+    return start(config)
+
+
+def start(config: dict[str, Any]) -> int:
+    """Run the job of a resolved config, with an agent on this machine."""
+    from miles.training.job import run
+
+    def agents(controller: Controller, run_dir: Path) -> AbstractAsyncContextManager[Any]:
+        from miles_launcher.local import LocalAgents
+
+        return LocalAgents(
+            controller,
+            ["node-0"],
+            run_dir=run_dir,
+            cpu_slots=config["cpu_slots"] or None,
+            env={**os.environ, **config["env"]},
+        )
+
+    return run(config, agents)
+
+
+def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
+    """Ask the short-lived process.
+
+    Raises:
+        ResolverFailed: It crashed, or did not answer in time.
+    """
+    command = [sys.executable, "-m", "miles.flags", *argv]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as late:
+        raise _failed(f"it did not answer in {timeout_s:g} s", late.stderr) from None
+    try:
+        values = json.loads(done.stdout)
+    except ValueError:
+        raise _failed(f"it ended with exit code {done.returncode} and no answer", done.stderr) from None
+    return Answer(
+        config=values.get("config"),
+        problems=tuple(Problem.from_dict(problem) for problem in values.get("problems", ())),
+        notices=tuple(values.get("notices", ())),
+        error=values.get("error", {}),
+    )
+
+
+def _failed(why: str, stderr: str | bytes | None) -> ResolverFailed:
+    text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr or ""
+    tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
+    return ResolverFailed(
+        "the process that reads the flags failed",
+        evidence=f"{why}; it wrote:\n{tail}" if tail else f"{why}; it wrote nothing",
+        advice="Run `python -m miles.flags` with the same flags, and report what it says unless your code is at fault.",
+    )
+
+
+def _told(answer: Answer, out: Console, err: Console) -> dict[str, Any] | None:
+    """The config, or None after telling why there is none. Notices are told in both cases."""
+    for notice in answer.notices:
+        out.print(Text(f"note: {notice}", style="dim"))
+    if answer.error:
+        err.print(Text(str(answer.error["text"])))
+        return None
+    if answer.problems:
+        for problem in answer.problems:
+            head, *rest = problem.lines()
+            err.print(Text(head, style="bold red"))
+            err.print(Text("\n".join(rest)))
+        error = FlagProblems(answer.problems)
+        err.print(Text(f"{error.what}\n  code: {error.code} (docs/errors.md)"))
+        return None
+    return answer.config
+
+
+if __name__ == "__main__":
+    sys.exit(main())
