@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
                 advice="Name a file with a Jinja template.",
             ) from error
     return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def shared_tokenizer(name_or_path: str, chat_template_path: str | None = None) -> Any:
+    """``load_tokenizer``, once per process. Do not change what it returns."""
+    return load_tokenizer(name_or_path, chat_template_path)
 
 
 def load_processor(name_or_path: str, **kwargs: Any) -> Any | None:

@@ -1,0 +1,222 @@
+"""A data source whose groups are all accounted for: every taking and every end is told to the ledger and the journal.
+
+Consumes groups of the user's or our own data source; hands them out and takes them back. Invariants: no group leaves
+without an entry in the ledger; what the data source itself does not take back is kept here, and handed out first.
+Calls come from any thread; each is short.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from miles.rollout.base_types import Group
+from miles.rollout.data_source import DataSource, NoBuffer
+from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.journal import Journal
+from miles.rollout.ledger import Ledger, Transition
+from miles.utils.types import SampleStatus
+
+
+class TrackedDataSource(DataSource):
+    """See the module's docstring. What it does not have itself is looked up in the data source that it wraps."""
+
+    def __init__(self, inner: DataSource, journal: Journal | None = None) -> None:
+        self.inner = inner
+        self.ledger = Ledger()
+        self.journal = journal
+        self.rollout_id = 0
+        self.overflow: list[Group] = []
+        self._open: dict[int, Group] = {}
+        self._next_group = 0
+        self._next_index = 0
+        self._lock = threading.RLock()
+        if journal is not None:
+            journal.state(self.ledger, "begin")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    # -- what rollout functions use --------------------------------------------------------------------------
+
+    def get_samples(self, num_samples: int) -> list[Group]:
+        """Take groups."""
+        with self._lock:
+            groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
+        if len(groups) < num_samples:
+            groups = groups + list(self.inner.get_samples(num_samples - len(groups)))
+        with self._lock:
+            steps = []
+            for group in groups:
+                number = self._number(group)
+                source = "buffer" if number in self.ledger.returned else "fresh"
+                steps.append(Transition("take", number, self.rollout_id, source))
+                self._open[number] = group
+            self._apply(steps)
+        return groups
+
+    def add_samples(self, samples: list[Group]) -> None:
+        """Give groups back."""
+        self.give_back(samples, "returned")
+
+    def give_back(self, groups: Sequence[Group], why: str) -> None:
+        """Give groups back, and say why."""
+        if not groups:
+            return
+        with self._lock:
+            numbers = [self._number(group) for group in groups]
+            foreign = [n for n in numbers if n not in self.ledger.open]
+            self._apply([Transition("take", n, self.rollout_id, "foreign") for n in foreign])
+            self._end(numbers, "give_back", why)
+        try:
+            self.inner.add_samples(list(groups))
+        except (NoBuffer, NotImplementedError):
+            with self._lock:
+                self.overflow += groups
+
+    def filtered(self, groups: Sequence[Group], reason: str) -> None:
+        """Groups that are not trained on, and why."""
+        with self._lock:
+            self._end([self._number(group) for group in groups], "filter", reason)
+
+    def save(self, rollout_id: int) -> None:
+        """The position of the data source itself; what is here is in ``checkpoint``."""
+        self.inner.save(rollout_id)
+
+    def load(self, rollout_id: int | None = None) -> None:
+        """Inverse of ``save``."""
+        self.inner.load(rollout_id)
+
+    def get_buffer_length(self) -> int | None:
+        """Groups that came back and wait."""
+        length = self.inner.get_buffer_length()
+        return len(self.overflow) if length is None else length + len(self.overflow)
+
+    # -- what the rollout manager uses -----------------------------------------------------------------------
+
+    def begin(self, rollout_id: int) -> None:
+        """Groups are taken for this rollout from now on."""
+        with self._lock:
+            self.rollout_id = rollout_id
+
+    def select(self, groups: Sequence[Group]) -> None:
+        """These go to the trainer. Groups that were not taken from here are entered as foreign."""
+        with self._lock:
+            steps = []
+            seen: set[int] = set()
+            for group in groups:
+                number = self._number(group)
+                if number in seen:
+                    continue  # one prompt's samples, given as several groups
+                seen.add(number)
+                if number not in self.ledger.open:
+                    steps.append(Transition("take", number, self.rollout_id, "foreign"))
+                steps.append(Transition("select", number, self.rollout_id))
+                self._open[number] = group
+            self._apply(steps)
+            self._sync()
+
+    def drop_unselected(self, reason: str) -> int:
+        """Groups of this rollout that were taken and did not come out of it: how many."""
+        with self._lock:
+            numbers = self.ledger.of_rollout(self.rollout_id, selected=False)
+            self._end(numbers, "filter", reason)
+        return len(numbers)
+
+    def take_back_open(self, rollout_id: int, why: str) -> int:
+        """Groups of a rollout that failed go to the buffer, without what was generated: how many."""
+        with self._lock:
+            numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
+            groups = [reset_group(self._open[n]) for n in numbers]
+        self.give_back(groups, why)
+        return len(groups)
+
+    def trained(self, rollout_id: int) -> int:
+        """The rollout's groups were trained on: how many."""
+        with self._lock:
+            numbers = self.ledger.of_rollout(rollout_id, selected=True)
+            self._end(numbers, "train", "")
+            self._sync()
+        return len(numbers)
+
+    def checkpoint(self) -> tuple[dict[str, Any], list[Group]]:
+        """What has to be saved beside the data source: plain values, and groups.
+
+        A group that is being generated counts as returned, without what was generated of it.
+        """
+        with self._lock:
+            under_way = [
+                copy.deepcopy(group) if number in self.ledger.selected else reset_group(copy.copy(group))
+                for number, group in self._open.items()
+            ]
+            plain = {
+                "ledger": self.ledger.closed("checkpoint").to_plain(),
+                "next_group": self._next_group,
+                "next_index": self._next_index,
+            }
+            return plain, [*self.overflow, *under_way]
+
+    def restore(self, plain: dict[str, Any], groups: Iterable[Group]) -> None:
+        """Inverse of ``checkpoint``; whatever is open is forgotten."""
+        with self._lock:
+            self.ledger = Ledger.from_plain(plain["ledger"])
+            self._next_group, self._next_index = plain["next_group"], plain["next_index"]
+            self._open.clear()
+            self.overflow = list(groups)
+            if self.journal is not None:
+                self.journal.state(self.ledger, "restored from a checkpoint")
+
+    def close(self) -> None:
+        """Give the journal back."""
+        if self.journal is not None:
+            self.journal.close()
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def _number(self, group: Group) -> int:
+        """The group's number; groups and samples of sources that give none get one."""
+        samples = flat(group)
+        number = next((s.group_index for s in samples if s.group_index is not None), None)
+        if number is None:
+            number = self._next_group
+        self._next_group = max(self._next_group, number + 1)
+        for sample in samples:
+            if sample.group_index is None:
+                sample.group_index = number
+            if sample.index is None:
+                sample.index = self._next_index
+            self._next_index = max(self._next_index, sample.index + 1)
+        return number
+
+    def _end(self, numbers: Iterable[int], kind: Any, why: str) -> None:
+        steps = [Transition(kind, n, self.ledger.open.get(n, self.rollout_id), why) for n in numbers]
+        self._apply(steps)
+        for step in steps:
+            self._open.pop(step.group, None)
+
+    def _apply(self, steps: Sequence[Transition]) -> None:
+        for step in steps:
+            self.ledger.apply(step)
+        if self.journal is not None:
+            self.journal.append(steps)
+
+    def _sync(self) -> None:
+        if self.journal is not None:
+            self.journal.sync()
+
+
+def reset_group(group: Group) -> Group:
+    """The group as it was before it was generated: of several samples that one execution made, the first is kept."""
+    fresh: Group = []
+    for entry in group:
+        sample = copy.copy(entry[0] if isinstance(entry, list) else entry)
+        sample.reset_for_retry()
+        fresh.append(sample)
+    return fresh
+
+
+def is_complete(group: Group) -> bool:
+    """Whether nothing of the group is left to generate."""
+    return all(s.status in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED) for s in flat(group))

@@ -1,0 +1,128 @@
+"""From prompt groups to train data: one list per column, one entry per sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from miles.rollout.base_types import Group
+from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.hooks import load_hook
+from miles.rollout.rewards import execution_of, post_process_rewards
+from miles.utils.types import RolloutBatch, Sample, SampleStatus
+from miles_agents.errors import ConfigError
+
+_OPTIONAL = (
+    "rollout_log_probs", "rollout_routed_experts", "rollout_indexer_topk", "teacher_log_probs", "opd_reverse_kl",
+)  # fmt: skip
+
+
+class NothingToTrain(ConfigError):
+    """A rollout does not give as many samples as one optimizer step takes."""
+
+    code = "E-ROLL-007"
+
+
+def trim(args: Any, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """The groups that fill whole optimizer steps, and the surplus at the end.
+
+    Nothing is trimmed with ``--disable-rollout-trim-samples``, with ``--use-dynamic-global-batch-size`` below the
+    data-parallel size, or if executions made several samples each.
+
+    Raises:
+        NothingToTrain: Not even one step is filled.
+    """
+    sizes = [len(flat(group)) for group in groups]
+    if args.disable_rollout_trim_samples or any(s.rollout_id is not None for g in groups for s in flat(g)):
+        return groups, []
+    step = int(args.dp_size) if args.use_dynamic_global_batch_size else int(args.global_batch_size)
+    kept, count = 0, 0
+    for i, size in enumerate(sizes, 1):
+        count += size
+        if count % step == 0:
+            kept = i
+    if kept == 0:
+        raise NothingToTrain(
+            f"the rollout's {sum(sizes)} samples do not fill a step of {step}",
+            evidence=f"{len(groups)} prompt groups of {min(sizes, default=0)} to {max(sizes, default=0)} samples; "
+            "whole groups only are trained on",
+            advice="Choose --global-batch-size so that rollout_batch_size x n_samples_per_prompt is a multiple of it.",
+        )
+    return groups[:kept], groups[kept:]
+
+
+async def convert(args: Any, samples: list[Sample]) -> RolloutBatch:
+    """Train data of samples.
+
+    Raises:
+        HookFailed, BadHookResult: Of ``--custom-convert-samples-to-train-data-path``. BadSample, UnequalSiblings.
+    """
+    hook = load_hook(args.custom_convert_samples_to_train_data_path, "--custom-convert-samples-to-train-data-path")
+    if hook is None:
+        return await convert_samples_to_train_data(args, samples)
+    data = await hook(args, samples)
+    if not isinstance(data, dict) or "tokens" not in data:
+        raise hook.bad_result(data, "a dict of columns, with tokens, response_lengths, loss_masks, rewards and so on")
+    return data
+
+
+async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> RolloutBatch:
+    """Train data by the default rules."""
+    for sample in samples:
+        sample.validate()
+    raw_rewards, rewards = await post_process_rewards(args, samples)
+    masks = [_loss_mask(sample) for sample in samples]
+    executions = [execution_of(sample, i) for i, sample in enumerate(samples)]
+    sums: Counter[int] = Counter()
+    for execution, mask in zip(executions, masks, strict=True):
+        sums[execution] += sum(mask)
+    if samples and "raw_reward" in samples[0].metadata:
+        raw_rewards = [sample.metadata["raw_reward"] for sample in samples]
+    data: RolloutBatch = {
+        "tokens": [sample.tokens for sample in samples],
+        "response_lengths": [sample.response_length for sample in samples],
+        "rewards": rewards,
+        "raw_reward": raw_rewards,
+        "truncated": [int(sample.status is SampleStatus.TRUNCATED) for sample in samples],
+        "sample_indices": [i if sample.index is None else sample.index for i, sample in enumerate(samples)],
+        "rollout_ids": executions,
+        "loss_masks": masks,
+        "rollout_mask_sums": [sums[execution] for execution in executions],
+    }
+    data |= _optional_columns(samples)
+    if args.use_dynamic_global_batch_size:
+        data["dynamic_global_batch_size"] = len(samples)
+    return data
+
+
+def _loss_mask(sample: Sample) -> list[int]:
+    if sample.remove_sample:
+        return [0] * sample.response_length
+    return [1] * sample.response_length if sample.loss_mask is None else sample.loss_mask
+
+
+def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
+    """Columns that all samples have. One that only some have is left out where it is a statistic, else refused."""
+    columns: RolloutBatch = {}
+    for name in _OPTIONAL:
+        if _all_have(samples, name):
+            columns[name] = [getattr(sample, name) for sample in samples]
+    if any(sample.train_metadata is not None for sample in samples):
+        columns["metadata"] = [sample.train_metadata or {} for sample in samples]
+    if any(sample.multimodal_train_inputs for sample in samples):
+        columns["multimodal_train_inputs"] = [sample.multimodal_train_inputs for sample in samples]
+    if all(sample.weight_versions for sample in samples):
+        columns["weight_versions"] = [sample.weight_versions for sample in samples]
+    return columns
+
+
+def _all_have(samples: Sequence[Sample], name: str) -> bool:
+    without = [sample for sample in samples if getattr(sample, name) is None]
+    if without and len(without) < len(samples):
+        raise NothingToTrain(
+            f"{len(without)} of {len(samples)} samples have no {name}",
+            evidence=f"the first is sample {without[0].index} of prompt group {without[0].group_index}",
+            advice=f"Let the generate function set {name} for all samples, or for none.",
+        )
+    return not without
