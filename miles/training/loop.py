@@ -73,6 +73,7 @@ class TrainingLoop:
         self.metrics = metrics
         self.console = console
         self.outcome = Outcome()
+        self._noted: set[str] = set()
         self.rollout = parts.calls(parts.rollout)
         self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
 
@@ -148,7 +149,7 @@ class TrainingLoop:
         trainer, fleet = self._needed_trainer(), self.parts.fleet
         if fleet is not None and self.config["offload_rollout"]:
             with watch.measure("offload"):
-                await fleet.release()
+                self._note_once((await fleet.release())["why"])
         if self.config["offload_train"] and fleet is not None:
             with watch.measure("offload"):
                 await trainer.wake_up.call()
@@ -225,6 +226,11 @@ class TrainingLoop:
         if not self.outcome.first_eval:
             self.outcome.first_eval = dict(metrics)
         self.outcome.last_eval, self.outcome.examples = dict(metrics), list(result.examples)
+
+    def _note_once(self, text: str) -> None:
+        if text and text not in self._noted:
+            self._noted.add(text)
+            self.console.say(f"note: {text}")
 
     def _needed_trainer(self) -> Any:
         if self.trainer is None:
