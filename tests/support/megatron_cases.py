@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from miles.backends.base import LossOutput, MicroBatch, ParallelState
+from miles.backends.base import LossOutput, MicroBatch, ParallelState, StepOutcome
 from miles.backends.megatron_utils.backend import MegatronBackend
+from miles.backends.megatron_utils.checkpoint_files import TRACKER, iteration_name
 
 
 def backend_args(model: Path, **changed: Any) -> Namespace:
@@ -46,10 +49,16 @@ def backend_args(model: Path, **changed: Any) -> Namespace:
     return Namespace(**{**values, **changed})
 
 
-def make_backend(model: Path, **changed: Any) -> MegatronBackend:
+class StartedBackend(MegatronBackend):
+    """Remembers what ``init`` returned."""
+
+    start: int
+
+
+def make_backend(model: Path, **changed: Any) -> StartedBackend:
     """Initialised."""
-    backend = MegatronBackend(backend_args(model, **changed))
-    backend.init()
+    backend = StartedBackend(backend_args(model, **changed))
+    backend.start = backend.init()
     return backend
 
 
@@ -126,3 +135,25 @@ class SumOfSquares:
         log_probs = self._log_probs(logits, batch)
         loss = torch.stack([(values**2).sum() for values in log_probs]).sum() / self._denominator
         return LossOutput(loss, {"loss": loss.detach(), "tokens": torch.tensor(float(sum(map(len, log_probs))))})
+
+
+def train_one(backend: MegatronBackend, number: int) -> StepOutcome:
+    """One step on samples that its number decides, in micro-batches of two. User code draws random numbers, too."""
+    random.random(), np.random.rand(), torch.rand(3)
+    return backend.train_step(
+        micro_batches(own_part(backend, sequences(seed=number)), 2), SumOfSquares(backend.parallel)
+    )
+
+
+def save_backend(backend: MegatronBackend, root: Path, rollout_id: int) -> Path:
+    """As the trainer does, but for care. Returns the checkpoint's directory."""
+    directory = root / iteration_name(rollout_id)
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    backend.save(directory, rollout_id=rollout_id)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (root / TRACKER).write_text(str(rollout_id))
+    dist.barrier()
+    return directory

@@ -19,11 +19,15 @@ import torch
 from miles.backends.base import LogitsFunction, LossFunction, MicroBatch, ModelTag, StepOutcome, TrainBackend
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils import passes
+from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from miles.backends.megatron_utils.checkpoint_files import FoundCheckpoint, is_hf_directory
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
 from miles.backends.megatron_utils.optimizer import build_optimizer, build_scheduler, clip_gradients, wrap_data_parallel
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
+from miles.backends.megatron_utils.sleeping import SleepingMemory
+from miles.backends.megatron_utils.sources import choose_source, needs_reference, reference_source
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 
 logger = logging.getLogger(__name__)
@@ -52,23 +56,54 @@ class MegatronBackend(TrainBackend):
 
     def init(self) -> int:
         """See ``TrainBackend.init``."""
-        self.parallel = init_parallel(self.args)
+        args = self.args
+        self.parallel = init_parallel(args)
         self._logits_of = passes.make_logits_of(self.device, self.shape.vocab, self.parallel.tp_rank)
+        self._memory = SleepingMemory(args)
+        source = choose_source(args)
         model = self._build_model()
-        self._load_hf(model, Path(self.args.hf_checkpoint))
-        self.model = wrap_data_parallel(self.args, model)
-        self.optimizer = build_optimizer(self.args, self.model)
-        self.scheduler = build_scheduler(self.args, self.optimizer)
-        self.reference: Any = None
-        return 0
+        if source.resumes is None:
+            self._load_weights(model, source.weights)
+        self.model = wrap_data_parallel(args, model)
+        self.optimizer = build_optimizer(args, self.model)
+        self.scheduler = build_scheduler(args, self.optimizer)
+        start = 0 if source.resumes is None else self._resume(source.resumes)
+        self.reference = self._build_reference() if needs_reference(args) else None
+        return start
 
     def _build_model(self) -> Any:
         return build_model(self.args, self.shape, transformer_config(self.args, self.shape, self.dtype))
 
-    def _load_hf(self, model: torch.nn.Module, path: Path) -> None:
-        load_hf_weights(
-            model, self.rules, HFDirectory(path), tp_rank=self.parallel.tp_rank, tp_size=self.parallel.tp_size
-        )
+    def _build_reference(self) -> Any:
+        model = self._build_model()
+        self._load_weights(model, reference_source(self.args))
+        return model.requires_grad_(False).eval()
+
+    def _load_weights(self, model: Any, source: Path) -> None:
+        """From a Hugging Face directory, or one of checkpoints."""
+        if is_hf_directory(source):
+            directory = HFDirectory(source)
+            load_hf_weights(model, self.rules, directory, tp_rank=self.parallel.tp_rank, tp_size=self.parallel.tp_size)
+        else:
+            load_checkpoint(source, self._state(model), generators=False)
+
+    def _resume(self, found: FoundCheckpoint) -> int:
+        args = self.args
+        with_optimizer = not getattr(args, "no_load_optim", False)
+        state = self._state(self.model.module, with_optimizer=with_optimizer)
+        loaded = load_checkpoint(found.directory, state, generators=not getattr(args, "no_load_rng", False))
+        if not with_optimizer:
+            # Parameters that the optimizer keeps in float32 are still those from before.
+            self.optimizer.reload_model_params()
+        if not loaded.generators:
+            logger.info("random generators are fresh: the checkpoint has none for these ranks, or was told to")
+        rollout_id = found.rollout_id if loaded.rollout_id is None else loaded.rollout_id
+        return 0 if rollout_id is None else rollout_id + 1
+
+    def _state(self, model: Any, *, with_optimizer: bool = False) -> TrainState:
+        if not with_optimizer:
+            return TrainState(self.shape, self.parallel, model)
+        return TrainState(self.shape, self.parallel, model, self.optimizer, self.scheduler)
 
     # Computing
 
@@ -76,6 +111,7 @@ class MegatronBackend(TrainBackend):
         self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
     ) -> list[Any]:
         """See ``TrainBackend.forward_only``."""
+        self._memory.check_awake("compute", level=2)
         return passes.forward_only(self._model(model), batches, function, self._logits_of)
 
     def _model(self, tag: ModelTag) -> Any:
@@ -91,6 +127,7 @@ class MegatronBackend(TrainBackend):
             NonFiniteGradients: NaN or infinity in them, unless ``--no-check-for-nan-in-loss-and-grad`` is given;
                 then the step is left out.
         """
+        self._memory.check_awake("train")
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = passes.forward_backward(self.model, batches, loss_function, self._logits_of)
@@ -121,21 +158,35 @@ class MegatronBackend(TrainBackend):
             )
         logger.warning("a step is left out, its gradients are not finite: %s", evidence)
 
-    # Weights
+    # Weights and checkpoints
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See ``TrainBackend.hf_weights``."""
+        """See ``TrainBackend.hf_weights``. Works while asleep at level 1."""
+        self._memory.check_awake("hand on weights", level=2)
         return full_tensors(self.model.module, self.rules, self.parallel.tp_group)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
-        raise NotImplementedError
+        """See ``TrainBackend.save``.
+
+        Raises:
+            CannotWriteCheckpoint: The disk is full, or forbids it.
+        """
+        self._memory.check_awake("save")
+        state = self._state(self.model.module, with_optimizer=not getattr(self.args, "no_save_optim", False))
+        generators = not getattr(self.args, "no_save_rng", False)
+        save_checkpoint(directory, state, rollout_id=rollout_id, generators=generators)
+
+    # Memory
 
     def sleep(self, level: int) -> None:
-        raise NotImplementedError
+        """See ``TrainBackend.sleep``."""
+        self._memory.sleep(level, self.model, self.optimizer, self.reference)
 
     def wake_up(self) -> None:
-        raise NotImplementedError
+        """See ``TrainBackend.wake_up``."""
+        self._memory.wake_up()
 
     def close(self) -> None:
         """See ``TrainBackend.close``."""
+        self._memory.close()
         leave_parallel()

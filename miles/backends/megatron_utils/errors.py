@@ -69,3 +69,9 @@ class DestinationExists(ConfigError):
     """Where something is to be written there is something already."""
 
     code = "E-CKPT-005"
+
+
+class CannotSleep(EnvironmentFault):
+    """State that is to leave memory could not be written."""
+
+    code = "E-MEG-007"

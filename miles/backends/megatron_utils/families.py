@@ -179,8 +179,6 @@ def _layer_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
         *rules,
         Rule(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Cut(1)),
         Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), Replicated()),
-        Rule(
-            ours + "mlp.linear_fc1.weight", (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight"), GateAndUp()
-        ),
+        Rule(ours + "mlp.linear_fc1.weight", (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight"), GateAndUp()),
         Rule(ours + "mlp.linear_fc2.weight", (hf_mlp + "down_proj.weight",), Cut(1)),
     ]

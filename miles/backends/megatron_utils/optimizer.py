@@ -87,7 +87,20 @@ def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
         use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
     )
     overrides = get_standard_config_overrides(config)
-    return get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn = part.init_state_fn or _init_sgd
+        # Not with the first step: a checkpoint holds the same before it, and sleeping has something to put away.
+        part.init_state_fn(part.optimizer, config)
+    return optimizer
+
+
+def _init_sgd(optimizer: torch.optim.Optimizer, _config: OptimizerConfig) -> None:
+    """Momentum of zeros is what SGD begins with."""
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:

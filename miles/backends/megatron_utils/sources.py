@@ -1,0 +1,61 @@
+"""Where the weights of the actor and of the reference model come from, by the flags."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.backends.megatron_utils.checkpoint_files import FoundCheckpoint, find_checkpoint, is_hf_directory
+from miles.backends.megatron_utils.errors import NoSuchCheckpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from."""
+
+    weights: Path
+    resumes: FoundCheckpoint | None = None
+
+
+def choose_source(args: Namespace) -> Source:
+    """``--load`` if it holds a checkpoint, else ``--ref-load``, else ``--hf-checkpoint``.
+
+    A checkpoint of ``miles convert``, or ``--finetune``, gives weights only.
+    """
+    found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
+    if found is not None:
+        weights_only = found.rollout_id is None or getattr(args, "finetune", False)
+        return Source(found.directory, None if weights_only else found)
+    if args.load is not None and is_hf_directory(Path(args.load)):
+        return Source(Path(args.load))
+    return Source(reference_source(args))
+
+
+def needs_reference(args: Namespace) -> bool:
+    """Whether a divergence from the reference model is computed."""
+    return bool(getattr(args, "use_kl_loss", False)) or bool(getattr(args, "kl_coef", 0.0))
+
+
+def reference_source(args: Namespace) -> Path:
+    """``--ref-load``, which is a Hugging Face directory or has a checkpoint, else ``--hf-checkpoint``.
+
+    Raises:
+        NoSuchCheckpoint: It is neither.
+    """
+    if args.ref_load is None:
+        return Path(args.hf_checkpoint)
+    root = Path(args.ref_load)
+    found = find_checkpoint(root, getattr(args, "ref_ckpt_step", None))
+    if found is not None:
+        return found.directory
+    if is_hf_directory(root):
+        return root
+    raise NoSuchCheckpoint(
+        f"--ref-load {root} holds no checkpoint",
+        evidence="it has neither latest_checkpointed_iteration.txt nor config.json with *.safetensors"
+        if root.is_dir()
+        else "there is no such directory",
+        advice="Give a Hugging Face directory, or one that `miles convert` or a run has written.",
+        path=str(root),
+    )
