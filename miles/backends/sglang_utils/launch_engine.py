@@ -1,0 +1,75 @@
+"""Starts an SGLang server: ``python -m miles.backends.sglang_utils.launch_engine HOST PORTS ARGUMENTS``.
+
+Consumes: the host; ports as JSON by name (``http``, ``nccl``); SGLang's arguments as a JSON object by field; the API
+key as ``launch_key`` says. Produces: SGLang's own HTTP server, which this process becomes the main process of. Its
+scheduler and detokenizer are its children and end with it.
+
+SGLang's children import this module, too (``multiprocessing`` spawns them): what stands at the top happens in each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+logger = logging.getLogger("miles.launch_engine")
+
+if __name__ == "__mp_main__" and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    import torchvision_operators  # type: ignore[import-not-found]  # noqa: F401  # from the stand-ins
+
+KEY_FIELD = "api_key"
+
+
+def main() -> None:
+    """Take the key, build the arguments, serve until ended."""
+    from miles.backends.sglang_utils.environment import stand_ins_first
+    from miles.backends.sglang_utils.launch_key import take_key
+
+    key = take_key(stand_ins_first(os.environ))
+    host, ports, wanted = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        import torchvision_operators  # noqa: F401
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    arguments = {**wanted, "host": host, "port": ports["http"], "nccl_port": ports["nccl"], KEY_FIELD: key or None}
+    serve(ServerArgs(**supported(arguments, ServerArgs)))
+
+
+def supported(arguments: dict[str, Any], server_args: Any) -> dict[str, Any]:
+    """Those that this version of SGLang knows; the others are named in a warning."""
+    import dataclasses
+
+    import msgspec
+
+    if dataclasses.is_dataclass(server_args):
+        known = {field.name for field in dataclasses.fields(server_args)}
+    else:
+        known = {field.name for field in msgspec.structs.fields(server_args)}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        logger.warning("this version of SGLang has no argument %s: left out", ", ".join(unknown))
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def serve(server_args: Any) -> None:
+    """Serve HTTP until ended; no process of the server's is left when this returns."""
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        if hasattr(server_args, "resolve_once"):
+            server_args.resolve_once()
+        launch_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

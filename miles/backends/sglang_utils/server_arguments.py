@@ -1,0 +1,141 @@
+"""SGLang's and the router's arguments from the run's configuration. Pure: plain values in, plain values out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from miles_agents.errors import ConfigError
+
+MAP_WEIGHTS = "miles.backends.sglang_utils.map_weights.load"
+"""The weight loader of ours that an engine on a CPU is given: the ``load_format`` of its updates."""
+
+CPU_CACHE_BYTES = 1 << 30
+"""The most that the KV cache of an engine on a CPU takes unless a flag says otherwise."""
+_MIN_CACHE_TOKENS = 16384
+
+_NOT_SERVER_ARGUMENTS = ("sglang_server_concurrency", "sglang_config", "sglang_api_key")  # the key goes another way
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class BadEngineConfig(ConfigError):
+    """Flags about engines that cannot work, or that this version does not serve."""
+
+    code = "E-ENG-001"
+
+
+def server_arguments(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Fields of SGLang's ``ServerArgs`` for engine ``rank``; host, ports and key are the launcher's to add.
+
+    What is forced comes from the run (model, seed, parallel sizes, memory saver, metrics); everything else that a
+    ``--sglang-*`` flag set is passed on; where it set nothing, a CPU gets what works on one.
+
+    Raises:
+        BadEngineConfig: a combination that cannot be started.
+    """
+    typed = {
+        key.removeprefix("sglang_"): value
+        for key, value in config.items()
+        if key.startswith("sglang_")
+        and not key.startswith("sglang_router_")
+        and key not in _NOT_SERVER_ARGUMENTS
+        and value is not None
+    }
+    on_cpu = config["device"] == "cpu"
+    _check(config, typed, on_cpu=on_cpu)
+    arguments = typed | _forced(config, rank, on_cpu=on_cpu)
+    if arguments.get("dtype", "auto") == "auto":
+        arguments["dtype"] = config["params_dtype"]
+    arguments.setdefault("log_level_http", "warning")
+    return _with_cpu_defaults(arguments, config) if on_cpu else arguments
+
+
+def _forced(config: Mapping[str, Any], rank: int, *, on_cpu: bool) -> dict[str, Any]:
+    return {
+        "model_path": config["hf_checkpoint"],
+        "trust_remote_code": True,
+        "random_seed": int(config.get("seed") or 0) + rank,
+        "device": config["device"],
+        "enable_memory_saver": bool(config.get("offload_rollout")) and not on_cpu,
+        "nnodes": 1,
+        "node_rank": 0,
+        "base_gpu_id": 0,  # the process sees its own devices only
+        "gpu_id_step": 1,
+        "tp_size": engine_size(config),
+        "skip_server_warmup": True,
+        "enable_draft_weights_cpu_backup": not on_cpu,
+        "enable_metrics": True,
+    }
+
+
+def _with_cpu_defaults(arguments: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    loaders = list(arguments.get("custom_weight_loader") or [])
+    defaults = {
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "max_total_tokens": cache_tokens(config),
+    }
+    # An idle scheduler that does not sleep burns most of a core.
+    return defaults | arguments | {"sleep_on_idle": True, "custom_weight_loader": [*loaders, MAP_WEIGHTS]}
+
+
+def engine_size(config: Mapping[str, Any]) -> int:
+    """Ranks of one engine."""
+    return int(config.get("rollout_num_gpus_per_engine") or 1)
+
+
+def cache_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens that the KV cache of an engine on a CPU holds: what its requests can need at once, within a gigabyte."""
+    model = config["hf_config"]
+    context = int(config.get("sglang_context_length") or model.get("max_position_embeddings") or 4096)
+    samples = int(config.get("rollout_batch_size") or 1) * int(config.get("n_samples_per_prompt") or 1)
+    at_once = min(samples, int(config.get("sglang_server_concurrency") or samples))
+    heads = int(model.get("num_key_value_heads") or model["num_attention_heads"])
+    head_dim = int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
+    per_token = 2 * int(model["num_hidden_layers"]) * heads * head_dim * _BYTES.get(config["params_dtype"], 4)
+    affordable = CPU_CACHE_BYTES // per_token
+    return max(2 * context, min(affordable, max(_MIN_CACHE_TOKENS, at_once * context)))
+
+
+def router_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``launch_router`` takes: ``router_*`` values by flag. ``--sglang-router-*`` wins over ``--router-*``."""
+    arguments = {key: value for key, value in config.items() if key.startswith("router_") and value is not None}
+    arguments.pop("router_api_key", None)  # goes another way
+    for own, theirs in (
+        ("sglang_router_policy", "router_policy"),
+        ("sglang_router_request_timeout_secs", "router_request_timeout_secs"),
+    ):
+        if config.get(own) is not None:
+            arguments[theirs] = config[own]
+    arguments.setdefault("router_log_level", "warn")
+    return arguments
+
+
+def _check(config: Mapping[str, Any], typed: Mapping[str, Any], *, on_cpu: bool) -> None:
+    for name, values in (("pp_size", (None, 1)), ("dp_size", (None, 1)), ("nnodes", (None, 1))):
+        if typed.get(name) not in values:
+            flag = f"--sglang-{name.replace('_', '-')}"
+            raise BadEngineConfig(
+                f"{flag} {typed[name]} is not served",
+                evidence="weight updates reach engines of one node, tensor parallel only",
+                advice=f"Leave {flag} out; use more engines (--rollout-num-gpus) instead.",
+            )
+    if typed.get("admin_api_key"):
+        raise BadEngineConfig(
+            "--sglang-admin-api-key is not served",
+            evidence="with it engines take weight updates from nobody who has only the run's key",
+            advice="Leave it out: every run makes a key of its own, or takes --sglang-api-key.",
+        )
+    if config.get("sglang_config"):
+        raise BadEngineConfig(
+            "--sglang-config is not served",
+            evidence=f"--sglang-config {config['sglang_config']}",
+            advice="Leave it out: all engines of a run are alike.",
+        )
+    if on_cpu and typed.get("enable_return_routed_experts"):
+        raise BadEngineConfig(
+            "--sglang-enable-return-routed-experts does not work on a CPU",
+            evidence="SGLang's capture of routed experts needs CUDA",
+            advice="Leave the flag out, or use GPUs.",
+        )

@@ -1,0 +1,112 @@
+"""HTTP with all engines of an update at once, from the trainer's main thread. Standard library only.
+
+Invariants: one request at a time per engine, over one connection; an engine that failed once is not spoken to again in
+this update, and ``failures`` says why.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from miles.backends.weight_update.failures import EnginesMissedUpdate
+from miles.backends.weight_update.messages import EngineTarget
+
+CALL_S = 1800.0
+_SHOWN = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Requests that are under way, one per engine."""
+
+    futures: Mapping[str, Future[float]]
+
+
+class EngineCalls:
+    """The engines of one update. A context manager: closes its connections and threads."""
+
+    def __init__(self, engines: tuple[EngineTarget, ...], *, timeout_s: float = CALL_S) -> None:
+        self.engines = engines
+        self.failures: dict[str, str] = {}
+        self.busy_s = 0.0
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="engine-calls")
+        self._connections: dict[str, http.client.HTTPConnection] = {}
+
+    def __enter__(self) -> EngineCalls:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+
+    @property
+    def alive(self) -> tuple[EngineTarget, ...]:
+        """Engines that have not failed."""
+        return tuple(engine for engine in self.engines if engine.name not in self.failures)
+
+    def start(self, path: str, body: Callable[[EngineTarget], Mapping[str, Any]]) -> Pending:
+        """POST to every engine that has not failed."""
+        return Pending(
+            {engine.name: self._pool.submit(self._post, engine, path, body(engine)) for engine in self.alive}
+        )
+
+    def finish(self, pending: Pending | None) -> float:
+        """Wait for the answers. Returns the longest request's seconds; failures go to ``failures``."""
+        longest = 0.0
+        for name, future in (pending.futures if pending is not None else {}).items():
+            try:
+                longest = max(longest, future.result())
+            except (OSError, http.client.HTTPException, _Refused) as error:
+                self.failures[name] = str(error) or type(error).__name__
+        self.busy_s += longest
+        return longest
+
+    def raise_failures(self, doing: str) -> None:
+        """Raises EnginesMissedUpdate if any engine failed."""
+        if self.failures:
+            names = ", ".join(self.failures)
+            raise EnginesMissedUpdate(
+                f"{names} failed while {doing}",
+                evidence="\n".join(f"{name}: {why}" for name, why in self.failures.items()),
+                advice=f"Read the log of {names}; the first error in it is usually the cause.",
+                engines=list(self.failures),
+            )
+
+    def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any]) -> float:
+        start = time.perf_counter()
+        connection = self._connection(engine)
+        headers = {"Content-Type": "application/json"}
+        if engine.api_key:
+            headers["Authorization"] = f"Bearer {engine.api_key}"
+        try:
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            text = answer.read().decode(errors="replace")
+        except BaseException:
+            self._connections.pop(engine.name).close()
+            raise
+        if answer.status != 200:
+            raise _Refused(f"POST {path} was answered with status {answer.status}: {text[:_SHOWN]}")
+        return time.perf_counter() - start
+
+    def _connection(self, engine: EngineTarget) -> http.client.HTTPConnection:
+        if engine.name not in self._connections:
+            parts = urllib.parse.urlsplit(engine.url)
+            self._connections[engine.name] = http.client.HTTPConnection(
+                parts.hostname or "", parts.port, timeout=self._timeout_s
+            )
+        return self._connections[engine.name]
+
+
+class _Refused(Exception):
+    """An engine answered with an error."""
