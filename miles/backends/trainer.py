@@ -96,7 +96,7 @@ class Trainer(Actor):
         LossSettings.from_args(self.args)
         if self.args.device == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        _seed(int(getattr(self.args, "seed", None) or 1234))
+        _seed(int(self.args.seed))
         self._rendezvous.join(host, port, self.args)
         backend = self.make_backend()
         start = backend.init()

@@ -7,6 +7,9 @@ saved and put aside. Loaded in workers as ``support.tiny_backend``.
 from __future__ import annotations
 
 import copy
+import io
+import resource
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +122,9 @@ class TinyBackend(TrainBackend):
     def save(self, directory: Path, *, rollout_id: int) -> None:
         values = {name: value.detach() for name, value in self.parameters.items()}
         state = {"parameters": values, "optimizer": self.optimizer.state_dict(), "rollout_id": rollout_id}
-        torch.save(state, directory / f"rank_{self.parallel.rank}.pt")
+        written = io.BytesIO()
+        torch.save(state, written)
+        (directory / f"rank_{self.parallel.rank}.pt").write_bytes(written.getvalue())
 
     def sleep(self, level: int) -> None:
         target = Path(self.args.run_dir) / f"asleep_{self.parallel.rank}"
@@ -188,6 +193,14 @@ class TinyTrainer(Trainer):
         return copy.deepcopy({name: value.detach() for name, value in self._backend.parameters.items()})
 
     @endpoint
-    def change(self, name: str, value: Any) -> None:
-        """Set a flag."""
-        setattr(self.args, name, value)
+    def limit_files(self, num_bytes: int) -> None:
+        """No file of this process grows beyond so many bytes; -1: any size."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard if num_bytes < 0 else num_bytes, hard))
+
+    @endpoint
+    def poison(self) -> None:
+        """A weight that is not a number."""
+        assert isinstance(self._backend, TinyBackend)
+        self._backend.parameters["mix"].data[0, 0] = torch.nan

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from miles.backends.training_utils.collectives import all_gather_text
-from miles_agents.errors import EnvironmentFault
+from miles_agents.errors import EnvironmentFault, MilesError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOTHING_LEFT = 1 << 20
 
 
 class CannotSave(EnvironmentFault):
@@ -64,20 +65,21 @@ def _all_or_none(step: Callable[[], None], final: Path, aside: Path, device: tor
         step()
     except Exception as error:  # noqa: BLE001 - whatever a backend's writer raises: all ranks must hear of it
         own = error
-    told = all_gather_text("" if own is None else _tell(own), device)
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
+    told = all_gather_text("" if own is None else f"{int(_is_full(own, final.parent))}{_tell(own)}", device)
+    failures = [f"rank {rank}: {text[1:]}" for rank, text in enumerate(told) if text]
     if not failures:
         return
+    free = _free_bytes(final.parent)
+    dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    full = any(_is_full(text) for text in told)
+    full = any(text.startswith("1") for text in told)
+    repair = "Make room" if full else "Repair what the evidence names"
     raise CannotSave(
         f"checkpoint {final} could not be written" + (": the disk is full" if full else ""),
-        evidence="\n".join([*failures, f"{_free(final.parent)} are free on the disk of {final.parent}"]),
-        advice="Make room"
-        if full
-        else "Repair what the evidence names, then continue from the newest checkpoint with --load",
+        evidence="\n".join([*failures, f"{free / (1 << 20):.1f} MiB were free on the disk of {final.parent}"]),
+        advice=f"{repair}, then continue from the newest checkpoint with --load; those before are untouched.",
         directory=str(final),
     ) from own
 
@@ -121,21 +123,29 @@ def _sync(path: Path) -> None:
 
 
 def _tell(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, MilesError):
+        text = f"{error.what}: {error.evidence}"
+    else:
+        text = f"{type(error).__name__}: {error}".strip()
     return text if len(text) <= 2000 else text[:1000] + " ... " + text[-1000:]
 
 
-def _is_full(text: str) -> bool:
-    return any(os.strerror(number) in text for number in _FULL)
+def _is_full(error: BaseException | None, root: Path) -> bool:
+    """Said by the error or what caused it; or plain to see, since writers in C++ do not say why they failed."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return _free_bytes(root) < _NOTHING_LEFT
 
 
-def _free(path: Path) -> str:
+def _free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
-        return f"{shutil.disk_usage(path).free / (1 << 20):.1f} MiB"
-    except OSError as error:
-        return str(error)
+        return shutil.disk_usage(path).free
+    except OSError:
+        return _NOTHING_LEFT
 
 
 def _nothing() -> None:
