@@ -14,7 +14,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,6 +62,8 @@ class UnsafeKeyFile(EnvironmentFault):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for an error that was told on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _PASSED_ON:
+        return _PASSED_ON[arguments[0]](arguments[1:])  # with parsers of their own, which an agent must not load
     options = _parser().parse_args(arguments)
     try:
         if options.command == "agent":
@@ -73,6 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _flags(arguments: list[str]) -> int:
+    from miles_launcher.flags import main as list_flags
+
+    return list_flags(arguments)
+
+
+def _convert(arguments: list[str]) -> int:
+    from miles.convert import main as convert
+
+    return convert(arguments)
+
+
+_PASSED_ON: dict[str, Callable[[list[str]], int]] = {"flags": _flags, "convert": _convert}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", allow_abbrev=False, help="show what a run on this machine does")
     status.add_argument("--run", metavar="RUN", help="run id (needed if several run)")
     status.add_argument("--json", action="store_true", help="print the snapshot as JSON")
+
+    # For --help only: their own parsers take what follows.
+    commands.add_parser("flags", add_help=False, help="list the flags of train.py, or say why one is refused")
+    commands.add_parser("convert", add_help=False, help="convert checkpoints between Hugging Face and torch_dist")
     return parser
 
 

@@ -47,7 +47,6 @@ FLAGS: tuple[Flag, ...] = (
         text("--tool-key", "tools", "column of the tools"),
         text("--rollout-function-path", None, "class or function that replaces the rollout"),
         text("--custom-generate-function-path", None, "function that replaces the generation of a sample"),
-        text("--buffer-filter-path", None, "function that takes groups out of the buffer"),
         text(
             "--loss-mask-type",
             "qwen",

@@ -59,7 +59,6 @@ FLAGS: tuple[Flag, ...] = (
         ),
         switch("--bf16", "parameters in bfloat16 (the default on CUDA)"),
         refused(switch("--fp16", "parameters in float16"), "not built yet: float16 and its loss scaling; use --bf16"),
-        switch("--deterministic-mode", "deterministic numerics"),
         refused(
             text(
                 "--transformer-impl",

@@ -20,6 +20,7 @@ FLAGS: tuple[Flag, ...] = (
         switch("--group-rm", "one reward call for all responses of a prompt"),
         text("--custom-rm-path", None, "reward function"),
         text("--dynamic-sampling-filter-path", None, "function that keeps or drops a finished group"),
+        text("--buffer-filter-path", None, "function that takes groups out of the buffer"),
         text("--rollout-sample-filter-path", None, "function that takes samples out of the loss"),
     ),
     *grouped(

@@ -110,6 +110,7 @@ _DEBUGGING: tuple[Flag, ...] = (
     *grouped(
         "debugging",
         "contract",
+        switch("--deterministic-mode", "deterministic numerics"),
         switch("--debug-rollout-only", "no trainer"),
         switch("--debug-train-only", "no engines"),
         path("--save-debug-rollout-data", "file of each rollout; holds {rollout_id}"),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from miles.flags.flag import TAKES_NO_VALUE, Flag, Plain
@@ -72,21 +73,29 @@ def build_parser(table: Table, user: Sequence[UserArguments] = ()) -> FlagParser
     Raises:
         argparse.ArgumentError: User code adds a flag that exists.
     """
-    parser = FlagParser(prog="train.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    for flag in table.flags:
-        nargs = 0 if flag.kind in TAKES_NO_VALUE else flag.nargs
-        parser.add_argument(*spellings(flag), dest=f"_flag {flag.name}", nargs=nargs, action=_Record)
+    if not user:
+        return _of_table(table)
+    parser = _of_table.__wrapped__(table)
     parser.argument_default = None
     for add_arguments in user:
         add_arguments(parser)
     return parser
 
 
+@lru_cache(maxsize=4)
+def _of_table(table: Table) -> FlagParser:
+    parser = FlagParser(prog="train.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for flag in table.flags:
+        nargs = 0 if flag.kind in TAKES_NO_VALUE else flag.nargs
+        parser.add_argument(*spellings(flag), dest=f"_flag {flag.name}", nargs=nargs, action=_Record)
+    return parser
+
+
 def parse(argv: Sequence[str], table: Table, user: Sequence[UserArguments] = ()) -> Parsed:
     """Read a command line. Nothing is derived here, and nothing is compared with anything else."""
     result = Parsed()
-    parser = build_parser(table, user)
     try:
+        parser = build_parser(table, user)
         namespace, unknown = parser.parse_known_args(_joined(argv, parser))
     except (ParseFailed, argparse.ArgumentError) as failure:
         result.problems.append(_misplaced(str(failure)))

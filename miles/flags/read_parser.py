@@ -34,7 +34,8 @@ def main() -> None:
         RouterArgs.add_cli_args(parser, use_router_prefix=True, exclude_host_port=True)
     else:
         _add_sglang(parser)
-    out.write_text(json.dumps([row(action) for action in parser._actions]))
+    rows = [row(action) for action in parser._actions if type(action).__name__ != "DeprecatedStoreConstAction"]
+    out.write_text(json.dumps(rows))
 
 
 def _add_sglang(parser: argparse.ArgumentParser) -> None:

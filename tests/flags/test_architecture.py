@@ -1,0 +1,148 @@
+"""The model's shape: derived from config.json, compared with what was typed."""
+
+import pytest
+from support.flag_cases import FACTS, LLAMA, MODEL, QWEN2, QWEN3, config, outcome, problems, with_directory, with_model
+
+from miles.flags.architecture import UnknownArchitecture, rope_parameters, shape
+
+BLOCKS = {
+    "qwen2.5-0.5B": (
+        QWEN2,
+        "--swiglu --num-layers 24 --hidden-size 896 --ffn-hidden-size 4864 --num-attention-heads 14 "
+        "--use-rotary-position-embeddings --disable-bias-linear --add-qkv-bias --normalization RMSNorm "
+        "--norm-epsilon 1e-6 --rotary-base 1000000 --group-query-attention --num-query-groups 2 --vocab-size 151936",
+        {"qk_layernorm": False, "kv_channels": 64, "untie_embeddings_and_output_weights": False},
+    ),
+    "qwen3-0.6B": (
+        QWEN3,
+        "--swiglu --num-layers 28 --hidden-size 1024 --ffn-hidden-size 3072 --num-attention-heads 16 "
+        "--group-query-attention --num-query-groups 8 --use-rotary-position-embeddings --disable-bias-linear "
+        "--normalization RMSNorm --norm-epsilon 1e-6 --rotary-base 1000000 --vocab-size 151936 --kv-channels 128 "
+        "--qk-layernorm",
+        {"add_qkv_bias": False, "untie_embeddings_and_output_weights": False, "use_rope_scaling": False},
+    ),
+    "llama3.1-8B-Instruct": (
+        LLAMA,
+        "--swiglu --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+        "--group-query-attention --num-query-groups 8 --max-position-embeddings 131072 "
+        "--use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-5 "
+        "--rotary-base 500000 --vocab-size 128256 --kv-channels 128 --use-rope-scaling --rotary-scaling-factor 8.0 "
+        "--untie-embeddings-and-output-weights",
+        {"add_qkv_bias": False, "qk_layernorm": False, "rope_scaling_factor": 8.0},
+    ),
+}
+
+
+def facts_of(model):
+    return with_directory("M", type(MODEL)(exists=True, config=model, has_tokenizer=True, has_weights=True))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_blocks_of_published_recipes_agree_with_their_models(name):
+    model, block, derived = BLOCKS[name]
+    facts = facts_of(model)
+    typed, untyped = config(block, facts=facts), config(facts=facts)
+    fields = shape(model)
+    assert {key: typed[key] for key in fields} == {key: untyped[key] for key in fields} == fields
+    assert {key: typed[key] for key in derived} == derived
+
+
+def test_the_shape_of_qwen3():
+    assert shape(QWEN3) == {
+        "num_layers": 28,
+        "hidden_size": 1024,
+        "ffn_hidden_size": 3072,
+        "num_attention_heads": 16,
+        "num_query_groups": 8,
+        "group_query_attention": True,
+        "kv_channels": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-6,
+        "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": True,
+        "rotary_base": 1000000,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": False,
+        "rope_scaling_factor": None,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": True,
+        "untie_embeddings_and_output_weights": False,
+    }
+
+
+def test_all_disagreements_are_told_at_once():
+    wrong = "--num-layers 24 --hidden-size 896 --norm-epsilon 1e-5 --add-qkv-bias --rotary-base 10000 --vocab-size 1"
+    found = problems(wrong)
+    assert set(found) == {
+        "--num-layers",
+        "--hidden-size",
+        "--norm-epsilon",
+        "--add-qkv-bias",
+        "--rotary-base",
+        "--vocab-size",
+    }
+    assert "config.json of --hf-checkpoint says otherwise: 28" in found["--num-layers"]
+
+
+def test_the_config_holds_what_the_model_says_and_its_config_json():
+    resolved = outcome("--num-layers 24")
+    assert resolved.config["num_layers"] == 28
+    assert resolved.config["hf_config"] == QWEN3
+
+
+def test_grouped_queries_of_one_head_each_are_no_disagreement():
+    assert config("--group-query-attention", facts=with_model(num_key_value_heads=16))["num_query_groups"] == 16
+
+
+def test_todays_and_the_older_spelling_of_rotary_parameters():
+    today = {**QWEN3, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    del today["rope_theta"], today["rope_scaling"]
+    assert shape(today)["rotary_base"] == 500000
+    assert rope_parameters({"rope_scaling": {"type": "llama3", "factor": 8.0}})["rope_type"] == "llama3"
+
+
+def test_a_theta_that_is_no_whole_number_stays_one():
+    assert shape({**QWEN3, "rope_theta": 10000.5})["rotary_base"] == 10000.5
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "Qwen3MoeForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rotary scaling of type yarn"),
+        ({"use_sliding_window": True}, "a sliding window"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"attention_bias": True}, "biases in attention"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(change, name):
+    found = problems(facts=with_model(**change))
+    assert name in found["--hf-checkpoint"]
+    assert "not built yet" in found["--hf-checkpoint"]
+
+
+def test_a_model_without_architectures_is_known_by_its_type():
+    assert shape({key: value for key, value in QWEN3.items() if key != "architectures"})["qk_layernorm"] is True
+    with pytest.raises(UnknownArchitecture, match="without a name"):
+        shape({"hidden_size": 1})
+
+
+def test_a_config_without_a_needed_field_names_it():
+    assert "'hidden_size'" in problems(facts=with_model(hidden_size=None))["--hf-checkpoint"]
+
+
+@pytest.mark.parametrize(("size", "flag"), [(3, "attention heads"), (16, "key-value heads")])
+def test_tensor_parallel_divides_heads(size, flag):
+    flags = f"--tensor-model-parallel-size {size} --actor-num-gpus-per-node {size}"
+    assert flag in problems(flags)["--tensor-model-parallel-size"]
+
+
+def test_facts_without_a_model_have_no_shape():
+    found = problems(without=["--hf-checkpoint"], facts=FACTS)
+    assert "it is missing" in found["--hf-checkpoint"]

@@ -1,0 +1,236 @@
+"""Rules: parts, device, world size, engines, room."""
+
+from dataclasses import replace
+
+import pytest
+from support.flag_cases import FACTS, GPUS, config, outcome, problems
+
+APART = {"without": ["--colocate"]}
+
+
+def subset(flags="", *keys, **more):
+    found = config(flags, **more)
+    return {key: found[key] for key in keys}
+
+
+def test_a_recipe_resolves():
+    found = config()
+    assert found["world_size"] == found["dp_size"] == 2
+    assert (found["rollout_num_gpus"], found["rollout_num_engines"], found["sglang_tp_size"]) == (2, 2, 1)
+    assert (found["offload_train"], found["offload_rollout"]) == (True, True)
+    assert (found["device"], found["params_dtype"], found["bf16"]) == ("cpu", "float32", False)
+    assert found["start_rollout_id"] is None
+    assert found["run_dir"] == "/runs/new"
+
+
+def test_every_value_is_plain_json():
+    import json
+
+    found = config()
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_an_offload_that_was_typed_wins_over_colocate():
+    assert subset("--no-offload-train", "offload_train", "offload_rollout") == {
+        "offload_train": False,
+        "offload_rollout": True,
+    }
+    assert subset("--offload --rollout-num-gpus 1", "offload_train", **APART) == {"offload_train": True}
+
+
+def test_colocated_engines_have_the_trainers_devices_whatever_was_typed():
+    resolved = outcome("--rollout-num-gpus 7")
+    assert resolved.config["rollout_num_gpus"] == 2
+    assert any("--rollout-num-gpus 7 is ignored" in notice for notice in resolved.notices)
+
+
+def test_engines_of_several_ranks():
+    flags = "--actor-num-gpus-per-node 4 --rollout-num-gpus-per-engine 2"
+    assert subset(flags, "rollout_num_engines", "sglang_tp_size") == {"rollout_num_engines": 2, "sglang_tp_size": 2}
+    assert (
+        "cannot be divided into engines of 3"
+        in problems("--rollout-num-gpus-per-engine 3")["--rollout-num-gpus-per-engine"]
+    )
+
+
+def test_disaggregated_on_a_cpu_has_one_engine_unless_told():
+    resolved = outcome(**APART)
+    assert resolved.config["rollout_num_engines"] == 1
+    assert any("one engine" in notice for notice in resolved.notices)
+    assert config("--rollout-num-gpus 3", **APART)["rollout_num_engines"] == 3
+
+
+def test_disaggregated_on_gpus_takes_what_the_trainer_leaves():
+    assert config(facts=GPUS, **APART)["rollout_num_gpus"] == 6
+    assert config("--rollout-num-gpus-per-engine 4", facts=GPUS, **APART)["rollout_num_engines"] == 1
+    found = problems("--actor-num-gpus-per-node 8", facts=GPUS, **APART)
+    assert "leaves 0, an engine needs 1" in found["--rollout-num-gpus"]
+
+
+def test_more_gpus_than_there_are():
+    found = problems("--actor-num-gpus-per-node 16", facts=GPUS)
+    assert "need 16 GPUs, this machine offers 8" in found["--actor-num-gpus-per-node"]
+    found = problems("--num-gpus-per-node 4 --rollout-num-gpus 4", facts=GPUS, **APART)
+    assert "need 6 GPUs, this machine offers 4" in found["--actor-num-gpus-per-node"]
+    assert "shows 8 GPUs" in problems("--num-gpus-per-node 9", facts=GPUS)["--num-gpus-per-node"]
+
+
+def test_cpu_slots_are_adjusted_and_shared_cores_are_told():
+    resolved = outcome("--actor-num-gpus-per-node 12 --global-batch-size 12 --rollout-batch-size 3")
+    assert resolved.config["cpu_slots"] == 12
+    assert any("12 ranks and engines share 4 CPU cores" in notice for notice in resolved.notices)
+    assert config()["cpu_slots"] == 8
+
+
+def test_more_than_this_machine_is_not_built():
+    assert "not built yet" in problems("--actor-num-nodes 2")["--actor-num-nodes"]
+    assert "not built yet" in problems("--launcher ssh")["--launcher"]
+    assert config("--launcher local")["launcher"] == "local"
+
+
+def test_tensor_parallel_makes_data_parallel_smaller():
+    flags = "--tensor-model-parallel-size 2 --actor-num-gpus-per-node 4"
+    assert subset(flags, "world_size", "dp_size") == {"world_size": 4, "dp_size": 2}
+    found = problems("--tensor-model-parallel-size 4")
+    assert "2 ranks cannot be divided into groups of 4" in found["--tensor-model-parallel-size"]
+
+
+def test_rollout_only_has_no_trainer():
+    found = config("--debug-rollout-only")
+    assert (found["world_size"], found["dp_size"], found["colocate"]) == (0, 1, False)
+    assert found["rollout_num_engines"] == 1
+    assert found["offload_train"] is False
+
+
+def test_train_only_has_no_engines():
+    found = config("--debug-train-only")
+    assert (found["rollout_num_gpus"], found["rollout_num_engines"]) == (0, 0)
+    assert config("--load-debug-rollout-data x/{rollout_id}.pt --num-rollout 3")["debug_train_only"] is True
+
+
+def test_neither_is_refused():
+    assert "--debug-train-only" in problems("--debug-rollout-only --debug-train-only")["--debug-rollout-only"]
+    flags = "--debug-rollout-only --load-debug-rollout-data x"
+    assert "--load-debug-rollout-data" in problems(flags)["--debug-rollout-only"]
+
+
+class TestSupervised:
+    flags = "--loss-type sft_loss"
+
+    def test_it_needs_neither_reward_nor_length_nor_engines(self):
+        resolved = outcome(self.flags, without=["--rm-type", "--rollout-max-response-len"])
+        assert not resolved.problems
+        assert resolved.config["rollout_function_path"] == "miles.rollout.sft_rollout.generate_rollout"
+        assert resolved.config["debug_train_only"] is True
+        assert resolved.config["compute_advantages_and_returns"] is False
+        assert any("none are started" in notice for notice in resolved.notices)
+
+    def test_with_evaluation_it_has_engines(self):
+        found = config(f"{self.flags} --eval-interval 2 --eval-prompt-data t D")
+        assert found["debug_train_only"] is False
+        assert found["rollout_num_engines"] == 2
+
+    def test_a_function_of_the_users_keeps_the_engines(self):
+        assert config(f"{self.flags} --rollout-function-path my.rollout")["debug_train_only"] is False
+
+    def test_it_generates_nothing(self):
+        assert "--debug-rollout-only" in problems(f"{self.flags} --debug-rollout-only")
+
+    def test_custom_loss_is_not_built(self):
+        assert "not built yet" in problems("--loss-type custom_loss")["--loss-type"]
+
+
+class TestDevice:
+    def test_gpus_are_used_if_torch_can(self):
+        assert subset("", "device", "params_dtype", "bf16", facts=GPUS) == {
+            "device": "cuda",
+            "params_dtype": "bfloat16",
+            "bf16": True,
+        }
+        resolved = outcome(facts=replace(GPUS, torch_has_cuda=False))
+        assert resolved.config["device"] == "cpu"
+        assert any("8 GPUs are not used" in notice for notice in resolved.notices)
+
+    def test_a_driver_that_fails_is_told(self):
+        assert any("driver" in note for note in outcome(facts=replace(FACTS, gpu_fault="driver: broken")).notices)
+
+    def test_cuda_that_is_not_there_is_refused(self):
+        assert "shows no GPU" in problems("--device cuda")["--device"]
+        assert "CPU build" in problems("--device cuda", facts=replace(FACTS, gpus=1))["--device"]
+
+    def test_a_cpu_can_be_chosen_beside_gpus(self):
+        assert config("--device cpu", facts=GPUS)["device"] == "cpu"
+
+    def test_bf16_on_a_cpu_is_a_choice(self):
+        assert config("--bf16")["params_dtype"] == "bfloat16"
+
+    @pytest.mark.parametrize(
+        ("flags", "dest", "becomes"),
+        [("", "distributed_backend", "gloo"), ("--train-backend fsdp", "attn_implementation", "sdpa")],
+    )
+    def test_a_default_that_a_cpu_cannot_do_becomes_what_it_can(self, flags, dest, becomes):
+        resolved = outcome(flags)
+        assert not resolved.problems
+        assert resolved.config[dest] == becomes
+        assert any(f"is {becomes}" in notice for notice in resolved.notices)
+
+    def test_defaults_stay_on_cuda(self):
+        assert config(facts=GPUS)["distributed_backend"] == "nccl"
+        assert config("--train-backend fsdp", facts=GPUS)["attn_implementation"] == "flash_attention_2"
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            "--distributed-backend nccl",
+            "--train-backend fsdp --attn-implementation flash_attention_2",
+            "--attention-backend flash",
+            "--attention-backend fused",
+        ],
+    )
+    def test_the_same_typed_is_refused_by_name(self, flags):
+        name = [word for word in flags.split() if word.startswith("--")][-1]
+        assert "needs CUDA" in problems(flags)[name]
+
+    def test_backends_have_their_own_attention_flags(self):
+        assert "--attention-backend" in problems("--attn-implementation sdpa")["--attn-implementation"]
+
+
+class TestFsdp:
+    def test_it_is_data_parallel_only(self):
+        found = problems("--train-backend fsdp --tensor-model-parallel-size 2")
+        assert "data parallel only" in found["--tensor-model-parallel-size"]
+
+    def test_it_has_adam_only(self):
+        assert "Adam only" in problems("--train-backend fsdp --optimizer sgd")["--optimizer"]
+
+    def test_it_resolves(self):
+        assert config("--train-backend fsdp")["dp_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--rollout-temperature -1", "--rollout-temperature"),
+        ("--rollout-top-p 0", "--rollout-top-p"),
+        ("--rollout-top-p 1.5", "--rollout-top-p"),
+        ("--rollout-top-k 0", "--rollout-top-k"),
+        ("--lr -1", "--lr"),
+        ("--lr inf", "--lr"),
+        ("--adam-beta1 1", "--adam-beta1"),
+        ("--eps-clip-c 1.0", "--eps-clip-c"),
+        ("--rollout-batch-size 0", "--rollout-batch-size"),
+        ("--actor-num-gpus-per-node 0", "--actor-num-gpus-per-node"),
+        ("--seed -1", "--seed"),
+        ("--num-rollout -1", "--num-rollout"),
+        ("--sglang-router-port 70000", "--sglang-router-port"),
+    ],
+)
+def test_numbers_out_of_range_are_told_with_the_range(flags, name):
+    assert "allowed:" in problems(flags)[name]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--rollout-top-p 1.0", "--rollout-temperature 0", "--lr 0", "--eps-clip-c 3", "--rollout-top-k -1"]
+)
+def test_numbers_at_the_edge_are_fine(flags):
+    config(flags)

@@ -1,0 +1,459 @@
+"""The documented command line as data: name, type, default of each flag; and the values of those that have choices."""
+
+CONTRACT = """\
+--actor-num-nodes | int | 1
+--actor-num-gpus-per-node | int | 8
+--rollout-num-gpus | int | -
+--rollout-num-gpus-per-engine | int | 1
+--colocate | flag | off
+--train-backend | enum | megatron
+--hf-checkpoint | path | -
+--ref-load | path | -
+--load | path | -
+--save | path | -
+--save-interval | int | -
+--model-name | str | -
+--spec | <module> <fn> | -
+--prompt-data | str | -
+--input-key | str | prompt
+--label-key | str | label
+--metadata-key | str | metadata
+--apply-chat-template | flag | off
+--rollout-shuffle | flag | off
+--num-rollout | int | -
+--rollout-batch-size | int | -
+--n-samples-per-prompt | int | 1
+--global-batch-size | int | -
+--num-steps-per-rollout | int | 1
+--over-sampling-batch-size | int | -
+--balance-data | flag | off
+--rollout-max-response-len | int | -
+--rollout-temperature | float | 1.0
+--rollout-top-p | float | 1.0
+--rollout-top-k | int | -1
+--rollout-stop | str+ | -
+--rollout-stop-token-ids | int+ | -
+--eval-prompt-data | str+ | -
+--eval-interval | int | -
+--n-samples-per-eval-prompt | int | 1
+--eval-max-response-len | int | -
+--eval-temperature | float | -
+--eval-top-p | float | -
+--tensor-model-parallel-size | int | 1
+--pipeline-model-parallel-size | int | 1
+--context-parallel-size | int | 1
+--expert-model-parallel-size | int | 1
+--expert-tensor-parallel-size | int | 1
+--sequence-parallel | flag | off
+--use-dynamic-batch-size | flag | off
+--max-tokens-per-gpu | int | -
+--micro-batch-size | int | 1
+--recompute-granularity | enum | -
+--recompute-method | enum | -
+--recompute-num-layers | int | -
+--gradient-checkpointing | flag | off
+--fsdp-cpu-offload | flag | off
+--fsdp-cpu-backend | str | gloo
+--attn-implementation | enum | flash_attention_2
+--advantage-estimator | enum | grpo
+--use-kl-loss | flag | off
+--kl-loss-coef | float | 0.0
+--kl-loss-type | enum | k1
+--entropy-coef | float | 0.0
+--eps-clip | float | 0.2
+--eps-clip-high | float | -
+--use-tis | flag | off
+--use-routing-replay | flag | off
+--use-rollout-routing-replay | flag | off
+--calculate-per-token-loss | flag | off
+--no-check-for-nan-in-loss-and-grad | flag | off
+--true-on-policy-mode | flag | off
+--optimizer | enum | adam
+--lr | float | 1e-6
+--lr-decay-style | enum | constant
+--lr-warmup-iters | int | 0
+--min-lr | float | 0
+--weight-decay | float | 0.1
+--adam-beta1 | float | 0.9
+--adam-beta2 | float | 0.98
+--clip-grad | float | 1.0
+--optimizer-cpu-offload | flag | off
+--overlap-cpu-optimizer-d2h-h2d | flag | off
+--use-precision-aware-optimizer | flag | off
+--rm-type | enum | -
+--rm-url | str | -
+--group-rm | flag | off
+--custom-rm-path | str | -
+--dynamic-sampling-filter-path | str | -
+--buffer-filter-path | str | -
+--rollout-sample-filter-path | str | -
+--sglang-router-ip | str | -
+--sglang-router-port | int | -
+--mtp-num-layers | int | 0
+--enable-mtp-training | flag | off
+--mtp-loss-scaling-factor | float | 0.2
+--use-fault-tolerance | flag | off
+--rollout-health-check-first-wait | int | 0
+--rollout-health-check-interval | int | 30
+--rollout-health-check-timeout | int | 30
+--partial-rollout | flag | off
+--use-wandb | flag | off
+--wandb-project | str | -
+--wandb-group | str | -
+--log-interval | int | 1
+--custom-rollout-log-function-path | str | -
+--custom-eval-rollout-log-function-path | str | -
+--profile-target | enum+ | [train_overall]
+--use-pytorch-profiler | flag | off
+--profile-step-start | int | 10
+--profile-step-end | int | 12
+--memory-snapshot-path | str | snapshot.pickle
+--tensorboard-dir | str | -
+--debug-rollout-only | flag | off
+--debug-train-only | flag | off
+--save-debug-rollout-data | path | -
+--load-debug-rollout-data | path | -
+--deterministic-mode | flag | off
+"""
+
+CHOICES = {
+    "--train-backend": {"megatron", "fsdp"},
+    "--recompute-granularity": {"full", "selective"},
+    "--recompute-method": {"uniform", "block"},
+    "--attn-implementation": {"flash_attention_2", "sdpa", "eager"},
+    "--advantage-estimator": {
+        "grpo",
+        "gspo",
+        "ppo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "on_policy_distillation",
+    },
+    "--kl-loss-type": {"k1", "k2", "k3", "low_var_kl"},
+    "--optimizer": {"adam", "sgd"},
+    "--lr-decay-style": {"constant", "linear", "cosine"},
+}
+
+NOT_BUILT = """\
+--model-name
+--spec
+--pipeline-model-parallel-size
+--context-parallel-size
+--expert-model-parallel-size
+--expert-tensor-parallel-size
+--sequence-parallel
+--recompute-granularity
+--recompute-method
+--recompute-num-layers
+--gradient-checkpointing
+--fsdp-cpu-offload
+--fsdp-cpu-backend
+--advantage-estimator
+--use-tis
+--use-routing-replay
+--use-rollout-routing-replay
+--true-on-policy-mode
+--mtp-num-layers
+--enable-mtp-training
+--mtp-loss-scaling-factor
+--use-fault-tolerance
+--rollout-health-check-first-wait
+--rollout-health-check-interval
+--rollout-health-check-timeout
+--use-wandb
+--wandb-project
+--wandb-group
+--profile-target
+--use-pytorch-profiler
+--profile-step-start
+--profile-step-end
+--memory-snapshot-path
+--tensorboard-dir
+""".splitlines()
+"""Flags of the contract that are refused for now, or taken with the value that is what is done."""
+
+REFERENCE = """\
+--allgather-cp
+--allow-partial-train-step
+--apply-chat-template-kwargs
+--async-data-buffer-capacity-factor
+--async-max-concurrent-samples
+--async-save
+--async-unused-samples-handler
+--balance-by-flops
+--chat-template-path
+--check-lora-weight-equal
+--check-rematerialize-param-from-master-weight
+--check-weight-update-allow-quant-error
+--check-weight-update-equal
+--check-weight-update-selector
+--check-weight-update-skip-list
+--ci-check-model-hash
+--ci-disable-kl-checker
+--ci-disable-logprobs-checker
+--ci-disable-weight-update-checker
+--ci-ft-test-actions
+--ci-inject-rollout-data-min-match-ratio
+--ci-inject-rollout-data-path
+--ci-inject-rollout-data-start-rollout-id
+--ci-load-grad-norm
+--ci-metric-checker-key
+--ci-metric-checker-threshold
+--ci-save-grad-norm
+--ci-save-model-hash
+--ci-test
+--control-server-port
+--critic-load
+--critic-lr
+--critic-lr-warmup-iters
+--critic-num-gpus-per-node
+--critic-num-nodes
+--critic-save
+--custom-async-data-buffer-path
+--custom-config-path
+--custom-convert-samples-to-train-data-path
+--custom-generate-function-path
+--custom-loss-function-path
+--custom-megatron-before-log-prob-hook-path
+--custom-megatron-before-train-step-hook-path
+--custom-megatron-init-path
+--custom-megatron-post-save-hook-path
+--custom-model-provider-path
+--custom-pg-loss-reducer-function-path
+--custom-reward-post-process-path
+--custom-tis-function-path
+--custom-update-weight-post-write-path
+--dashboard-flush-interval
+--dashboard-forward-prometheus
+--dashboard-gpu-sample-interval
+--dashboard-sglang-metrics
+--dashboard-sglang-scrape-interval
+--dashboard-sglang-scrape-mode
+--data-pad-size-multiplier
+--data-source-path
+--debug-deterministic-collective
+--debug-disable-optimizer
+--debug-exit-after-rollout
+--debug-skip-weight-update
+--delay-split-train-data-by-dp
+--disable-compute-advantages-and-returns
+--disable-grpo-std-normalization
+--disable-rewards-normalization
+--disable-rollout-global-dataset
+--disable-rollout-trim-samples
+--disable-wandb-random-suffix
+--distributed-backend
+--distributed-timeout-minutes
+--dsa-attention-backend
+--dump-details
+--dumper-dir
+--dumper-enable
+--dumper-fwd-bwd
+--dumper-fwd-only
+--dumper-inference
+--dumper-source-patcher-config-inference
+--dumper-source-patcher-config-train
+--enable-event-analyzer
+--enable-witness
+--env-report
+--eps-clip-c
+--eval-config
+--eval-function-path
+--eval-hf-dir
+--eval-input-key
+--eval-keep-snapshots
+--eval-label-key
+--eval-max-context-len
+--eval-max-in-flight
+--eval-max-prompt-len
+--eval-min-new-tokens
+--eval-num-gpus
+--eval-num-gpus-per-engine
+--eval-overflow-policy
+--eval-reward-key
+--eval-tool-key
+--eval-top-k
+--exclude-modules
+--experts-shared-outer-loras
+--extra-high-precision-layers-hf
+--extra-high-precision-layers-megatron
+--fetch-trajectory-retry-times
+--freeze-indexer
+--ft-components
+--fully-async
+--gamma
+--get-mismatch-metrics
+--http-proxy
+--indep-dp
+--keep-old-actor
+--kl-coef
+--lambd
+--linear-attention-backend
+--load-debug-rollout-data-subsample
+--log-correct-samples
+--log-multi-turn
+--log-passrate
+--log-probs-chunk-size
+--log-probs-max-tokens-per-gpu
+--log-reward-category
+--lora-adapter-path
+--lora-alpha
+--lora-base-cpu-backup
+--lora-dropout
+--lora-rank
+--lora-sync-from-tensor
+--lora-train-only
+--lora-type
+--loss-mask-type
+--loss-type
+--low-memory-resume
+--mask-offpolicy-in-partial-rollout
+--max-weight-staleness
+--megatron-to-hf-mode
+--memory-recorder
+--memory-snapshot-dir
+--memory-snapshot-num-steps
+--mfu-peak-tflops
+--miles-dsa-topk-backend
+--miles-router-health-check-failure-threshold
+--miles-router-max-connections
+--miles-router-timeout
+--min-batch-collection-ratio
+--mini-ft-controller-enable
+--mini-ft-controller-poll-interval
+--mini-ft-controller-resume-delay
+--mlflow-experiment-name
+--mlflow-run-id
+--mlflow-run-name
+--mlflow-tracking-uri
+--mooncake-replica-num
+--mooncake-store-init-kwargs
+--multi-lora-adapter
+--multi-lora-api-port
+--multi-lora-backend-path
+--multi-lora-disable-service-mode
+--multi-lora-http-server-path
+--multi-lora-idle-poll-s
+--multi-lora-max-adapter-global-batch-size
+--multi-lora-max-coalesce-wait-s
+--multi-lora-max-empty-wait-s
+--multi-lora-n-adapters
+--multimodal-keys
+--no-save-optim
+--no-sglang-lora-use-virtual-experts
+--normalize-advantages
+--num-critic-only-steps
+--num-epoch
+--num-gpus-per-node
+--object-store-backend
+--observe-training-entropy
+--offload
+--offload-rollout
+--offload-rollout-level
+--offload-train
+--offload-train-disk-chunk-mb
+--offload-train-disk-dir
+--offload-train-target
+--opd-kl-coef
+--opd-log-prob-top-k
+--opd-reward-weight-mode
+--opd-teacher-ckpt-step
+--opd-teacher-key
+--opd-teacher-load
+--opd-teacher-urls
+--opd-top-k-strategy
+--opd-topk-per-position
+--opd-type
+--opsm-delta
+--p2p-transfer-num-workers
+--p2p-transfer-timeout
+--padded-vocab-size
+--pause-generation-mode
+--pin-rollout-manager-to-head
+--prefill-num-servers
+--prometheus-port
+--prometheus-run-name
+--qkv-format
+--recompute-logprobs-via-prefill
+--recompute-loss-function
+--ref-ckpt-step
+--ref-update-interval
+--rematerialize-param-from-master-weight
+--reset-optimizer-states
+--reward-key
+--rollout-all-samples-process-path
+--rollout-buffer-url
+--rollout-data-postprocess-path
+--rollout-external
+--rollout-external-engine-addrs
+--rollout-function-path
+--rollout-max-context-len
+--rollout-max-prompt-len
+--rollout-seed
+--rollout-skip-special-tokens
+--rollout-submission-granularity
+--rollout-task-type
+--save-debug-event-data
+--save-debug-train-data
+--save-debug-trajectory-data
+--save-hf
+--save-local-weight-checksum
+--save-trigger-sentinel
+--seed
+--session-message-matcher
+--session-sample-picker-path
+--session-sample-postprocessor-path
+--session-server-ip
+--session-server-port
+--sglang-config
+--sglang-router-policy
+--sglang-router-request-timeout-secs
+--sglang-server-concurrency
+--skip-actor-forward-only
+--skip-eval-before-train
+--start-rollout-id
+--stream-optimizer-state-moment-dtype
+--stream-optimizer-state-to-disk
+--target-modules
+--tb-experiment-name
+--tb-project-name
+--tis-clip
+--tis-clip-low
+--tito-model
+--tool-key
+--train-env-vars
+--train-memory-margin-bytes
+--trainer-heartbeat-checker-interval
+--update-weight-buffer-size
+--update-weight-delta-checksum
+--update-weight-delta-encoding
+--update-weight-disk-dir
+--update-weight-local-checkpoint-dir
+--update-weight-transfer-mode
+--update-weights-interval
+--use-distributed-post
+--use-dynamic-global-batch-size
+--use-indexer-replay
+--use-miles-dashboard
+--use-miles-router
+--use-mlflow
+--use-opd
+--use-opsm
+--use-prometheus
+--use-rollout-entropy
+--use-rollout-indexer-replay
+--use-rollout-logprobs
+--use-session-server
+--use-tensorboard
+--use-unbiased-kl
+--value-clip
+--wandb-always-use-train-step
+--wandb-dir
+--wandb-host
+--wandb-key
+--wandb-mode
+--wandb-run-id
+--wandb-team
+--witness-buffer-size
+""".splitlines()
+"""What the reference system takes beyond the contract."""
