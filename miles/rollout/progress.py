@@ -36,3 +36,7 @@ class Progress:
     def to_plain(self) -> dict[str, Any]:
         """Plain values."""
         return dict(vars(self))
+
+
+progress_now = Progress()
+"""Of this process."""

@@ -20,7 +20,7 @@ from miles.rollout.engines import Engines, engines
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import Hook, load_hook
 from miles.rollout.inference_rollout.compatibility import check_generate_output, load_generate_function
-from miles.rollout.progress import Progress
+from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub import async_rm, batched_async_rm
 from miles.utils.http_utils import RequestFailed
 from miles.utils.misc import SingletonMeta
@@ -78,7 +78,7 @@ class GenerateState:
         self.generate_function = self.generate_hook
         self.dynamic_filter = load_hook(args.dynamic_sampling_filter_path, "--dynamic-sampling-filter-path")
         self.engines: Engines = engines
-        self.progress = Progress()
+        self.progress = progress_now
         self.weight_version: int | None = None
         self._by_path: dict[str, Hook] = {}
         self.reset()

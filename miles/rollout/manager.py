@@ -1,0 +1,304 @@
+"""The rollout manager: the actor that turns prompts into train data. User code of rollouts runs here.
+
+Consumes calls of the job, prompts of the data source, answers of engines. Produces train data in the store, metrics,
+a journal. Waits for the rollout function (the engines behind it have deadlines; user code is the user's) and for the
+store. What unblocks it: answers, errors, cancellation of the call. Invariants: coroutines of user code run on a loop of
+their own and its ordinary functions in a pool, so endpoints answer, calls can be cancelled and heartbeats go on
+whatever it does; every prompt group is in the ledger; nothing saved before is touched until what replaces it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from miles.backends.weight_update.messages import EngineTarget
+from miles.rollout import debug_data, manager_state
+from miles.rollout.base_types import Group, RolloutFnEvalInput, RolloutFnTrainInput, RolloutFnTrainOutput
+from miles.rollout.engines import engines
+from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.hooks import close_hook_pool, load_hook
+from miles.rollout.inference_rollout.compatibility import call_rollout_function
+from miles.rollout.inference_rollout.inference_rollout_common import need_rewards
+from miles.rollout.loading import Loaded, load_all
+from miles.rollout.messages import EvalResult, RolloutBatchRefs
+from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
+from miles.rollout.progress import progress_now
+from miles.rollout.rm_hub.grader_pool import close_grader_pool
+from miles.rollout.train_data import convert, trim
+from miles.rollout.watchdog import Watchdog
+from miles.utils.arguments import namespace
+from miles.utils.async_utils import LoopThread, set_loop_thread
+from miles.utils.http_utils import close_http_client
+from miles.utils.types import Sample
+from miles_agents import Actor, Ref, endpoint, store
+from miles_agents.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class NotStarted(ConfigError):
+    """The rollout manager is asked for something before ``start``."""
+
+    code = "E-ROLL-010"
+
+
+class RolloutManager(Actor):
+    """See the module's docstring.
+
+    Args:
+        config: The run's values; user code sees them as ``args``.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.args = namespace(config)
+        self.progress_now = progress_now
+        progress_now.begin("loading", -1)
+        self.weight_version: int | None = None
+        self.user = LoopThread("user-code")
+        set_loop_thread(self.user)
+        self.watchdog = Watchdog(self.user, self.progress_now)
+        self._refs: dict[int, list[Ref]] = {}
+        self._loaded: Loaded | None = None
+        # Reading prompts and importing transformers takes seconds, in which engines start.
+        self._loading: Future[Loaded] = asyncio.run_coroutine_threadsafe(
+            asyncio.to_thread(load_all, self.args), self.user.loop
+        )
+
+    def close(self) -> None:
+        """End threads, graders and connections."""
+        self.watchdog.close()
+        set_loop_thread(None)
+        self.user.stop()
+        close_hook_pool()
+        close_grader_pool()
+        close_http_client()
+        if self._loaded is not None:
+            self._loaded.source.close()
+
+    # -- endpoints -------------------------------------------------------------------------------------------
+
+    @endpoint
+    async def start(self, targets: list[EngineTarget], router_url: str, api_key: str) -> dict[str, int | None]:
+        """Everything is loaded, and these engines are used from now on.
+
+        Args:
+            targets: The engines; none where no engine is needed.
+            router_url: Of the router in front of them.
+            api_key: That the router asks for.
+
+        Raises:
+            MilesError: Of data, tokenizer or user code that cannot be loaded.
+        """
+        self.set_engines_now(targets, router_url, api_key)
+        self._loaded = await asyncio.wrap_future(self._loading)
+        self.progress_now.begin("idle", -1)
+        size = self._loaded.dataset_size
+        per_epoch = None if size is None else size // int(self.args.rollout_batch_size)
+        return {"dataset_size": size, "num_rollout_per_epoch": per_epoch}
+
+    @endpoint
+    async def set_engines(self, targets: list[EngineTarget], router_url: str, api_key: str) -> None:
+        """The engines have changed."""
+        self.set_engines_now(targets, router_url, api_key)
+
+    @endpoint(group="generate")
+    async def generate(self, rollout_id: int) -> RolloutBatchRefs:
+        """One rollout's train data, in the store.
+
+        Raises:
+            HookFailed: User code raised. EnginesFail, NothingToTrain and others of docs/errors.md.
+        """
+        loaded = self._needed()
+        loaded.source.begin(rollout_id)
+        began = time.perf_counter()
+        try:
+            output = await self._collect(rollout_id)
+            rollout_time = time.perf_counter() - began
+            self.progress_now.phase = "convert"
+            groups = output.samples
+            kept, surplus = (groups, []) if self.args.debug_rollout_only else trim(self.args, groups)
+            loaded.source.give_back(surplus, "trimmed")
+            metrics = await self._on_user_loop(self._rollout_metrics(rollout_id, kept, output, rollout_time))
+            samples = [sample for group in kept for sample in flat(group)]
+            refs = await self._ship(rollout_id, samples)
+        except BaseException:
+            loaded.source.take_back_open(rollout_id, "failed")
+            raise
+        finally:
+            self.progress_now.phase = "idle"
+        return RolloutBatchRefs(refs, metrics, len(samples))
+
+    @endpoint(group="evaluate")
+    async def evaluate(self, rollout_id: int) -> EvalResult:
+        """Evaluate the data sets that the flags name.
+
+        Raises:
+            HookFailed: User code raised. RequestFailed and others of docs/errors.md.
+        """
+        loaded = self._needed()
+        try:
+            return await self._on_user_loop(self._evaluate(loaded, rollout_id))
+        finally:
+            self.progress_now.phase = "idle"
+
+    @endpoint
+    async def trained(self, rollout_id: int) -> int:
+        """The rollout was trained on: its groups end so in the ledger, its data leaves the store. How many groups."""
+        count = self._needed().source.trained(rollout_id)
+        for ref in self._refs.pop(rollout_id, []):
+            await self._remove(ref)
+        return count
+
+    @endpoint
+    async def set_weight_version(self, version: int) -> None:
+        """The engines' weights are of this version from now on."""
+        self.weight_version = version
+
+    @endpoint
+    async def save(self, rollout_id: int, directory: str) -> None:
+        """Data position, buffer, ledger and counters after this rollout, below ``{directory}/rollout``.
+
+        Raises:
+            CannotSave, NotSavable, HookFailed.
+        """
+        source = self._needed().source
+        await self._on_user_loop(manager_state.save(self.args, source, self._counters(), rollout_id, Path(directory)))
+
+    @endpoint
+    async def load(self, rollout_id: int, directory: str) -> bool:
+        """Inverse of ``save``. False: nothing of this rollout is there, and nothing has changed."""
+        source = self._needed().source
+        counters = await self._on_user_loop(manager_state.load(self.args, source, rollout_id, Path(directory)))
+        if counters is None:
+            return False
+        self.weight_version = counters.get("weight_version", self.weight_version)
+        return True
+
+    @endpoint(thread="io")
+    def progress(self) -> dict[str, Any]:
+        """How far the phase under way is. Answers whatever user code does."""
+        return self.progress_now.to_plain()
+
+    @endpoint(thread="io")
+    def ledger(self) -> str:
+        """One line: where the prompt groups are."""
+        return self._loaded.source.ledger.describe() if self._loaded is not None else "nothing is loaded yet"
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def set_engines_now(self, targets: list[EngineTarget], router_url: str, api_key: str) -> None:
+        """Engines and router, for our code and for ``args`` of user code."""
+        engines.set(targets, router_url, api_key)
+        if router_url:
+            parts = urlsplit(router_url)
+            vars(self.args).update(sglang_router_ip=parts.hostname, sglang_router_port=parts.port)
+
+    def _needed(self) -> Loaded:
+        if self._loaded is None:
+            raise NotStarted(
+                "the rollout manager is not started",
+                evidence="start() was not called, or has failed",
+                advice="Call start and wait for its answer first.",
+            )
+        return self._loaded
+
+    async def _on_user_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await self.user.submit(coroutine)
+
+    async def _collect(self, rollout_id: int) -> RolloutFnTrainOutput:
+        """The rollout's groups, from the rollout function or from a file; all of them selected in the ledger."""
+        loaded = self._needed()
+        if self.args.load_debug_rollout_data:
+            groups = await asyncio.to_thread(
+                debug_data.load_rollout_data,
+                self.args.load_debug_rollout_data,
+                rollout_id,
+                self.args.load_debug_rollout_data_subsample,
+            )
+            output = RolloutFnTrainOutput(groups, {})
+        else:
+            self.progress_now.begin("generate", rollout_id, int(self.args.rollout_batch_size))
+            output = await self._on_user_loop(self._call(loaded, rollout_id))
+        loaded.source.select(output.samples)
+        loaded.source.drop_unselected("not_returned")
+        if self.args.save_debug_rollout_data:
+            await asyncio.to_thread(
+                debug_data.save_rollout_data, self.args.save_debug_rollout_data, rollout_id, output.samples, {}
+            )
+        return output
+
+    async def _call(self, loaded: Loaded, rollout_id: int) -> RolloutFnTrainOutput:
+        hook = loaded.rollout_function
+        output = await call_rollout_function(hook, RolloutFnTrainInput(rollout_id, self.weight_version))
+        if not isinstance(output, RolloutFnTrainOutput) or not _are_groups(output.samples):
+            raise hook.bad_result(getattr(output, "samples", output), "a list of lists of Sample, not empty")
+        need_rewards(self.args, [sample for group in output.samples for sample in flat(group)])
+        return output
+
+    async def _rollout_metrics(
+        self, rollout_id: int, groups: list[Group], output: RolloutFnTrainOutput, rollout_time: float
+    ) -> dict[str, float]:
+        extra = output.metrics or {}
+        hook = load_hook(self.args.custom_rollout_log_function_path, "--custom-rollout-log-function-path")
+        if hook is not None:
+            samples = [sample for group in groups for sample in flat(group)]
+            if await hook(rollout_id, self.args, samples, extra, rollout_time):
+                return {}
+        return rollout_metrics(self.args, groups, rollout_time) | _numbers(extra)
+
+    async def _ship(self, rollout_id: int, samples: list[Sample]) -> list[Ref]:
+        """Train data of the samples, a part for each data-parallel rank, into the store."""
+        if self.args.debug_rollout_only:
+            return []
+        from miles.utils.train_data import split_train_data
+
+        data = await self._on_user_loop(convert(self.args, samples))
+        parts = await asyncio.to_thread(split_train_data, self.args, data)
+        self._refs[rollout_id] = await self._put(parts)
+        return self._refs[rollout_id]
+
+    async def _put(self, parts: list[dict[str, Any]]) -> list[Ref]:
+        return await store.put_parts_async(parts)
+
+    async def _remove(self, ref: Ref) -> None:
+        await store.remove_async(ref)
+
+    async def _evaluate(self, loaded: Loaded, rollout_id: int) -> EvalResult:
+        hook = loaded.eval_function
+        output = await call_rollout_function(hook, RolloutFnEvalInput(rollout_id, weight_version=self.weight_version))
+        data = getattr(output, "data", None)
+        if not isinstance(data, dict) or not all(isinstance(e, dict) and "rewards" in e for e in data.values()):
+            raise hook.bad_result(data, "a dict of data sets, each with rewards, truncated and samples")
+        if self.args.save_debug_rollout_data:
+            groups = [list(entry.get("samples") or []) for entry in data.values()]
+            template = self.args.save_debug_rollout_data
+            await asyncio.to_thread(debug_data.save_rollout_data, template, f"eval_{rollout_id}", groups, {})
+        extra = output.metrics or {}
+        log = load_hook(self.args.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path")
+        if log is not None and await log(rollout_id, self.args, data, extra):
+            return EvalResult({}, eval_examples(data))
+        return EvalResult(eval_metrics(self.args, data) | _numbers(extra), eval_examples(data))
+
+    def _counters(self) -> dict[str, Any]:
+        return {"weight_version": self.weight_version}
+
+
+def _are_groups(groups: Any) -> bool:
+    return (
+        isinstance(groups, list)
+        and bool(groups)
+        and all(isinstance(g, list) and g and all(isinstance(s, Sample) for s in flat(g)) for g in groups)
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Those that are numbers: others cannot be drawn."""
+    return {str(name): float(value) for name, value in metrics.items() if isinstance(value, int | float)}
