@@ -45,14 +45,14 @@ def flags(**changed):
     return SimpleNamespace(**given | changed)
 
 
-def random_train_data(seed, count=8, *, siblings=False):
+def random_train_data(seed, count=8, *, siblings=False, vocab=VOCAB):
     """Awkward on purpose: empty responses, masks with holes and without any token, ratios far from 1."""
     rng = random.Random(seed)
     data = {name: [] for name in ("tokens", "response_lengths", "loss_masks", "rewards")}
     columns = {name: [] for name in ("log_probs", "ref_log_probs", "rollout_log_probs")}
     for i in range(count):
         prompt, response = rng.randint(1, 5), rng.choice([0, 1, 2, 5, 9, 14])
-        data["tokens"].append([rng.randrange(VOCAB) for _ in range(prompt + response)])
+        data["tokens"].append([rng.randrange(vocab) for _ in range(prompt + response)])
         data["response_lengths"].append(response)
         kept = rng.choice([0.0, 0.5, 1.0, 1.0])
         data["loss_masks"].append([int(rng.random() < kept) for _ in range(response)])
@@ -63,24 +63,43 @@ def random_train_data(seed, count=8, *, siblings=False):
     return data | columns | {"rollout_ids": ids}
 
 
-def plain_loss(args, parameters, data, places):
-    """Loss of one step over the samples at ``places``, with gradient; and a few metrics."""
+def plain_loss(args, model, data, places):
+    """Loss of one step over the samples at ``places``, with gradient; and a few metrics.
+
+    ``model``: logits [T, V] of the tokens [T] of one sample.
+    """
     ids = [data["rollout_ids"][i] for i in places]
     total = {r: sum(sum(data["loss_masks"][i]) for i in places if data["rollout_ids"][i] == r) for r in ids}
     num_tokens = sum(max(sum(data["loss_masks"][i]), 1) for i in places)
     sums = {"loss": 0.0, "pg_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0, "pg_clipfrac": 0.0, "ppo_kl": 0.0}
     for i in places:
         divisor = num_tokens if args.calculate_per_token_loss else max(total[data["rollout_ids"][i]], 1) * len(set(ids))
-        for t, values in enumerate(_tokens(args, parameters, data, i)):
+        for t, values in enumerate(_tokens(args, model, data, i)):
             if data["loss_masks"][i][t]:
                 for name, value in values.items():
                     sums[name] = sums[name] + value / divisor
     return sums
 
 
-def _tokens(args, parameters, data, i):
+def tiny_model_of(parameters):
+    """The backend's of these tests, whole."""
+    return lambda tokens: tiny_logits(parameters, tokens, torch.arange(len(tokens)))
+
+
+def plain_log_probs(args, model, data):
+    """Of all samples' response tokens."""
+    found = []
+    for tokens, response in zip(map(torch.tensor, data["tokens"]), data["response_lengths"], strict=True):
+        with torch.no_grad():
+            p = torch.log_softmax(model(tokens).float() / args.rollout_temperature, -1)
+        start = len(tokens) - response
+        found.append([float(p[start + t - 1, tokens[start + t]]) for t in range(response)])
+    return found
+
+
+def _tokens(args, model, data, i):
     tokens, response = torch.tensor(data["tokens"][i]), data["response_lengths"][i]
-    logits = tiny_logits(parameters, tokens, torch.arange(len(tokens)))
+    logits = model(tokens)
     p = torch.log_softmax(logits / args.rollout_temperature, -1)
     start = len(tokens) - response
     for t in range(response):

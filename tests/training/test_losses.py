@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.plain_losses import HIDDEN, VOCAB, assert_close, flags, plain_loss, random_train_data
+from support.plain_losses import HIDDEN, VOCAB, assert_close, flags, plain_loss, random_train_data, tiny_model_of
 from support.ranks import run_ranks
 from support.tiny_backend import TinyBackend, make_parallel, tiny_logits, tiny_parameters
 
@@ -28,7 +28,7 @@ def of_plain(args, data, count=8):
         places = [i for i, r in enumerate(data["rollout_ids"]) if r in groups]
         if not places:
             continue
-        metrics = plain_loss(args, parameters, data, places)
+        metrics = plain_loss(args, tiny_model_of(parameters), data, places)
         if isinstance(metrics["loss"], torch.Tensor):
             metrics["loss"].backward()
         gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in parameters.items()}

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 import torch
 from support.cluster import error_of, real_cluster
-from support.plain_losses import flags, plain_loss, random_train_data
+from support.plain_losses import flags, plain_log_probs, plain_loss, random_train_data, tiny_model_of
 from support.store_actors import Keeper
 from support.tiny_backend import tiny_parameters
 
@@ -98,26 +98,15 @@ async def test_the_first_step_is_the_one_that_the_formula_gives(cluster, tmp_pat
         metrics = (await trainer.train.call(0, await refs_of(cluster, config, 3))).at(gpus=0)
     args = flags(**config)
     parameters = {n: v.requires_grad_() for n, v in tiny_parameters(args.tiny_vocab, args.tiny_hidden, 3).items()}
-    own = [
-        _log_probs(parameters, tokens, n) for tokens, n in zip(data["tokens"], data["response_lengths"], strict=True)
-    ]
-    plain = plain_loss(args, parameters, {**data, "log_probs": own, "ref_log_probs": own}, range(8))
+    model = tiny_model_of(parameters)
+    own = plain_log_probs(args, model, data)
+    plain = plain_loss(args, model, {**data, "log_probs": own, "ref_log_probs": own}, range(8))
     plain["loss"].backward()
     norm = sum(float(p.grad.square().sum()) for p in parameters.values()) ** 0.5
     assert metrics["train/loss"] == pytest.approx(float(plain["loss"].detach()), abs=1e-5)
     assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["train/ppo_kl"] == pytest.approx(0.0, abs=1e-7)
     assert metrics["train/pg_clipfrac"] == 0.0
-
-
-def _log_probs(parameters, tokens, response):
-    from support.tiny_backend import tiny_logits
-
-    tokens = torch.tensor(tokens)
-    with torch.no_grad():
-        p = torch.log_softmax(tiny_logits(parameters, tokens, torch.arange(len(tokens))), -1)
-    start = len(tokens) - response
-    return [float(p[start + t - 1, tokens[start + t]]) for t in range(response)]
 
 
 async def test_what_is_saved_goes_on_where_it_was(cluster, tmp_path):
