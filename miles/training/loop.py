@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.weight_update.messages import WeightUpdate
+from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.metrics_file import MetricsFile
 from miles.training.parts import LOAD_S, Parts
@@ -127,9 +128,12 @@ class TrainingLoop:
         if iteration.evaluate_after:
             await self._evaluate(rollout_id, rollout_id + 1)
 
-    async def _generate(self, rollout_id: int) -> Any:
+    async def _generate(self, rollout_id: int) -> RolloutBatchRefs:
         generating = self.rollout.generate.call_one(rollout_id)
-        return await self._with_bar(f"rollout {rollout_id + 1}/{self.config['num_rollout']}", generating)
+        batch: RolloutBatchRefs = await self._with_bar(
+            f"rollout {rollout_id + 1}/{self.config['num_rollout']}", generating
+        )
+        return batch
 
     async def _with_bar(self, title: str, call: Any) -> Any:
         """Wait for a call of the rollout manager, showing how far it is."""
@@ -219,7 +223,7 @@ class TrainingLoop:
     async def _evaluate(self, rollout_id: int, rollouts_done: int) -> None:
         began = time.perf_counter()
         call = self.rollout.evaluate.call_one(rollout_id)
-        result = await self._with_bar("evaluation", call)
+        result: EvalResult = await self._with_bar("evaluation", call)
         metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
         self.metrics.write("eval", rollout_id, rollouts_done, metrics)
         self.console.evaluated(rollouts_done, metrics)

@@ -139,7 +139,7 @@ async def _start_trainer(
     )
     host, port = await trainer.slice(gpus=0).options(timeout_s=60.0).rendezvous.call_one()
     answers = await trainer.options(timeout_s=LOAD_S).init.call(host, port)
-    starts = {answer["start_rollout_id"] for answer in answers.values()}
+    starts = {answer["start_rollout_id"] for answer in answers.values}
     if len(starts) != 1:
         raise CheckpointsDisagree(
             "the trainer's ranks would begin at different rollouts",
