@@ -1,0 +1,60 @@
+"""--custom-config-path: values from a file, before anything is derived from them."""
+
+import base64
+
+import pytest
+
+from miles.flags.config_file import apply_config, read_config
+from miles.flags.parse import parse
+from miles.flags.problems import Problem
+from miles.flags.table import table
+
+
+def applied(values, *words):
+    parsed = parse(words, table())
+    apply_config(parsed, table(), values)
+    return parsed
+
+
+def test_a_file_and_an_inline_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1.0e-5\ntool_key: null\n")
+    assert read_config(str(tmp_path / "c.yaml")) == {"lr": 1e-5, "tool_key": None}
+    assert read_config("base64:" + base64.b64encode(b"a: [1, 2]").decode()) == {"a": [1, 2]}
+    (tmp_path / "empty.yaml").touch()
+    assert read_config(str(tmp_path / "empty.yaml")) == {}
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "1: 2"])
+def test_what_is_no_mapping(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert isinstance(read_config(str(tmp_path / "c.yaml")), Problem)
+
+
+@pytest.mark.parametrize("path", ["none.yaml", "base64:%%%", "base64:/w=="])
+def test_what_cannot_be_read(path):
+    assert "cannot be read" in read_config(path).what
+
+
+def test_values_count_as_typed_and_win():
+    parsed = applied({"lr": "1e-5", "rollout-batch-size": 4.0, "rollout_stop": ["a"], "colocate": True}, "--lr", "1")
+    assert parsed.typed == {"lr": 1e-5, "rollout_batch_size": 4, "rollout_stop": ["a"], "colocate": True}
+    assert any("--lr 1.0 is replaced by 1e-5" in notice for notice in parsed.notices)
+
+
+def test_an_unknown_key_goes_to_user_code_and_is_told():
+    parsed = applied({"mis_mode": "mask", "rolout_batch_size": 3})
+    assert parsed.extra == {"mis_mode": "mask", "rolout_batch_size": 3}
+    assert any("--rollout-batch-size is not meant?" in notice for notice in parsed.notices)
+
+
+def test_what_a_flag_would_refuse_is_refused():
+    parsed = applied({"use_tis": True, "lr": "fast", "optimizer": "lion"})
+    told = {problem.flag: problem.what for problem in parsed.problems}
+    assert set(told) == {f"--custom-config-path: {dest}" for dest in ("use_tis", "lr", "optimizer")}
+    assert "truncated importance sampling" in told["--custom-config-path: use_tis"]
+
+
+def test_a_refused_feature_may_be_said_to_be_off():
+    parsed = applied({"use_tis": False, "lora_rank": 0})
+    assert parsed.problems == []
+    assert parsed.typed["use_tis"] is False

@@ -1,0 +1,152 @@
+"""What is read from files and the machine before anything is decided."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from miles.flags.facts import TRACKER, gather, look_at, why_not_found, why_unwritable
+from miles.flags.prompt_facts import DataFacts, read_data, split_slice
+from miles.flags.table import table
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class TestPromptFiles:
+    def test_rows_columns_and_what_is_absent(self, tmp_path):
+        path = jsonl(tmp_path / "d.jsonl", {"prompt": "a", "label": "b"}, "\n", {"prompt": "c"})
+        assert read_data(path, ["prompt", "label", "metadata"]) == DataFacts(
+            rows=2, columns=("prompt", "label"), absent={"metadata": 1, "label": 3}
+        )
+
+    @pytest.mark.parametrize(("text", "number"), [('{"prompt": 1}\n{"prompt"\n', 2), ("[1]\n", 1), ("{}\n\n1\n", 3)])
+    def test_the_first_broken_line_has_its_number(self, tmp_path, text, number):
+        found = read_data(jsonl(tmp_path / "d.jsonl", text), [])
+        assert found.broken[0] == number
+        assert found.broken[1]
+
+    def test_bytes_that_are_no_text_are_a_broken_line(self, tmp_path):
+        (tmp_path / "d.jsonl").write_bytes(b"\xff\xfe\n")
+        assert read_data(str(tmp_path / "d.jsonl"), []).broken[0] == 1
+
+    def test_empty(self, tmp_path):
+        assert read_data(jsonl(tmp_path / "d.jsonl", ""), ["prompt"]) == DataFacts()
+
+    def test_what_is_no_file(self, tmp_path):
+        assert read_data(str(tmp_path / "none"), []).error == "does not exist"
+        assert "directory" in read_data(str(tmp_path), []).error
+
+    @pytest.mark.parametrize(
+        ("piece", "rows"), [("[0:3]", 3), ("[2:]", 8), ("[:-1]", 9), ("[5:100]", 5), ("[:]", 10), ("[20:30]", 0)]
+    )
+    def test_a_slice_counts_its_rows(self, tmp_path, piece, rows):
+        path = jsonl(tmp_path / "d.jsonl", *({"prompt": n} for n in range(10)))
+        assert read_data(f"{path}@{piece}", []).rows == rows
+
+    def test_a_path_without_a_slice_is_whole(self):
+        assert split_slice("a@b.jsonl") == ("a@b.jsonl", slice(None))
+        assert split_slice("a.jsonl@[1:2]") == ("a.jsonl", slice(1, 2))
+
+    def test_what_lies_behind_the_parsed_part_is_counted(self, tmp_path):
+        long = "x" * (1 << 20)
+        path = jsonl(tmp_path / "d.jsonl", *({"prompt": long} for _ in range(66)))
+        assert read_data(path, ["prompt"]).rows == 66
+
+    def test_a_parquet_file_is_read_or_says_what_is_missing(self, tmp_path):
+        (tmp_path / "d.parquet").write_bytes(b"no")
+        assert read_data(str(tmp_path / "d.parquet"), []).error
+
+
+class TestDirectories:
+    def test_a_model(self, tmp_path):
+        for name in ("tokenizer.json", "model-00001-of-00002.safetensors"):
+            (tmp_path / name).touch()
+        (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+        found = look_at(tmp_path)
+        assert (found.exists, found.config, found.has_tokenizer, found.has_weights) == (
+            True,
+            {"hidden_size": 4},
+            True,
+            True,
+        )
+        assert found.iteration is None
+
+    @pytest.mark.parametrize("text", ["{", "[1]"])
+    def test_a_config_that_is_none(self, tmp_path, text):
+        (tmp_path / "config.json").write_text(text)
+        found = look_at(tmp_path)
+        assert found.config is None
+        assert "config.json" in found.config_error
+
+    def test_a_tokenizer_of_two_files(self, tmp_path):
+        (tmp_path / "vocab.json").touch()
+        assert not look_at(tmp_path).has_tokenizer
+        (tmp_path / "merges.txt").touch()
+        assert look_at(tmp_path).has_tokenizer
+
+    @pytest.mark.parametrize(("text", "iteration"), [("12\n", 12), ("x", None)])
+    def test_a_checkpoint(self, tmp_path, text, iteration):
+        (tmp_path / TRACKER).write_text(text)
+        assert look_at(tmp_path).iteration == iteration
+
+    def test_nothing(self, tmp_path):
+        assert not look_at(tmp_path / "none").exists
+
+
+class TestWriting:
+    def test_what_does_not_exist_can_be_made(self, tmp_path):
+        assert why_unwritable(tmp_path / "a" / "b") == ""
+
+    def test_a_file_in_the_way(self, tmp_path):
+        (tmp_path / "f").touch()
+        assert "is a file" in why_unwritable(tmp_path / "f" / "b")
+
+    def test_a_link_to_nowhere(self, tmp_path):
+        (tmp_path / "l").symlink_to(tmp_path / "gone")
+        assert "link to nowhere" in why_unwritable(tmp_path / "l")
+
+
+class TestHooks:
+    def test_found_without_being_run(self, tmp_path, monkeypatch):
+        (tmp_path / "user_hook_module.py").write_text("raise SystemExit('was run')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert why_not_found("user_hook_module.reward") == ""
+        assert "user_hook_module" not in sys.modules
+
+    @pytest.mark.parametrize(
+        ("path", "why"), [("reward", "not of the form"), ("nowhere_at_all.x", "no module"), ("json.none.x", "")]
+    )
+    def test_not_found(self, path, why):
+        assert why in why_not_found(path)
+        assert why_not_found(path)
+
+
+def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "p.jsonl", {"prompt": 1})
+    jsonl(tmp_path / "e.jsonl", {"q": 1}, {"q": 2})
+    (tmp_path / "file").touch()
+    values = {
+        **table().defaults(),
+        "hf_checkpoint": "m",
+        "prompt_data": "p.jsonl",
+        "eval_prompt_data": ["one", "e.jsonl", "same", "p.jsonl"],
+        "eval_input_key": "q",
+        "eval_config": "none.yaml",
+        "save": "file",
+        "custom_rm_path": "nowhere_at_all.rm",
+    }
+    facts = gather(values, run_dir="file/run")
+    assert set(facts.directories) == {"m", "file"}
+    assert facts.data["p.jsonl"].rows == 1
+    assert facts.data["p.jsonl"].absent == {"label": 1, "metadata": 1}
+    assert facts.data["e.jsonl"].absent == {"label": 1, "metadata": 1}
+    assert set(facts.unwritable) == {"file", "file/run"}
+    assert facts.missing_files == {"none.yaml"}
+    assert set(facts.hook_errors) >= {"nowhere_at_all.rm"}
+    assert facts.cores >= 1
+    assert facts.cwd == os.getcwd()
