@@ -195,7 +195,7 @@ def test_another_format_is_refused(copy):
 
 
 def save_with_little_room(path, root, limited_rank):
-    backend = make_backend(path)
+    backend = make_backend(path, tensor_model_parallel_size=2)
     train_one(backend, 0)
     if backend.parallel.rank == limited_rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -214,5 +214,5 @@ def test_a_write_that_fails_on_one_rank_is_told_on_all(model, tmp_path, limited_
     # A limit on the size of files fails in the same place as a disk that is full.
     told = run_ranks(2, save_with_little_room, model, tmp_path, limited_rank)
     assert all("could not be written" in text and "E-CKPT-004" in text for text in told)
-    assert "File too large" in told[0]
+    assert "File too large" in told[0], told[0]
     assert not (tmp_path / TRACKER).exists()

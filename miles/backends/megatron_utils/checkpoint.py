@@ -7,6 +7,7 @@ ranks; with other parallel sizes all but the generators is taken over, too.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import shutil
@@ -265,12 +266,23 @@ def _write_here(transforms: list[Any], use_msc: bool, rank: int, buckets: list[A
         )
         _, result = answer.get_nowait()
         if isinstance(result, Exception):
-            written = result
+            written = _reason(bucket[0], result)
             break
         assert isinstance(written, dict)
         written[i] = result
     logger.debug("rank %d wrote %d files", rank, len(buckets))
     results.put(written)
+
+
+def _reason(path: str, error: Exception) -> Exception:
+    """The system's, where it is the disk: torch's archive writer only tells that its position is not the expected."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(bytes(_SPARE))
+            os.fsync(file.fileno())
+    except OSError as told:
+        return told
+    return error
 
 
 FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_here)

@@ -63,7 +63,14 @@ def install() -> None:
     if not torch.cuda.is_available():
         _put_views()
         _patch_tensor_methods()
+    _silence()
     _installed = True
+
+
+def _silence() -> None:
+    """Warnings about megatron.core's own use of torch, in every rank and at every step. No user can act on them."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
 def _import_all() -> None:

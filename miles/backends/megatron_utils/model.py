@@ -73,6 +73,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        cuda_graph_scope=[],
         apply_rope_fusion=False,
         bias_activation_fusion=torch.cuda.is_available(),
     )

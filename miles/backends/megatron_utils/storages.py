@@ -1,13 +1,15 @@
 """Memory that is put away and comes back bit for bit.
 
-What is put away are storages, not tensors: a storage is emptied and later filled in place, so that all views into it
-stay valid.
+What is put away are storages, not tensors: a storage loses its memory and later gets it back, so that all views into it
+stay valid. On a CPU its pages go back to the system while its addresses stay (a storage that was ever seen through
+numpy cannot be resized); on a GPU it is resized to nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Storage = torch.UntypedStorage
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
 
 def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[Storage]:
     """Of these tensors, each once, in order; empty ones left out."""
@@ -30,18 +35,17 @@ def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[Storage]:
 
 
 class Dropped:
-    """Storages whose content need not be kept; they come back as zeros."""
+    """Storages whose content is lost: what comes back is memory of that size."""
 
     def __init__(self, storages: list[Storage]) -> None:
         self._sizes = [(storage, storage.nbytes()) for storage in storages]
         for storage in storages:
-            storage.resize_(0)
+            _release(storage)
 
     def restore(self) -> None:
-        """Allocate them again."""
+        """Have the memory again."""
         for storage, size in self._sizes:
-            storage.resize_(size)
-            storage.fill_(0)
+            _take_back(storage, size)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -51,22 +55,22 @@ class OnDisk:
     """Storages whose content is in a file without a name: it goes with this process, however that ends.
 
     Raises:
-        CannotSleep: The file could not be written. Nothing has been emptied then.
+        CannotSleep: The file could not be written. Nothing has been put away then.
     """
 
     def __init__(self, storages: list[Storage], directory: Path) -> None:
         self._sizes = [(storage, storage.nbytes()) for storage in storages]
         self._file = self._write(directory)
         for storage in storages:
-            storage.resize_(0)
+            _release(storage)
 
     def _write(self, directory: Path) -> IO[bytes]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=directory, buffering=0)
             try:
-                for storage, size in self._sizes:
-                    _write_all(file, memoryview(_bytes(storage).cpu().numpy()), size)
+                for storage, _ in self._sizes:
+                    _write_all(file, storage)
             except OSError:
                 file.close()
                 raise
@@ -84,13 +88,8 @@ class OnDisk:
         """Read everything back, and close the file."""
         self._file.seek(0)
         for storage, size in self._sizes:
-            storage.resize_(size)
-            if storage.device.type == "cpu":
-                _read_all(self._file, memoryview(_bytes(storage).numpy()), size)
-            else:
-                staged = torch.empty(size, dtype=torch.uint8)
-                _read_all(self._file, memoryview(staged.numpy()), size)
-                _bytes(storage).copy_(staged)
+            _take_back(storage, size)
+            _read_all(self._file, storage)
         self._file.close()
 
     def close(self) -> None:
@@ -109,12 +108,12 @@ class OnHost:
             self._kept.append((storage, host))
         torch.cuda.synchronize()
         for storage in storages:
-            storage.resize_(0)
+            _release(storage)
 
     def restore(self) -> None:
         """Copy everything back."""
         for storage, host in self._kept:
-            storage.resize_(host.nbytes)
+            _take_back(storage, host.nbytes)
             _bytes(storage).copy_(host, non_blocking=True)
         torch.cuda.synchronize()
 
@@ -132,7 +131,7 @@ def keep(storages: list[Storage], *, target: str, directory: Path) -> Kept | Non
     if all(storage.device.type == "cpu" for storage in storages):
         logger.info(
             "--offload-train-target cpu: the trainer's state is in CPU memory already and stays there; "
-            "`--offload-train-target disk` would free it"
+            "--offload-train-target disk would free it"
         )
         return None
     return OnHost(storages)
@@ -143,9 +142,26 @@ def return_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     # Not in every C library.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _release(storage: Storage) -> None:
+    if storage.device.type != "cpu":
+        storage.resize_(0)
+        return
+    # Whole pages only: its first and last ones may be others', too.
+    page = mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    size = (storage.data_ptr() + storage.nbytes()) // page * page - start
+    if size > 0 and _LIBC.madvise(start, size, mmap.MADV_DONTNEED):
+        logger.warning("%d bytes stay in memory: %s", size, os.strerror(ctypes.get_errno()))
+
+
+def _take_back(storage: Storage, size: int) -> None:
+    if storage.device.type != "cpu":
+        storage.resize_(size)
 
 
 def _bytes(storage: Storage) -> torch.Tensor:
@@ -153,15 +169,27 @@ def _bytes(storage: Storage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
 
 
-def _write_all(file: IO[bytes], view: memoryview, size: int) -> None:
-    done = 0
-    while done < size:
+def _memory(host: Storage) -> memoryview:
+    """Of a storage on the CPU. Not through numpy: that would mark it as not resizable for good."""
+    array = (ctypes.c_ubyte * host.nbytes()).from_address(host.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def _write_all(file: IO[bytes], storage: Storage) -> None:
+    host = storage.cpu()
+    view, done = _memory(host), 0
+    while done < len(view):
         done += file.write(view[done:])
 
 
-def _read_all(file: IO[bytes], view: memoryview, size: int) -> None:
-    done = 0
-    while done < size:
+def _read_all(file: IO[bytes], storage: Storage) -> None:
+    host = (
+        storage if storage.device.type == "cpu" else torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+    )
+    view, done = _memory(host), 0
+    while done < len(view):
         count = os.readv(file.fileno(), [view[done:]])
         assert count > 0, "the file is as long as it was written"
         done += count
+    if host is not storage:
+        _bytes(storage).copy_(_bytes(host))
