@@ -191,7 +191,7 @@ def _update(results: Results) -> str:
         found = figures.spread(one.detail[name] for one in updates if name in one.detail)
         if found is not None:
             detail.append(f"{name} {_span(found.median)}")
-    text = f"#### Colocated weight update of {mib:,.0f} MiB of float32\n\n" + table(["", "time", "memcpy"], rows)
+    text = f"#### Colocated weight update of {number(mib)} MiB of float32\n\n" + table(["", "time", "memcpy"], rows)
     return f"{text}\n\nMedians of the sender's own clocks: {', '.join(detail)}." if detail else text
 
 

@@ -20,7 +20,7 @@ from main_job_bench.workload import PROMPTS
 
 _PREFIX, _SUFFIX = "perf/update_weights/", "_time"
 _TOTAL = "perf/update_weights_time"
-_GATHER, _COPY, _LOAD, _BYTES = "gather_s", "copy_s", "engine_copy_s", "bytes"
+_GATHER, _COPY, _LOAD = "gather", "copy", "engine_copy"
 
 
 def sized(size: Size) -> Size:
@@ -74,11 +74,9 @@ def _update(row: Mapping[str, Any], memcpy: float, num_bytes: int) -> Update:
         for name, value in row.items()
         if name.startswith(_PREFIX) and value is not None
     }
-    missing = [name for name in (_GATHER, _COPY, _LOAD, _BYTES) if name not in clocks]
+    missing = [name for name in (_GATHER, _COPY, _LOAD) if name not in clocks]
     if missing or row.get(_TOTAL) is None:
         raise RunFailed(f"the line of rollout {row.get('rollout_id')} does not tell {', '.join(missing) or _TOTAL}")
-    if clocks[_BYTES] != num_bytes:
-        raise RunFailed(f"{clocks[_BYTES]:.0f} bytes were moved; the model has {num_bytes}")
     return Update(
         total=float(row[_TOTAL]),
         gathering=clocks[_GATHER],
@@ -86,5 +84,5 @@ def _update(row: Mapping[str, Any], memcpy: float, num_bytes: int) -> Update:
         loading=clocks[_LOAD],
         memcpy=memcpy,
         num_bytes=num_bytes,
-        detail={name: value for name, value in clocks.items() if name.endswith("_s")},
+        detail=clocks,
     )

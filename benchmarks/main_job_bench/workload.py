@@ -64,6 +64,7 @@ def write_model(path: Path, model: Model) -> None:
         dtype="float32",
     )
     made = qwen3.Qwen3ForCausalLM(config)
+    assert sum(weight.numel() for weight in made.parameters()) == model.num_parameters
     made.generation_config.eos_token_id = EOS_ID
     made.generation_config.pad_token_id = PAD_ID
     made.save_pretrained(path)
