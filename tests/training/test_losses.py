@@ -184,7 +184,7 @@ def custom_loss(args, batch, logits, sum_of_sample_mean):
 def test_a_custom_loss_gets_what_the_reference_gives_it():
     path = "training.test_losses.custom_loss"
     args = flags(loss_type="custom_loss", custom_loss_function_path=path, scale=3.0, dp_size=2)
-    data = random_train_data(9)
+    data = random_train_data(10)
     metrics, _ = of_ours(args, data)[0]
     parameters = tiny_parameters(VOCAB, HIDDEN, args.seed)
     wanted = 0.0
@@ -203,11 +203,11 @@ def wrong_loss(args, batch, logits, sum_of_sample_mean):
 def test_a_custom_loss_that_returns_something_else_is_told_what_to_return():
     args = flags(loss_type="custom_loss", custom_loss_function_path="training.test_losses.wrong_loss")
     with pytest.raises(BadLossFunction, match="something else than a loss"):
-        of_ours(args, random_train_data(9))
+        of_ours(args, random_train_data(10))
 
 
 def test_a_missing_column_is_named():
-    data = random_train_data(9)
+    data = random_train_data(10)
     del data["rollout_log_probs"]
     with pytest.raises(BadLossFunction, match="rollout_log_probs"):
         of_ours(flags(use_rollout_logprobs=True), data)
@@ -228,3 +228,81 @@ def test_what_is_not_built_is_refused_by_name(changed, flag):
     with pytest.raises(UnsupportedLoss) as caught:
         Losses(flags(**changed), ParallelState())
     assert flag in str(caught.value)
+
+
+def shifted_reducer(total_lengths, response_lengths, loss_masks, per_token):
+    """A user's: the plain sum over tokens that count, whatever the sample, over a constant."""
+    assert sum(response_lengths) == sum(len(mask) for mask in loss_masks)
+    return lambda values: (values * torch.cat(loss_masks)).sum() / 100
+
+
+def test_a_custom_reducer_replaces_the_mean_of_the_policy_loss_only():
+    path = "training.test_losses.shifted_reducer"
+    args = flags(custom_pg_loss_reducer_function_path=path, use_kl_loss=False, entropy_coef=0.0, dp_size=2)
+    data = random_train_data(6)
+    found, _ = of_ours(args, data)[0]
+    # A sum over tokens is what the per-token loss is, but for its divisor.
+    by_token, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0, calculate_per_token_loss=True), data)[0]
+    num_tokens = sum(max(sum(mask), 1) for mask in data["loss_masks"][:4])
+    assert_close({"x": found["pg_loss"]}, {"x": float(by_token["pg_loss"]) * num_tokens / 100 / 4}, "reducer")
+
+
+def halving_correction(args, **given):
+    """A user's: half of the loss, and the first token of each sample does not count."""
+    masks = [mask * (torch.arange(len(mask)) > 0) for mask in given["loss_masks"]]
+    return given["pg_loss"] * 0.5, masks, {"halved": torch.ones_like(given["pg_loss"])}
+
+
+def test_a_custom_correction_changes_numerators_only():
+    path = "training.test_losses.halving_correction"
+    data = random_train_data(8)
+    args = flags(use_tis=True, custom_tis_function_path=path, use_kl_loss=False, entropy_coef=0.0)
+    found, _ = of_ours(args, data)[0]
+    first_out = {**data, "loss_masks": [[0, *mask[1:]] if mask else [] for mask in data["loss_masks"]]}
+    first_out["rollout_mask_sums"] = [sum(mask) for mask in data["loss_masks"]]
+    wanted, _ = of_ours(flags(use_kl_loss=False, entropy_coef=0.0), first_out)[0]
+    assert_close({"x": found["pg_loss"]}, {"x": float(wanted["pg_loss"]) * 0.5}, "correction")
+    assert "halved" in found
+
+
+def test_the_engines_log_probabilities_can_be_the_old_ones():
+    data = random_train_data(11)
+    swapped = {**data, "rollout_log_probs": data["log_probs"], "log_probs": data["rollout_log_probs"]}
+    found = of_ours(flags(use_rollout_logprobs=True), swapped)
+    assert_same(flags(), found, of_plain(flags(), data))
+
+
+def test_without_a_pass_for_old_log_probabilities_the_ratio_is_one():
+    data = random_train_data(11)
+    metrics, _ = of_ours(flags(skip_actor_forward_only=True), data)[0]
+    assert float(metrics["ppo_kl"]) == 0
+    assert float(metrics["pg_clipfrac"]) == 0
+
+
+def test_the_unbiased_kl_has_the_ratio_in_it():
+    data = random_train_data(11)
+    plain, _ = of_ours(flags(kl_loss_type="k2", skip_actor_forward_only=True), data)[0]
+    same, _ = of_ours(flags(kl_loss_type="k2", skip_actor_forward_only=True, use_unbiased_kl=True), data)[0]
+    other, _ = of_ours(flags(kl_loss_type="k2", use_unbiased_kl=True), data)[0]
+    assert_close(same, {"kl_loss": plain["kl_loss"]}, "the ratio is 1")
+    assert float(other["kl_loss"]) != pytest.approx(float(plain["kl_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"), [("vanilla_tis_function", [0.5, 1.0, 2.0]), ("icepop_function", [0.0, 1.0, 0.0])]
+)
+def test_stock_corrections_bound_or_drop_what_is_far_off(function, kept):
+    from miles.backends.training_utils.loss_hub import corrections
+
+    engine = [torch.zeros(3)]
+    trainer = [torch.tensor([0.25, 1.0, 4.0]).log()]
+    loss, masks, metrics = getattr(corrections, function)(
+        flags(tis_clip=2.0, tis_clip_low=0.5),
+        pg_loss=torch.ones(3),
+        train_log_probs=trainer,
+        rollout_log_probs=engine,
+        loss_masks=[torch.ones(3)],
+    )
+    torch.testing.assert_close(loss, torch.tensor(kept))
+    torch.testing.assert_close(metrics["tis_clipfrac"], torch.tensor([1.0, 0.0, 1.0]))
+    assert len(masks) == 1

@@ -27,11 +27,13 @@ def compute_advantages_and_returns(
     """Fill the columns ``advantages`` and ``returns``: float32 ``[R_i]`` each.
 
     GRPO: every token of a response has the response's reward, which the rollout side has centred (and scaled) within
-    its group: ``A_t = r'``. Nothing to do for supervised fine-tuning.
+    its group: ``A_t = r'``. Nothing to do for supervised fine-tuning, and with
+    ``--disable-compute-advantages-and-returns``.
 
     Collective over ``dp_group`` with ``--normalize-advantages``; ``device`` is that of its collectives.
     """
-    if getattr(args, "loss_type", "policy_loss") == "sft_loss" or "rewards" not in data.columns:
+    wanted = getattr(args, "compute_advantages_and_returns", True) and getattr(args, "loss_type", None) != "sft_loss"
+    if not wanted or "rewards" not in data.columns:
         return
     advantages = get_grpo_returns(data.columns["rewards"], data.response_lengths)
     data.columns["returns"] = advantages
