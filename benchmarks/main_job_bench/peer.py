@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from main_job_bench.figures import GENERATION, LOG_PROBS, REST, TRAINING, TRL, UPDATE, Iteration, Run
+from main_job_bench.figures import GENERATION, LOG_PROBS, REST, TRAINING, UPDATE, Iteration, Run
 from main_job_bench.processes import RunFailed, environment, python, run
 from main_job_bench.sizes import Size
 
@@ -16,7 +16,7 @@ def why_not() -> str:
     return "" if importlib.util.find_spec("trl") else "trl is not installed"
 
 
-def measure(size: Size, directory: Path, scratch: Path, *, num_threads: int, deadline_s: float) -> Run:
+def measure(size: Size, column: str, directory: Path, scratch: Path, *, num_threads: int, deadline_s: float) -> Run:
     """One run. ``scratch`` is a directory of its own. Raises RunFailed."""
     path = scratch / "iterations.jsonl"
     arguments = [str(directory), json.dumps(size.as_json()), str(num_threads), str(path), str(scratch / "trl")]
@@ -26,10 +26,10 @@ def measure(size: Size, directory: Path, scratch: Path, *, num_threads: int, dea
         log_path=scratch / "log",
         deadline_s=deadline_s,
     )
-    return parse(path.read_text(), began=began, warm_up=size.warm_up)
+    return parse(path.read_text(), column, began=began, warm_up=size.warm_up)
 
 
-def parse(text: str, *, began: float, warm_up: int) -> Run:
+def parse(text: str, column: str, *, began: float, warm_up: int) -> Run:
     """What the process has written. Raises RunFailed."""
     head, *lines = [json.loads(line) for line in text.splitlines()] or [{}]
     if "started" not in head or len(lines) <= warm_up:
@@ -40,4 +40,4 @@ def parse(text: str, *, began: float, warm_up: int) -> Run:
         parts[UPDATE] = 0.0
         parts[REST] = line["wall"] - sum(parts.values())
         found.append(Iteration(line["wall"], parts, line["samples"], line["tokens"], detail=line["parts"]))
-    return Run(TRL, head["started"] - began, found)
+    return Run(column, head["started"] - began, found)

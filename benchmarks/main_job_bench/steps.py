@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from main_job_bench import ours, peer, update
-from main_job_bench.figures import OURS, OURS_WIDE, TRL, Results
+from main_job_bench.figures import OURS, OURS_WIDE, PEERS, TRL, TRL_WIDE, Results
 from main_job_bench.processes import RunFailed, adopt_orphans, environment, python, run
 from main_job_bench.sizes import Size
 
 ITERATION, AGAINST_TRL, UPDATE = "iteration", "trl", "update"
-QUESTIONS = {ITERATION: (OURS,), AGAINST_TRL: (OURS_WIDE, TRL), UPDATE: (UPDATE,)}
+QUESTIONS = {ITERATION: (OURS,), AGAINST_TRL: (OURS, OURS_WIDE, TRL, TRL_WIDE), UPDATE: (UPDATE,)}
 """Runs of each, by column."""
 
-_TITLES = {OURS: "ours, 1 rank", OURS_WIDE: "ours, all cores", TRL: "TRL", UPDATE: "weight update"}
+_TITLES = {
+    OURS: "ours, 1 rank",
+    OURS_WIDE: "ours, a rank per core",
+    TRL: "TRL, 1 thread",
+    TRL_WIDE: "TRL, a thread per core",
+    UPDATE: "weight update",
+}
+_WIDE = (OURS_WIDE, TRL_WIDE)
 _WRITE_S = 300.0
 _RUN_S = {"reference": 3600.0, "quick": 600.0}
 
@@ -64,7 +71,8 @@ class Bench:
 
     def plan(self, questions: Sequence[str], rounds: int) -> list[Step]:
         """Sides in turn, each round begun by another one; the update once, at the end."""
-        names = [name for question in questions if question != UPDATE for name in QUESTIONS[question]]
+        asked = (name for question in questions if question != UPDATE for name in QUESTIONS[question])
+        names = [name for name in dict.fromkeys(asked) if self.threads > 1 or name not in _WIDE]
         found = []
         for number in range(rounds):
             first = number % max(1, len(names))
@@ -89,11 +97,13 @@ class Bench:
             self.results.updates += update.measure(size, directory, scratch, deadline_s=self._deadline_s)
             return
         directory = self._workload("job", self.size)
-        if step.name == TRL:
-            made = peer.measure(self.size, directory, scratch, num_threads=self.threads, deadline_s=self._deadline_s)
+        width = self.threads if step.name in _WIDE else 1
+        if step.name in PEERS:
+            made = peer.measure(
+                self.size, step.name, directory, scratch, num_threads=width, deadline_s=self._deadline_s
+            )
         else:
-            wide = step.name == OURS_WIDE
-            layout = ours.Layout(step.name, *((self.threads, self.threads) if wide else (1, 1)))
+            layout = ours.Layout(step.name, ranks=width, engines=width)
             made = ours.measure(self.size, layout, directory, scratch, deadline_s=self._deadline_s)
         self.results.runs.append(made)
 
