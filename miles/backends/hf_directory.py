@@ -51,6 +51,12 @@ class HFDirectory:
         with contextlib.ExitStack() as stack:
             yield OpenedDirectory(self.path, self._files, stack)
 
+    def common_dtype(self) -> torch.dtype:
+        """bfloat16 if all weights are; else float32, which holds any of them exactly."""
+        with self.opened() as opened:
+            dtypes = {opened.dtype(name) for name in self._files}
+        return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
+
     def _find_files(self) -> dict[str, str]:
         """Name of each tensor -> file."""
         if (self.path / INDEX).is_file():
@@ -81,14 +87,21 @@ class OpenedDirectory:
 
     def tensor(self, name: str) -> torch.Tensor:
         """On the CPU, in the file's dtype. Read-only: it may be the file's memory."""
+        try:
+            tensor: torch.Tensor = self._of(name).get_tensor(name)
+        except SafetensorError as error:
+            raise _unreadable(self._path, f"{self._files[name]}: {name}: {error}") from error
+        return tensor
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it: ``F32``, ``BF16``, ..."""
+        return str(self._of(name).get_slice(name).get_dtype())
+
+    def _of(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._opened:
             self._opened[file] = self._stack.enter_context(_open(self._path / file))
-        try:
-            tensor: torch.Tensor = self._opened[file].get_tensor(name)
-        except SafetensorError as error:
-            raise _unreadable(self._path, f"{file}: {name}: {error}") from error
-        return tensor
+        return self._opened[file]
 
 
 def read_config(path: Path) -> dict[str, Any]:
