@@ -23,6 +23,7 @@ from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint
 from miles.backends.megatron_utils.checkpoint_files import FoundCheckpoint, is_hf_directory
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
 from miles.backends.megatron_utils.families import read_shape, weight_rules
+from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
 from miles.backends.megatron_utils.optimizer import build_optimizer, build_scheduler, clip_gradients, wrap_data_parallel
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
@@ -57,6 +58,7 @@ class MegatronBackend(TrainBackend):
     def init(self) -> int:
         """See ``TrainBackend.init``."""
         args = self.args
+        provide_get_args(args)
         self.parallel = init_parallel(args)
         self._logits_of = passes.make_logits_of(self.device, self.shape.vocab, self.parallel.tp_rank)
         self._memory = SleepingMemory(args)
