@@ -68,23 +68,29 @@ class Hook:
     Attributes:
         flag: Such as ``--custom-rm-path``.
         path: The flag's value.
-        function: What it names.
+        function: What is called.
+        origin: What the path names, if that is something else than ``function``: it decides how to call.
+        may_block: Ours, too, is called in the pool.
     """
 
     flag: str
     path: str
     function: Callable[..., Any]
+    origin: Any = None
+    may_block: bool = False
 
     @property
     def is_async(self) -> bool:
         """Whether calling it gives a coroutine."""
-        call = getattr(self.function, "__call__", None)  # noqa: B004 - a callable object's own coroutine function
-        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+        named = self.function if self.origin is None else self.origin
+        call = getattr(named, "__call__", None)  # noqa: B004 - a callable object's own coroutine function
+        return inspect.iscoroutinefunction(named) or inspect.iscoroutinefunction(call)
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is part of this code base, and so does not block."""
-        return str(getattr(self.function, "__module__", "") or "").partition(".")[0] == "miles"
+        """Whether it is part of this code base."""
+        named = self.function if self.origin is None else self.origin
+        return str(getattr(named, "__module__", "") or "").partition(".")[0] == "miles"
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it.
@@ -93,7 +99,7 @@ class Hook:
             HookFailed: It raised. Errors of the runtime inside it come as they are.
         """
         try:
-            if self.is_async or self.is_ours:
+            if self.is_async or (self.is_ours and not self.may_block):
                 result = self.function(*args, **kwargs)
             else:
                 call = partial(copy_context().run, self.function, *args, **kwargs)

@@ -46,8 +46,7 @@ def load_all(args: Namespace) -> Loaded:
     """
     for name in _HOOK_FLAGS:
         load_hook(getattr(args, name), "--" + name.replace("_", "-"))
-    journal = Journal(Path(args.run_dir) / "journal" / "rollout.jsonl") if args.run_dir else None
-    source = TrackedDataSource(_data_source(args), journal)
+    source = TrackedDataSource(_data_source(args))
     made_with = RolloutFnConstructorInput(args, source)
     if args.load_debug_rollout_data:
         rollout = Hook("--load-debug-rollout-data", args.load_debug_rollout_data, lambda _: None)
@@ -55,6 +54,8 @@ def load_all(args: Namespace) -> Loaded:
         rollout = load_rollout_function(made_with, args.rollout_function_path or DEFAULT_ROLLOUT)
     path = args.eval_function_path
     evaluation = load_rollout_function(made_with, path, "--eval-function-path") if path else rollout
+    if args.run_dir:
+        source.attach(Journal(Path(args.run_dir) / "journal" / "rollout.jsonl"))
     return Loaded(source, rollout, evaluation)
 
 

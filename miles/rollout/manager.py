@@ -25,7 +25,7 @@ from miles.rollout.engines import engines
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import close_hook_pool, load_hook
 from miles.rollout.inference_rollout.compatibility import call_rollout_function
-from miles.rollout.inference_rollout.inference_rollout_common import need_rewards
+from miles.rollout.inference_rollout.inference_rollout_common import SharedGenerateState, need_rewards
 from miles.rollout.loading import Loaded, load_all
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
@@ -36,6 +36,7 @@ from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
 from miles.utils.http_utils import close_http_client
+from miles.utils.misc import SingletonMeta
 from miles.utils.types import Sample
 from miles_agents import Actor, Ref, endpoint, store
 from miles_agents.errors import ConfigError
@@ -80,6 +81,7 @@ class RolloutManager(Actor):
         close_hook_pool()
         close_grader_pool()
         close_http_client()
+        SingletonMeta.clear_instances(SharedGenerateState)
         if self._loaded is not None:
             self._loaded.source.close()
 

@@ -23,18 +23,16 @@ from miles.utils.types import SampleStatus
 class TrackedDataSource(DataSource):
     """See the module's docstring. What it does not have itself is looked up in the data source that it wraps."""
 
-    def __init__(self, inner: DataSource, journal: Journal | None = None) -> None:
+    def __init__(self, inner: DataSource) -> None:
         self.inner = inner
         self.ledger = Ledger()
-        self.journal = journal
+        self.journal: Journal | None = None
         self.rollout_id = 0
         self.overflow: list[Group] = []
         self._open: dict[int, Group] = {}
         self._next_group = 0
         self._next_index = 0
         self._lock = threading.RLock()
-        if journal is not None:
-            journal.state(self.ledger, "begin")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -95,6 +93,12 @@ class TrackedDataSource(DataSource):
         return len(self.overflow) if length is None else length + len(self.overflow)
 
     # -- what the rollout manager uses -----------------------------------------------------------------------
+
+    def attach(self, journal: Journal) -> None:
+        """Write everything to this journal from now on."""
+        with self._lock:
+            self.journal = journal
+            journal.state(self.ledger, "begin")
 
     def begin(self, rollout_id: int) -> None:
         """Groups are taken for this rollout from now on."""

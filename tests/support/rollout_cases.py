@@ -23,7 +23,6 @@ from miles.utils.async_utils import LoopThread
 from support.tiny_models import IM_END_ID, tiny_model
 
 KEY = "secret"
-HANG = float("inf")
 
 
 @functools.cache
@@ -44,10 +43,10 @@ def text_of(ids: Any, *, with_special: bool = False) -> str:
 
 @dataclass
 class Answer:
-    """What an engine says to a request. ``tick_s``: time per token; ``HANG``: none comes until it is aborted."""
+    """What an engine says to a request; ``hangs_after`` so many tokens until it is aborted."""
 
     text: str = "\\boxed{4}"
-    tick_s: float = 0.0
+    hangs_after: int | None = None
     ends: bool = True
     status: int = 200
     body: str = ""
@@ -105,13 +104,9 @@ class FakeEngine:
         ids = [*ids_of(answer.text), *([IM_END_ID] if answer.ends else [])]
         made: list[int] = []
         for i in ids[:limit]:
-            if answer.tick_s:
-                try:
-                    async with asyncio.timeout(None if answer.tick_s == HANG else answer.tick_s):
-                        await stop.wait()
-                    return made, "abort"
-                except TimeoutError:
-                    pass
+            if len(made) == answer.hangs_after:
+                await stop.wait()
+                return made, "abort"
             made.append(i)
         return made, "length" if len(ids) > limit or not answer.ends else "stop"
 

@@ -33,7 +33,7 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002 - 
             sample.rollout_log_probs = []
         return GenerateFnOutput(samples=sample)
     headers = {"X-SMG-Routing-Key": sample.routing_key} if sample.routing_key else None
-    output = await post(generate_url(args), payload, headers=headers)
+    output = await post(generate_url(args), payload, max_retries=state.request_retries, headers=headers)
     update_sample_from_response(
         args, sample, payload, output, tokenizer=state.tokenizer, update_loss_mask=sample.loss_mask is not None
     )

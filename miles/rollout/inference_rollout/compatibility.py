@@ -22,6 +22,7 @@ from miles.rollout.base_types import (
 from miles.rollout.hooks import Hook
 from miles.utils.misc import load_function
 from miles.utils.types import Sample
+from miles_agents.errors import MilesError
 
 
 class LegacyRolloutFnAdapter:
@@ -49,41 +50,14 @@ def load_rollout_function(
     """
     found: Any = load_function(path, flag=flag)
     if not inspect.isclass(found):
-        return _as_hook(flag, path, LegacyRolloutFnAdapter(input, found), found)
+        return Hook(flag, path, LegacyRolloutFnAdapter(input, found), origin=found, may_block=True)
     try:
-        made = found(input)  # type: ignore[call-arg]
+        made: Any = found(input)  # type: ignore[call-arg]
+    except MilesError:
+        raise
     except Exception as error:
         raise Hook(flag, path, found).failed(error) from error
-    return _as_hook(flag, path, made, found)
-
-
-def _as_hook(flag: str, path: str, function: Any, origin: Any) -> Hook:
-    return _RolloutHook(flag, path, function, str(getattr(origin, "__module__", "")), _is_async(origin, function))
-
-
-def _is_async(*candidates: Any) -> bool:
-    return any(
-        inspect.iscoroutinefunction(c) or inspect.iscoroutinefunction(getattr(c, "__call__", None))  # noqa: B004
-        for c in candidates
-    )
-
-
-class _RolloutHook(Hook):
-    """Judged by what the user wrote, not by the adapter around it."""
-
-    def __init__(self, flag: str, path: str, function: Any, module: str, is_async: bool) -> None:
-        super().__init__(flag, path, function)
-        object.__setattr__(self, "_module", module)
-        object.__setattr__(self, "_async", is_async)
-
-    @property
-    def is_async(self) -> bool:
-        return bool(vars(self)["_async"])
-
-    @property
-    def is_ours(self) -> bool:
-        # Ours of the function kind wait for their loop, so they belong in the pool, too.
-        return False
+    return Hook(flag, path, made, may_block=True)
 
 
 async def call_rollout_function(fn: Callable[..., Any], input: RolloutFnInput) -> RolloutFnOutput:  # noqa: A002
@@ -99,11 +73,10 @@ class LegacyGenerateFnAdapter:
         self.fn = fn
         self._takes_evaluation = "evaluation" in inspect.signature(fn).parameters
 
-    async def __call__(self, input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002
-        """Call it."""
+    def __call__(self, input: GenerateFnInput) -> Any:  # noqa: A002
+        """Call it; the result may have to be awaited."""
         more = {"evaluation": input.evaluation} if self._takes_evaluation else {}
-        result = self.fn(input.args, input.sample, input.sampling_params, **more)
-        return as_generate_output(await result if inspect.isawaitable(result) else result)
+        return self.fn(input.args, input.sample, input.sampling_params, **more)
 
 
 def as_generate_output(result: Any) -> GenerateFnOutput:
@@ -117,13 +90,13 @@ def load_generate_function(path: str, flag: str = "--custom-generate-function-pa
     Raises:
         CannotLoad, ImportFailed, HookFailed.
     """
-    found = load_function(path, flag=flag)
+    found: Any = load_function(path, flag=flag)
     if inspect.isclass(found):
         try:
             found = found()
         except Exception as error:
             raise Hook(flag, path, found).failed(error) from error
-    return Hook(flag, path, LegacyGenerateFnAdapter(found) if _is_legacy(found) else found)
+    return Hook(flag, path, LegacyGenerateFnAdapter(found) if _is_legacy(found) else found, origin=found)
 
 
 def _is_legacy(function: Any) -> bool:

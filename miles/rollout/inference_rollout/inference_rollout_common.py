@@ -22,7 +22,7 @@ from miles.rollout.hooks import Hook, load_hook
 from miles.rollout.inference_rollout.compatibility import check_generate_output, load_generate_function
 from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub import async_rm, batched_async_rm
-from miles.utils.http_utils import RequestFailed
+from miles.utils.http_utils import DEFAULT_RETRIES, RequestFailed
 from miles.utils.misc import SingletonMeta
 from miles.utils.processing_utils import load_processor, shared_tokenizer
 from miles.utils.types import BadSample, Sample, SampleStatus
@@ -57,6 +57,7 @@ class GenerateState:
         tokenizer, processor: Of ``--hf-checkpoint``.
         semaphore: Bounds samples under way: ``--sglang-server-concurrency`` per engine.
         sampling_params: Of training samples.
+        request_retries: How often a request that no engine answers is repeated.
         aborted: No new request shall be made; samples under way come back as ``ABORTED``.
         engine_errors: Requests that no engine answered, so far.
     """
@@ -80,6 +81,7 @@ class GenerateState:
         self.engines: Engines = engines
         self.progress = progress_now
         self.weight_version: int | None = None
+        self.request_retries = DEFAULT_RETRIES
         self._by_path: dict[str, Hook] = {}
         self.reset()
 

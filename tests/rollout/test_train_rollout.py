@@ -1,0 +1,216 @@
+"""Dynamic sampling on engines: over-sampling, filters, stopping, partial rollouts, engines that fail."""
+
+import asyncio
+
+import pytest
+from support.procs import eventually
+from support.rollout_cases import Answer, adds, make_config, manager, servers, sums, text_of
+
+from miles.rollout.engines import EnginesFail
+from miles.rollout.journal import replay
+from miles.utils.http_utils import RequestRefused
+
+FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+WAITS = "\\boxed{waits for ever, and a day}"
+
+
+def config_of(tmp_path, **values):
+    return make_config(prompt_data=sums(tmp_path / "p.jsonl", 16), run_dir=str(tmp_path), **values)
+
+
+def prompts_of(rollout, batch):
+    """The prompts of a batch, in order."""
+    [part] = [rollout.shipped[ref] for ref in batch.refs]
+    found, start = [], 0
+    for total, response in zip(part["total_lengths"], part["response_lengths"], strict=True):
+        found.append(text_of(part["tokens"][start : start + total - response]))
+        start += total
+    return found
+
+
+class Slow:
+    """Prompts of the given numbers are answered by five tokens, and never to the end; others at once."""
+
+    def __init__(self, *numbers):
+        self.numbers = {str(n) for n in numbers}
+        self.over = False
+
+    def __call__(self, payload, prompt):
+        if prompt.partition("+")[0] in self.numbers and not self.over:
+            return Answer(WAITS, hangs_after=5)
+        return adds(payload, prompt)
+
+
+async def started(rollout, fake):
+    await rollout.start(fake.targets, fake.router.url, "secret")
+
+
+async def test_surplus_is_aborted_at_the_engine_and_its_prompts_come_first_the_next_time(tmp_path):
+    script = Slow(1, 5)
+    with servers(script, count=2) as fake, manager(config_of(tmp_path, over_sampling_batch_size=6)) as rollout:
+        await started(rollout, fake)
+        batch = await rollout.generate(0)
+        assert prompts_of(rollout, batch) == [f"{i}+1=" for i in (0, 0, 2, 2, 3, 3, 4, 4)]
+        assert batch.metrics["rollout/returned/stopped"] == 2
+        sent = [request["rid"] for request in fake.requests if text_of(request["input_ids"])[0] in "15"]
+        assert len(sent) == 4
+        for engine in fake.engines:  # nobody knows which engine has a request
+            assert set(engine.aborted) >= set(sent)
+        await rollout.trained(0)
+        assert rollout.ledger() == "6 taken = 4 trained + 0 filtered + 2 returned + 0 open"
+        script.over = True
+        batch = await rollout.generate(1)
+        assert prompts_of(rollout, batch)[:4] == ["1+1=", "1+1=", "5+1=", "5+1="]
+        await rollout.trained(1)
+    ledger = replay(tmp_path / "journal" / "rollout.jsonl")
+    assert ledger.num_taken == ledger.num_trained + ledger.num_returned
+    assert ledger.taken["buffer"] == 2
+
+
+async def test_a_partial_answer_is_continued_with_its_tokens_and_log_probs(tmp_path):
+    script = Slow(1)
+    config = config_of(tmp_path, over_sampling_batch_size=5, partial_rollout=True)
+    with servers(script) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        await rollout.generate(0)
+        source = rollout._loaded.source.inner
+        [[first, second]] = source.buffer
+        for sample in (first, second):
+            assert sample.response_length in (0, 5)  # the stop may have come before the request was sent
+            assert sample.response == WAITS[: sample.response_length]
+            assert len(sample.rollout_log_probs) == sample.response_length
+        kept = {sample.index: (list(sample.tokens), list(sample.rollout_log_probs or [])) for sample in (first, second)}
+        assert first.metadata.get("start_rollout_id", 0) == 0
+        script.over = True
+        fake.engines[0].version = "2"
+        before = len(fake.requests)
+        batch = await rollout.generate(1)
+        [part] = [rollout.shipped[ref] for ref in batch.refs]
+        place = part["per_sample"]["sample_indices"].tolist().index(first.index)
+        again = [r for r in fake.requests[before:] if text_of(r["input_ids"]).startswith("1+1=")]
+        tokens, log_probs = kept[first.index]
+        assert tokens in [request["input_ids"] for request in again] or not tokens
+        assert part["objects"]["weight_versions"][place] == ["1", "2"] or not log_probs
+        assert first.rollout_log_probs[: len(log_probs)] == log_probs
+        budget = {r["sampling_params"]["max_new_tokens"] + len(r["input_ids"]) for r in again}
+        assert budget == {32 + len("1+1=")}
+
+
+async def test_without_partial_rollout_nothing_of_a_stopped_group_is_kept(tmp_path):
+    with servers(Slow(1)) as fake, manager(config_of(tmp_path, over_sampling_batch_size=5)) as rollout:
+        await started(rollout, fake)
+        await rollout.generate(0)
+        [group] = rollout._loaded.source.inner.buffer
+        assert [(s.tokens, s.response, s.rollout_log_probs, s.reward) for s in group] == [([], "", None, None)] * 2
+
+
+async def test_finished_surplus_goes_to_the_buffer_with_its_answers(tmp_path):
+    with servers(adds) as fake, manager(config_of(tmp_path, over_sampling_batch_size=16)) as rollout:
+        await started(rollout, fake)
+        await rollout.generate(0)
+        buffer = rollout._loaded.source.inner.buffer
+        assert len(buffer) == 12
+        done = [s for group in buffer for s in group if s.reward is not None]
+        assert all(s.reward == 1 and s.response for s in done)
+        requests = len(fake.requests)
+        await rollout.generate(1)
+        finished = sum(1 for group in buffer[:4] for s in group if s.reward is not None)
+        assert len(fake.requests) <= requests + 8 + 2 * 12 - finished
+
+
+async def test_the_filter_drops_groups_with_a_reason_and_others_are_taken(tmp_path):
+    seen = {}
+
+    def mixed(payload, prompt):
+        """Even prompts: one right and one wrong answer; odd ones: both wrong."""
+        seen[prompt] = seen.get(prompt, 0) + 1
+        right = int(prompt.partition("+")[0]) % 2 == 0 and seen[prompt] % 2
+        return adds(payload, prompt) if right else Answer("\\boxed{-5}")
+
+    with servers(mixed) as fake, manager(config_of(tmp_path, dynamic_sampling_filter_path=FILTER)) as rollout:
+        await started(rollout, fake)
+        batch = await rollout.generate(0)
+        assert all(int(prompt.partition("+")[0]) % 2 == 0 for prompt in prompts_of(rollout, batch))
+        dropped = batch.metrics["rollout/dynamic_filter/drop_zero_std_0.0"]
+        assert dropped >= 3
+        assert rollout._loaded.source.ledger.reasons == {"zero_std_0.0": dropped}
+
+
+async def test_a_request_that_one_engine_does_not_take_goes_to_another(tmp_path):
+    with servers(adds, count=2) as fake, manager(config_of(tmp_path)) as rollout:
+        fake.engines[0].down = True
+        await started(rollout, fake)
+        batch = await rollout.generate(0)
+        assert batch.num_samples == 8
+        assert "rollout/engine_errors" not in batch.metrics
+        assert len(fake.engines[0].requests) >= 4
+
+
+async def test_what_an_engine_calls_wrong_ends_the_rollout_and_the_prompts_go_back(tmp_path):
+    def refuses(payload, prompt):
+        return Answer(status=400, body="unknown parameter")
+
+    with servers(refuses) as fake, manager(config_of(tmp_path)) as rollout:
+        await started(rollout, fake)
+        with pytest.raises(RequestRefused, match="unknown parameter"):
+            await rollout.generate(0)
+        assert rollout.ledger() == "4 taken = 0 trained + 0 filtered + 4 returned + 0 open"
+        assert rollout.progress()["phase"] == "idle"
+
+
+async def test_a_prompt_that_fills_the_context_is_truncated_without_a_request(tmp_path):
+    config = config_of(tmp_path, rollout_max_context_len=4, rollout_max_prompt_len=4, rollout_batch_size=2,
+                       global_batch_size=4)  # fmt: skip
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        batch = await rollout.generate(0)
+        assert fake.requests == []
+        assert batch.metrics["rollout/truncated_ratio"] == 1.0
+
+
+async def test_cancelling_a_rollout_aborts_its_requests_and_gives_its_prompts_back(tmp_path):
+    with servers(lambda p, t: Answer(WAITS, hangs_after=0)) as fake, manager(config_of(tmp_path)) as rollout:
+        await started(rollout, fake)
+        task = asyncio.ensure_future(rollout.generate(0))
+        await eventually(lambda: len(fake.requests) == 8)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: rollout.ledger() == "4 taken = 0 trained + 0 filtered + 4 returned + 0 open")
+        await eventually(lambda: set(fake.engines[0].aborted) == {r["rid"] for r in fake.requests})
+
+
+async def test_engines_that_never_answer_end_the_rollout(tmp_path):
+    with servers(adds) as fake, manager(config_of(tmp_path, rollout_batch_size=1, global_batch_size=2)) as rollout:
+        await started(rollout, fake)
+        rollout._loaded.rollout_function.function.state.request_retries = 0
+        fake.engines[0].down = True
+        with pytest.raises(EnginesFail, match="503"):
+            await rollout.generate(0)
+        assert rollout.ledger().endswith("returned + 0 open")
+
+
+async def test_requests_carry_the_key_and_sampling_parameters(tmp_path):
+    config = config_of(tmp_path, rollout_temperature=0.7, rollout_top_p=0.9, rollout_stop_token_ids=[3])
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        await rollout.generate(0)
+        request = fake.requests[0]
+        assert request["return_logprob"] is True
+        assert request["sampling_params"] == {
+            "temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_new_tokens": 32, "stop": None, "stop_token_ids": [3],
+            "skip_special_tokens": False, "no_stop_trim": True, "spaces_between_special_tokens": False,
+        }  # fmt: skip
+        assert len({r["rid"] for r in fake.requests}) == 8
+
+
+async def test_on_policy_means_that_older_answers_are_generated_again(tmp_path):
+    config = config_of(tmp_path, over_sampling_batch_size=8, true_on_policy_mode=True)
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        await rollout.set_weight_version(1)
+        await rollout.generate(0)
+        fake.engines[0].version = "2"
+        await rollout.set_weight_version(2)
+        batch = await rollout.generate(1)
+        assert batch.metrics["rollout/weight_version/min"] == 2
