@@ -23,6 +23,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
 WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir")
+NAMED_FILES = ("eval_config", "chat_template_path")
 HOOKS = (
     "rollout_function_path",
     "eval_function_path",
@@ -34,6 +35,12 @@ HOOKS = (
     "rollout_sample_filter_path",
     "custom_rollout_log_function_path",
     "custom_eval_rollout_log_function_path",
+    "custom_loss_function_path",
+    "custom_tis_function_path",
+    "custom_pg_loss_reducer_function_path",
+    "custom_reward_post_process_path",
+    "custom_convert_samples_to_train_data_path",
+    "rollout_all_samples_process_path",
 )
 
 
@@ -100,7 +107,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         data.setdefault(path, read_data(path, _named(eval_columns)))
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
-    named_files = [path for key in ("eval_config",) if (path := values.get(key)) and not path.startswith("base64:")]
+    named_files = [path for key in NAMED_FILES if (path := values.get(key)) and not path.startswith("base64:")]
     return Facts(
         directories=directories,
         data=data,

@@ -114,8 +114,12 @@ def tri(name: str, help_text: str, **more: Any) -> Flag:
 
 
 def refused(flag: Flag, reason: str, *, only: tuple[Plain, ...] = ()) -> Flag:
-    """The same flag, of which only these values are taken; others are refused with this reason."""
-    return replace(flag, only=only, reason=reason)
+    """The same flag, of which only these values are taken; others are refused with this reason.
+
+    A flag without a value that may be named only because it says what is done anyway is on (or off) by default, too.
+    """
+    default = only[0] if only and flag.kind in {"switch", "off"} else flag.default
+    return replace(flag, only=only, reason=reason, default=default)
 
 
 def grouped(group: str, source: Source, *flags: Flag) -> tuple[Flag, ...]:

@@ -6,7 +6,6 @@ from miles.flags.flag import Flag, grouped, integer, number, off, path, refused,
 
 GROUP = "algorithm"
 OPD = "not built yet: on-policy distillation"
-TIS = "not built yet: truncated importance sampling"
 REPLAY = "not built yet: routing replay"
 CRITIC = "not built yet: a critic, which PPO needs"
 ESTIMATORS = (
@@ -33,7 +32,7 @@ FLAGS: tuple[Flag, ...] = (
         number("--entropy-coef", 0.0, "weight of the entropy bonus"),
         number("--eps-clip", 0.2, "lower clip of the ratio"),
         number("--eps-clip-high", None, "upper clip of the ratio (unset: --eps-clip)"),
-        refused(switch("--use-tis", "truncated importance sampling"), TIS),
+        switch("--use-tis", "weigh losses by the distance between trainer and engine (truncated importance sampling)"),
         refused(switch("--use-routing-replay", "replay the routing of experts"), REPLAY),
         refused(switch("--use-rollout-routing-replay", "replay the engine's routing"), REPLAY),
         switch("--calculate-per-token-loss", "mean over tokens, not over samples"),
@@ -42,7 +41,9 @@ FLAGS: tuple[Flag, ...] = (
             "check_for_nan_in_loss_and_grad",
             "take steps whose loss or gradient is not finite, too",
         ),
-        refused(switch("--true-on-policy-mode", "reject samples with tokens of older weights"), "not built yet"),
+        switch(
+            "--true-on-policy-mode", "samples with tokens of older weights are generated again; deterministic numerics"
+        ),
     ),
     *grouped(
         GROUP,
@@ -56,37 +57,31 @@ FLAGS: tuple[Flag, ...] = (
             "compute_advantages_and_returns",
             "no advantages (supervised training)",
         ),
-        refused(switch("--normalize-advantages", "whiten advantages over ranks"), "not built yet"),
+        switch("--normalize-advantages", "whiten advantages over ranks"),
         refused(
             number("--kl-coef", 0.0, "KL divergence in the reward"),
             "not built yet: KL in the reward; use --use-kl-loss",
             only=(0.0,),
         ),
-        refused(
-            text("--custom-loss-function-path", None, "the function of custom_loss"),
-            "not built yet: losses of user code",
-        ),
-        refused(
-            text("--custom-pg-loss-reducer-function-path", None, "reducer of the policy loss"),
-            "not built yet: reducers of user code",
-        ),
-        refused(switch("--use-unbiased-kl", "weigh KL by the ratio"), "not built yet"),
+        text("--custom-loss-function-path", None, "the function of custom_loss"),
+        text("--custom-pg-loss-reducer-function-path", None, "reducer of the policy loss"),
+        switch("--use-unbiased-kl", "weigh KL by the ratio"),
         refused(
             integer("--ref-update-interval", None, "rollouts between updates of the reference"),
             "not built yet: a moving reference",
         ),
         refused(number("--gamma", 1.0, "discount"), "GRPO does not discount", only=(1.0,)),
         refused(number("--lambd", 1.0, "lambda of GAE"), "GRPO has no values", only=(1.0,)),
-        refused(switch("--use-rollout-entropy", "entropy in the pass over old log-probs"), "not built yet"),
+        switch("--use-rollout-entropy", "entropy in the pass over old log-probs"),
         refused(switch("--observe-training-entropy", "watch entropy without gradient"), "not built yet"),
         refused(switch("--reset-optimizer-states", "forget the optimizer's history at each rollout"), "not built yet"),
-        refused(switch("--use-rollout-logprobs", "the engine's log-probs are the old ones"), "not built yet"),
-        refused(switch("--skip-actor-forward-only", "no pass over old log-probs"), "not built yet"),
+        switch("--use-rollout-logprobs", "the engine's log-probs are the ratio's denominator"),
+        switch("--skip-actor-forward-only", "no pass over old log-probs: the ratio of a single step is 1"),
         refused(switch("--keep-old-actor", "keep the rollout policy in the trainer"), "not built yet"),
-        refused(switch("--get-mismatch-metrics", "watch what TIS would do"), TIS),
-        refused(number("--tis-clip", 2.0, "upper bound"), TIS),
-        refused(number("--tis-clip-low", 0, "lower bound"), TIS),
-        refused(text("--custom-tis-function-path", None, "function"), TIS),
+        switch("--get-mismatch-metrics", "watch what --use-tis would do"),
+        number("--tis-clip", 2.0, "upper bound of its weight"),
+        number("--tis-clip-low", 0.0, "lower bound of its weight"),
+        text("--custom-tis-function-path", None, "function that replaces it"),
         refused(switch("--use-indexer-replay", "replay the indexer's top-k"), REPLAY),
         refused(switch("--use-rollout-indexer-replay", "replay the engine's top-k"), REPLAY),
         refused(switch("--use-opsm", "off-policy sequence masking"), "not built yet: off-policy sequence masking"),

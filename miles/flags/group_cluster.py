@@ -48,10 +48,7 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--critic-num-gpus-per-node", None, "GPUs of the critic per node"), CRITIC),
         refused(switch("--stream-optimizer-state-to-disk", "fp32 masters and moments live on disk"), STREAMED),
         refused(text("--stream-optimizer-state-moment-dtype", "fp32", "dtype of moments on disk"), STREAMED),
-        refused(
-            integer("--offload-train-disk-chunk-mb", 256, "staging chunk of the disk target"),
-            "state is mapped from its file, so there is no staging buffer to size",
-        ),
+        integer("--offload-train-disk-chunk-mb", 256, "staging chunk of --offload-train-target disk (FSDP)"),
         refused(
             integer("--train-memory-margin-bytes", 1024**3, "margin registered with the memory saver"),
             "not built yet: memory margins of the trainer",

@@ -53,7 +53,10 @@ FLAGS: tuple[Flag, ...] = (
             "how chat turns are masked in supervised training",
             choices=("qwen", "qwen3", "distill_qwen"),
         ),
-        integer("--data-pad-size-multiplier", 128, "packed batches are padded to a multiple of this many tokens"),
+        refused(
+            integer("--data-pad-size-multiplier", 128, "multiple that packed batches are padded to"),
+            "packed batches are not padded",
+        ),
         integer("--log-probs-max-tokens-per-gpu", None, "token budget of forward passes (unset: --max-tokens-per-gpu)"),
         integer("--update-weight-buffer-size", 512 * 1024**2, "bytes of a bucket of a weight update"),
         text(
@@ -66,21 +69,12 @@ FLAGS: tuple[Flag, ...] = (
             switch("--mask-offpolicy-in-partial-rollout", "tokens of older weights do not count in the loss"),
             "not built yet",
         ),
-        refused(
-            text("--rollout-all-samples-process-path", None, "function over all samples, dropped ones too"),
-            "not built yet",
-        ),
-        refused(
-            switch("--disable-rollout-trim-samples", "keep samples beyond a multiple of the batch"), "not built yet"
-        ),
-        refused(switch("--use-dynamic-global-batch-size", "the batch is as large as the rollout"), "not built yet"),
-        refused(switch("--allow-partial-train-step", "a last, smaller step"), "not built yet"),
-        refused(
-            switch("--balance-by-flops", "balance FLOPs, not tokens"), "not built yet: --balance-data balances tokens"
-        ),
-        refused(
-            path("--chat-template-path", "another chat template"), "not built yet: the template is the tokenizer's"
-        ),
+        text("--rollout-all-samples-process-path", None, "function over all samples, dropped ones too"),
+        switch("--disable-rollout-trim-samples", "keep samples beyond a multiple of the batch"),
+        switch("--use-dynamic-global-batch-size", "the batch is as large as the rollout"),
+        switch("--allow-partial-train-step", "samples beyond a multiple of the batch make a last, smaller step"),
+        switch("--balance-by-flops", "even out FLOPs of micro-batches, not tokens"),
+        path("--chat-template-path", "file of a chat template that replaces the tokenizer's"),
         refused(
             json_value("--multimodal-keys", None, "columns of images and other media"), "not built yet: multimodal data"
         ),

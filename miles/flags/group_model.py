@@ -38,9 +38,7 @@ FLAGS: tuple[Flag, ...] = (
         switch("--no-save-optim", "checkpoints hold weights only"),
         switch("--no-load-optim", "do not load the optimizer's state"),
         switch("--no-load-rng", "do not load random number generators"),
-        refused(
-            switch("--no-save-rng", "checkpoints hold no random number generators"), "their few bytes are always saved"
-        ),
+        switch("--no-save-rng", "checkpoints hold no random number generators"),
         refused(
             text("--ckpt-format", "torch_dist", "format of checkpoints"),
             "checkpoints are torch_dist, which every parallel layout can read",

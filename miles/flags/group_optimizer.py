@@ -5,6 +5,7 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
 
 GROUP = "optimizer"
+OFFLOAD = "not built yet: optimizer state on the CPU or in lower precision"
 SAMPLES = "the schedule counts optimizer steps: use the flag with iters in its name"
 
 FLAGS: tuple[Flag, ...] = (
@@ -25,9 +26,9 @@ FLAGS: tuple[Flag, ...] = (
         number("--adam-beta1", 0.9, "decay of the first moment"),
         number("--adam-beta2", 0.98, "decay of the second moment"),
         number("--clip-grad", 1.0, "largest norm of the gradient (0: any)"),
-        switch("--optimizer-cpu-offload", "the optimizer runs on the CPU"),
-        switch("--overlap-cpu-optimizer-d2h-h2d", "overlap its copies with computing"),
-        switch("--use-precision-aware-optimizer", "optimizer state in lower precision"),
+        refused(switch("--optimizer-cpu-offload", "the optimizer runs on the CPU"), OFFLOAD),
+        refused(switch("--overlap-cpu-optimizer-d2h-h2d", "overlap its copies with computing"), OFFLOAD),
+        refused(switch("--use-precision-aware-optimizer", "optimizer state in lower precision"), OFFLOAD),
     ),
     *grouped(
         GROUP,
@@ -49,10 +50,14 @@ FLAGS: tuple[Flag, ...] = (
         text(
             "--weight-decay-incr-style", "constant", "how weight decay grows", choices=("constant", "linear", "cosine")
         ),
-        switch(
-            "--override-opt-param-scheduler",
-            "the schedule of the flags, not of the checkpoint",
-            also=("--override-opt_param-scheduler",),
+        refused(
+            switch(
+                "--override-opt-param-scheduler",
+                "the schedule of the flags, not of the checkpoint",
+                also=("--override-opt_param-scheduler",),
+            ),
+            "",
+            only=(True,),
         ),
         switch(
             "--use-checkpoint-opt-param-scheduler",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, off, refused, switch, text
 
 GROUP = "parallelism and memory"
-RECOMPUTE = "not built yet: activation recomputation"
+RECOMPUTE = "not built yet: recomputing the loss"
 CPU_BACKEND = "not built yet: parameters of FSDP on the CPU"
 
 FLAGS: tuple[Flag, ...] = (
@@ -33,11 +33,16 @@ FLAGS: tuple[Flag, ...] = (
         switch("--use-dynamic-batch-size", "fill micro-batches up to --max-tokens-per-gpu"),
         integer("--max-tokens-per-gpu", None, "token budget of a micro-batch on each GPU"),
         integer("--micro-batch-size", 1, "samples per micro-batch, without dynamic batches"),
-        refused(text("--recompute-granularity", None, "what is recomputed", choices=("full", "selective")), RECOMPUTE),
-        refused(text("--recompute-method", None, "how layers are chosen", choices=("uniform", "block")), RECOMPUTE),
-        refused(integer("--recompute-num-layers", None, "layers per chunk"), RECOMPUTE),
-        refused(switch("--gradient-checkpointing", "activation recomputation (FSDP)"), RECOMPUTE),
-        refused(switch("--fsdp-cpu-offload", "FSDP keeps parameters, gradients and optimizer on the CPU"), CPU_BACKEND),
+        text(
+            "--recompute-granularity",
+            None,
+            "which activations are computed again (Megatron)",
+            choices=("full", "selective"),
+        ),
+        text("--recompute-method", None, "how layers are chosen, for full", choices=("uniform", "block")),
+        integer("--recompute-num-layers", None, "layers per chunk (uniform), or layers (block)"),
+        switch("--gradient-checkpointing", "activation recomputation (FSDP)"),
+        switch("--fsdp-cpu-offload", "FSDP keeps parameters, gradients and optimizer on the CPU"),
         refused(
             text("--fsdp-cpu-backend", "gloo", "process groups of what is on the CPU"), CPU_BACKEND, only=("gloo",)
         ),
@@ -51,12 +56,19 @@ FLAGS: tuple[Flag, ...] = (
     *grouped(
         GROUP,
         "megatron",
-        text(
-            "--attention-backend",
-            "auto",
-            "attention of Megatron models",
-            choices=("flash", "fused", "unfused", "local", "auto"),
+        refused(
+            text(
+                "--attention-backend",
+                "auto",
+                "attention of Megatron models",
+                choices=("flash", "fused", "unfused", "local", "auto"),
+            ),
+            "PyTorch's scaled dot-product attention chooses its kernel, flash attention where there is CUDA",
+            only=("auto", "flash"),
         ),
+        text("--recompute-modules", None, "what selective recomputes (unset: core_attn)", nargs="+"),
+        refused(switch("--recompute-activations", "older spelling"), "use --recompute-granularity selective"),
+        refused(switch("--checkpoint-activations", "older spelling"), "use --recompute-granularity full"),
         switch("--bf16", "parameters in bfloat16 (the default on CUDA)"),
         refused(switch("--fp16", "parameters in float16"), "not built yet: float16 and its loss scaling; use --bf16"),
         refused(
@@ -97,11 +109,7 @@ FLAGS: tuple[Flag, ...] = (
             only=("thd",),
         ),
         refused(switch("--recompute-loss-function", "recompute the loss"), RECOMPUTE),
-        refused(
-            integer("--log-probs-chunk-size", -1, "tokens per chunk of log-probs"),
-            "not built yet: log-probs in chunks",
-            only=(-1,),
-        ),
+        integer("--log-probs-chunk-size", -1, "tokens per chunk of log-probs"),
         refused(
             text("--linear-attention-backend", "fla", "kernels of linear attention"), "not built yet: linear attention"
         ),

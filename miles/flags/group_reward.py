@@ -28,14 +28,8 @@ FLAGS: tuple[Flag, ...] = (
         "reference",
         text("--reward-key", None, "key of the reward, where rewards are dicts"),
         text("--eval-reward-key", None, "as --reward-key, for evaluations"),
-        refused(
-            text("--custom-reward-post-process-path", None, "function from rewards to advantages' base"),
-            "not built yet",
-        ),
-        refused(
-            text("--custom-convert-samples-to-train-data-path", None, "function from samples to train data"),
-            "not built yet",
-        ),
+        text("--custom-reward-post-process-path", None, "function from rewards to advantages' base"),
+        text("--custom-convert-samples-to-train-data-path", None, "function from samples to train data"),
         refused(text("--rollout-data-postprocess-path", None, "hook after advantages"), "not built yet"),
     ),
 )

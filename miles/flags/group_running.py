@@ -59,8 +59,8 @@ _LOGGING: tuple[Flag, ...] = (
         refused(switch("--disable-wandb-random-suffix", "stable name"), TRACKERS),
         refused(switch("--wandb-always-use-train-step", "axis"), TRACKERS),
         refused(switch("--log-multi-turn", "statistics of turns"), "not built yet"),
-        refused(switch("--log-passrate", "pass@k"), "not built yet"),
-        refused(text("--log-reward-category", None, "histogram of a reward key"), "not built yet"),
+        switch("--log-passrate", "also measure pass@k"),
+        text("--log-reward-category", None, "shares of the values of this key of dict rewards"),
         refused(switch("--log-correct-samples", "statistics of correct samples"), "not built yet"),
         refused(switch("--use-mlflow", "MLflow"), TRACKERS),
         *(
@@ -121,7 +121,8 @@ _DEBUGGING: tuple[Flag, ...] = (
         "reference",
         number("--load-debug-rollout-data-subsample", None, "share of the loaded samples that is used"),
         integer("--debug-exit-after-rollout", None, "stop after that many rollouts; the schedule stays"),
-        path("--dump-details", "directory for what can be dumped: rollouts"),
+        path("--save-debug-train-data", "file of each rank's train data; holds {rollout_id} and {rank}"),
+        path("--dump-details", "directory for both"),
         switch("--check-weight-update-equal", "engines must hold exactly the trainer's weights after an update"),
         refused(switch("--debug-skip-weight-update", "send no weights"), "not built yet"),
         refused(switch("--debug-disable-optimizer", "no optimizer steps"), "not built yet"),
@@ -133,10 +134,7 @@ _DEBUGGING: tuple[Flag, ...] = (
         ),
         refused(switch("--check-weight-update-allow-quant-error", "tolerance"), "weights are compared bit by bit"),
         refused(switch("--check-lora-weight-equal", "adapters"), "not built yet: LoRA"),
-        *(
-            refused(path(f"--save-debug-{name}-data", name), "not built yet")
-            for name in ("trajectory", "train", "event")
-        ),
+        *(refused(path(f"--save-debug-{name}-data", name), "not built yet") for name in ("trajectory", "event")),
         *(
             refused(text(f"--dumper-{name}", None, name), DUMPER)
             for name in ("dir", "inference", "fwd-only", "fwd-bwd", "source-patcher-config-inference")

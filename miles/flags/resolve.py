@@ -15,6 +15,7 @@ from miles.flags.ranges import check_ranges
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
+from miles.flags.rules_training import resolve_training
 from miles.flags.table import Table
 
 RULES = (
@@ -29,6 +30,7 @@ RULES = (
     resolve_reward,
     resolve_eval,
     resolve_checkpoints,
+    resolve_training,
 )
 """In this order: each reads what those before it wrote."""
 
@@ -65,6 +67,7 @@ def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
     _check_hooks(draft)
     _resolve_environment(draft)
     _resolve_paths(draft)
+    draft["explicit_flags"] = sorted(parsed.typed)
     return Resolved(draft.values, tuple(draft.problems), tuple(draft.notices))
 
 
@@ -111,7 +114,15 @@ def _resolve_paths(draft: Draft) -> None:
             )
     if draft["offload_train_disk_dir"] is None:
         draft["offload_train_disk_dir"] = str(PurePosixPath(draft["run_dir"]) / "offload")
-    for dest in dict.fromkeys((*_MADE_ABSOLUTE, "save_debug_rollout_data", "load_debug_rollout_data")):
+    for dest in dict.fromkeys(
+        (
+            *_MADE_ABSOLUTE,
+            "save_debug_rollout_data",
+            "load_debug_rollout_data",
+            "save_debug_train_data",
+            "chat_template_path",
+        )
+    ):
         draft[dest] = _absolute(draft.facts.cwd, draft[dest])
     pairs: list[Any] = draft["eval_prompt_data"] or []
     if pairs and len(pairs) % 2 == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miles.flags.batch import solve
 from miles.flags.draft import Draft
+from miles.flags.facts import NAMED_FILES
 from miles.flags.group_reward import BUILT_REWARDS
 from miles.flags.problems import listed
 from miles.flags.prompt_facts import DataFacts
@@ -220,7 +221,7 @@ def resolve_reward(draft: Draft) -> None:
     if needs_url and not draft["rm_url"]:
         draft.problem("rm_type", "it needs an address", advice="Give --rm-url.")
     replaced = draft["rollout_function_path"] or draft["custom_generate_function_path"]
-    from_data = draft["load_debug_rollout_data"] or draft["loss_type"] == "sft_loss"
+    from_data = draft["load_debug_rollout_data"] or draft["loss_type"] == "sft_loss" or _metadata_may_tell(draft)
     if draft.generates and kind is None and not draft["custom_rm_path"] and not replaced and not from_data:
         draft.problem(
             "rm_type",
@@ -232,6 +233,12 @@ def resolve_reward(draft: Draft) -> None:
         draft["eps_clip_high"] = draft["eps_clip"]
     if draft["eval_reward_key"] is None:
         draft["eval_reward_key"] = draft["reward_key"]
+
+
+def _metadata_may_tell(draft: Draft) -> bool:
+    """A row's metadata may name its reward (``rm_type``)."""
+    facts = draft.facts.data.get(draft["prompt_data"] or "", DataFacts())
+    return draft["metadata_key"] in facts.columns
 
 
 def resolve_eval(draft: Draft) -> None:
@@ -261,8 +268,9 @@ def resolve_eval(draft: Draft) -> None:
                 advice="Give --eval-input-key one of the columns that there are.",
                 value=draft["eval_input_key"],
             )
-    if draft["eval_config"] in draft.facts.missing_files:
-        draft.problem("eval_config", "there is no such file", allowed="a YAML file", advice="Correct the path.")
+    for dest in NAMED_FILES:
+        if draft[dest] in draft.facts.missing_files:
+            draft.problem(dest, "there is no such file", allowed="a file", advice="Correct the path.")
     if draft["eval_interval"] is not None:
         _check_eval(draft, bool(pairs))
 

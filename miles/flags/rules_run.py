@@ -20,15 +20,12 @@ def resolve_parts(draft: Draft) -> None:
         draft["debug_train_only"] = False
     if draft["loss_type"] == "sft_loss":
         _supervised(draft)
-    elif draft["loss_type"] == "custom_loss":
-        draft.problem(
-            "loss_type",
-            "not built yet: losses of user code",
-            allowed="policy_loss or sft_loss",
-            advice="Use --loss-type policy_loss or sft_loss.",
-        )
-    if draft["dump_details"] and not draft["save_debug_rollout_data"]:
-        draft["save_debug_rollout_data"] = draft["dump_details"].rstrip("/") + "/rollout_data/{rollout_id}.pt"
+    for dest, name in (
+        ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
+        ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+    ):
+        if draft["dump_details"] and not draft[dest]:
+            draft[dest] = f"{draft['dump_details'].rstrip('/')}/{name}"
 
 
 def _train_only_flag(draft: Draft) -> str:
@@ -71,6 +68,14 @@ def resolve_device(draft: Draft) -> None:
     draft["params_dtype"] = "bfloat16" if draft["bf16"] else "float32"
     if is_cpu:
         _without_cuda(draft)
+    elif draft["distributed_backend"] == "gloo":
+        draft.problem(
+            "distributed_backend", "models run on CUDA, whose ranks need nccl", allowed="nccl", advice="Leave it out."
+        )
+    if draft["true_on_policy_mode"]:
+        draft["deterministic_mode"] = True
+        if not is_cpu:  # there is one kernel on a CPU
+            draft.values.setdefault("sglang_enable_deterministic_inference", True)
 
 
 def _without_cuda(draft: Draft) -> None:
@@ -89,40 +94,43 @@ def _without_cuda(draft: Draft) -> None:
         elif matters:
             draft.notice(f"{draft.flag(dest)} is {can}: {cannot} needs CUDA")
         draft[dest] = can
-    if draft["attention_backend"] in {"flash", "fused"}:
+    if draft["attention_backend"] == "flash":
         draft.problem(
-            "attention_backend",
-            "needs CUDA, and models run on the CPU",
-            allowed="auto, unfused or local",
-            advice="Leave it out.",
+            "attention_backend", "needs CUDA, and models run on the CPU", allowed="auto", advice="Leave it out."
         )
-    for dest in ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer"):
-        if draft[dest]:
-            draft.problem(dest, "needs CUDA, and models run on the CPU", allowed="leave it out", advice="Leave it out.")
+    if draft["fsdp_cpu_offload"]:
+        draft.notice("--fsdp-cpu-offload: everything is on the CPU anyway")
+
+
+_ONLY_MEGATRON = {
+    "recompute_granularity": "use --gradient-checkpointing",
+    "recompute_method": "use --gradient-checkpointing",
+    "recompute_num_layers": "use --gradient-checkpointing",
+    "recompute_modules": "use --gradient-checkpointing",
+    "use_checkpoint_opt_param_scheduler": "the schedule is that of the flags",
+    "attention_backend": "use --attn-implementation",
+}
+_ONLY_FSDP = {
+    "attn_implementation": "use --attention-backend",
+    "gradient_checkpointing": "use --recompute-granularity",
+    "fsdp_cpu_offload": "use --train-backend fsdp",
+    "offload_train_disk_chunk_mb": "its state is mapped from the file, without a staging buffer",
+}
 
 
 def resolve_backend(draft: Draft) -> None:
     """What one of the two training backends cannot do."""
-    if draft["train_backend"] == "fsdp":
-        if draft["tensor_model_parallel_size"] != 1:
-            draft.problem(
-                "tensor_model_parallel_size",
-                "the FSDP backend is data parallel only",
-                allowed="1",
-                advice="Leave it out, or use --train-backend megatron.",
-            )
-        if "optimizer" in draft.typed and draft["optimizer"] != "adam":
-            draft.problem(
-                "optimizer",
-                "the FSDP backend has Adam only",
-                allowed="adam",
-                advice="Leave it out, or use --train-backend megatron.",
-            )
-    elif "attn_implementation" in draft.typed:
+    is_fsdp = draft["train_backend"] == "fsdp"
+    for dest, instead in (_ONLY_MEGATRON if is_fsdp else _ONLY_FSDP).items():
+        if dest in draft.typed:
+            other = "Megatron" if is_fsdp else "FSDP"
+            draft.problem(dest, f"only the {other} backend has it", advice=f"Leave it out: {instead}.")
+    if is_fsdp and draft["tensor_model_parallel_size"] != 1:
         draft.problem(
-            "attn_implementation",
-            "it is the FSDP backend's; Megatron's is --attention-backend",
-            advice="Use --attention-backend, or --train-backend fsdp.",
+            "tensor_model_parallel_size",
+            "the FSDP backend is data parallel only",
+            allowed="1",
+            advice="Leave it out, or use --train-backend megatron.",
         )
 
 

@@ -48,13 +48,13 @@ def test_an_unknown_key_goes_to_user_code_and_is_told():
 
 
 def test_what_a_flag_would_refuse_is_refused():
-    parsed = applied({"use_tis": True, "lr": "fast", "optimizer": "lion"})
+    parsed = applied({"sequence_parallel": True, "lr": "fast", "optimizer": "lion"})
     told = {problem.flag: problem.what for problem in parsed.problems}
-    assert set(told) == {f"--custom-config-path: {dest}" for dest in ("use_tis", "lr", "optimizer")}
-    assert "truncated importance sampling" in told["--custom-config-path: use_tis"]
+    assert set(told) == {f"--custom-config-path: {dest}" for dest in ("sequence_parallel", "lr", "optimizer")}
+    assert "sequence parallel" in told["--custom-config-path: sequence_parallel"]
 
 
 def test_a_refused_feature_may_be_said_to_be_off():
-    parsed = applied({"use_tis": False, "lora_rank": 0})
+    parsed = applied({"sequence_parallel": False, "lora_rank": 0})
     assert parsed.problems == []
-    assert parsed.typed["use_tis"] is False
+    assert parsed.typed["sequence_parallel"] is False

@@ -53,12 +53,12 @@ def test_a_value_is_told_from_the_spelling_that_was_used():
 
 def test_everything_wrong_is_told_at_once():
     found = complaints(
-        "--lr", "x", "--rollout-batch-size", "1.5", "--optimizer", "lion", "--use-tis", "--num-rolout", "3"
+        "--lr", "x", "--rollout-batch-size", "1.5", "--optimizer", "lion", "--sequence-parallel", "--num-rolout", "3"
     )
-    assert set(found) == {"--lr", "--rollout-batch-size", "--optimizer", "--use-tis", "--num-rolout"}
+    assert set(found) == {"--lr", "--rollout-batch-size", "--optimizer", "--sequence-parallel", "--num-rolout"}
     assert found["--lr"].value == "x"
     assert found["--optimizer"].allowed == "adam or sgd"
-    assert "truncated importance sampling" in found["--use-tis"].what
+    assert "sequence parallel" in found["--sequence-parallel"].what
     assert found["--num-rolout"].allowed == "--num-rollout"
 
 

@@ -146,6 +146,8 @@ class TestReward:
     def test_somebody_must_give_it(self):
         none = {"without": ["--rm-type"]}
         assert "nothing gives rewards" in problems(**none)["--rm-type"]
+        rows_tell = with_data("D", replace(DATA, columns=("prompt", "label", "metadata"), absent={}))
+        config(facts=rows_tell, **none)
         for flags in ("--custom-rm-path my.rm", "--rollout-function-path my.rollout", "--debug-train-only"):
             config(flags, **none)
 

@@ -136,9 +136,6 @@ class TestSupervised:
     def test_it_generates_nothing(self):
         assert "--debug-rollout-only" in problems(f"{self.flags} --debug-rollout-only")
 
-    def test_custom_loss_is_not_built(self):
-        assert "not built yet" in problems("--loss-type custom_loss")["--loss-type"]
-
 
 class TestDevice:
     def test_gpus_are_used_if_torch_can(self):
@@ -184,27 +181,59 @@ class TestDevice:
             "--distributed-backend nccl",
             "--train-backend fsdp --attn-implementation flash_attention_2",
             "--attention-backend flash",
-            "--attention-backend fused",
         ],
     )
     def test_the_same_typed_is_refused_by_name(self, flags):
         name = [word for word in flags.split() if word.startswith("--")][-1]
         assert "needs CUDA" in problems(flags)[name]
 
-    def test_backends_have_their_own_attention_flags(self):
-        assert "--attention-backend" in problems("--attn-implementation sdpa")["--attn-implementation"]
+    def test_process_groups_of_gpus_are_nccls(self):
+        assert "nccl" in problems("--distributed-backend gloo", facts=GPUS)["--distributed-backend"]
+        assert config("--attention-backend flash", facts=GPUS)["attention_backend"] == "flash"
 
 
-class TestFsdp:
-    def test_it_is_data_parallel_only(self):
+class TestBackends:
+    def test_fsdp_is_data_parallel_only(self):
         found = problems("--train-backend fsdp --tensor-model-parallel-size 2")
         assert "data parallel only" in found["--tensor-model-parallel-size"]
-
-    def test_it_has_adam_only(self):
-        assert "Adam only" in problems("--train-backend fsdp --optimizer sgd")["--optimizer"]
-
-    def test_it_resolves(self):
         assert config("--train-backend fsdp")["dp_size"] == 2
+
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "--recompute-granularity selective",
+            "--use-checkpoint-opt-param-scheduler",
+            "--attention-backend auto",
+        ],
+    )
+    def test_what_only_megatron_has(self, flag):
+        config(flag)
+        assert "only the Megatron backend" in problems(f"--train-backend fsdp {flag}")[flag.split()[0]]
+
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "--attn-implementation sdpa",
+            "--gradient-checkpointing",
+            "--fsdp-cpu-offload",
+            "--offload-train-disk-chunk-mb 64",
+        ],
+    )
+    def test_what_only_fsdp_has(self, flag):
+        config(f"--train-backend fsdp {flag}")
+        assert "only the FSDP backend" in problems(flag)[flag.split()[0]]
+
+
+def test_strictly_on_policy_is_deterministic():
+    assert config("--true-on-policy-mode")["deterministic_mode"] is True
+    assert "sglang_enable_deterministic_inference" not in config("--true-on-policy-mode")
+    assert config("--true-on-policy-mode", facts=GPUS)["sglang_enable_deterministic_inference"] is True
+
+
+def test_dumping_details_names_its_files():
+    found = config("--dump-details d --save-debug-train-data mine/{rollout_id}_{rank}.pt")
+    assert found["save_debug_rollout_data"] == "/home/me/d/rollout_data/{rollout_id}.pt"
+    assert found["save_debug_train_data"] == "/home/me/mine/{rollout_id}_{rank}.pt"
 
 
 @pytest.mark.parametrize(

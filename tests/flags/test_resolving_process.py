@@ -40,8 +40,8 @@ def test_a_config(place):
 
 
 def test_problems(place):
-    answer = ask(place, f"{BASE} --prompt-data q.jsonl --use-tis")
-    assert {problem["flag"] for problem in answer["problems"]} == {"--prompt-data", "--use-tis"}
+    answer = ask(place, f"{BASE} --prompt-data q.jsonl --sequence-parallel")
+    assert {problem["flag"] for problem in answer["problems"]} == {"--prompt-data", "--sequence-parallel"}
     assert "config" not in answer
 
 

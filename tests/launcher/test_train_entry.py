@@ -57,12 +57,12 @@ def test_this_process_loads_no_torch(what):
 
 
 def test_all_problems_are_told_and_nothing_is_started(place):
-    done = train(place, f"{BASE} --prompt-data none.jsonl --lr fast --use-tis --num-rolout 3")
+    done = train(place, f"{BASE} --prompt-data none.jsonl --lr fast --sequence-parallel --num-rolout 3")
     assert done.returncode == 2
     for line in (
         "--prompt-data none.jsonl: does not exist",
         "--lr fast: is not a number",
-        "--use-tis: refused: not built yet",
+        "--sequence-parallel: refused: not built yet",
         "Did you mean --num-rollout?",
         "4 problems with the flags",
         "E-FLAG-001",
@@ -160,7 +160,7 @@ class TestListing:
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
     def test_why_one_is_refused(self):
-        assert "refused: not built yet: truncated importance sampling" in self.run("--use-tis").stdout
+        assert "refused: not built yet: sequence parallel" in self.run("--sequence-parallel").stdout
 
     def test_as_json(self):
         rows = json.loads(self.run("--json", "eps-clip").stdout)
