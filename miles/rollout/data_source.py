@@ -12,7 +12,7 @@ from typing import Any
 
 from miles.rollout.base_types import Group
 from miles.rollout.saved_state import cannot_save, group_from_plain, plain_group, read_values, write_values
-from miles.utils.data import Dataset
+from miles.utils.data import Dataset, NoDataset
 from miles.utils.misc import load_function
 from miles.utils.processing_utils import load_processor, shared_tokenizer
 from miles.utils.types import Sample
@@ -214,7 +214,7 @@ def pop_first(args: Namespace, rollout_id: int | None, buffer: list[Group], num_
 def load_dataset(args: Namespace) -> Dataset:
     """The data set that the flags describe."""
     if not args.prompt_data:
-        raise ConfigError(
+        raise NoDataset(
             "--prompt-data is not given",
             evidence="the rollout needs prompts",
             advice="Give --prompt-data a JSONL file, or --disable-rollout-global-dataset with your own data source.",

@@ -41,6 +41,12 @@ class FilterKeepsNothing(ConfigError):
     code = "E-ROLL-015"
 
 
+class NoMorePrompts(ConfigError):
+    """The data source gave no prompts."""
+
+    code = "E-ROLL-017"
+
+
 class TrainRollout:
     """See the module's docstring. Made for one rollout; runs on the loop of user code."""
 
@@ -93,7 +99,7 @@ class TrainRollout:
     def _take(self, size: int) -> list[Group]:
         groups = self.source.get_samples(size)
         if not groups:
-            raise ConfigError(
+            raise NoMorePrompts(
                 "the data source has no more prompts",
                 evidence=f"get_samples({size}) gave none",
                 advice="Let get_samples begin a new epoch when the data is used up.",
