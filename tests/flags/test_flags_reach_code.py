@@ -1,0 +1,73 @@
+"""Honoured means: something reads it. For recomputation, which changes no number, also that it happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import backend_cases, megatron_cases
+from support.plain_losses import flags, random_train_data
+from support.ranks import run_ranks, warm_process
+from support.tiny_models import tiny_model
+
+from miles.backends.training_utils.rollout_trainer import RolloutTrainer
+from miles.backends.training_utils.timers import Timers
+from miles.flags import table as flag_table
+from miles.utils.train_data import split_train_data
+
+ROOT = Path(flag_table.__file__).parents[1]
+TABLES = set((ROOT / "flags").glob("group_*.py"))
+
+
+def test_every_honoured_flag_is_read_by_code_or_by_a_rule():
+    sources = [path for root in (ROOT, ROOT.parent / "launcher") for path in root.rglob("*.py") if path not in TABLES]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+    unread = [flag.name for flag in flag_table.table().flags if flag.status == "honoured" and flag.dest not in words]
+    assert unread == []
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with warm_process():
+        yield
+
+
+def count_layers(path, kind, changed):
+    """How often layers ran forward in one training step, and the weights after it."""
+    cases = megatron_cases if kind == "megatron" else backend_cases
+    args = cases.backend_args(path)
+    vars(args).update(vars(flags()), **changed, use_kl_loss=False, skip_actor_forward_only=True, seed=1)
+    vars(args).update(optimizer="sgd", sgd_momentum=0.0, lr=0.1, global_batch_size=8, num_steps_per_rollout=1)
+    if kind == "megatron":
+        backend = megatron_cases.MegatronBackend(args)
+    else:
+        from miles.backends.fsdp_utils.backend import FSDPBackend
+
+        backend = FSDPBackend(args)
+    backend.init()
+    data = {name: column for name, column in random_train_data(3, vocab=300).items() if "log_probs" not in name}
+    ran = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: ran.append(1) if type(module).__name__ in {"MLP", "Qwen3MLP"} else None
+    )
+    part = split_train_data(args, data)[0]
+    RolloutTrainer(args, backend, Timers(backend.device)).train(0, lambda: part)
+    handle.remove()
+    return len(ran), {name: tensor.clone() for name, tensor in backend.hf_weights()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("megatron", {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        ("fsdp", {"gradient_checkpointing": True}),
+    ],
+)
+def test_recomputation_runs_layers_twice_and_changes_no_number(ranks, kind, changed):
+    path = tiny_model("qwen3")
+    once, weights = run_ranks(1, count_layers, path, kind, {})[0]
+    twice, found = run_ranks(1, count_layers, path, kind, changed)[0]
+    assert twice == 2 * once
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
