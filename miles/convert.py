@@ -144,8 +144,9 @@ def _aside(destination: Path) -> Iterator[Path]:
 def _single_rank() -> Iterator[None]:
     """``torch.distributed`` of this process alone, without a port."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

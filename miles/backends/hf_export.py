@@ -148,7 +148,7 @@ class _DirectoryWriter:
         if count == 1:
             (self._aside / "shard-0").rename(self._aside / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._files):
             file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             (self._aside / f"shard-{i}").rename(self._aside / file)

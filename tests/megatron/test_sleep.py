@@ -154,7 +154,7 @@ def asks_while_asleep(path, directory):
         for ask in (
             lambda: train_one(backend, 0),
             lambda: backend.forward_only([micro_batch(sequences())], TokenLogProbs(backend.parallel)),
-            lambda: backend.hf_weights(),
+            backend.hf_weights,
             lambda: backend.save(directory, rollout_id=0),
         ):
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from argparse import Namespace
@@ -109,9 +110,9 @@ class TokenLogProbs:
         """float32 ``[length - 1]`` each."""
         whole = self._gather(logits).log_softmax(-1)
         bounds = batch.cu_seqlens.tolist()
-        pairs = zip(bounds, bounds[1:], strict=False)
         return [
-            whole[start : end - 1].gather(-1, batch.tokens[start + 1 : end, None]).squeeze(-1) for start, end in pairs
+            whole[start : end - 1].gather(-1, batch.tokens[start + 1 : end, None]).squeeze(-1)
+            for start, end in itertools.pairwise(bounds)
         ]
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:

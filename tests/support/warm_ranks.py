@@ -212,7 +212,5 @@ def _module(request: Request) -> Any:
 
 
 if __name__ == "__main__":
-    # Requests name classes of `support.warm_ranks`, not of `__main__`.
-    from support import warm_ranks
-
-    warm_ranks.main(int(sys.argv[1]))
+    # Not `main` itself: requests name classes of `support.warm_ranks`, not of `__main__`.
+    importlib.import_module("support.warm_ranks").main(int(sys.argv[1]))

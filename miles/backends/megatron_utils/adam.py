@@ -20,6 +20,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
+        *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -11,8 +11,6 @@ import os
 import queue
 import random
 import shutil
-from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from miles.backends.base import ParallelState
 from miles.backends.megatron_utils.checkpoint_files import check_complete
-from miles.backends.megatron_utils.device_shim import install
 from miles.backends.megatron_utils.errors import CannotWriteCheckpoint, CheckpointMismatch, DamagedCheckpoint
 from miles.backends.megatron_utils.families import Shape
-
-install()
-
-from megatron.core import dist_checkpointing  # noqa: E402  # after the shim
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
-from megatron.core.tensor_parallel import get_cuda_rng_tracker  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +145,7 @@ def _kind(optimizer: Any) -> str | None:
 
 def _generators() -> dict[str, Any]:
     """States as plain values and tensors, so that reading them runs no code."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the global one
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # the global one
     states = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
@@ -167,7 +161,7 @@ def _set_generators(states: dict[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
     get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():

@@ -6,27 +6,23 @@ do. Everything else of a layer (parallel linears, MLP, rotary embedding, residua
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
-
-from miles.backends.megatron_utils.device_shim import install
-
-install()
-
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402  # after the shim
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, get_cuda_rng_tracker  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
-from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,6 +37,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden]``, in the dtype that it has."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
@@ -55,9 +52,7 @@ class PackedAttention(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        layer_number: int,  # noqa: ARG002  # of the signature
-        attn_mask_type: AttnMaskType,  # noqa: ARG002
-        attention_type: str,  # noqa: ARG002
+        *,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         **_: Any,
@@ -71,28 +66,24 @@ class PackedAttention(torch.nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,  # noqa: ARG002  # causal within each sequence is all there is
-        attn_mask_type: AttnMaskType | None = None,  # noqa: ARG002
-        attention_bias: torch.Tensor | None = None,  # noqa: ARG002
+        attention_mask: torch.Tensor | None,
+        *,
         packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
     ) -> torch.Tensor:
-        """``[T, heads, d]``, ``[T, kv heads, d]`` twice -> ``[T, heads * d]``."""
+        """``[T, heads, d]``, ``[T, kv heads, d]`` twice -> ``[T, heads * d]``. There is no other mask than causal."""
         assert packed_seq_params is not None, "batches are packed"
-        lengths = packed_seq_params.lengths
         dropout = self.dropout if self.training else 0.0
-        parts = [part.split(lengths) for part in (query, key, value)]
-        if dropout:
-            # Heads differ between tensor-parallel ranks, so their dropout has to.
-            with get_cuda_rng_tracker().fork():
-                outputs = [self._attend(*qkv, dropout) for qkv in zip(*parts, strict=True)]
-        else:
-            outputs = [self._attend(*qkv, 0.0) for qkv in zip(*parts, strict=True)]
+        parts = [torch.split(part, packed_seq_params.lengths) for part in (query, key, value)]
+        # Heads differ between tensor-parallel ranks, so their dropout has to.
+        with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            outputs = [self._attend(q, k, v, dropout) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-        heads_first = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
         output = F.scaled_dot_product_attention(
-            *heads_first, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=True
+            q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=True
         )
         return output[0].transpose(0, 1)
 

@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from miles.backends.megatron_utils.device_shim import install
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
-
-install()
-
-from megatron.core.models.gpt import GPTModel  # noqa: E402  # after the shim
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-from miles.backends.megatron_utils.layer_spec import block_spec, packed  # noqa: E402
+from miles.backends.megatron_utils.layer_spec import block_spec, packed
 
 PADDED_LOGIT = -1e30
 """Of rows that only pad the vocabulary: no probability, and finite, so that 0 times it is 0."""
@@ -68,7 +63,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         # Losses are scaled by their functions; so nothing divides by micro-batches or data-parallel ranks.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall",  # noqa: S106  # no secret
         # Kernels of libraries that the layers here do without.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -99,7 +94,7 @@ def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPT
 
 def padded_vocab(args: Namespace, vocab: int) -> int:
     """Rows of the embedding: a multiple of ``--make-vocab-size-divisible-by`` on each tensor-parallel rank."""
-    multiple = (getattr(args, "make_vocab_size_divisible_by", None) or 1) * args.tensor_model_parallel_size
+    multiple = int((getattr(args, "make_vocab_size_divisible_by", None) or 1) * args.tensor_model_parallel_size)
     return math.ceil(vocab / multiple) * multiple
 
 
@@ -109,7 +104,7 @@ def logits_of(model: Any, tokens: torch.Tensor, cu_seqlens: torch.Tensor, length
     ``tokens``: int64 ``[T]``; ``cu_seqlens``: int32 ``[n + 1]``, the bounds of sequences of ``lengths`` tokens.
     """
     # Rotary positions come from `packed`; the embedding has none of its own.
-    logits = model(
+    logits: torch.Tensor = model(
         input_ids=tokens.unsqueeze(0),
         position_ids=None,
         attention_mask=None,

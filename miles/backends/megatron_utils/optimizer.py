@@ -7,22 +7,18 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-
-from miles.backends.megatron_utils.adam import use_in_megatron
-from miles.backends.megatron_utils.device_shim import install
-from miles.backends.megatron_utils.errors import UnsupportedSetting
-
-install()
-
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.optimizer import (  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from miles.backends.megatron_utils.adam import use_in_megatron
+from miles.backends.megatron_utils.errors import UnsupportedSetting
 
 _FROM_FLAGS = (
     "adam_beta1",

@@ -8,15 +8,11 @@ from argparse import Namespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from miles.backends.base import ParallelState
-from miles.backends.megatron_utils.device_shim import install
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
-
-install()
-
-from megatron.core import parallel_state  # noqa: E402  # after the shim
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 _NOT_BUILT = {
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
@@ -57,7 +53,7 @@ def init_parallel(args: Namespace) -> ParallelState:
 def seed_generators(seed: int) -> None:
     """Of Python, numpy and torch, and megatron.core's own for each kind of parallelism."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # the global one is what user code may draw from
+    np.random.seed(seed % 2**32)  # the global one is what user code may draw from
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from miles.backends.base import LogitsFunction, LossFunction, MicroBatch
-from miles.backends.megatron_utils.device_shim import install
-
-install()
-
-from megatron.core.distributed import finalize_model_grads  # noqa: E402  # after the shim
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
-
-from miles.backends.megatron_utils.model import hide_padding, logits_of  # noqa: E402
+from miles.backends.megatron_utils.model import hide_padding, logits_of
 
 LogitsOf = Callable[[Any, MicroBatch], torch.Tensor]
 
@@ -34,7 +30,7 @@ def make_logits_of(device: torch.device, vocab: int, tp_rank: int) -> LogitsOf:
 def _lengths(batch: MicroBatch) -> list[int]:
     """Of the sequences; what pads the batch after the last one is a sequence of its own."""
     bounds: list[int] = batch.cu_seqlens.tolist()
-    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(bounds)]
 
 
 def forward_only(model: Any, batches: Sequence[MicroBatch], function: LogitsFunction, logits_of: LogitsOf) -> list[Any]:
@@ -44,7 +40,7 @@ def forward_only(model: Any, batches: Sequence[MicroBatch], function: LogitsFunc
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)
-        return logits_of(model, batch), lambda logits, non_loss_data: function(logits, batch)  # noqa: ARG005
+        return logits_of(model, batch), lambda logits, non_loss_data: function(logits, batch)
 
     was_training = model.training
     model.eval()

@@ -67,7 +67,7 @@ class OnDisk:
     def _write(self, directory: Path) -> IO[bytes]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=directory, buffering=0)
+            file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # open while asleep
             try:
                 for storage, _ in self._sizes:
                     _write_all(file, storage)
@@ -166,7 +166,7 @@ def _take_back(storage: Storage, size: int) -> None:
 
 def _bytes(storage: Storage) -> torch.Tensor:
     """uint8 view of all of it."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _memory(host: Storage) -> memoryview:
@@ -176,7 +176,7 @@ def _memory(host: Storage) -> memoryview:
 
 
 def _write_all(file: IO[bytes], storage: Storage) -> None:
-    host = storage.cpu()
+    host: Storage = storage if storage.device.type == "cpu" else _bytes(storage).cpu().untyped_storage()
     view, done = _memory(host), 0
     while done < len(view):
         done += file.write(view[done:])

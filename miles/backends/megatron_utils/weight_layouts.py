@@ -36,10 +36,12 @@ class Replicated(Layout):
 
     sharded = False
 
-    def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:  # noqa: ARG002  # no part of it
+    def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
+        """See ``Layout``."""
         return tensors[0]
 
     def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
         return [shards[0]]
 
 
@@ -50,9 +52,11 @@ class Cut(Layout):
     dim: int
 
     def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
+        """See ``Layout``."""
         return tensors[0].chunk(size, self.dim)[rank]
 
     def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
         return [shards[0] if len(shards) == 1 else torch.cat(list(shards), self.dim)]
 
 
@@ -64,11 +68,13 @@ class Vocabulary(Layout):
     padded: int
 
     def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
+        """See ``Layout``."""
         rows = self.padded // size
         part = tensors[0][rank * rows : (rank + 1) * rows]
         return part if len(part) == rows else F.pad(part, (0, 0, 0, rows - len(part)))
 
     def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
         whole = shards[0] if len(shards) == 1 else torch.cat(list(shards))
         return [whole[: self.vocab]]
 
@@ -85,16 +91,18 @@ class FusedQKV(Layout):
     head_dim: int
 
     def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
-        groups = [tensor.unflatten(0, (self.kv_heads, -1)) for tensor in tensors]
+        """See ``Layout``."""
+        groups = [torch.unflatten(tensor, 0, (self.kv_heads, -1)) for tensor in tensors]
         if self.kv_heads % size:
             # Fewer groups than ranks: megatron.core cuts through groups, and gathers before use.
             return torch.cat(groups, 1).flatten(0, 1).chunk(size)[rank]
         return torch.cat([group.chunk(size)[rank] for group in groups], 1).flatten(0, 1)
 
     def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
         whole = shards[0] if len(shards) == 1 else torch.cat(list(shards))
         queries = self.heads // self.kv_heads * self.head_dim
-        parts = whole.unflatten(0, (self.kv_heads, -1)).split([queries, self.head_dim, self.head_dim], 1)
+        parts = torch.split(torch.unflatten(whole, 0, (self.kv_heads, -1)), [queries, self.head_dim, self.head_dim], 1)
         return [part.flatten(0, 1) for part in parts]
 
 
@@ -102,9 +110,11 @@ class GateAndUp(Layout):
     """The two ``[ffn, H]`` of a gated MLP: each rank holds its part of the one, then of the other."""
 
     def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
+        """See ``Layout``."""
         return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
 
     def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
         halves = [shard.chunk(2) for shard in shards]
         if len(halves) == 1:
             return list(halves[0])
