@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -249,7 +250,8 @@ def save_with_torch(path: Path, value: Any) -> None:
         cause = error if isinstance(error, OSError) else OSError(str(error))
         raise cannot_save(path, cause) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def _buffer_path(position: Path, rollout_id: int) -> Path:

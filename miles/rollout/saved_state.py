@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,11 +51,12 @@ def write_values(path: Path, values: Iterable[Any]) -> None:
     except CannotTravel as error:
         raise NotSavable(
             f"{path.name}: a sample in the rollout buffer cannot be saved",
-            evidence=error.evidence or error.what,
+            evidence=f"{error.what}\n{error.evidence}",
             advice="Keep plain values, arrays or registered types in the metadata of samples.",
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def cannot_save(path: Path, error: OSError) -> CannotSave:

@@ -121,12 +121,21 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             evidence=str(error),
             advice="Install pyarrow, or convert the file to JSONL.",
         ) from error
+    import pyarrow as pa
+
     number = 0
-    with pq.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=_BATCH):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(values, f"{file}, row {number}")
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_BATCH):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{file}, row {number}")
+    except pa.ArrowException as error:
+        raise BrokenRow(
+            f"{file} cannot be read after row {number}",
+            evidence=str(error),
+            advice="Write the file again, or convert it to JSONL.",
+        ) from error
 
 
 def _broken(where: str, evidence: str) -> BrokenRow:

@@ -28,17 +28,16 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         NoTokenizer: There is none, or it cannot be loaded.
         NoChatTemplate: The file cannot be read.
     """
+    if Path(name_or_path).is_dir() and not _has_tokenizer_files(Path(name_or_path)):
+        # The library would make one without a vocabulary from the model's type alone.
+        raise _no_tokenizer(name_or_path, "none of its files is a tokenizer's")
     from transformers import AutoTokenizer
 
     kwargs.setdefault("trust_remote_code", True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except Exception as error:  # boundary: the library raises whatever its parsers raise
-        raise NoTokenizer(
-            f"there is no tokenizer in {name_or_path}",
-            evidence=f"{_listing(name_or_path)}\n{type(error).__name__}: {str(error)[:500]}",
-            advice="Let --hf-checkpoint name a model directory with tokenizer.json and tokenizer_config.json.",
-        ) from error
+        raise _no_tokenizer(name_or_path, f"{type(error).__name__}: {str(error)[:500]}") from error
     if chat_template_path:
         try:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
@@ -49,6 +48,22 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
                 advice="Name a file with a Jinja template.",
             ) from error
     return tokenizer
+
+
+def _no_tokenizer(path: str, evidence: str) -> NoTokenizer:
+    return NoTokenizer(
+        f"there is no tokenizer in {path}",
+        evidence=f"{_listing(path)}\n{evidence}",
+        advice="Let --hf-checkpoint name a model directory with tokenizer.json and tokenizer_config.json.",
+    )
+
+
+def _has_tokenizer_files(directory: Path) -> bool:
+    names = [entry.name for entry in directory.iterdir()]
+    return any(name in _TOKENIZER_FILES or name.endswith((".tiktoken", ".model")) for name in names)
+
+
+_TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "sentencepiece.bpe.model"}
 
 
 @functools.lru_cache(maxsize=8)
