@@ -12,7 +12,7 @@ PARTS = (GENERATION, LOG_PROBS, TRAINING, UPDATE, REST)
 """Of an iteration. What no other part accounts for is ``rest``."""
 
 OURS, OURS_WIDE, TRL, TRL_WIDE = "ours", "ours_wide", "trl", "trl_wide"
-"""Columns: ours with one rank and one engine, ours with one of each per core; TRL with one thread, TRL with one per core."""
+"""Columns: ours with one rank and one engine, and with one of each per core; TRL with one thread, and one per core."""
 PEERS = (TRL, TRL_WIDE)
 
 MAX_REST_SHARE = 0.10
