@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(render_help(table(), shutil.get_terminal_size((120, 40)).columns))
         return EXIT_OK
+    _find_user_code()
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         with err.status("reading the flags"):
@@ -69,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return show_plan(config, out)
     return start(config)
+
+
+def _find_user_code() -> None:
+    """User code is found where the command is given, too: this process's path is that of the whole run."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
 
 
 def start(config: dict[str, Any]) -> int:
@@ -97,7 +105,9 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
     """
     command = [sys.executable, "-m", "miles.flags", *argv]
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=timeout_s, env=_environment()
+        )
     except subprocess.TimeoutExpired as late:
         raise _failed(f"it did not answer in {timeout_s:g} s", late.stderr) from None
     try:
@@ -110,6 +120,13 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
         notices=tuple(values.get("notices", ())),
         error=values.get("error", {}),
     )
+
+
+def _environment() -> dict[str, str]:
+    """With the directory of the script that runs, which a module that is run does not have on its path."""
+    beside = [sys.path[0]] if sys.path and Path(sys.path[0]).is_dir() else []
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*beside, *given]))}
 
 
 def _failed(why: str, stderr: str | bytes | None) -> ResolverFailed:
