@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 from typing import Any
 
@@ -16,9 +17,10 @@ from miles.rollout.inference_rollout.inference_rollout_common import (
 )
 from miles.utils.data import Dataset
 from miles.utils.eval_config import BadEvalConfig, EvalDatasetConfig, eval_datasets
-from miles.utils.http_utils import request_scope
+from miles.utils.http_utils import http_client, request_scope
 from miles.utils.types import Sample, SampleStatus
 
+CLEAN_UP_S = 5.0
 _datasets: dict[tuple[Any, ...], Dataset] = {}
 """Read once per process: they do not change, and are evaluated again and again."""
 
@@ -39,8 +41,21 @@ async def evaluate(state: GenerateState, rollout_id: int) -> RolloutFnEvalOutput
         )
     plans = [(config, await asyncio.to_thread(_samples, state, config)) for config in configs]
     state.progress.begin("evaluate", rollout_id, sum(len(samples) for _, samples in plans))
-    results = await _all(*(_one(state, config, samples) for config, samples in plans))
+    try:
+        results = await _all(*(_one(state, config, samples) for config, samples in plans))
+    finally:
+        await _leave(state, f"eval-{rollout_id}")
     return RolloutFnEvalOutput({config.name: data for config, data in zip(configs, results, strict=True)})
+
+
+async def _leave(state: GenerateState, scope: str) -> None:
+    """After a failure or a cancellation, engines still work on requests: they are aborted."""
+    rids = http_client().in_flight(scope)
+    http_client().forget(scope)
+    if rids:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLEAN_UP_S):
+                await state.engines.abort(rids)
 
 
 async def _one(state: GenerateState, config: EvalDatasetConfig, samples: list[Sample]) -> dict[str, Any]:

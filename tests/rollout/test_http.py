@@ -1,0 +1,189 @@
+"""HTTP of rollouts: retries, keys, ids, aborts; and rewards from a server."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+import pytest
+from aiohttp import web
+from support.procs import eventually
+from support.rollout_cases import Answer, make_args, servers
+
+from miles.rollout.engines import Engines
+from miles.rollout.rm_hub import remote_rm
+from miles.utils.async_utils import LoopThread, WouldBlockLoop, run, stop_loop_thread
+from miles.utils.http_utils import (
+    RequestFailed,
+    RequestRefused,
+    close_http_client,
+    find_available_port,
+    get,
+    http_client,
+    post,
+    request_scope,
+)
+from miles.utils.misc import SingletonMeta, get_free_port, should_run_periodic_action
+from miles.utils.types import Sample
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    close_http_client()
+    stop_loop_thread()
+
+
+@contextmanager
+def server(handler):
+    """Answers everything by ``handler(request, number)``."""
+    thread = LoopThread("server")
+    count = 0
+
+    async def handle(request):
+        nonlocal count
+        count += 1
+        return await handler(request, count)
+
+    async def serve():
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    runner = thread.run(serve())
+    try:
+        yield "http://{}:{}".format(*runner.addresses[0][:2])
+    finally:
+        thread.run(runner.cleanup())
+        thread.stop()
+
+
+async def test_passing_troubles_are_retried_and_answers_parsed():
+    async def handler(request, number):
+        return web.Response(status=503) if number < 3 else web.json_response({"n": number})
+
+    with server(handler) as url:
+        assert await post(url + "/x", {"a": 1}) == {"n": 3}
+
+    async def text(request, number):
+        return web.Response(text="plain")
+
+    with server(text) as url:
+        assert await get(url) == "plain"
+
+
+async def test_what_is_wrong_is_not_retried():
+    seen = []
+
+    async def handler(request, number):
+        seen.append(number)
+        return web.Response(status=422, text="no such field")
+
+    with server(handler) as url, pytest.raises(RequestRefused, match="no such field") as caught:
+        await post(url, {})
+    assert seen == [1]
+    assert caught.value.fields["status"] == 422
+
+
+async def test_nobody_there_is_told_after_the_tries():
+    url = f"http://127.0.0.1:{find_available_port(20000)}/generate"
+    with pytest.raises(RequestFailed, match="3 attempts; the last: cannot connect"):
+        await post(url, {}, max_retries=2)
+
+
+async def test_a_deadline_bounds_all_tries():
+    async def handler(request, number):
+        await asyncio.Event().wait()
+
+    with server(handler) as url, pytest.raises(RequestFailed):
+        await http_client().request("GET", url, deadline_s=0.3)
+
+
+async def test_only_addresses_of_the_run_get_its_key_and_an_id():
+    with servers() as fake:
+        Engines().set(fake.targets, fake.router.url, "secret")
+        payload = {"input_ids": [1], "sampling_params": {"max_new_tokens": 2}}
+        request_scope.set("train-0")
+        assert (await post(f"{fake.router.url}/generate", payload))["meta_info"]["completion_tokens"] == 2
+        assert len(fake.requests[0]["rid"]) == 32
+        assert "rid" not in payload
+        assert http_client().in_flight("train-0") == []
+    seen = {}
+
+    async def handler(request, number):
+        seen.update(request.headers)
+        return web.json_response(await request.json())
+
+    with server(handler) as url:
+        assert await post(f"{url}/generate", {"x": 1}) == {"x": 1}
+    assert "Authorization" not in seen
+
+
+async def test_a_request_is_aborted_by_its_id_also_if_its_caller_has_gone():
+    with servers(lambda p, t: Answer(hangs_after=0)) as fake:
+        engines = Engines()
+        engines.set(fake.targets, fake.router.url, "secret")
+        request_scope.set("train-1")
+        task = asyncio.ensure_future(post(f"{fake.router.url}/generate", {"input_ids": [1], "rid": "mine",
+                                          "sampling_params": {"max_new_tokens": 2}}))  # fmt: skip
+        await eventually(lambda: fake.engines[0].running)
+        assert http_client().in_flight("train-1") == ["mine"]
+        assert http_client().in_flight("eval-1") == []
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert http_client().in_flight("train-1") == ["mine"]  # the engine goes on without a caller
+        await engines.abort(["mine"])
+        await eventually(lambda: not fake.engines[0].running)
+        http_client().forget("train-1")
+        await engines.abort_all("train-1")
+
+
+async def test_rewards_from_a_server_are_retried():
+    asked = []
+
+    async def handler(request, number):
+        asked.append(await request.json())
+        return web.Response(status=500) if number == 1 else web.json_response({"score": 0.5})
+
+    with server(handler) as url:
+        sample = Sample(prompt="p", response="r", label="l")
+        assert await remote_rm(make_args(rm_url=url), sample) == {"score": 0.5}
+    assert asked == [{"prompt": "p", "response": "r", "label": "l"}] * 2
+
+
+def test_a_coroutine_can_be_run_from_ordinary_code():
+    async def where():
+        return threading.current_thread().name
+
+    assert run(where()) == "miles-async"
+    assert run(where()) == "miles-async"
+
+    async def waits_for_itself():
+        return run(where())
+
+    with pytest.raises(WouldBlockLoop):
+        run(waits_for_itself())
+
+
+def test_ports_singletons_and_periods():
+    import socket
+
+    port = get_free_port(21000, consecutive=2)
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        assert get_free_port(port) > port
+
+    class One(metaclass=SingletonMeta):
+        def __init__(self, value):
+            self.value = value
+
+    assert One(1) is One(2)
+    assert One(3).value == 1
+    SingletonMeta.clear_instances(One)
+    assert One(4).value == 4
+    SingletonMeta.clear_instances(One)
+    due = [i for i in range(10) if should_run_periodic_action(i, 4, num_rollout_per_epoch=5, num_rollout=10)]
+    assert due == [3, 4, 7, 9]
+    assert not should_run_periodic_action(3, None)
