@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
@@ -41,6 +42,8 @@ class UpdateRunner:
     def __init__(self, *, mode: PauseMode, method: UpdateMethod, bucket_bytes: int, fence: Fences) -> None:
         self.state = versions.Versions()
         self.failures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        """Of the last update, by step."""
         self._engines: dict[str, Engine] = {}
         self.mode: PauseMode = mode
         self._method: UpdateMethod = method
@@ -67,7 +70,7 @@ class UpdateRunner:
         """
         async with self._lock:
             wanted = self.state.version + 1 if version is None else version
-            self.failures = {}
+            self.failures, self.seconds = {}, {}
             error = await self._take(versions.Begin(wanted), send)
             if error is not None:
                 raise error
@@ -80,12 +83,15 @@ class UpdateRunner:
         while pending:
             self.state, effects = versions.step(self.state, pending.pop(0))
             for effect in effects:
+                at = time.perf_counter()
                 match effect:
                     case versions.Do(step, engines, number):
                         pending += await self._do(step, engines, number)
+                        self.seconds[step.value] = time.perf_counter() - at
                     case versions.Send(engines, number):
                         answer, raised = await self._send(send, engines, number)
                         pending.append(answer)
+                        self.seconds[Step.SEND.value] = time.perf_counter() - at
                     case versions.Fence(engine, why):
                         self.failures[engine] = why
                         await self._fence(self._engines[engine], why)

@@ -2,7 +2,8 @@
 
 Consumes: the host; ports as JSON by name (``http``, ``nccl``); SGLang's arguments as a JSON object by field; the API
 key as ``launch_key`` says. Produces: SGLang's own HTTP server, which this process becomes the main process of. Its
-scheduler and detokenizer are its children and end with it.
+scheduler and detokenizer are its children and end with it. Their sockets lie in a private directory that goes with this
+process: at its end, or, if it is killed, with the next look for directories that nobody holds.
 
 SGLang's children import this module, too (``multiprocessing`` spawns them): what stands at the top happens in each.
 """
@@ -27,12 +28,22 @@ def main() -> None:
     """Take the key, build the arguments, serve until ended."""
     from miles.backends.sglang_utils.environment import stand_ins_first
     from miles.backends.sglang_utils.launch_key import take_key
+    from miles_agents.runtime_dir import runtime_dir
 
     key = take_key(stand_ins_first(os.environ))
+    with runtime_dir(f"engine-{os.getpid()}") as directory:
+        os.environ["TMPDIR"] = str(directory)  # SGLang never removes its sockets
+        run(key)
+
+
+def run(key: str) -> None:
+    """Everything that takes time."""
     host, ports, wanted = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         import torchvision_operators  # noqa: F401
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    # Without a warm-up SGLang asks itself for this before it listens. Who starts engines asks again.
+    logging.getLogger("sglang.srt.entrypoints.http_server").addFilter(lambda r: "freeze_gc failed" not in str(r.msg))
 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs

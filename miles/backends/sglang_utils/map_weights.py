@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-_mapped: dict[tuple[int, int], torch.Tensor] = {}
-"""Memory by device and inode, for as long as an update goes on: its buckets come through the same two files."""
+_mapped: dict[tuple[int, int, int], torch.Tensor] = {}
+"""Memory by device, inode and size, for as long as an update goes on: its buckets come through the same two files."""
 
 
 def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -43,13 +43,14 @@ def _map(bucket: dict[str, Any]) -> torch.Tensor:
     """The whole memory file as bytes."""
     path = f"/proc/{bucket['pid']}/fd/{bucket['fd']}"
     facts = os.stat(path)
-    key = (facts.st_dev, facts.st_ino)
+    key = (facts.st_dev, facts.st_ino, facts.st_size)  # it grows for a tensor larger than a bucket
     if facts.st_ino != bucket["inode"] or facts.st_size != bucket["size"]:
         raise FileNotFoundError(f"{path} is not the trainer's memory any more: {facts}")
-    if key not in _mapped:
+    memory = _mapped.get(key)
+    if memory is None:
         storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=bucket["size"])
-        _mapped[key] = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-    return _mapped[key]
+        memory = _mapped[key] = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    return memory
 
 
 def _view(memory: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:

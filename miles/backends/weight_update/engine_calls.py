@@ -6,6 +6,7 @@ this update, and ``failures`` says why.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -27,6 +28,11 @@ class Pending:
     """Requests that are under way, one per engine."""
 
     futures: Mapping[str, Future[float]]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether one has already ended with an error."""
+        return any(future.done() and future.exception() is not None for future in self.futures.values())
 
 
 class EngineCalls:
@@ -70,6 +76,12 @@ class EngineCalls:
                 self.failures[name] = str(error) or type(error).__name__
         self.busy_s += longest
         return longest
+
+    def tell_all(self, path: str, body: Mapping[str, Any]) -> None:
+        """POST to every engine, also those that have failed; it does not matter what comes of it."""
+        for future in [self._pool.submit(self._post, engine, path, body) for engine in self.engines]:
+            with contextlib.suppress(OSError, http.client.HTTPException, _Refused):
+                future.result()
 
     def raise_failures(self, doing: str) -> None:
         """Raises EnginesMissedUpdate if any engine failed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from miles_agents import register_type
@@ -28,7 +28,7 @@ class EngineTarget:
 
     name: str
     url: str
-    api_key: str
+    api_key: str = field(repr=False)
     tp_size: int
     rank_offset: int
     has_bracket: bool

@@ -180,7 +180,9 @@ class BroadcastSender(Sender):
                 self._pump(update, weights, self._joined(update, calls), calls)
                 calls.raise_failures(f"taking weight version {update.version}")
             except BaseException:
-                self.close()  # a broadcast that not everybody has seen leaves a group that is out of step
+                # A broadcast that not everybody has seen leaves a group that is out of step, and may not have ended.
+                calls.tell_all("/destroy_weights_update_group", {"group_name": update.group_name})
+                self.close()
                 raise
 
     def _joined(self, update: WeightUpdate, calls: EngineCalls) -> BroadcastGroup:
@@ -189,8 +191,7 @@ class BroadcastSender(Sender):
             return group
         self.close()
         # Engines may be in a group of this name: of ours before, or of a trainer that is gone. If not, they say so.
-        calls.finish(calls.start("/destroy_weights_update_group", lambda _: {"group_name": update.group_name}))
-        calls.failures.clear()
+        calls.tell_all("/destroy_weights_update_group", {"group_name": update.group_name})
         self._group = BroadcastGroup.join(update, calls, self.device)
         return self._group
 
@@ -235,9 +236,8 @@ class BroadcastSender(Sender):
             return
         requests, work = pending
         at = time.perf_counter()
-        futures = requests.futures.values()
         # An engine that refuses does not take part, and then the broadcast would wait for it until its deadline.
-        while not work.is_completed() and not any(future.done() and future.exception() for future in futures):
+        while not work.is_completed() and not requests.has_failed:
             time.sleep(_LOOK_EVERY_S)
         self._times["wait"] += time.perf_counter() - at
         self._finish(calls, requests)

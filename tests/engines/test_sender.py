@@ -1,0 +1,161 @@
+"""The trainer's side of weight updates: buckets, several engines, engines that fail. Against scripted engines."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+import torch
+from support.fake_engine import fake_engine
+
+from miles.backends.base import ParallelState
+from miles.backends.weight_update.broadcast_group import BROADCAST_S
+from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
+from miles.backends.weight_update.failures import BadUpdate, EnginesMissedUpdate, GroupNotMade
+from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
+from miles.backends.weight_update.sender import make_sender
+
+WEIGHTS = {
+    "embed": torch.arange(640, dtype=torch.float32).reshape(20, 32),
+    "norm": torch.arange(32, dtype=torch.bfloat16),
+    "odd": torch.arange(7, dtype=torch.uint8),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "strided": torch.arange(64, dtype=torch.float32).reshape(8, 8).t(),
+    "large": torch.randn(3000, generator=torch.Generator().manual_seed(0)),
+    "last": torch.ones(5, dtype=torch.float16),
+}
+SOURCE = ParallelState(rank=0, world_size=2, dp_size=2)
+OTHER = ParallelState(rank=1, world_size=2, dp_rank=1, dp_size=2)
+
+
+def same(held, sent):
+    return held.keys() == sent.keys() and all(torch.equal(held[name], sent[name]) for name in sent)
+
+
+class Weights:
+    """An iterator that knows how far it got."""
+
+    def __init__(self, weights):
+        self.left = list(weights.items())
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0)
+
+
+async def engines_of(stack, count, **options):
+    fakes = [await stack.enter_async_context(fake_engine(api_key="key", **options)) for _ in range(count)]
+    for fake in fakes:
+        fake.session_open = True
+    return fakes, tuple(
+        EngineTarget(f"engine-{index}", fake.url, "key", 1, 1 + index, True) for index, fake in enumerate(fakes)
+    )
+
+
+async def send(sender, update, weights):
+    """In a thread, as the trainer's main thread is not the engines'."""
+    return await asyncio.to_thread(sender.send, update, weights)
+
+
+@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 2600, 1 << 20])
+async def test_every_engine_gets_every_weight_bit_for_bit(method, bucket_bytes):
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 2)
+        update = WeightUpdate(1, targets, method, bucket_bytes)
+        sender = make_sender(SOURCE, update, torch.device("cpu"))
+        seconds = await send(sender, update, Weights(WEIGHTS))
+        for fake in fakes:
+            assert same(fake.weights, WEIGHTS)
+        assert seconds["total"] >= seconds["copy"] and all(value >= 0 for value in seconds.values())
+        assert sender.num_bytes == sum(tensor.nbytes for tensor in WEIGHTS.values())
+        assert sender.num_buckets == {1: 7, 1 << 20: 1 if method == "tensor" else 2}.get(
+            bucket_bytes, sender.num_buckets
+        )
+        sender.close()
+
+
+@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+async def test_ranks_that_do_not_speak_to_engines_exhaust_the_iterator(method):
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 1)
+        update, weights = WeightUpdate(1, targets, method, 100), Weights(WEIGHTS)
+        await send(make_sender(OTHER, update, torch.device("cpu")), update, weights)
+        assert weights.left == [] and fakes[0].calls == []
+
+
+@pytest.mark.parametrize("fault", [500, "reset", "die"])
+async def test_an_engine_that_fails_is_named_and_the_others_have_everything(fault):
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 2)
+        fakes[1].faults["/update_weights_from_tensor"] = [fault]
+        update, weights = WeightUpdate(4, targets, "tensor", 100), Weights(WEIGHTS)
+        with pytest.raises(EnginesMissedUpdate, match="engine-1 failed while taking weight version 4") as caught:
+            await send(make_sender(SOURCE, update, torch.device("cpu")), update, weights)
+        assert caught.value.fields["engines"] == ["engine-1"]
+        assert weights.left == [] and same(fakes[0].weights, WEIGHTS)
+        assert fakes[1].count("/update_weights_from_tensor") == 1, "spoken to again"
+
+
+async def test_an_engine_that_refuses_a_broadcast_ends_it_at_once_and_the_next_one_begins_anew():
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 1)
+        update = WeightUpdate(4, targets, "broadcast", 100)
+        sender = make_sender(SOURCE, update, torch.device("cpu"))
+        fakes[0].faults["/update_weights_from_distributed"] = [500]
+        weights = Weights(WEIGHTS)
+        async with asyncio.timeout(BROADCAST_S / 60):
+            with pytest.raises(EnginesMissedUpdate, match="engine-0"):
+                await send(sender, update, weights)
+        assert weights.left == []
+        again = WeightUpdate(5, targets, "broadcast", 100, new_group=False)
+        await send(sender, again, Weights(WEIGHTS))
+        assert same(fakes[0].weights, WEIGHTS)
+        sender.close()
+
+
+async def test_a_group_that_an_engine_does_not_join_is_not_made():
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 1)
+        fakes[0].faults["/init_weights_update_group"] = [500]
+        update, weights = WeightUpdate(1, targets, "broadcast", 100), Weights(WEIGHTS)
+        sender = make_sender(SOURCE, update, torch.device("cpu"))
+        with pytest.raises(GroupNotMade, match="engine-0") as caught:
+            await send(sender, update, weights)
+        assert "scripted 500" in caught.value.evidence and weights.left == []
+
+
+async def test_an_update_without_engines_or_room_is_refused():
+    sender = make_sender(SOURCE, WeightUpdate(1, (), "tensor", 100), torch.device("cpu"))
+    with pytest.raises(BadUpdate, match="no engine"):
+        await send(sender, WeightUpdate(1, (), "tensor", 100), Weights(WEIGHTS))
+
+
+def test_a_bucket_takes_what_fits_and_one_tensor_that_is_larger():
+    bucket = Bucket(100)
+    assert bucket.takes(torch.zeros(1000))
+    bucket.add("first", torch.zeros(3, dtype=torch.uint8))
+    assert bucket.takes(torch.zeros(21)) and not bucket.takes(torch.zeros(22))
+    assert bucket.add("second", torch.zeros(21)).start == ALIGNMENT
+    assert not bucket.takes(torch.zeros(1))
+
+
+def test_without_gaps_a_tensor_that_would_lie_askew_begins_another_bucket():
+    bucket = Bucket(100, 1)
+    bucket.add("first", torch.zeros(3, dtype=torch.uint8))
+    assert bucket.takes(torch.zeros(5, dtype=torch.uint8)) and not bucket.takes(torch.zeros(1))
+    assert bucket.add("second", torch.zeros(1, dtype=torch.uint8)).start == 3
+    assert bucket.takes(torch.zeros(1))
+
+
+def test_what_is_copied_into_a_bucket_is_found_at_its_place():
+    memory, bucket = torch.full((4096,), 255, dtype=torch.uint8), Bucket(4096)
+    for name in ("norm", "odd", "scalar", "strided"):
+        copy_into(memory, bucket.add(name, WEIGHTS[name]), WEIGHTS[name])
+    for entry in bucket.entries:
+        raw = memory[entry.start : entry.start + entry.num_bytes].view(entry.dtype).reshape(entry.shape)
+        assert torch.equal(raw, WEIGHTS[entry.name])
+        assert getattr(torch, entry.dtype_name) is entry.dtype
