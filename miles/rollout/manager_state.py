@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ async def save(
     await _source_hook(args, source.inner.save)(rollout_id)
     plain, groups = source.checkpoint()
     head = {"version": _VERSION, "rollout_id": rollout_id, "source": plain, "counters": counters}
-    write_values(state_path(directory, rollout_id), [head, *map(plain_group, groups)])
+    await asyncio.to_thread(write_values, state_path(directory, rollout_id), [head, *map(plain_group, groups)])
 
 
 async def load(args: Namespace, source: TrackedDataSource, rollout_id: int, directory: Path) -> dict[str, Any] | None:
@@ -57,4 +58,4 @@ async def load(args: Namespace, source: TrackedDataSource, rollout_id: int, dire
 
 
 def _source_hook(args: Namespace, method: Any) -> Hook:
-    return Hook("--data-source-path", str(args.data_source_path), method)
+    return Hook("--data-source-path", str(args.data_source_path), method, may_block=True)

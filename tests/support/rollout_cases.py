@@ -73,7 +73,12 @@ class FakeEngine:
         app = web.Application()
         app.router.add_post("/generate", self.generate)
         app.router.add_post("/abort_request", self.abort)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/model_info", self.health)
         return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"model_path": "fake", "is_generation": True})
 
     async def abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
