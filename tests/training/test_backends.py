@@ -1,6 +1,9 @@
 """A rollout trained through a real backend gives the numbers and the weights of a plain implementation on the Hugging
 Face model: GRPO with two steps, so that the second sees ratios that are not 1."""
 
+import os
+import resource
+import signal
 from argparse import Namespace
 
 import pytest
@@ -11,6 +14,7 @@ from support.plain_losses import assert_close, flags, plain_log_probs, plain_los
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
+from miles.backends.training_utils.checkpoints import TRACKER, CannotSave, commit_checkpoint
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
 from miles.utils.train_data import split_train_data
@@ -90,3 +94,38 @@ def test_a_rollout_gives_the_loss_and_the_weights_of_the_formula(kind, world, tp
         assert_close(metrics, means, (kind, world, tp))
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def saved_with_a_limit(path, kind, root):
+    """A checkpoint that fits, then one whose files may not grow on rank 1."""
+    args = args_of(path, kind, dp_size=2, optimizer="adam")
+    backend = backend_of(kind, args)
+    backend.init()
+
+    def save(rollout_id):
+        commit_checkpoint(root, rollout_id, lambda place: backend.save(place, rollout_id=rollout_id), backend.device)
+
+    save(0)
+    before = contents(root)
+    if backend.parallel.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        save(1)
+    except CannotSave as error:
+        return str(error), contents(root) == before, sorted(os.listdir(root))
+    return "saved", False, []
+
+
+def contents(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["megatron", "fsdp"])
+def test_a_rank_that_cannot_write_ends_the_save_of_all_and_changes_nothing(kind, tmp_path):
+    answers = run_ranks(2, saved_with_a_limit, tiny_model("qwen3"), kind, tmp_path / "checkpoints")
+    for text, unchanged, names in answers:
+        assert "iter_0000001 could not be written" in text
+        assert "those before are untouched" in text
+        assert unchanged
+        assert names == ["iter_0000000", TRACKER]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from miles.backends.training_utils.collectives import all_gather_text
 from miles_agents.errors import EnvironmentFault, MilesError
@@ -60,11 +61,11 @@ def commit_checkpoint(root: Path, rollout_id: int, write: Callable[[Path], None]
 
 def _all_or_none(step: Callable[[], None], final: Path, aside: Path, device: torch.device) -> None:
     """Do it on every rank; if it fails on any, clean up and raise on all."""
-    own: Exception | None = None
+    own: BaseException | None = None
     try:
         step()
-    except Exception as error:  # noqa: BLE001 - whatever a backend's writer raises: all ranks must hear of it
-        own = error
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever a writer raises, all ranks must hear it
+        own = _cause(error)
     told = all_gather_text("" if own is None else f"{int(_is_full(own, final.parent))}{_tell(own)}", device)
     failures = [f"rank {rank}: {text[1:]}" for rank, text in enumerate(told) if text]
     if not failures:
@@ -122,7 +123,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _tell(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """Torch's own writer tells each rank of all that failed, with tracebacks: what the first of them raised."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _tell(error: BaseException) -> str:
     if isinstance(error, MilesError):
         text = f"{error.what}: {error.evidence}"
     else:
