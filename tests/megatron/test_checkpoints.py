@@ -68,7 +68,7 @@ def assert_same(ours, theirs):
         (1, {"optimizer": "sgd", "lr": 1e-2}),
         (2, {}),
         (2, {"tensor_model_parallel_size": 2}),
-        (2, {"tensor_model_parallel_size": 2, "params_dtype": "bfloat16"}),
+        pytest.param(2, {"tensor_model_parallel_size": 2, "params_dtype": "bfloat16"}, marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -88,7 +88,7 @@ def loaded_state(path, root, changed):
     return weights_of(backend), backend.scheduler.num_steps
 
 
-@pytest.mark.parametrize("tp_before", [1, 2])
+@pytest.mark.parametrize("tp_before", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_checkpoint_goes_on_with_another_tensor_parallel_size(tmp_path, tp_before):
     # 300 rows are padded to 384 for one rank, and to 512 for two.
     path = tiny_model("qwen2", vocab=300, tied=False)

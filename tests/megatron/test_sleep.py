@@ -101,6 +101,7 @@ def test_it_wakes_up_bit_for_bit_and_trains_on(tmp_path, world, changed, level):
         assert left == 0
 
 
+@pytest.mark.full
 def test_memory_really_leaves(tmp_path):
     # 14 million parameters of 4 bytes: as many again for gradients, two times for moments.
     path = tiny_model("qwen3", hidden=512, ffn=1536, layers=4, heads=8, vocab=320)

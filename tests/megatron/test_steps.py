@@ -10,6 +10,11 @@ from support.megatron_cases import SumOfSquares, make_backend, micro_batches, ow
 from support.ranks import run_ranks
 from support.tiny_models import ARCHITECTURES, tiny_model
 
+from miles.backends.base import LossOutput
+from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedParallelism
+from miles.backends.megatron_utils.parallel import leave_parallel
+from miles_agents.errors import ConfigError
+
 PLAIN_SGD = {"optimizer": "sgd", "sgd_momentum": 0.0, "lr": 1.0, "weight_decay": 0.0, "clip_grad": 0.0}
 LAYOUTS = [(1, 1), (2, 1), (2, 2)]
 """World size, tensor-parallel size."""
@@ -74,3 +79,143 @@ def test_adam_steps_equal_plain_pytorch(world, tp):
         assert [outcome[1] for outcome in outcomes] == pytest.approx(norms, rel=1e-4)
         for name, value in expected.items():
             torch.testing.assert_close(after[name], value, atol=2e-5, rtol=1e-4)
+
+
+def several_ways(path):
+    """Gradients of the same samples in one micro-batch, in several, and with activations computed again."""
+    found = []
+    for size, changed in (
+        (6, {}),
+        (1, {}),
+        (2, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        (2, {"recompute_granularity": "selective"}),
+    ):
+        ours = make_backend(path, **PLAIN_SGD, **changed)
+        before = weights_of(ours)
+        ours.train_step(micro_batches(sequences(), size), SumOfSquares(ours.parallel))
+        found.append({name: before[name] - value for name, value in weights_of(ours).items()})
+        ours.close()
+    return found
+
+
+def test_neither_micro_batches_nor_recomputing_change_gradients():
+    first, *others = run_ranks(1, several_ways, tiny_model("qwen3"))[0]
+    for other in others:
+        for name, gradient in first.items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-5 * gradient.norm().item(), rtol=1e-4)
+
+
+def uneven(path):
+    """Rank 1 has no micro-batch in this step."""
+    ours = make_backend(path, **PLAIN_SGD)
+    batches = micro_batches(sequences(), 2) if ours.parallel.dp_rank == 0 else []
+    before = weights_of(ours)
+    outcome = ours.train_step(batches, SumOfSquares(ours.parallel))
+    return outcome.metrics, {name: before[name] - value for name, value in weights_of(ours).items()}
+
+
+def test_a_rank_without_micro_batches_takes_part_in_the_step():
+    path = tiny_model("qwen3")
+    (_, first), (metrics, second) = run_ranks(2, uneven, path)
+    expected = run_ranks(1, several_ways, path)[0][0]
+    assert metrics == {}
+    for name, gradient in expected.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], gradient, atol=1e-5 * gradient.norm().item(), rtol=1e-4)
+
+
+def not_finite(path, changed):
+    ours = make_backend(path, **changed)
+    good = SumOfSquares(ours.parallel)
+
+    def bad(logits, batch):
+        output = good(logits, batch)
+        # Only one rank sees it; both must do the same about it.
+        return LossOutput(output.loss * (float("nan") if ours.parallel.rank == 0 else 1.0), output.metrics)
+
+    ours.train_step(micro_batches(sequences(), 2), good)
+    before = weights_of(ours)
+    try:
+        outcome = ours.train_step(micro_batches(sequences(), 2), bad)
+    except NonFiniteGradients as error:
+        return str(error)
+    unchanged = all(torch.equal(before[name], value) for name, value in weights_of(ours).items())
+    again = ours.train_step(micro_batches(sequences(), 2), good)
+    return unchanged, outcome.stepped, again.stepped, again.grad_norm
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_that_are_not_finite_stop_the_run_and_name_parameters(world):
+    for told in run_ranks(world, not_finite, tiny_model("qwen3"), {}):
+        assert "E-MEG-005" in told
+        assert "--no-check-for-nan-in-loss-and-grad" in told
+    assert "decoder." in told
+
+
+def test_without_the_check_such_a_step_is_left_out():
+    changed = {"check_for_nan_in_loss_and_grad": False}
+    for unchanged, stepped, again, norm in run_ranks(2, not_finite, tiny_model("qwen3"), changed):
+        assert (unchanged, stepped, again) == (True, False, True)
+        assert math.isfinite(norm)
+
+
+def learning_rates(path, changed):
+    ours = make_backend(path, lr=1.0, num_rollout=8, **changed)
+    loss = SumOfSquares(ours.parallel)
+    return [ours.train_step(micro_batches(sequences(2), 2), loss).learning_rate for _ in range(8)]
+
+
+SCHEDULES = {
+    "constant": ({}, [1.0] * 8),
+    "warm-up": ({"lr_warmup_iters": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    "warm-up from above zero": ({"lr_warmup_iters": 2, "lr_warmup_init": 0.5}, [0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+    "linear": ({"lr_decay_style": "linear", "min_lr": 0.2}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+    "shorter than the run": (
+        {"lr_decay_style": "linear", "lr_decay_iters": 4, "min_lr": 0.2},
+        [1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_follow_the_flags(name):
+    changed, expected = SCHEDULES[name]
+    assert run_ranks(1, learning_rates, tiny_model("qwen3", layers=1), changed)[0] == pytest.approx(expected)
+
+
+REFUSED = [
+    ({"pipeline_model_parallel_size": 2}, "E-MEG-003"),
+    ({"context_parallel_size": 2}, "E-MEG-003"),
+    ({"expert_model_parallel_size": 2}, "E-MEG-003"),
+    ({"sequence_parallel": True}, "E-MEG-003"),
+    ({"tensor_model_parallel_size": 2}, "E-MEG-003"),
+    ({"optimizer_cpu_offload": True}, "E-MEG-004"),
+    ({"use_precision_aware_optimizer": True}, "E-MEG-004"),
+    ({"optimizer": "muon"}, "E-MEG-004"),
+    ({"params_dtype": "float16"}, "E-MEG-004"),
+    ({"min_lr": 1.0}, "E-MEG-004"),
+]
+
+
+def refusals(path):
+    told = []
+    for changed, _ in REFUSED:
+        try:
+            make_backend(path, **changed)
+        except ConfigError as error:
+            told.append(error.code)
+        leave_parallel()
+    return told
+
+
+def test_what_is_not_built_is_refused():
+    assert run_ranks(1, refusals, tiny_model("qwen3"))[0] == [code for _, code in REFUSED]
+
+
+def heads_that_do_not_divide(path):
+    with pytest.raises(UnsupportedParallelism, match="3 does not divide the model"):
+        make_backend(path, tensor_model_parallel_size=3)
+
+
+def test_a_size_that_does_not_divide_the_model_is_refused():
+    run_ranks(3, heads_that_do_not_divide, tiny_model("qwen3"))

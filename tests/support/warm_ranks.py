@@ -87,7 +87,8 @@ def main(descriptor: int) -> None:
         try:
             request = receive(connection)
         except EOFError:
-            return
+            # Taking so many imports down takes seconds.
+            os._exit(0)
         send(connection, _run(request))
 
 

@@ -140,45 +140,60 @@ def _read_rope(config: Mapping[str, Any]) -> Rope:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter, and the Hugging Face tensors that it is made of."""
+    """One Megatron parameter, and the Hugging Face tensors that it is made of, by name, with their shapes."""
 
     megatron: str
-    hf: tuple[str, ...]
+    hf: Mapping[str, tuple[int, ...]]
     layout: Layout
 
 
 def weight_rules(shape: Shape, padded_vocab: int) -> list[Rule]:
     """All parameters of a model, in the order in which weights are handed on."""
-    vocabulary = Vocabulary(shape.vocab, padded_vocab)
-    rules = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    vocabulary, rows = Vocabulary(shape.vocab, padded_vocab), (shape.vocab, shape.hidden)
+    rules = [Rule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": rows}, vocabulary)]
     for layer in range(shape.layers):
         rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-    rules.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()))
+    rules.append(Rule("decoder.final_layernorm.weight", {"model.norm.weight": (shape.hidden,)}, Replicated()))
     if not shape.tied:
-        rules.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+        rules.append(Rule("output_layer.weight", {"lm_head.weight": rows}, vocabulary))
     return rules
 
 
 def _layer_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
-    attention, hf_attention, hf_mlp = ours + "self_attention.", theirs + "self_attn.", theirs + "mlp."
-    qkv = FusedQKV(shape.heads, shape.kv_heads, shape.head_dim)
-    kinds = ("weight", "bias") if shape.family.qkv_bias else ("weight",)
-    rules = [
-        Rule(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), Replicated()),
-        *(
-            Rule(f"{attention}linear_qkv.{kind}", tuple(f"{hf_attention}{part}_proj.{kind}" for part in "qkv"), qkv)
-            for kind in kinds
+    hidden, ffn, queries = shape.hidden, shape.ffn, shape.heads * shape.head_dim
+    attention, hf_attention = ours + "self_attention.", theirs + "self_attn."
+    mlp, hf_mlp = ours + "mlp.", theirs + "mlp."
+    return [
+        Rule(ours + "input_layernorm.weight", {theirs + "input_layernorm.weight": (hidden,)}, Replicated()),
+        *_attention_rules(shape, attention, hf_attention),
+        Rule(
+            ours + "self_attention.linear_proj.weight", {theirs + "self_attn.o_proj.weight": (hidden, queries)}, Cut(1)
         ),
+        Rule(ours + "pre_mlp_layernorm.weight", {theirs + "post_attention_layernorm.weight": (hidden,)}, Replicated()),
+        Rule(
+            mlp + "linear_fc1.weight",
+            {hf_mlp + "gate_proj.weight": (ffn, hidden), hf_mlp + "up_proj.weight": (ffn, hidden)},
+            GateAndUp(),
+        ),
+        Rule(mlp + "linear_fc2.weight", {hf_mlp + "down_proj.weight": (hidden, ffn)}, Cut(1)),
     ]
+
+
+def _attention_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
+    rows = {
+        "q": shape.heads * shape.head_dim,
+        "k": shape.kv_heads * shape.head_dim,
+        "v": shape.kv_heads * shape.head_dim,
+    }
+    layout = FusedQKV(shape.heads, shape.kv_heads, shape.head_dim)
+    weights = {f"{theirs}{part}_proj.weight": (count, shape.hidden) for part, count in rows.items()}
+    rules = [Rule(ours + "linear_qkv.weight", weights, layout)]
+    if shape.family.qkv_bias:
+        biases = {f"{theirs}{part}_proj.bias": (count,) for part, count in rows.items()}
+        rules.append(Rule(ours + "linear_qkv.bias", biases, layout))
     if shape.family.qk_norm:
         rules += [
-            Rule(f"{attention}{part}_layernorm.weight", (f"{hf_attention}{part}_norm.weight",), Replicated())
+            Rule(f"{ours}{part}_layernorm.weight", {f"{theirs}{part}_norm.weight": (shape.head_dim,)}, Replicated())
             for part in "qk"
         ]
-    return [
-        *rules,
-        Rule(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), Cut(1)),
-        Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), Replicated()),
-        Rule(ours + "mlp.linear_fc1.weight", (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight"), GateAndUp()),
-        Rule(ours + "mlp.linear_fc2.weight", (hf_mlp + "down_proj.weight",), Cut(1)),
-    ]
+    return rules

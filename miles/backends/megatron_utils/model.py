@@ -35,6 +35,7 @@ _FROM_FLAGS = (
 
 def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> TransformerConfig:
     """What the layers need to know. The architecture is that of the Hugging Face config."""
+    _check_tensor_parallel(shape, args.tensor_model_parallel_size)
     given = {name: getattr(args, name) for name in _FROM_FLAGS if getattr(args, name, None) is not None}
     return TransformerConfig(
         **given,
@@ -76,7 +77,6 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
 
 def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPTModel:
     """Without weights: parameters hold whatever memory held."""
-    _check_tensor_parallel(shape, config.tensor_model_parallel_size)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config),

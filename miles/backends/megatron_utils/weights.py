@@ -29,16 +29,19 @@ def load_hf_weights(
     with torch.no_grad(), directory.opened() as opened:
         for rule in rules:
             tensors = [opened.tensor(name) for name in rule.hf]
-            target = parameters[rule.megatron]
-            shard = rule.layout.shard(tensors, tp_rank, tp_size)
-            if shard.shape != target.shape:
-                raise BadModelDirectory(
-                    f"weights in {directory.path} have other shapes than its config.json says",
-                    evidence=f"{', '.join(rule.hf)}: {[tuple(tensor.shape) for tensor in tensors]}; they should make "
-                    f"{tuple(target.shape)} for tensor-parallel rank {tp_rank} of {tp_size}",
-                    advice="Use the config.json that belongs to the weights.",
-                )
-            target.copy_(shard)
+            _compare_shapes(rule, tensors, directory)
+            parameters[rule.megatron].copy_(rule.layout.shard(tensors, tp_rank, tp_size))
+
+
+def _compare_shapes(rule: Rule, tensors: Sequence[torch.Tensor], directory: HFDirectory) -> None:
+    for (name, expected), tensor in zip(rule.hf.items(), tensors, strict=True):
+        if tuple(tensor.shape) != expected:
+            raise BadModelDirectory(
+                f"weights in {directory.path} have other shapes than its config.json says",
+                evidence=f"{name} is {tuple(tensor.shape)}, and should be {expected}",
+                advice="Use the config.json that belongs to the weights.",
+                path=str(directory.path),
+            )
 
 
 def _compare_names(rules: Sequence[Rule], directory: HFDirectory) -> None:
