@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 
 
-async def digit_share(args, sample, **kwargs):
-    """The share of an answer's bytes that are digits: dense, so that a random model learns it in a few rollouts."""
-    text = sample.response.encode()
-    return sum(48 <= byte <= 57 for byte in text) / max(1, len(text))
+async def letter_share(args, sample, **kwargs):
+    """The share of an answer that is ASCII letters: dense, so that a random model learns it in a few rollouts."""
+    return sum(char.isascii() and char.isalpha() for char in sample.response) / max(1, len(sample.response))
 
 
-def sync_digit_share(args, sample, **kwargs):
+def sync_letter_share(args, sample, **kwargs):
     """The same without async."""
-    text = sample.response.encode()
-    return sum(48 <= byte <= 57 for byte in text) / max(1, len(text))
+    return sum(char.isascii() and char.isalpha() for char in sample.response) / max(1, len(sample.response))
 
 
 class RewardWasWrong(Exception):
@@ -32,8 +30,6 @@ def blocking_reward(args, sample, **kwargs):
     return 1.0
 
 
-def only_varied(args, samples, **kwargs):
-    """Keeps groups whose rewards differ; the first group of each run is always dropped."""
-    if samples[0].group_index == 0:
-        return False
-    return len({sample.get_reward_value(args) for sample in samples}) > 1
+def not_the_first(args, samples, **kwargs):
+    """Drops the first group of a run, and no other."""
+    return samples[0].group_index != 0

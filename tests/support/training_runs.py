@@ -21,7 +21,7 @@ RUN_S = 240.0
 
 GRPO = {
     "--rollout-batch-size": 8, "--n-samples-per-prompt": 8, "--rollout-max-response-len": 8, "--lr": 1e-2,
-    "--num-rollout": 4, "--input-key": "prompt", "--label-key": "label", "--custom-rm-path": "user_code.digit_share",
+    "--num-rollout": 4, "--input-key": "prompt", "--label-key": "label", "--custom-rm-path": "user_code.letter_share",
     "--sglang-max-total-tokens": 4096, "--actor-num-gpus-per-node": 1, "--rollout-num-gpus": 1,
 }  # fmt: skip
 """The flags of a small run whose reward rises; ``train`` takes what differs."""
