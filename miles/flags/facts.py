@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.flags.prompt_facts import DataFacts, read_data
+from miles.utils.eval_config import BadEvalConfig, eval_datasets
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
 
@@ -23,7 +25,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
 WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir")
-NAMED_FILES = ("eval_config", "chat_template_path")
+NAMED_FILES = ("chat_template_path",)
 HOOKS = (
     "rollout_function_path",
     "eval_function_path",
@@ -66,12 +68,23 @@ class DirectoryFacts:
 
 
 @dataclass(frozen=True)
+class EvalSet:
+    """A data set of evaluations, with the columns that it uses."""
+
+    path: str
+    input_key: str
+    label_key: str | None
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that rules may know beyond the flags.
 
     Attributes:
         directories: By path, as typed.
         data: By path, as typed, slice included.
+        eval_sets: What is evaluated.
+        eval_error: Why that cannot be told.
         unwritable: Why a path cannot be written to, by path; what is absent can be.
         missing_files: Paths that were named and do not exist.
         hook_errors: Why user code cannot be found, by dotted path.
@@ -84,6 +97,8 @@ class Facts:
 
     directories: Mapping[str, DirectoryFacts] = field(default_factory=dict)
     data: Mapping[str, DataFacts] = field(default_factory=dict)
+    eval_sets: tuple[EvalSet, ...] = ()
+    eval_error: str = ""
     unwritable: Mapping[str, str] = field(default_factory=dict)
     missing_files: frozenset[str] = frozenset()
     hook_errors: Mapping[str, str] = field(default_factory=dict)
@@ -99,18 +114,20 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     """Look at everything that these values name. ``run_dir``: where a run without ``--run-dir`` writes."""
     gpus, fault = _count_gpus()
     columns = [values.get("input_key"), values.get("label_key"), values.get("metadata_key")]
-    eval_columns = [values.get("eval_input_key") or columns[0], values.get("eval_label_key") or columns[1], columns[2]]
-    data = {}
+    sets, error = _evaluated(values)
+    wanted: dict[str, list[Any]] = {}
     if path := values.get("prompt_data"):
-        data[path] = read_data(path, _named(columns))
-    for path in (values.get("eval_prompt_data") or [])[1::2]:
-        data.setdefault(path, read_data(path, _named(eval_columns)))
+        wanted[path] = columns
+    for found in sets:
+        wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
-    named_files = [path for key in NAMED_FILES if (path := values.get(key)) and not path.startswith("base64:")]
+    named_files = [path for key in NAMED_FILES if (path := values.get(key))]
     return Facts(
         directories=directories,
-        data=data,
+        data={path: read_data(path, [str(key) for key in keys if key]) for path, keys in wanted.items()},
+        eval_sets=tuple(sets),
+        eval_error=error,
         unwritable={path: reason for path in [*written, run_dir] if (reason := why_unwritable(Path(path)))},
         missing_files=frozenset(path for path in named_files if not Path(path).is_file()),
         hook_errors={path: reason for key in HOOKS if (path := values.get(key)) and (reason := why_not_found(path))},
@@ -193,5 +210,9 @@ def _torch_has_cuda() -> bool:
         return False
 
 
-def _named(columns: list[Any]) -> list[str]:
-    return [str(column) for column in columns if column]
+def _evaluated(values: Mapping[str, Any]) -> tuple[list[EvalSet], str]:
+    try:
+        sets = eval_datasets(argparse.Namespace(**values))
+    except BadEvalConfig as error:
+        return [], f"{error.what}: {error.evidence}"
+    return [EvalSet(one.path, one.input_key, one.label_key) for one in sets], ""

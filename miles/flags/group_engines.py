@@ -6,6 +6,17 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, off, path, refused, switch, text
 
 GROUP = "engines and router"
+_OF_FUNCTIONS = frozenset(
+    {
+        "--custom-agent-function-path",
+        "--generate-execute-tool-function-path",
+        "--generate-max-turns",
+        "--generate-tool-call-parser",
+        "--generate-tool-specs-path",
+        "--max-seq-len",
+    }
+)
+"""Flags that generate functions of the reference system add to the parser."""
 MILES_ROUTER = "the router is sglang-router"
 LORA = "not built yet: LoRA"
 MTP = "not built yet: multi-token prediction"
@@ -65,3 +76,10 @@ FLAGS: tuple[Flag, ...] = (
         refused(number("--multi-lora-max-empty-wait-s", 30.0, "wait"), LORA),
     ),
 )
+
+
+def reason_for_absent(name: str) -> str:
+    """Why a flag of the reference system that is in no table is not taken; empty: it is none of those."""
+    if name in _OF_FUNCTIONS:
+        return "the generate function has no such flag; those with turns, tools and agents are not built yet"
+    return "not built yet: engines for evaluation only" if name.startswith("--eval-sglang-") else ""

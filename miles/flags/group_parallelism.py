@@ -135,6 +135,10 @@ FLAGS: tuple[Flag, ...] = (
         ),
         refused(number("--mfu-peak-tflops", None, "peak of the device"), "not built yet: model FLOPs utilisation"),
         refused(
+            switch("--fsdp-state-dict-cpu-offload", "gather weights on the CPU"), "weights are gathered one by one"
+        ),
+        refused(switch("--keep-fp32-master", "float32 masters of bfloat16 parameters"), "", only=(True,)),
+        refused(
             integer("--dp-replicate-size", 1, "replicas of FSDP's shards"), "not built yet: hybrid sharding", only=(1,)
         ),
         refused(switch("--fp16-lm-cross-entropy", "cross entropy in float16"), "log-probs are computed in float32"),

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from miles.flags.flag import TAKES_NO_VALUE, Flag, Plain
+from miles.flags.group_engines import reason_for_absent
 from miles.flags.problems import Problem, listed, shown
 from miles.flags.table import Table, spellings
 
@@ -258,6 +259,10 @@ def _unknown(words: Sequence[str], table: Table) -> list[Problem]:
     for word in words:
         if word.startswith("--"):
             name, _, value = word.partition("=")
+            if reason := reason_for_absent(name):
+                problems.append(Problem(name, value, f"refused: {reason}", "", "Leave it out."))
+                after_unknown = True
+                continue
             near = table.nearest(name)
             advice = f"Did you mean {near}?" if near else "Look it up in --help."
             problems.append(Problem(name, value, "there is no such flag", near or "", advice))

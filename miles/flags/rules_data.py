@@ -116,15 +116,20 @@ def _check_columns(draft: Draft, facts: DataFacts) -> None:
         if not column or column not in facts.absent:
             continue
         if dest == "label_key" and dest not in draft.typed and not _needs_label(draft):
+            draft["eval_label_key"] = draft["eval_label_key"] or column  # evaluations may have it
             draft["label_key"] = None
             continue
-        draft.problem(
-            dest,
-            f"line {facts.absent[column]} of {draft['prompt_data']} has no column {column!r}",
-            allowed=listed(facts.columns),
-            advice=f"Give {draft.flag(dest)} one of the columns that there are, or repair the file.",
-            value=column,
-        )
+        _missing_column(draft, dest, column, draft["prompt_data"], facts)
+
+
+def _missing_column(draft: Draft, dest: str, column: str, path: str, facts: DataFacts) -> None:
+    draft.problem(
+        dest,
+        f"line {facts.absent[column]} of {path} has no column {column!r}",
+        allowed=listed(facts.columns),
+        advice=f"Give {draft.flag(dest)} one of the columns that there are, or repair the file.",
+        value=column,
+    )
 
 
 def _needs_label(draft: Draft) -> bool:
@@ -249,34 +254,41 @@ def resolve_eval(draft: Draft) -> None:
     for name in ("input_key", "label_key", "tool_key"):
         if draft[f"eval_{name}"] is None:
             draft[f"eval_{name}"] = draft[name]
-    pairs = draft["eval_prompt_data"] or []
-    if len(pairs) % 2:
+    if len(draft["eval_prompt_data"] or ()) == 1:
+        draft["eval_prompt_data"] = ["aime", *draft["eval_prompt_data"]]
+        draft.notice("--eval-prompt-data has a path and no name: it is called aime, as ever")
+    if draft.facts.eval_error:
         draft.problem(
-            "eval_prompt_data",
-            "names and paths do not come in pairs",
-            allowed="NAME PATH NAME PATH ...",
-            advice="Give a name before each path.",
+            "eval_config" if draft["eval_config"] else "eval_prompt_data",
+            draft.facts.eval_error,
+            allowed="a YAML file with eval.datasets" if draft["eval_config"] else "NAME PATH NAME PATH ...",
+            advice="Correct the file." if draft["eval_config"] else "Give a name before each path.",
         )
-        return
-    for path in pairs[1::2]:
-        facts = draft.facts.data.get(path, DataFacts())
-        if _check_file(draft, "eval_prompt_data", path, facts) and draft["eval_input_key"] in facts.absent:
-            draft.problem(
-                "eval_input_key",
-                f"line {facts.absent[draft['eval_input_key']]} of {path} has no column {draft['eval_input_key']!r}",
-                allowed=listed(facts.columns),
-                advice="Give --eval-input-key one of the columns that there are.",
-                value=draft["eval_input_key"],
-            )
+    _check_eval_sets(draft)
     for dest in NAMED_FILES:
         if draft[dest] in draft.facts.missing_files:
             draft.problem(dest, "there is no such file", allowed="a file", advice="Correct the path.")
     if draft["eval_interval"] is not None:
-        _check_eval(draft, bool(pairs))
+        _check_eval(draft)
 
 
-def _check_eval(draft: Draft, has_pairs: bool) -> None:
-    if not has_pairs and not draft["eval_config"] and not draft["eval_function_path"]:
+def _check_eval_sets(draft: Draft) -> None:
+    dest = "eval_config" if draft["eval_config"] else "eval_prompt_data"
+    for found in draft.facts.eval_sets:
+        facts = draft.facts.data.get(found.path, DataFacts())
+        if not _check_file(draft, dest, found.path, facts):
+            continue
+        key = found.label_key
+        is_default = key == draft["eval_label_key"] and "eval_label_key" not in draft.typed
+        if key in facts.absent and is_default and not _needs_label(draft):
+            draft["eval_label_key"] = key = None
+        for column, flag in ((found.input_key, "eval_input_key"), (key, "eval_label_key")):
+            if column and column in facts.absent:
+                _missing_column(draft, flag, column, found.path, facts)
+
+
+def _check_eval(draft: Draft) -> None:
+    if not draft["eval_prompt_data"] and not draft["eval_config"] and not draft["eval_function_path"]:
         draft.problem(
             "eval_interval",
             "there is no evaluation data",

@@ -219,6 +219,8 @@ def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
 def _count_engines(draft: Draft, gpus: int) -> None:
     per_engine = draft["rollout_num_gpus_per_engine"]
     draft["rollout_num_engines"] = gpus // per_engine
+    if draft["sglang_router_ip"] and draft["sglang_router_port"] is None:
+        draft.problem("sglang_router_ip", "a router that runs already has a port", advice="Give --sglang-router-port.")
     if gpus % per_engine:
         whose = "the trainer's, which engines share," if draft["colocate"] else "of the rollout"
         draft.problem(

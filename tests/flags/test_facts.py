@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from miles.flags.facts import TRACKER, gather, look_at, why_not_found, why_unwritable
+from miles.flags.facts import TRACKER, EvalSet, gather, look_at, why_not_found, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data, split_slice
 from miles.flags.table import table
 
@@ -136,17 +136,31 @@ def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
         "prompt_data": "p.jsonl",
         "eval_prompt_data": ["one", "e.jsonl", "same", "p.jsonl"],
         "eval_input_key": "q",
-        "eval_config": "none.yaml",
+        "chat_template_path": "none.jinja",
         "save": "file",
         "custom_rm_path": "nowhere_at_all.rm",
     }
     facts = gather(values, run_dir="file/run")
     assert set(facts.directories) == {"m", "file"}
     assert facts.data["p.jsonl"].rows == 1
-    assert facts.data["p.jsonl"].absent == {"label": 1, "metadata": 1}
-    assert facts.data["e.jsonl"].absent == {"label": 1, "metadata": 1}
+    assert facts.data["p.jsonl"].absent == {"label": 1, "metadata": 1, "q": 1}
+    assert facts.data["e.jsonl"].absent == {"label": 1}
+    assert [found.path for found in facts.eval_sets] == ["e.jsonl", "p.jsonl"]
     assert set(facts.unwritable) == {"file", "file/run"}
-    assert facts.missing_files == {"none.yaml"}
+    assert facts.missing_files == {"none.jinja"}
     assert set(facts.hook_errors) >= {"nowhere_at_all.rm"}
     assert facts.cores >= 1
     assert facts.cwd == os.getcwd()
+
+
+def test_what_is_evaluated_may_stand_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "e.jsonl", {"q": 1})
+    (tmp_path / "eval.yaml").write_text(
+        "eval:\n  datasets:\n  - {name: e, path: e.jsonl, input_key: q, label_key: a}\n"
+    )
+    facts = gather({**table().defaults(), "eval_config": "eval.yaml"}, run_dir="r")
+    assert facts.eval_sets == (EvalSet("e.jsonl", "q", "a"),)
+    assert facts.data["e.jsonl"].absent == {"a": 1}
+    (tmp_path / "eval.yaml").write_text("eval: 3")
+    assert "names no data sets" in gather({**table().defaults(), "eval_config": "eval.yaml"}, run_dir="r").eval_error

@@ -140,3 +140,20 @@ def test_user_code_adds_flags_to_a_real_parser():
 def test_a_flag_of_user_code_that_exists_is_told():
     parsed = parse([], table(), [lambda parser: parser.add_argument("--lr")])
     assert "conflicting" in parsed.problems[0].what
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--generate-max-turns", "those with turns"),
+        ("--custom-agent-function-path", "agents are not built yet"),
+        ("--eval-sglang-context-length", "engines for evaluation only"),
+    ],
+)
+def test_flags_that_functions_of_the_reference_add_are_refused_by_name(flag, why):
+    assert why in complaints(flag, "4")[flag].what
+
+
+def test_a_function_that_adds_one_of_those_has_it():
+    add = lambda parser: parser.add_argument("--generate-max-turns", type=int)  # noqa: E731
+    assert parse(["--generate-max-turns", "4"], table(), [add]).extra == {"generate_max_turns": 4}

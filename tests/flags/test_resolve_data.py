@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from support.flag_cases import DATA, FACTS, config, outcome, problems, with_data, with_model
 
+from miles.flags.facts import EvalSet
 from miles.flags.prompt_facts import DataFacts
 
 
@@ -171,17 +172,41 @@ class TestEvaluation:
     def test_it_needs_data(self):
         assert "no evaluation data" in problems("--eval-interval 2")["--eval-interval"]
         config("--eval-interval 2 --eval-config e.yaml")
-        missing = replace(FACTS, missing_files=frozenset({"e.yaml"}))
-        assert "no such file" in problems("--eval-interval 2 --eval-config e.yaml", facts=missing)["--eval-config"]
 
-    def test_names_and_paths_come_in_pairs(self):
-        assert "pairs" in problems("--eval-prompt-data D")["--eval-prompt-data"]
+    def test_a_template_that_is_named_is_there(self):
+        missing = replace(FACTS, missing_files=frozenset({"t.jinja"}))
+        assert "no such file" in problems("--chat-template-path t.jinja", facts=missing)["--chat-template-path"]
+
+    def test_a_description_that_cannot_be_used_is_told(self):
+        odd = replace(FACTS, eval_error="takes pairs")
+        assert "takes pairs" in problems("--eval-prompt-data a b c", facts=odd)["--eval-prompt-data"]
+        assert "takes pairs" in problems("--eval-config e.yaml", facts=odd)["--eval-config"]
+
+    def test_a_path_without_a_name_has_one(self):
+        assert config("--eval-prompt-data D")["eval_prompt_data"] == ["aime", "/home/me/D"]
 
     def test_its_files_are_looked_at(self):
-        gone = with_data("E", DataFacts(error="does not exist"))
+        def facts(found, key="label"):
+            return replace(with_data("E", found), eval_sets=(EvalSet("E", "prompt", key),))
+
+        gone = facts(DataFacts(error="does not exist"))
         assert "does not exist" in problems("--eval-prompt-data t E", facts=gone)["--eval-prompt-data"]
-        other = with_data("E", DataFacts(rows=1, columns=("q",), absent={"prompt": 1}))
-        assert "no column 'prompt'" in problems("--eval-prompt-data t E", facts=other)["--eval-input-key"]
+        assert "does not exist" in problems("--eval-config e.yaml", facts=gone)["--eval-config"]
+        other = facts(DataFacts(rows=1, columns=("q",), absent={"prompt": 1, "label": 1}))
+        found = problems("--eval-prompt-data t E", facts=other)
+        assert "no column 'prompt'" in found["--eval-input-key"]
+        assert "no column 'label'" in found["--eval-label-key"]
+
+    def test_labels_that_nobody_reads_may_be_missing(self):
+        bare = with_data("E", DataFacts(rows=1, columns=("prompt",), absent={"label": 1}))
+        facts = replace(bare, eval_sets=(EvalSet("E", "prompt", "label"),))
+        found = config("--eval-prompt-data t E --rm-type random", facts=facts)
+        assert (found["label_key"], found["eval_label_key"]) == ("label", None)
+
+    def test_evaluations_keep_labels_that_training_lacks(self):
+        bare = with_data("D", replace(DATA, columns=("prompt",), absent={"label": 1, "metadata": 1}))
+        found = config("--rm-type random", facts=bare)
+        assert (found["label_key"], found["eval_label_key"]) == (None, "label")
 
     def test_it_needs_engines_and_a_reward_for_each_sample(self):
         assert "--eval-interval" in problems(f"{self.flags} --debug-train-only")

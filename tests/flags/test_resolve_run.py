@@ -224,6 +224,11 @@ class TestBackends:
         assert "only the FSDP backend" in problems(flag)[flag.split()[0]]
 
 
+def test_a_router_that_runs_already_has_a_port():
+    assert "--sglang-router-port" in problems("--sglang-router-ip 10.0.0.1")["--sglang-router-ip"]
+    config("--sglang-router-ip 10.0.0.1 --sglang-router-port 30000")
+
+
 def test_strictly_on_policy_is_deterministic():
     assert config("--true-on-policy-mode")["deterministic_mode"] is True
     assert "sglang_enable_deterministic_inference" not in config("--true-on-policy-mode")
