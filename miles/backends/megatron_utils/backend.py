@@ -28,8 +28,9 @@ from miles.backends.megatron_utils.model import build_model, padded_vocab, trans
 from miles.backends.megatron_utils.optimizer import build_optimizer, build_scheduler, clip_gradients, wrap_data_parallel
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import SleepingMemory
-from miles.backends.megatron_utils.sources import choose_source, needs_reference, reference_source
+from miles.backends.megatron_utils.sources import choose_source, reference_source
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
+from miles.backends.training_utils.loss_hub.settings import needs_reference
 
 logger = logging.getLogger(__name__)
 

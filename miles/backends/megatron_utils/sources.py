@@ -32,11 +32,6 @@ def choose_source(args: Namespace) -> Source:
     return Source(reference_source(args))
 
 
-def needs_reference(args: Namespace) -> bool:
-    """Whether a divergence from the reference model is computed."""
-    return bool(getattr(args, "use_kl_loss", False)) or bool(getattr(args, "kl_coef", 0.0))
-
-
 def reference_source(args: Namespace) -> Path:
     """``--ref-load``, which is a Hugging Face directory or has a checkpoint, else ``--hf-checkpoint``.
 
