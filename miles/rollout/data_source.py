@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.rollout.base_types import Group
+from miles.rollout.hooks import Hook
 from miles.rollout.saved_state import cannot_save, group_from_plain, plain_group, read_values, write_values
 from miles.utils.data import Dataset, NoDataset
 from miles.utils.misc import load_function
@@ -154,11 +155,15 @@ class RolloutDataSource(DataSource):
 
 
 class RolloutDataSourceWithBuffer(RolloutDataSource):
-    """With a buffer: groups that came back are given out first, in their order or as ``--buffer-filter-path`` says."""
+    """With a buffer: groups that came back are given out first, in their order or as ``--buffer-filter-path`` says.
+
+    ``discarded``: groups that the filter took out of the buffer without giving them out, for the ledger.
+    """
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
         self.buffer: list[Group] = []
+        self.discarded: list[Group] = []
         self.buffer_filter = load_function(args.buffer_filter_path, flag="--buffer-filter-path") or pop_first
 
     def get_samples(self, num_samples: int) -> list[Group]:
@@ -169,7 +174,16 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
     def _from_buffer(self, num_samples: int) -> list[Group]:
         if not self.buffer or num_samples == 0:
             return []
-        return list(self.buffer_filter(self.args, None, self.buffer, num_samples))
+        before = list(self.buffer)
+        try:
+            groups = list(self.buffer_filter(self.args, None, self.buffer, num_samples))
+        except Exception as error:
+            raise Hook("--buffer-filter-path", str(self.args.buffer_filter_path), self.buffer_filter).failed(
+                error
+            ) from error
+        known = {id(group) for group in (*groups, *self.buffer)}
+        self.discarded += [group for group in before if id(group) not in known]
+        return groups
 
     def add_samples(self, samples: list[Group]) -> None:
         """Put groups at the end of the buffer."""

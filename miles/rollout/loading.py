@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.misc import load_function
 
 DEFAULT_ROLLOUT = "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn"
+FUNCTION_ROLLOUT = "miles.rollout.sglang_rollout.generate_rollout"
 DEFAULT_SOURCE = "miles.rollout.data_source.RolloutDataSourceWithBuffer"
 _HOOK_FLAGS = (
     "custom_rm_path", "custom_reward_post_process_path", "custom_convert_samples_to_train_data_path",
@@ -51,7 +53,8 @@ def load_all(args: Namespace) -> Loaded:
     if args.load_debug_rollout_data:
         rollout = Hook("--load-debug-rollout-data", args.load_debug_rollout_data, lambda _: None)
     else:
-        rollout = load_rollout_function(made_with, args.rollout_function_path or DEFAULT_ROLLOUT)
+        default = FUNCTION_ROLLOUT if os.environ.get("MILES_USE_LEGACY_ROLLOUT_V1") == "1" else DEFAULT_ROLLOUT
+        rollout = load_rollout_function(made_with, args.rollout_function_path or default)
     path = args.eval_function_path
     evaluation = load_rollout_function(made_with, path, "--eval-function-path") if path else rollout
     if args.run_dir:

@@ -52,24 +52,45 @@ class TrackedDataSource(DataSource):
                 source = "buffer" if number in self.ledger.returned else "fresh"
                 steps.append(Transition("take", number, self.rollout_id, source))
                 self._open[number] = group
+            steps += self._discarded()
             self._apply(steps)
         return groups
+
+    def _discarded(self) -> list[Transition]:
+        """Groups that a buffer filter took out of the buffer and did not give out."""
+        groups: list[Group] = getattr(self.inner, "discarded", [])
+        numbers = [n for group in groups if (n := self._number(group)) in self.ledger.returned]
+        groups.clear()
+        return [
+            step
+            for n in numbers
+            for step in (
+                Transition("take", n, self.rollout_id, "buffer"),
+                Transition("filter", n, self.rollout_id, "buffer_filter"),
+            )
+        ]
 
     def add_samples(self, samples: list[Group]) -> None:
         """Give groups back."""
         self.give_back(samples, "returned")
 
     def give_back(self, groups: Sequence[Group], why: str) -> None:
-        """Give groups back, and say why."""
+        """Give groups back, and say why. One that is back already is left alone."""
+        with self._lock:
+            numbered: dict[int, Group] = {}
+            for group in groups:
+                if (number := self._number(group)) not in self.ledger.returned:
+                    numbered.setdefault(number, []).extend(group)  # one prompt's samples may come as several groups
+            foreign = [n for n in numbered if n not in self.ledger.open]
+            self._apply([Transition("take", n, self.rollout_id, "foreign") for n in foreign])
+            self._end(numbered, "give_back", why)
+        self._put_back(list(numbered.values()))
+
+    def _put_back(self, groups: list[Group]) -> None:
         if not groups:
             return
-        with self._lock:
-            numbers = [self._number(group) for group in groups]
-            foreign = [n for n in numbers if n not in self.ledger.open]
-            self._apply([Transition("take", n, self.rollout_id, "foreign") for n in foreign])
-            self._end(numbers, "give_back", why)
         try:
-            self.inner.add_samples(list(groups))
+            self.inner.add_samples(groups)
         except (NoBuffer, NotImplementedError):
             with self._lock:
                 self.overflow += groups
@@ -134,7 +155,8 @@ class TrackedDataSource(DataSource):
         with self._lock:
             numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
             groups = [reset_group(self._open[n]) for n in numbers]
-        self.give_back(groups, why)
+            self._end(numbers, "give_back", why)
+        self._put_back(groups)
         return len(groups)
 
     def trained(self, rollout_id: int) -> int:

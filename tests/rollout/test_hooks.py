@@ -198,6 +198,18 @@ async def test_a_data_source_of_the_user_that_gives_no_numbers(tmp_path):
         assert rollout.ledger().startswith(f"{source.ledger.num_taken} taken = 4 trained")
 
 
+async def test_what_a_buffer_filter_throws_away_is_in_the_ledger(tmp_path):
+    path = HOOKS + "drop_all_but_one"
+    config = config_of(tmp_path, buffer_filter_path=path, over_sampling_batch_size=8)
+    with servers(adds) as fake, manager(config) as rollout:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        await rollout.generate(0)
+        await rollout.generate(1)
+        ledger = rollout._loaded.source.ledger
+        assert ledger.reasons == {"buffer_filter": 3}
+        assert ledger.num_taken == ledger.num_filtered + ledger.num_returned + len(ledger.open)
+
+
 @pytest.mark.parametrize(
     ("values", "error", "told"),
     [

@@ -238,3 +238,9 @@ def newest_first(args, rollout_id, buffer, num_samples):
     taken = buffer[-num_samples:][::-1]
     del buffer[-num_samples:]
     return taken
+
+
+def drop_all_but_one(args, rollout_id, buffer, num_samples):
+    taken = buffer[:1]
+    buffer.clear()
+    return taken
