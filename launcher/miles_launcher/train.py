@@ -82,6 +82,7 @@ def _find_user_code() -> None:
 def start(config: dict[str, Any]) -> int:
     """Run the job of a resolved config, with an agent on this machine."""
     from miles.training.job import run
+    from miles.training.parts import preload, trainer_env
 
     def agents(controller: Controller, run_dir: Path) -> AbstractAsyncContextManager[Any]:
         from miles_launcher.local import LocalAgents
@@ -91,7 +92,8 @@ def start(config: dict[str, Any]) -> int:
             ["node-0"],
             run_dir=run_dir,
             cpu_slots=config["cpu_slots"] or None,
-            env={**os.environ, **config["env"]},
+            preload=preload(config),
+            env={**os.environ, **config["env"], **trainer_env(config)},
         )
 
     return run(config, agents)

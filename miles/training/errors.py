@@ -47,8 +47,8 @@ def exit_code(error: BaseException) -> int:
 
 def story(error: BaseException) -> str:
     """What a person reads when the run has failed: the user's own traceback first, if their code raised."""
-    if isinstance(error, RemoteError) and not isinstance(error, MilesError):
-        return str(error)
-    if isinstance(error, MilesError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    if not isinstance(error, MilesError):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, RemoteError):
+        return f"{error.remote_traceback.rstrip()}\n\n{error}"
+    return str(error)

@@ -30,6 +30,14 @@ _PRELOAD = {
 }
 
 
+def preload(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Modules that the trainer's ranks are forked with, for ``LocalAgents``, too: then they are imported while the node
+    joins. None where ranks are not forked: with GPUs."""
+    if config["device"] != "cpu" or config["debug_rollout_only"]:
+        return None
+    return (_PRELOAD[config["train_backend"]],)
+
+
 @dataclass
 class Parts:
     """What the loop works with. Without engines (``--debug-train-only``) ``fleet`` is None, without training
@@ -132,10 +140,10 @@ async def _start_trainer(
         dims={"gpus": size},
         placement=placement,
         policy=Policy("kill_group"),
-        env=_trainer_env(config),
+        env=trainer_env(config),
         rank_env=rank_env,
         start_timeout_s=300.0,
-        preload=(_PRELOAD[config["train_backend"]],) if on_cpu else None,
+        preload=preload(config),
     )
     host, port = await trainer.slice(gpus=0).options(timeout_s=60.0).rendezvous.call_one()
     answers = await trainer.options(timeout_s=LOAD_S).init.call(host, port)
@@ -149,7 +157,9 @@ async def _start_trainer(
     return trainer, starts.pop() if config["start_rollout_id"] is None else config["start_rollout_id"]
 
 
-def _trainer_env(config: Mapping[str, Any]) -> dict[str, str]:
+def trainer_env(config: Mapping[str, Any]) -> dict[str, str]:
+    """Variables of the trainer's ranks, beyond those that differ by rank. An agent that has them, too, forks ranks from
+    the zygote that it warmed up while it joined."""
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if config["device"] == "cpu" else {}
     typed = {str(name): str(value) for name, value in (config.get("train_env_vars") or {}).items()}
     return {**env, **typed}
