@@ -109,10 +109,10 @@ class Hook:
             if isinstance(error, RequestRefused) and not self.is_ours:
                 raise self.failed(error) from error
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the exit of a hook is not that of the rollout manager
             raise self.failed(error) from error
 
-    def failed(self, error: Exception) -> HookFailed:
+    def failed(self, error: BaseException) -> HookFailed:
         """The error for an exception of the function."""
         return HookFailed(
             f"{self.flag} {self.path} raised {type(error).__name__}: {str(error)[:500]}",

@@ -6,12 +6,14 @@ In the rollout manager that is the loop of user code; elsewhere, a loop that is 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from miles_agents.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -26,13 +28,18 @@ class LoopThread:
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop or asyncio.new_event_loop()
+        self._stopping = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self._stopping:
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):  # of a task that nobody awaits: it must not end the others
+                    logger.exception("a task on thread %s wanted to end the process", self.thread.name)
         finally:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
@@ -69,6 +76,7 @@ class LoopThread:
         for task in others:
             task.cancel()
         await asyncio.wait(others, timeout=2.0) if others else None
+        self._stopping = True
         self.loop.stop()
 
 

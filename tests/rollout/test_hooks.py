@@ -101,6 +101,8 @@ async def test_an_evaluation_by_the_users_function(tmp_path):
         ({"custom_rm_path": HOOKS + "dict_rm"}, BadSample, "give --reward-key"),
         ({"custom_rm_path": HOOKS + "dict_rm", "reward_key": "scores"}, BadSample, "no entry 'scores'"),
         ({"dynamic_sampling_filter_path": HOOKS + "failing_filter"}, HookFailed, "no filter today"),
+        ({"custom_rm_path": HOOKS + "leaving_rm"}, HookFailed, "raised SystemExit: 3"),
+        ({"custom_rm_path": HOOKS + "cancelled_rm"}, BadHookResult, "was cancelled by code in it"),
         ({"rm_type": "dapo"}, NoReward, "not built yet"),
         ({"rm_type": "maths"}, NoReward, "is no reward"),
         ({"rm_type": None}, NoReward, "neither --rm-type nor --custom-rm-path"),
@@ -141,6 +143,12 @@ async def test_whatever_user_code_does_progress_and_cancellation_go_on(tmp_path,
                 await task
         rollout_hooks.release.set()
         await eventually(lambda: rollout.ledger().endswith("0 open"))
+
+
+async def test_a_task_that_wants_to_end_the_process_ends_alone(tmp_path, caplog):
+    _, part = await part_with(tmp_path, custom_rm_path=HOOKS + "careless_rm")
+    assert set(part["per_sample"]["raw_reward"]) == {1.0}
+    assert "wanted to end the process" in caplog.text
 
 
 async def test_groups_are_rewarded_together(tmp_path):

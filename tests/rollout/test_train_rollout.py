@@ -214,3 +214,16 @@ async def test_on_policy_means_that_older_answers_are_generated_again(tmp_path):
         await rollout.set_weight_version(2)
         batch = await rollout.generate(1)
         assert batch.metrics["rollout/weight_version/min"] == 2
+
+
+async def test_who_does_not_stop_in_time_is_left(tmp_path):
+    config = config_of(tmp_path, over_sampling_batch_size=5, partial_rollout=True)
+    with servers(Slow(1)) as fake, manager(config) as rollout:
+        fake.engines[0].deaf = True
+        await started(rollout, fake)
+        rollout._loaded.rollout_function.function.state.straggler_deadline_s = 0.2
+        batch = await rollout.generate(0)
+        assert batch.metrics["rollout/returned/late"] == 1
+        assert rollout.ledger() == "5 taken = 0 trained + 0 filtered + 1 returned + 4 open"
+        [group] = rollout._loaded.source.inner.buffer
+        assert [s.response_length for s in group] == [0, 0]

@@ -68,6 +68,7 @@ class FakeEngine:
     headers: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
     down: bool = False
+    deaf: bool = False
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -83,7 +84,7 @@ class FakeEngine:
     async def abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
         self.aborted.append(rid)
-        if rid in self.running:
+        if rid in self.running and not self.deaf:
             self.running[rid].set()
         return web.Response()
 

@@ -3,6 +3,7 @@
 # ruff: noqa: A002 - the parameter name that tells the forms apart
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -244,3 +245,18 @@ def drop_all_but_one(args, rollout_id, buffer, num_samples):
     taken = buffer[:1]
     buffer.clear()
     return taken
+
+
+async def leaving_rm(args, sample, **kwargs):
+    raise SystemExit(3)
+
+
+async def cancelled_rm(args, sample, **kwargs):
+    raise asyncio.CancelledError
+
+
+async def careless_rm(args, sample, **kwargs):
+    """Starts a task that wants to end the process, and does not look at it."""
+    task = asyncio.ensure_future(leaving_rm(args, sample))
+    await asyncio.wait({task}, timeout=0.2)
+    return 1.0

@@ -29,6 +29,7 @@ from miles.utils.types import BadSample, Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
 DEFAULT_GENERATE = "miles.rollout.generate_hub.single_turn.generate"
+STRAGGLER_DEADLINE_S = 60.0
 UNASKED_ABORTS = 3
 """How often a request that an engine aborted by itself is made again."""
 
@@ -58,6 +59,7 @@ class GenerateState:
         semaphore: Bounds samples under way: ``--sglang-server-concurrency`` per engine.
         sampling_params: Of training samples.
         request_retries: How often a request that no engine answers is repeated.
+        straggler_deadline_s: How long samples that shall stop are waited for.
         aborted: No new request shall be made; samples under way come back as ``ABORTED``.
         engine_errors: Requests that no engine answered, so far.
     """
@@ -82,6 +84,7 @@ class GenerateState:
         self.progress = progress_now
         self.weight_version: int | None = None
         self.request_retries = DEFAULT_RETRIES
+        self.straggler_deadline_s = STRAGGLER_DEADLINE_S
         self._by_path: dict[str, Hook] = {}
         self.reset()
 

@@ -2,8 +2,8 @@
 
 Consumes prompt groups of the data source and answers of engines. Produces ``rollout_batch_size`` accepted groups; all
 others go back to the data source, or are filtered with a reason. Waits for engines (bounded per request) and rewards;
-after the target is met, for stragglers, at most ``STRAGGLER_DEADLINE_S``. Invariant: when it returns or raises, no
-request of it runs and each group that it took has an end or is among the accepted.
+after the target is met, for stragglers, for at most the state's ``straggler_deadline_s``. Invariant: when it returns or
+raises, no request of it runs and each group that it took has an end or is among the accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from miles.rollout.data_source import DataSource
 from miles.rollout.engines import EnginesFail
 from miles.rollout.filter_hub.base_types import as_filter_output
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
-from miles.rollout.hooks import load_hook
+from miles.rollout.hooks import BadHookResult, load_hook
 from miles.rollout.inference_rollout.inference_rollout_common import (
     GenerateState,
     generate_and_rm_group,
@@ -30,7 +30,6 @@ from miles.utils.types import SampleStatus
 from miles_agents.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-STRAGGLER_DEADLINE_S = 60.0
 CLEAN_UP_S = 5.0
 ABORTED_TRIES = 3
 
@@ -125,7 +124,7 @@ class TrainRollout:
         done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
         for task in sorted(done, key=self._order.__getitem__):
             group = self._forget(task)
-            error = task.exception()
+            error = _error_of(task)
             if error is None:
                 await self._judge(task.result(), group)
             elif is_engine_error(self.state, error):
@@ -201,13 +200,13 @@ class TrainRollout:
             return
         aborting = asyncio.ensure_future(self.state.engines.abort_all(self.scope))
         try:
-            done, late = await asyncio.wait(self._pending, timeout=STRAGGLER_DEADLINE_S)
+            done, late = await asyncio.wait(self._pending, timeout=self.state.straggler_deadline_s)
         finally:
             aborting.cancel()
             await asyncio.gather(aborting, return_exceptions=True)
         for task in sorted(done, key=self._order.__getitem__):
             group = self._forget(task)
-            error = task.exception()
+            error = _error_of(task)
             if error is not None and not is_engine_error(self.state, error):
                 raise error
             made = task.result() if error is None else reset_group(group)
@@ -220,7 +219,7 @@ class TrainRollout:
         for task in late:
             task.cancel()
         if late:
-            logger.warning("%d prompt groups did not stop within %.0f s", len(late), STRAGGLER_DEADLINE_S)
+            logger.warning("%d prompt groups did not stop within %.0f s", len(late), self.state.straggler_deadline_s)
             await asyncio.wait(late, timeout=CLEAN_UP_S)
         for task in late:
             self._give_back(reset_group(self._forget(task)), "late")
@@ -267,6 +266,17 @@ class TrainRollout:
         if self.state.engine_errors:
             metrics["rollout/engine_errors"] = self.state.engine_errors
         return metrics
+
+
+def _error_of(task: asyncio.Task[Group]) -> BaseException | None:
+    if not task.cancelled():
+        return task.exception()
+    # We cancel only what we do not look at any more: this came from inside.
+    return BadHookResult(
+        "the generation of a prompt group was cancelled by code in it",
+        evidence="a generate or reward function raised asyncio.CancelledError, or cancelled its own task",
+        advice="Let the function return an aborted sample, or raise another error.",
+    )
 
 
 def _is_ours_for_aborted(path: str) -> bool:
