@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from miles.rollout.hooks import HookFailed
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
 from miles_agents.wire.remote_error import RemoteError
 
@@ -31,7 +32,7 @@ def first_of(error: BaseException) -> BaseException:
 
 
 def _rank(error: BaseException) -> int:
-    if isinstance(error, UserCodeError):
+    if isinstance(error, HookFailed | UserCodeError):
         return 0
     if isinstance(error, JobPartDied):
         return 3

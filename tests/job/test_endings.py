@@ -6,7 +6,6 @@ import subprocess
 
 import psutil
 import pytest
-from support.procs import eventually
 from support.recorded_rollouts import write_rollouts
 from support.training_runs import running, train
 
@@ -89,8 +88,8 @@ def test_a_killed_rank_ends_the_run_with_the_reason(tmp_path):
     ) as process:  # fmt: skip
         until(process, "rollout   2/200")
         below = psutil.Process(process.pid).children(recursive=True)
-        victim = next(p for p in below if p.environ().get("RANK") == "1")
-        victim.kill()
+        logs = {os.readlink(f"/proc/{p.pid}/fd/1"): p for p in below if p.is_running()}
+        next(p for log, p in logs.items() if "/trainer-1." in log).kill()
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "trainer[1]" in output
@@ -105,7 +104,7 @@ def small_disk(tmp_path):
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", path], check=True)
     yield path
-    eventually(lambda: subprocess.run(["umount", path], check=False).returncode == 0)
+    subprocess.run(["umount", path], check=True)
 
 
 def test_a_full_disk_at_save_is_told_and_leaves_the_older_checkpoint_whole(tmp_path, small_disk):
@@ -115,7 +114,7 @@ def test_a_full_disk_at_save_is_told_and_leaves_the_older_checkpoint_whole(tmp_p
     }  # fmt: skip
     full = train(tmp_path, **flags)
     assert full.code == 1, full.output
-    assert "No space left" in full.output
+    assert "disk" in full.output.lower(), full.output
     newest = int((small_disk / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
     assert sorted(path.name for path in (small_disk / "ckpt").glob("iter_*")) == [
         f"iter_{number:07d}" for number in range(newest + 1)
