@@ -69,6 +69,38 @@ def _sleep_and_wake(path, directory, level):
     return kept, same, norms, awake_norms, files
 
 
+def test_what_sleeps_cannot_be_used(tmp_path):
+    (codes,) = run_ranks(1, _use_while_asleep, tiny_model("qwen3"), tmp_path)
+    assert codes == ["E-FSDP-006"] * 5
+
+
+def _use_while_asleep(path, directory):
+    from miles.backends.fsdp_utils.errors import FsdpAsleep
+
+    batches = [micro_batch(sequences(2))]
+    backend = made(path, offload_train_disk_dir=str(directory))
+    train(backend, 1)
+    codes = []
+
+    def refused(function):
+        with pytest.raises(FsdpAsleep) as error:
+            function()
+        codes.append(error.value.code)
+
+    backend.sleep(1)
+    assert weights(backend)
+    refused(lambda: train(backend, 1))
+    refused(lambda: backend.save(Path(directory), rollout_id=0))
+    backend.sleep(2)
+    refused(lambda: weights(backend))
+    refused(lambda: backend.forward_only(batches, log_probs))
+    refused(lambda: backend.forward_only(batches, log_probs, model="ref"))
+    backend.wake_up()
+    train(backend, 1)
+    backend.close()
+    return codes
+
+
 def test_memory_really_shrinks(tmp_path):
     path = tiny_model("qwen3", hidden=256, layers=4, vocab=8192)
     (numbers,) = run_ranks(1, _resident, path, tmp_path)
@@ -107,9 +139,10 @@ def _stay(path):
     train(backend, 1)
     before = weights(backend)
     backend.sleep(2)
-    found = weights(backend)
+    kept = all(shard.local.untyped_storage().nbytes() for shard in backend._trained().shards)
     backend.wake_up()
-    return all(torch.equal(before[name], found[name]) for name in before)
+    found = weights(backend)
+    return kept and all(torch.equal(before[name], found[name]) for name in before)
 
 
 def test_a_disk_that_cannot_be_written_to_is_an_error_and_nothing_is_lost(tmp_path):

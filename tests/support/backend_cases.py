@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,9 @@ def backend_args(hf_checkpoint: Path, **changes: Any) -> SimpleNamespace:
         "device": "cpu",
         "params_dtype": "float32",
         "hf_checkpoint": str(hf_checkpoint),
+        "hf_config": _config(hf_checkpoint),
+        "tensor_model_parallel_size": 1,
+        "make_vocab_size_divisible_by": 128,
         "load": None,
         "ref_load": None,
         "save": None,
@@ -56,8 +60,12 @@ def backend_args(hf_checkpoint: Path, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**flags | changes)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 _RARE = {
-    "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
     "sgd_momentum",

@@ -31,7 +31,14 @@ from miles.backends.base import (
     StepOutcome,
     TrainBackend,
 )
-from miles.backends.fsdp_utils.checkpoint import Progress, RankState, is_checkpoint, load_checkpoint, save_checkpoint
+from miles.backends.fsdp_utils.checkpoint import (
+    TRACKER,
+    Progress,
+    RankState,
+    is_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
 from miles.backends.fsdp_utils.memory import Sleeper
 from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules, named_shards
@@ -72,7 +79,7 @@ class FSDPBackend(TrainBackend):
         self._model: Any = None
         self._reference: Any = None
         self._optimizer: ShardedOptimizer | None = None
-        self._sleeper: Sleeper | None = None
+        self._sleeper = Sleeper(self.settings.offload, self.device, rank)
 
     def init(self) -> int:
         """As the contract says."""
@@ -85,13 +92,13 @@ class FSDPBackend(TrainBackend):
         start = self._load()
         if settings.needs_reference:
             self._reference = self._make_reference()
-        self._sleeper = Sleeper(settings.offload, self.device, self.parallel.rank)
         return start
 
     def forward_only(
         self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
     ) -> list[Any]:
         """As the contract says."""
+        self._sleeper.check_awake("compute", level=2)
         network = self._reference if model == "ref" else self._model
         assert network is not None, "a reference is there only if init was told that one is needed"
         network.eval()
@@ -106,6 +113,7 @@ class FSDPBackend(TrainBackend):
         Raises:
             NotFinite: The gradients are not, and ``--no-check-for-nan-in-loss-and-grad`` was not given.
         """
+        self._sleeper.check_awake("train")
         optimizer = self._trained()
         self._model.train()
         metrics: dict[str, torch.Tensor] = {}
@@ -125,18 +133,23 @@ class FSDPBackend(TrainBackend):
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the contract says; a tied output layer is left out, as in the files."""
+        self._sleeper.check_awake("hand on weights", level=2)
         return full_weights(self._model, self.settings.dtype)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """As the contract says, in the form of ``checkpoint.py``."""
+        self._sleeper.check_awake("save")
         optimizer = self._trained() if self.settings.save_optimizer else None
         rng = RankState.now() if self.settings.save_rng else None
         progress = Progress(rollout_id, self._trained().steps, self.settings.schedule.as_plain(), dist.get_world_size())
         save_checkpoint(directory, self._model, optimizer, rng, progress)
 
     def sleep(self, level: int) -> None:
-        """As the contract says."""
-        assert self._sleeper is not None
+        """As the contract says.
+
+        Raises:
+            OffloadFailed: The disk is full, or does not work; what was awake still is.
+        """
         optimizer = self._trained()
         optimizer.drop_gradients()
         self._sleeper.put_away("optimizer", optimizer.tensors())
@@ -146,17 +159,16 @@ class FSDPBackend(TrainBackend):
                 _reshard(model)
             shards = [shard.to_local() for model in models for _, shard in named_shards(model)]
             self._sleeper.put_away("parameters", shards)
+        self._sleeper.level = max(self._sleeper.level, level)
         self._sleeper.give_back()
 
     def wake_up(self) -> None:
         """As the contract says."""
-        assert self._sleeper is not None
         self._sleeper.take_back()
 
     def close(self) -> None:
         """Leave no file of a sleep behind."""
-        if self._sleeper is not None:
-            self._sleeper.close()
+        self._sleeper.close()
 
     def _trained(self) -> ShardedOptimizer:
         assert self._optimizer is not None, "init comes first"
@@ -199,30 +211,24 @@ class FSDPBackend(TrainBackend):
         """Weights, and whatever else there is, into the new model and optimizer."""
         loads = self.settings.loads
         if loads.load is None or not is_checkpoint(loads.load):
-            if loads.load is not None:
+            hf = loads.load is not None and (loads.load / "config.json").is_file()
+            if loads.load is not None and not hf:
                 logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
-            self._load_weights(self._model, loads.ref_load or loads.hf_checkpoint)
+            self._load_weights(self._model, cast("Path", loads.load) if hf else loads.reference)
             return 0
-        full = not loads.finetune
-        progress = load_checkpoint(
-            loads.load,
-            self._model,
-            self._trained() if full and loads.optimizer else None,
-            step=loads.step,
-            rng=full and loads.rng,
-        )
-        if not full:
-            return 0
-        if loads.optimizer and progress.schedule != self.settings.schedule.as_plain():
+        optimizer = self._trained() if loads.optimizer and not loads.finetune else None
+        rng = loads.rng and not loads.finetune
+        progress = load_checkpoint(loads.load, self._model, optimizer, step=loads.step, rng=rng)
+        if optimizer is not None and progress.schedule != self.settings.schedule.as_plain():
             logger.info("the schedule follows this run's flags, not those that the checkpoint was made with")
-        return progress.rollout_id + 1
+        return 0 if loads.finetune else progress.rollout_id + 1
 
     def _load_weights(self, model: nn.Module, directory: Path) -> None:
         """From a Hugging Face directory or a checkpoint of this backend."""
         if is_checkpoint(directory):
-            load_checkpoint(directory, model, None, step=None, rng=False)
+            load_checkpoint(directory, model, None, step=self.settings.loads.ref_step, rng=False)
             return
-        if not (directory / "config.json").is_file() and (directory / "latest_checkpointed_iteration.txt").exists():
+        if not (directory / "config.json").is_file() and (directory / TRACKER).exists():
             raise BadModelDirectory(
                 f"--ref-load {directory} is not of a form that --train-backend fsdp reads",
                 evidence="it holds a checkpoint in Megatron's torch_dist form",
@@ -233,7 +239,7 @@ class FSDPBackend(TrainBackend):
     def _make_reference(self) -> nn.Module:
         loads = self.settings.loads
         model = build_model(loads.hf_checkpoint, self._mesh, self.device, self._options(trained=False))
-        self._load_weights(model, loads.ref_load or loads.hf_checkpoint)
+        self._load_weights(model, loads.reference)
         return model
 
     def _seed(self, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles_agents.errors import ConfigError, EnvironmentFault
+from miles_agents.errors import ConfigError, EnvironmentFault, InternalError
 
 
 class FsdpFlagRefused(ConfigError):
@@ -33,3 +33,9 @@ class OffloadFailed(EnvironmentFault):
     """The trainer's state could not be written to, or read back from, the place it sleeps in."""
 
     code = "E-FSDP-005"
+
+
+class FsdpAsleep(InternalError):
+    """Something was asked for whose memory has been put away."""
+
+    code = "E-FSDP-006"

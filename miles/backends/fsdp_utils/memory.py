@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from miles.backends.fsdp_utils.errors import OffloadFailed
+from miles.backends.fsdp_utils.errors import FsdpAsleep, OffloadFailed
 from miles.backends.fsdp_utils.settings import OffloadSettings
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,14 @@ class _Part:
 
 
 class Sleeper:
-    """Parts of this rank's state by name, awake or away."""
+    """Parts of this rank's state by name, awake or away. ``level``: how deep the sleep is; 0: awake."""
 
     def __init__(self, settings: OffloadSettings, device: torch.device, rank: int) -> None:
         self._settings = settings
         self._device = device
         self._rank = rank
         self._away: dict[str, _Part] = {}
+        self.level = 0
         if settings.target == "cpu" and device.type == "cpu":
             logger.info("--offload-train-target cpu: the state is in the memory of the CPU, and stays there")
 
@@ -61,6 +62,19 @@ class Sleeper:
         for storage in storages:
             storage.resize_(0)
         self._away[name] = part
+
+    def check_awake(self, what: str, *, level: int = 1) -> None:
+        """Emptied memory must not be touched.
+
+        Raises:
+            FsdpAsleep: The sleep is ``level`` deep, or deeper.
+        """
+        if self.level >= level:
+            raise FsdpAsleep(
+                f"cannot {what} while asleep at level {self.level}",
+                evidence="its memory has been put away by sleep()",
+                advice="Call wake_up() first.",
+            )
 
     def give_back(self) -> None:
         """What was freed goes to the system, or to whoever else uses the device."""
@@ -85,6 +99,7 @@ class Sleeper:
                 for storage, host in zip(part.storages, part.host, strict=True):
                     _bytes_of(storage).copy_(host, non_blocking=False)
             del self._away[name]
+        self.level = 0
 
     def close(self) -> None:
         """Leave no file behind."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from miles.backends.fsdp_utils import hf_import, packing
 from miles.backends.fsdp_utils.errors import BadModelDirectory
+from miles.backends.hf_directory import read_config as read_json_config
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 _OURS = {"sdpa": packing.SDPA, "eager": packing.EAGER}
@@ -42,7 +43,8 @@ def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options
     """The causal language model of ``directory``'s ``config.json``, sharded over ``mesh``; its weights are not set.
 
     Raises:
-        BadModelDirectory: There is no usable ``config.json``, or it is of another architecture.
+        UnreadableModelDirectory: There is no ``config.json``.
+        BadModelDirectory: It is of another architecture.
     """
     config = read_config(directory)
     transformers = hf_import.transformers()
@@ -66,22 +68,17 @@ def read_config(directory: Path) -> Any:
     """The directory's configuration, without a look at the network.
 
     Raises:
-        BadModelDirectory: As ``build_model`` says.
+        UnreadableModelDirectory, BadModelDirectory: As ``build_model`` says.
     """
-    if not (directory / "config.json").is_file():
-        raise BadModelDirectory(
-            f"{directory} is not a Hugging Face model directory",
-            evidence="it holds no config.json" if directory.is_dir() else "there is no such directory",
-            advice="Give a directory with config.json and safetensors files (--hf-checkpoint, --ref-load).",
-        )
-    config = hf_import.transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
-    if config.model_type not in ARCHITECTURES:
+    kind = read_json_config(directory).get("model_type")
+    if kind not in ARCHITECTURES:
         raise BadModelDirectory(
             f"{directory} holds a model of an architecture that --train-backend fsdp does not know",
-            evidence=f"model_type is {config.model_type}; known: {', '.join(ARCHITECTURES)}",
+            evidence=f"model_type is {kind}; known: {', '.join(ARCHITECTURES)}",
             advice="Use a model of a known architecture.",
         )
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+    config = hf_import.transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
+    if any(layer != "full_attention" for layer in getattr(config, "layer_types", None) or ()):
         raise BadModelDirectory(
             f"{directory} holds a model with sliding-window attention, which --train-backend fsdp does not do",
             evidence=f"layer_types: {', '.join(sorted(set(config.layer_types)))}",

@@ -11,6 +11,7 @@ import torch
 
 from miles.backends.fsdp_utils.errors import FsdpFlagRefused
 from miles.backends.fsdp_utils.schedule import Schedule, schedule_of
+from miles.backends.training_utils.loss_hub.settings import needs_reference
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,15 @@ class LoadSettings:
     load: Path | None
     ref_load: Path | None
     step: int | None
+    ref_step: int | None
     optimizer: bool
     rng: bool
     finetune: bool
+
+    @property
+    def reference(self) -> Path:
+        """Where the weights of a fresh start, and those of the reference model, come from."""
+        return self.ref_load or self.hf_checkpoint
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,6 @@ def settings_of(args: Any) -> FsdpSettings:
         loads=_loads(args),
         offload=_offload(args),
     )
-
-
-def needs_reference(args: Any) -> bool:
-    """Whether the run compares with a reference model: the conditions of ``--ref-load``."""
-    return bool(getattr(args, "use_kl_loss", False)) or getattr(args, "kl_coef", 0.0) != 0
 
 
 def process_group_backend(args: Any) -> str:
@@ -192,6 +194,7 @@ def _loads(args: Any) -> LoadSettings:
         load=path("load"),
         ref_load=path("ref_load"),
         step=getattr(args, "ckpt_step", None),
+        ref_step=getattr(args, "ref_ckpt_step", None),
         optimizer=not getattr(args, "no_load_optim", False),
         rng=not getattr(args, "no_load_rng", False),
         finetune=bool(getattr(args, "finetune", False)),
