@@ -40,26 +40,26 @@ say "Supervised fine-tuning: what an answer looks like"
     --prompt-data "$DEMO_DIR/sft.jsonl" --input-key messages \
     --rollout-shuffle \
     --rollout-batch-size 64 --global-batch-size 64 \
-    --num-rollout "${SFT_STEPS:-100}" --log-interval 10 \
-    --use-dynamic-batch-size --max-tokens-per-gpu 4096 \
-    --lr 2e-3 "${OPTIMIZER_ARGS[@]}"
+    --num-rollout 400 --log-interval 50 \
+    --calculate-per-token-loss --use-dynamic-batch-size --max-tokens-per-gpu 4096 \
+    --lr 2e-3 --lr-warmup-iters 20 "${OPTIMIZER_ARGS[@]}"
 
 say "GRPO: right answers are rewarded"
 "$python" train.py \
     --run-dir "$DEMO_DIR/grpo" \
     --hf-checkpoint "$DEMO_DIR/warm" \
-    --save "$DEMO_DIR/checkpoints" --save-interval 20 --save-hf "$DEMO_DIR/trained-{rollout_id}" \
+    --save "$DEMO_DIR/checkpoints" --save-interval 10 --save-hf "$DEMO_DIR/trained-{rollout_id}" \
     --colocate --actor-num-gpus-per-node 1 \
     --prompt-data "$DEMO_DIR/train.jsonl" --input-key prompt --label-key label \
     --apply-chat-template --rollout-shuffle \
     --rm-type math \
     --rollout-batch-size 32 --n-samples-per-prompt 8 --global-batch-size 256 \
-    --num-rollout "${GRPO_STEPS:-60}" \
-    --rollout-max-response-len 24 --rollout-temperature 1.0 \
-    --eval-prompt-data sums "$DEMO_DIR/heldout.jsonl" --eval-interval 10 \
+    --num-rollout 30 \
+    --rollout-max-response-len 32 --rollout-temperature 1.0 \
+    --eval-prompt-data sums "$DEMO_DIR/heldout.jsonl" --eval-interval 5 \
     --advantage-estimator grpo --eps-clip 0.2 \
     --use-dynamic-batch-size --max-tokens-per-gpu 8192 \
-    --lr 1e-3 "${OPTIMIZER_ARGS[@]}" "$@"
+    --lr 3e-4 "${OPTIMIZER_ARGS[@]}" "$@"
 
 cp "$DEMO_DIR/grpo/reward.png" "$DEMO_DIR/grpo/metrics.jsonl" "$DEMO_DIR/"
 say "Done in $SECONDS s: $DEMO_DIR/reward.png, $DEMO_DIR/metrics.jsonl, checkpoints in $DEMO_DIR/checkpoints"

@@ -1,73 +1,114 @@
-"""What a person at the terminal sees of a training run: a bar while answers are generated, one line per iteration.
+"""What a person at the terminal sees of a training run: bars for the run and for what it does now, a line per iteration.
 
-On a terminal the bar is drawn in place and goes away; elsewhere (a file, a pipe) only whole lines are written.
+On a terminal the bars are drawn in place, below the lines, and go away at the end; elsewhere (a file, a pipe) only
+whole lines are written.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 _STEP_FIELDS = (
-    ("rollout/raw_reward", "reward", "{:.3f}"),
-    ("train/loss", "loss", "{:.4f}"),
-    ("train/grad_norm", "grad", "{:.3g}"),
-    ("train/kl_loss", "kl", "{:.4f}"),
-    ("rollout/response_len/mean", "len", "{:.1f}"),
-    ("rollout/truncated_ratio", "cut", "{:.0%}"),
+    ("rollout/raw_reward", "reward", 3),
+    ("train/loss", "loss", 4),
+    ("train/grad_norm", "grad", 3),
+    ("train/kl_loss", "kl", 4),
+    ("rollout/response_len/mean", "length", 1),
 )
 _TIME_FIELDS = (
     ("perf/rollout_time", "generate"),
     ("perf/train_time", "train"),
     ("perf/update_weights_time", "update"),
     ("perf/save_time", "save"),
-    ("perf/eval_time", "eval"),
 )
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 
 
 class RunConsole:
-    """Writes to ``console`` (default: stdout)."""
+    """Writes to ``console`` (default: stdout).
+
+    Attributes:
+        shows_reward: False for supervised fine-tuning, which has none.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        self.shows_reward = True
+        self._bars: Progress | None = None
+        self._run: TaskID | None = None
+        self._phase: TaskID | None = None
 
     def say(self, text: str) -> None:
-        """One plain line."""
-        self.console.print(Text(text))
+        """One plain line, however long."""
+        self.console.print(Text(text), soft_wrap=True)
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Progress]:
-        """A progress bar that goes away; ``show`` moves it."""
+    def bars(self, num_rollout: int, done: int) -> Iterator[None]:
+        """The bars of a run that has ``num_rollout`` iterations in all and ``done`` behind it."""
         columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(),
-            TextColumn("{task.fields[tokens]} tokens"), TimeElapsedColumn(),
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=32), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            progress.add_task(title, total=None, tokens=0)
-            yield progress
+        is_off = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=is_off) as bars:
+            self._run = bars.add_task("rollouts", total=num_rollout or None, completed=done, note="")
+            self._phase = bars.add_task("", total=None, note="", visible=False)
+            self._bars = bars
+            try:
+                yield
+            finally:
+                self._bars = None
 
-    def show(self, bar: Progress, news: Mapping[str, Any]) -> None:
-        """Move the bar: ``finished`` of ``target`` samples, ``tokens`` so far."""
-        target = news.get("target") or None
-        bar.update(bar.tasks[0].id, completed=news.get("finished", 0), total=target, tokens=news.get("tokens", 0))
+    @property
+    def has_bars(self) -> bool:
+        """Whether anybody sees what ``show`` would show."""
+        return self._bars is not None and not self._bars.disable
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the run does now, until left."""
+        if self._bars is not None and self._phase is not None:
+            self._bars.reset(self._phase, total=None, description=name, visible=True, note="")
+        try:
+            yield
+        finally:
+            if self._bars is not None and self._phase is not None:
+                self._bars.update(self._phase, visible=False)
+
+    def show(self, news: Mapping[str, Any]) -> None:
+        """How far the phase is: ``finished`` of ``target`` samples, ``tokens`` so far."""
+        if self._bars is not None and self._phase is not None:
+            target, tokens = news.get("target") or None, news.get("tokens", 0)
+            note = f"{tokens} tokens" if tokens else ""
+            self._bars.update(self._phase, completed=news.get("finished", 0), total=target, note=note)
+
+    def advance(self, rollouts_done: int) -> None:
+        """An iteration is done."""
+        if self._bars is not None and self._run is not None:
+            self._bars.update(self._run, completed=rollouts_done)
 
     def step(self, rollout_id: int, num_rollout: int, metrics: Mapping[str, float]) -> None:
-        """One iteration is done."""
-        width = len(str(num_rollout))
-        parts = [f"rollout {rollout_id + 1:>{width}}/{num_rollout}"]
-        parts += [f"{name} {form.format(metrics[key])}" for key, name, form in _STEP_FIELDS if key in metrics]
+        """The line of an iteration."""
+        parts = [f"rollout {rollout_id + 1:>{len(str(num_rollout))}}/{num_rollout}"]
+        for key, name, digits in _STEP_FIELDS:
+            if key in metrics and (self.shows_reward or "reward" not in key):
+                parts.append(f"{name} {round(metrics[key], digits) + 0.0:.{digits}f}")
+        if cut := metrics.get("rollout/truncated_ratio"):
+            parts.append(f"cut {cut:.0%}")
         times = [f"{name} {metrics[key]:.1f}" for key, name in _TIME_FIELDS if metrics.get(key, 0.0) >= 0.05]
         total = metrics.get("perf/step_time", 0.0)
         self.say("  ".join(parts) + f"  {total:.1f} s" + (f" ({', '.join(times)})" if times else ""))
 
     def evaluated(self, rollouts_done: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done."""
+        """The line of an evaluation."""
         means = {name: value for name, value in metrics.items() if _is_mean(name)}
         text = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in means.items())
         self.say(f"eval after {rollouts_done} rollouts: {text}")
@@ -96,7 +137,8 @@ def _is_mean(name: str) -> bool:
 
 
 def _short(value: Any, limit: int = 60) -> str:
+    """For a cell: without the special tokens of chat templates, in one line."""
     if isinstance(value, list):  # a chat: what was asked last
         value = value[-1].get("content", value[-1]) if value and isinstance(value[-1], dict) else value
-    text = " ".join(str(value).split())
+    text = " ".join(_SPECIAL_TOKEN.sub(" ", str(value)).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

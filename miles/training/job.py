@@ -76,7 +76,8 @@ def _run(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run
         shown.say(f"\nthe run failed: {story(error)}\n  logs: {run_dir / 'logs'}")
         return exit_code(error)
     shown.finish(outcome.first_eval, outcome.last_eval, outcome.examples)
-    _draw_plot(run_dir, shown)
+    if shown.shows_reward:
+        _draw_plot(run_dir, shown)
     return EXIT_OK
 
 

@@ -80,6 +80,11 @@ class TrainingLoop:
 
     async def run(self) -> Outcome:
         """All iterations."""
+        self.console.shows_reward = self.config["loss_type"] != "sft_loss"
+        with self.console.bars(self.config["num_rollout"], self.parts.start_rollout_id):
+            return await self._run()
+
+    async def _run(self) -> Outcome:
         config, parts = self.config, self.parts
         cadence = Cadence(
             eval_interval=config["eval_interval"] if parts.fleet is not None else None,
@@ -103,6 +108,7 @@ class TrainingLoop:
         for iteration in iterations(cadence, start=start, num_rollout=num_rollout, stop_after=stop_after):
             await self._iterate(iteration)
             self.outcome.num_iterations += 1
+            self.console.advance(iteration.rollout_id + 1)
         return self.outcome
 
     async def _iterate(self, iteration: Iteration) -> None:
@@ -117,7 +123,7 @@ class TrainingLoop:
             metrics.update(await self._train(rollout_id, batch.refs, watch))
         await self.rollout.trained.call_one(rollout_id)
         if iteration.save:
-            with watch.measure("save"):
+            with watch.measure("save"), self.console.phase("save"):
                 await self._save(rollout_id)
         if self.trainer is not None and parts.fleet is not None:
             metrics.update(await self._update_weights(watch))
@@ -129,23 +135,20 @@ class TrainingLoop:
             await self._evaluate(rollout_id, rollout_id + 1)
 
     async def _generate(self, rollout_id: int) -> RolloutBatchRefs:
-        generating = self.rollout.generate.call_one(rollout_id)
-        batch: RolloutBatchRefs = await self._with_bar(
-            f"rollout {rollout_id + 1}/{self.config['num_rollout']}", generating
-        )
+        batch: RolloutBatchRefs = await self._shown("generate", self.rollout.generate.call_one(rollout_id))
         return batch
 
-    async def _with_bar(self, title: str, call: Any) -> Any:
+    async def _shown(self, phase: str, call: Any) -> Any:
         """Wait for a call of the rollout manager, showing how far it is."""
         task = asyncio.ensure_future(_awaited(call))
         progress = self.parts.calls(self.parts.rollout, 30.0).progress
         try:
-            with self.console.bar(title) as bar:
-                while not task.done():
+            with self.console.phase(phase):
+                while self.console.has_bars and not task.done():
                     await asyncio.wait({task}, timeout=_POLL_S)
-                    if not task.done() and not bar.disable:
-                        self.console.show(bar, await progress.call_one())
-            return await task
+                    if not task.done():
+                        self.console.show(await progress.call_one())
+                return await task
         finally:
             task.cancel()
 
@@ -157,7 +160,7 @@ class TrainingLoop:
         if self.config["offload_train"] and fleet is not None:
             with watch.measure("offload"):
                 await trainer.wake_up.call()
-        with watch.measure("train"):
+        with watch.measure("train"), self.console.phase("train"):
             answers = await trainer.train.call(rollout_id, refs)
         return dict(answers.at(gpus=0))
 
@@ -173,7 +176,7 @@ class TrainingLoop:
         if self.config["offload_rollout"]:
             with watch.measure("offload"):
                 await fleet.resume_memory("weights")
-        with watch.measure("update_weights"):
+        with watch.measure("update_weights"), self.console.phase("update"):
             timings = await self._send_weights()
         if sleeps:
             with watch.measure("offload"):
@@ -223,7 +226,7 @@ class TrainingLoop:
     async def _evaluate(self, rollout_id: int, rollouts_done: int) -> None:
         began = time.perf_counter()
         call = self.rollout.evaluate.call_one(rollout_id)
-        result: EvalResult = await self._with_bar("evaluation", call)
+        result: EvalResult = await self._shown("evaluate", call)
         metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
         self.metrics.write("eval", rollout_id, rollouts_done, metrics)
         self.console.evaluated(rollouts_done, metrics)

@@ -72,19 +72,43 @@ def test_a_step_is_one_line_with_what_there_is():
     assert text == "rollout   5/100  reward 0.250  3.2 s (generate 2.0)\n"
 
 
-def test_a_bar_leaves_nothing_in_a_file():
+def test_supervised_training_has_no_reward_to_show():
     def use(console):
-        with console.bar("rollout 1/2") as bar:
-            console.show(bar, {"finished": 3, "target": 8, "tokens": 100})
+        console.shows_reward = False
+        console.step(0, 2, {"rollout/raw_reward": 0.0, "train/loss": -0.00001, "perf/step_time": 1.0})
+
+    assert shown(use) == "rollout 1/2  loss 0.0000  1.0 s\n"
+
+
+def a_run_with_bars(console):
+    with console.bars(2, 0):
+        with console.phase("generate"):
+            console.show({"finished": 3, "target": 8, "tokens": 100})
+        console.advance(1)
         console.say("done")
 
-    assert shown(use) == "done\n"
+
+def test_bars_leave_nothing_in_a_file():
+    assert shown(a_run_with_bars) == "done\n"
+
+
+def test_a_terminal_has_bars_for_the_run_and_for_what_it_does():
+    text = shown(a_run_with_bars, terminal=True)
+    assert "rollouts" in text
+    assert "done" in text
+
+
+def test_a_line_is_one_line_however_narrow_the_terminal():
+    file = io.StringIO()
+    RunConsole(Console(file=file, width=40, highlight=False)).say("x" * 100)
+    assert file.getvalue() == "x" * 100 + "\n"
 
 
 def test_the_end_shows_accuracy_before_and_after_and_sample_answers():
-    example = {"prompt": [{"role": "user", "content": "1+1=[?]"}], "response": "2", "label": "2", "reward": 1.0}
+    example = {"prompt": "<|im_start|>1+1=[?]<|im_end|>\n", "response": "2<|im_end|>", "label": "2", "reward": 1.0}
     text = shown(lambda c: c.finish({"eval/sums": 0.4}, {"eval/sums": 0.9, "eval/sums-pass@2": 1.0}, [example]))
     assert "0.400" in text
     assert "0.900" in text
     assert "1+1=[?]" in text  # text of models is never markup
     assert "pass@2" not in text
+    assert "<|" not in text
