@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of a training run: bars for the run and for what it does now, a line per iteration.
+"""What a person at the terminal sees of a training run: bars for the run and its phase, one line per iteration.
 
 On a terminal the bars are drawn in place, below the lines, and go away at the end; elsewhere (a file, a pipe) only
 whole lines are written.
