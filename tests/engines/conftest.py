@@ -3,12 +3,15 @@
 import pytest
 import torch.distributed as dist
 from support.engines import engine_model, is_wanted, real_engine
+from tqdm import tqdm
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _what_torch_keeps():
-    """Its libuv makes one pipe per process, with the first store, and keeps it."""
+def _what_libraries_keep():
+    """torch's libuv makes one pipe per process, with the first store, and keeps it; tqdm a semaphore."""
     dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    tqdm.monitor_interval = 0  # else a thread, too
+    tqdm.get_lock()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE
 from miles.backends.sglang_utils.server_arguments import server_arguments
+from miles.backends.sglang_utils.settle import forget_stale
 from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.agent.ports import PortLeases
 from miles_agents.runtime_dir import sweep
@@ -112,6 +113,7 @@ def real_engine(model: Path, *, api_key: str = KEY, **config: Any) -> Iterator[R
             leases.release("engine")
             leases.close()
             sweep()
+            forget_stale()
 
 
 def _wait_until_healthy(engine: RealEngine, process: subprocess.Popen[bytes]) -> None:

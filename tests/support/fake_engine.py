@@ -148,7 +148,6 @@ class FakeEngine:
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
-            "/freeze_gc": self._done,
             "/update_weight_version": self._set_version,
             "/update_weights_from_disk": self._from_disk,
             "/update_weights_from_tensor": self._from_tensor,
@@ -376,9 +375,6 @@ class FakeEngine:
 
     async def _server_info(self, _):
         return web.json_response({"version": "0.5.23", "max_total_num_tokens": 16384, "tp_size": 1})
-
-    async def _done(self, _):
-        return web.Response()
 
 
 def load_directory(path):

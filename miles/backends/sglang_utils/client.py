@@ -246,10 +246,6 @@ class EngineClient(HttpCaller):
         """All arguments as resolved, version, state of the scheduler."""
         return dict((await self.call("GET", "/server_info"))[1])
 
-    async def freeze_gc(self) -> None:
-        """Have Python's garbage collector leave out what is there now: else every flush walks through all of it."""
-        await self.call("POST", "/freeze_gc", expected=(200, 404))
-
     async def health(self, *, generate: bool = False, timeout_s: float = CALL_S) -> bool:
         """Whether it says that it is well. ``generate``: by generating a token, which hangs while it is paused."""
         path = "/health_generate" if generate else "/health"

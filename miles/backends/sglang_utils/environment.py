@@ -24,6 +24,7 @@ _CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",  # more threads than free cores cost a factor of ten
     "GLOO_SOCKET_IFNAME": "lo",
+    "TORCHDYNAMO_DISABLE": "1",  # what SGLang compiles would need a C++ compiler here, and triton
     "PYTHONWARNINGS": "ignore",  # SGLang warns of every kind of GPU that it does not find
 }
 

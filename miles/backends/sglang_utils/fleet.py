@@ -21,6 +21,7 @@ from miles.backends.sglang_utils.fleet_parts import Engine, all_of, death_of, st
 from miles.backends.sglang_utils.fleet_update import Send, UpdateRunner, settings
 from miles.backends.sglang_utils.router import RouterClient
 from miles.backends.sglang_utils.server_arguments import BadEngineConfig
+from miles.backends.sglang_utils.settle import forget_stale
 from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.errors import InternalError, MilesError
 from miles_controller import Controller
@@ -138,6 +139,7 @@ class EngineFleet:
             if isinstance(end, BaseException):
                 logger.warning("a service did not stop in good order: %s", end)
         self._engines, self._router, self._router_service = [], None, None
+        await asyncio.to_thread(forget_stale)  # of engines that died before they could do it themselves
 
     @property
     def targets(self) -> list[EngineTarget]:

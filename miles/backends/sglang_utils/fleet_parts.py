@@ -81,7 +81,6 @@ async def start_engine(
     client = EngineClient(service.url, api_key, name=name, vocab_size=config["hf_config"].get("vocab_size"))
     try:
         bracket = await client.has_bracket()
-        await client.freeze_gc()
     except BaseException:
         await client.close()
         raise

@@ -18,10 +18,20 @@ from typing import Any
 
 logger = logging.getLogger("miles.launch_engine")
 
-if __name__ == "__mp_main__" and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    import torchvision_operators  # type: ignore[import-not-found]  # noqa: F401  # from the stand-ins
-
 KEY_FIELD = "api_key"
+
+
+def prepare_process() -> None:
+    """In each of SGLang's processes, before its imports."""
+    from tqdm.std import TqdmDefaultWriteLock  # type: ignore[import-untyped]
+
+    TqdmDefaultWriteLock.mp_lock = None  # no semaphore for progress bars, which a kill would leave in the system
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        import torchvision_operators  # type: ignore[import-not-found]  # noqa: F401  # from the stand-ins
+
+
+if __name__ == "__mp_main__":
+    prepare_process()
 
 
 def main() -> None:
@@ -39,17 +49,19 @@ def main() -> None:
 def run(key: str) -> None:
     """Everything that takes time."""
     host, ports, wanted = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        import torchvision_operators  # noqa: F401
+    prepare_process()
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    # Without a warm-up SGLang asks itself for this before it listens. Who starts engines asks again.
+    # Without a warm-up SGLang asks itself for this before it listens; ``settle`` asks again.
     logging.getLogger("sglang.srt.entrypoints.http_server").addFilter(lambda r: "freeze_gc failed" not in str(r.msg))
 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
+    from miles.backends.sglang_utils.settle import settle_when_ready
+
     load_plugins()
     arguments = {**wanted, "host": host, "port": ports["http"], "nccl_port": ports["nccl"], KEY_FIELD: key or None}
+    settle_when_ready(f"http://{host}:{ports['http']}", key)
     serve(ServerArgs(**supported(arguments, ServerArgs)))
 
 

@@ -1,0 +1,178 @@
+"""A fleet's weight updates against scripted engines that fail at every step there is."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+import torch
+from support.fake_engine import fake_engine
+
+from miles.backends.base import ParallelState
+from miles.backends.sglang_utils.client import EngineClient
+from miles.backends.sglang_utils.fleet_parts import Engine
+from miles.backends.sglang_utils.fleet_update import NoEngineLeft, UpdateRunner, settings
+from miles.backends.weight_update.messages import EngineTarget
+from miles.backends.weight_update.sender import make_sender
+from miles_controller.weight_versions import Holds, UpdateOutOfOrder
+
+PATHS = {
+    "pause": "/pause_generation",
+    "open": "/begin_weight_update",
+    "send": "/update_weights_from_tensor",
+    "commit": "/update_weight_version",
+    "close": "/end_weight_update",
+    "resume": "/continue_generation",
+}
+
+
+class Service:
+    """The agent's side of an engine: only notes what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    async def pause(self):
+        self.told.append("pause")
+
+    async def resume(self):
+        self.told.append("resume")
+
+
+class Fleet:
+    """Scripted engines, the runner, and a trainer that is this process."""
+
+    def __init__(self, stack, **options):
+        self.stack, self.fakes, self.fenced, self.senders = stack, [], [], {}
+        self.runner = UpdateRunner(fence=self._fence, **settings({"colocate": True, **options}))
+        self.weights = {"a": torch.zeros(100), "b": torch.ones(7)}
+        self.updates = []
+
+    async def add(self, **options):
+        fake = await self.stack.enter_async_context(fake_engine(api_key="key", **options))
+        index = len(self.fakes)
+        self.fakes.append(fake)
+        name = f"engine-{index}"
+        client = await self.stack.enter_async_context(EngineClient(fake.url, "key", name=name))
+        target = EngineTarget(name, fake.url, "key", 1, 1 + index, await client.has_bracket())
+        self.runner.joined(Engine(target, Service(), client), self.runner.state.version)
+        return fake
+
+    async def _fence(self, engine, why):
+        self.fenced.append((engine.target.name, why))
+
+    async def update(self, value):
+        self.weights = {name: torch.full_like(tensor, value) for name, tensor in self.weights.items()}
+        return await self.runner.update(self.send)
+
+    async def send(self, update):
+        self.updates.append(update)
+        if update.method not in self.senders:
+            self.senders[update.method] = make_sender(ParallelState(), update, torch.device("cpu"))
+            self.stack.callback(self.senders[update.method].close)
+        await asyncio.to_thread(self.senders[update.method].send, update, iter(self.weights.items()))
+
+    def holds(self, index):
+        return self.runner.state.engines[f"engine-{index}"]
+
+    def has(self, index, value):
+        fake = self.fakes[index]
+        return all(torch.equal(t, torch.full_like(t, value)) for t in fake.weights.values()) and fake.weights
+
+
+@pytest.mark.parametrize("colocate", [True, False])
+async def test_all_engines_get_every_version(colocate):
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, colocate=colocate, update_weight_buffer_size=200)
+        await fleet.add()
+        await fleet.add(bracket=False)
+        for version in (1, 2, 3):
+            assert await fleet.update(float(version)) == version == fleet.runner.state.version
+            for index, fake in enumerate(fleet.fakes):
+                assert fleet.has(index, float(version)) and fake.version == str(version)
+                assert fake.paused is None and not fake.session_open
+        assert [update.new_group for update in fleet.updates] == [True, False, False]
+        assert fleet.runner.seconds.keys() == {"pause", "flush", "open", "send", "commit", "close", "resume"}
+
+
+@pytest.mark.parametrize("step", PATHS)
+@pytest.mark.parametrize("fault", [500, "die"])
+async def test_an_engine_that_fails_at_any_step_is_fenced_and_the_other_goes_on(step, fault):
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack)
+        await fleet.add()
+        await fleet.add()
+        await fleet.update(1.0)
+        fleet.fakes[1].faults[PATHS[step]] = [fault]
+        assert await fleet.update(2.0) == 2
+        assert [name for name, _ in fleet.fenced] == ["engine-1"] and fleet.fenced[0][1]
+        assert fleet.holds(0) is Holds.CURRENT and fleet.holds(1) is Holds.FENCED
+        assert fleet.has(0, 2.0) and fleet.fakes[0].paused is None and fleet.fakes[0].version == "2"
+        assert fleet.fakes[1].paused is not None or step == "pause", "it generates again"
+        assert await fleet.update(3.0) == 3
+        assert fleet.has(0, 3.0) and len(fleet.updates[-1].engines) == 1
+
+
+async def test_the_last_engine_that_fails_ends_it_with_the_reason():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack)
+        (await fleet.add()).faults["/update_weights_from_tensor"] = [500]
+        with pytest.raises(NoEngineLeft, match="weight version 1") as caught:
+            await fleet.update(1.0)
+        assert "scripted 500" in caught.value.evidence and caught.value.fields["engines"] == ["engine-0"]
+        assert fleet.runner.state.version == 0
+        with pytest.raises(NoEngineLeft, match="weight version 1"):
+            await fleet.update(1.0)
+
+
+async def test_a_trainer_that_fails_is_what_is_told_and_no_engine_is_trusted():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack)
+        await fleet.add()
+
+        async def send(_):
+            raise ZeroDivisionError("in the trainer")
+
+        with pytest.raises(ZeroDivisionError, match="in the trainer"):
+            await fleet.runner.update(send)
+        assert fleet.holds(0) is Holds.FENCED and "in the trainer" in fleet.fenced[0][1]
+
+
+async def test_an_engine_that_comes_later_takes_part_in_the_next_update_with_a_new_group():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, colocate=False)
+        await fleet.add()
+        await fleet.update(1.0)
+        await fleet.add()
+        await fleet.update(2.0)
+        assert fleet.has(0, 2.0) and fleet.has(1, 2.0)
+        assert [update.new_group for update in fleet.updates] == [True, True]
+
+
+async def test_requests_wait_through_an_update_and_go_on():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack)
+        fake = await fleet.add(token_s=0.005)
+        async with EngineClient(fake.url, "key") as client:
+            task = asyncio.ensure_future(client.generate([1, 2], {"max_new_tokens": 60}))
+            await asyncio.sleep(0.05)
+            await fleet.update(1.0)
+            spans = (await task)["meta_info"]["weight_versions"]
+        assert [span["version"] for span in spans] == ["default", "1"]
+
+
+async def test_versions_do_not_go_back():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack)
+        await fleet.add()
+        assert await fleet.runner.update(fleet.send, 5) == 5
+        with pytest.raises(UpdateOutOfOrder):
+            await fleet.runner.update(fleet.send, 5)
+        assert await fleet.runner.update(fleet.send) == 6
+
+
+async def test_in_place_pausing_leaves_the_cache_alone():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, pause_generation_mode="in_place")
+        fake = await fleet.add()
+        await fleet.update(1.0)
+        assert fake.count("/flush_cache") == 0 and fake.version == "1"
