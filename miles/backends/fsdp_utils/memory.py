@@ -1,6 +1,7 @@
 """Where the trainer's state is while engines have the memory: storages are emptied, and their bytes kept elsewhere.
 
-``disk``: one file per rank and part, written and read in chunks; gone after waking. ``cpu``: pinned memory of the host,
+``disk``: one file per rank and part, written and read in chunks. It has no name, so that it goes with the process,
+however that ends. ``cpu``: pinned memory of the host,
 for CUDA; on a CPU there is nowhere else to go, so that nothing moves. Tensors stay the same objects throughout: only
 their storages shrink to nothing and grow again, bit for bit as they were.
 """
@@ -11,9 +12,8 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -29,7 +29,7 @@ class _Part:
 
     storages: list[torch.UntypedStorage]
     sizes: list[int]
-    file: Path | None = None
+    file: BinaryIO | None = None
     host: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -94,7 +94,7 @@ class Sleeper:
             for storage, size in zip(part.storages, part.sizes, strict=True):
                 storage.resize_(size)
             if part.file is not None:
-                self._read(part)
+                self._read(part, part.file)
             else:
                 for storage, host in zip(part.storages, part.host, strict=True):
                     _bytes_of(storage).copy_(host, non_blocking=False)
@@ -105,42 +105,42 @@ class Sleeper:
         """Leave no file behind."""
         for part in self._away.values():
             if part.file is not None:
-                part.file.unlink(missing_ok=True)
+                part.file.close()
         self._away.clear()
-        with suppress(OSError):
-            self._settings.directory.rmdir()
 
     def _write(self, name: str, part: _Part) -> None:
-        part.file = self._settings.directory / f"{name}-rank{self._rank:05d}-{os.getpid()}.bin"
+        path = self._settings.directory / f"{name}-rank{self._rank:05d}-{os.getpid()}.bin"
+        file = None
         try:
             self._settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with part.file.open("wb", buffering=0) as file:
-                for storage in part.storages:
-                    for chunk in self._chunks(storage):
-                        _write_all(file.fileno(), chunk.cpu())
+            file = path.open("w+b", buffering=0)
+            path.unlink()
+            for storage in part.storages:
+                for chunk in self._chunks(storage):
+                    _write_all(file.fileno(), chunk.cpu())
         except OSError as error:
-            with suppress(OSError):
-                part.file.unlink(missing_ok=True)
+            if file is not None:
+                file.close()
             raise OffloadFailed(
-                f"the trainer's {name} state cannot be written to {part.file}",
+                f"the trainer's {name} state cannot be written to {self._settings.directory}",
                 evidence=f"{error}; {sum(part.sizes)} bytes are needed",
                 advice="Make room there, or give another --offload-train-disk-dir.",
             ) from error
+        part.file = file
 
-    def _read(self, part: _Part) -> None:
-        assert part.file is not None
+    def _read(self, part: _Part, file: BinaryIO) -> None:
         try:
-            with part.file.open("rb", buffering=0) as file:
-                for storage in part.storages:
-                    for chunk in self._chunks(storage):
-                        staged = chunk if chunk.device.type == "cpu" else torch.empty_like(chunk, device="cpu")
-                        _read_all(file.fileno(), staged)
-                        if staged is not chunk:
-                            chunk.copy_(staged)
-            part.file.unlink()
+            file.seek(0)
+            for storage in part.storages:
+                for chunk in self._chunks(storage):
+                    staged = chunk if chunk.device.type == "cpu" else torch.empty_like(chunk, device="cpu")
+                    _read_all(file.fileno(), staged)
+                    if staged is not chunk:
+                        chunk.copy_(staged)
+            file.close()
         except OSError as error:
             raise OffloadFailed(
-                f"the trainer's state cannot be read back from {part.file}",
+                f"the trainer's state cannot be read back from {self._settings.directory}",
                 evidence=str(error),
                 advice="Start again from the newest checkpoint, with another --offload-train-disk-dir.",
             ) from error
