@@ -26,6 +26,7 @@ from miles.backends.hf_directory import UnreadableModelDirectory
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
         ({"attn_implementation": "magic"}, "--attn-implementation magic"),
         ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"device": "cuda", "fsdp_cpu_offload": True, "offload_train_target": "disk"}, "--offload-train-target disk"),
     ],
 )
 def test_flags_are_refused_by_name(flags, named):

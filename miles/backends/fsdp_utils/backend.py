@@ -79,7 +79,8 @@ class FSDPBackend(TrainBackend):
         self._model: Any = None
         self._reference: Any = None
         self._optimizer: ShardedOptimizer | None = None
-        self._sleeper = Sleeper(self.settings.offload, self.device, rank)
+        on_host = self.device.type == "cpu" or self.settings.cpu_offload
+        self._sleeper = Sleeper(self.settings.offload, self.device, rank, on_host=on_host)
 
     def init(self) -> int:
         """As the contract says."""
@@ -134,7 +135,7 @@ class FSDPBackend(TrainBackend):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the contract says; a tied output layer is left out, as in the files."""
         self._sleeper.check_awake("hand on weights", level=2)
-        return full_weights(self._model, self.settings.dtype)
+        return full_weights(self._model, self.settings.dtype, self.device)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """As the contract says, in the form of ``checkpoint.py``."""

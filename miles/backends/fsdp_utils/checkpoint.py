@@ -134,19 +134,12 @@ def load_checkpoint(
 
 def _optimizer_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """States as parts of wholes, with the places of the parameters that they belong to."""
-    state: dict[str, Any] = {}
-    for shard in optimizer.shards:
-        parameter = shard.parameter
-        for name, local in optimizer.state(shard).items():
-            state[f"{shard.name}.{name}"] = DTensor.from_local(
-                local,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-    return state
+    return {
+        # Not by `from_local`: it would copy what is kept on the host to the mesh's device.
+        f"{shard.name}.{name}": DTensor(local, shard.parameter._spec, requires_grad=False)
+        for shard in optimizer.shards
+        for name, local in optimizer.state(shard).items()
+    }
 
 
 def _directory(root: Path, step: int | None) -> Path:

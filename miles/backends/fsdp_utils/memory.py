@@ -1,9 +1,8 @@
 """Where the trainer's state is while engines have the memory: storages are emptied, and their bytes kept elsewhere.
 
 ``disk``: one file per rank and part, written and read in chunks. It has no name, so that it goes with the process,
-however that ends. ``cpu``: pinned memory of the host,
-for CUDA; on a CPU there is nowhere else to go, so that nothing moves. Tensors stay the same objects throughout: only
-their storages shrink to nothing and grow again, bit for bit as they were.
+however that ends. ``cpu``: pinned memory of the host; what is in the host's memory already stays there. Tensors stay the
+same objects throughout: only their storages shrink to nothing and grow again, bit for bit as they were.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ class _Part:
 class Sleeper:
     """Parts of this rank's state by name, awake or away. ``level``: how deep the sleep is; 0: awake."""
 
-    def __init__(self, settings: OffloadSettings, device: torch.device, rank: int) -> None:
+    def __init__(self, settings: OffloadSettings, device: torch.device, rank: int, *, on_host: bool) -> None:
         self._settings = settings
         self._device = device
+        self._stays = on_host and settings.target == "cpu"
         self._rank = rank
         self._away: dict[str, _Part] = {}
         self.level = 0
-        if settings.target == "cpu" and device.type == "cpu":
-            logger.info("--offload-train-target cpu: the state is in the memory of the CPU, and stays there")
+        if self._stays:
+            logger.info("--offload-train-target cpu: the trainer's state is in the host's memory, and stays there")
 
     def put_away(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Free the memory of ``tensors``, which must not be touched until ``take_back``. Nothing to do if away.
@@ -51,7 +51,7 @@ class Sleeper:
         Raises:
             OffloadFailed: The disk is full, or does not work. Nothing is freed then.
         """
-        if name in self._away or (self._settings.target == "cpu" and self._device.type == "cpu"):
+        if name in self._away or self._stays:
             return
         storages = _storages(tensors)
         part = _Part(storages, [storage.nbytes() for storage in storages])

@@ -163,6 +163,12 @@ def _cpu_offload(args: Any, device: str) -> bool:
             evidence="--fsdp-cpu-backend is empty",
             advice="Give --fsdp-cpu-backend gloo.",
         )
+    if getattr(args, "offload_train_target", "cpu") == "disk":
+        raise FsdpFlagRefused(
+            "--fsdp-cpu-offload does not go with --offload-train-target disk",
+            evidence="it keeps parameters in pinned memory of the host, which cannot shrink",
+            advice="Leave one of them out.",
+        )
     return True
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -32,12 +31,19 @@ def load_hf_weights(model: nn.Module, path: Path) -> None:
             _fill(shard, opened.tensor(name), path, name)
 
 
-def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, on all ranks, in the order of the model. Collective: all ranks must exhaust it."""
+def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter whole, on all ranks, in the order of the model. Collective: all ranks must exhaust it.
+
+    Args:
+        device: Where tensors are gathered, also when shards are kept on the host.
+    """
     for name, shard in named_shards(model):
         with torch.no_grad():
-            full = cast("DTensor", shard.detach().to(dtype)).full_tensor()
-        yield name, full
+            local = shard.to_local().to(device, dtype)
+            part = DTensor.from_local(
+                local, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
+            )
+            yield name, part.full_tensor()
 
 
 def first_row(shard: DTensor) -> int:
