@@ -170,9 +170,10 @@ class TrainingLoop:
         if fleet is None:
             raise AssertionError("weights are updated only where there are engines")
         sleeps = self.config["offload_train"]
+        memory: dict[str, float] = {}
         if sleeps:
             with watch.measure("offload"):
-                await trainer.sleep.call(1)
+                memory["perf/trainer_rss_awake"] = (await trainer.sleep.call(1)).at(gpus=0)["rss_before"]
         if self.config["offload_rollout"]:
             with watch.measure("offload"):
                 await fleet.resume_memory("weights")
@@ -180,11 +181,11 @@ class TrainingLoop:
             timings = await self._send_weights()
         if sleeps:
             with watch.measure("offload"):
-                await trainer.sleep.call(2)
+                memory["perf/trainer_rss_asleep"] = (await trainer.sleep.call(2)).at(gpus=0)["rss_after"]
         if self.config["offload_rollout"]:
             with watch.measure("offload"):
                 await fleet.resume_memory("kv_cache")
-        return {f"perf/update_weights/{name}_time": seconds for name, seconds in timings.items()}
+        return memory | {f"perf/update_weights/{name}_time": seconds for name, seconds in timings.items()}
 
     async def _send_weights(self) -> dict[str, float]:
         trainer, fleet = self._needed_trainer(), self.parts.fleet
