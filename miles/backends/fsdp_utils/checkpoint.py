@@ -135,11 +135,15 @@ def load_checkpoint(
 def _optimizer_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """States as parts of wholes, with the places of the parameters that they belong to."""
     return {
-        # Not by `from_local`: it would copy what is kept on the host to the mesh's device.
-        f"{shard.name}.{name}": DTensor(local, shard.parameter._spec, requires_grad=False)
+        f"{shard.name}.{name}": _part(local, shard.parameter)
         for shard in optimizer.shards
         for name, local in optimizer.state(shard).items()
     }
+
+
+def _part(local: torch.Tensor, like: DTensor) -> DTensor:
+    """Not by ``DTensor.from_local``: it would copy what is kept on the host to the mesh's device."""
+    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _directory(root: Path, step: int | None) -> Path:

@@ -1,7 +1,7 @@
 """Where the trainer's state is while engines have the memory: storages are emptied, and their bytes kept elsewhere.
 
 ``disk``: one file per rank and part, written and read in chunks. It has no name, so that it goes with the process,
-however that ends. ``cpu``: pinned memory of the host; what is in the host's memory already stays there. Tensors stay the
+however that ends. ``cpu``: pinned memory of the host; what is there already stays. Tensors stay the
 same objects throughout: only their storages shrink to nothing and grow again, bit for bit as they were.
 """
 
