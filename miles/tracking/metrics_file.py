@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from miles_agents.run_files import UnusableRunDirectory
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -31,7 +33,11 @@ class MetricsFile:
         head: dict[str, Any] = {
             "event": event, "rollout_id": rollout_id, "rollouts_done": rollouts_done, "time": time.time(),
         }  # fmt: skip
-        self._file.write(json.dumps({**head, **{name: _plain(value) for name, value in metrics.items()}}) + "\n")
+        line = json.dumps({**head, **{name: _plain(value) for name, value in metrics.items()}})
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            raise UnusableRunDirectory.because(self.path, error) from None
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
@@ -39,13 +45,19 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines. The last one may have been torn by a crash and is then left out."""
-    rows = []
+    """The lines of the run as it stands: what a resumed run did anew takes the place of what had been done before. A
+    last line that a crash has torn is left out."""
+    rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        done, event = row["rollouts_done"], row["event"]
+        while rows and (rows[-1]["rollouts_done"] > done):
+            rows.pop()
+        rows = [one for one in rows if (one["rollouts_done"], one["event"]) != (done, event)]
+        rows.append(row)
     return rows
 
 

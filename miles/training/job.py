@@ -29,7 +29,7 @@ from miles.training.loop import Outcome, TrainingLoop
 from miles.training.parts import start
 from miles.training.watch import run_watched
 from miles_agents.errors import MilesError
-from miles_agents.run_files import usable_directory
+from miles_agents.run_files import UnusableRunDirectory, usable_directory
 from miles_controller import Controller, ControllerConfig
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,27 @@ def run(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole 
     """
     shown = console or RunConsole()
     try:
-        run_dir = usable_directory(Path(config["run_dir"]))
+        run_dir = _prepared_directory(config)
     except MilesError as error:
         shown.say(story(error))
         return exit_code(error)
-    (run_dir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    with _logging_to(run_dir / "logs" / "controller.log"):
+    with _logging_to(run_dir / "logs" / "controller.log", shown):
         return _run(config, start_nodes, shown, run_dir)
+
+
+def _prepared_directory(config: dict[str, Any]) -> Path:
+    """The run directory, for its user alone if it is new, with the config in it. Raises UnusableRunDirectory."""
+    path = Path(config["run_dir"])
+    is_new = not path.exists()
+    run_dir = usable_directory(path)
+    try:
+        if is_new:
+            run_dir.chmod(0o700)  # prompts, answers, and what --env holds
+        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UnusableRunDirectory.because(run_dir, error) from None
+    return run_dir
 
 
 def _run(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path) -> int:
@@ -108,6 +122,8 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
             shown.say(f"run {controller.run_id}, directory {run_dir}")
             await controller.wait_for_nodes(timeout_s=_JOIN_S)
             parts = await start(controller, config)
+            if parts.num_too_long:
+                shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")
             try:
                 return await run_watched(parts, TrainingLoop(parts, config, metrics, shown).run())
             finally:
@@ -117,21 +133,36 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
         metrics.close()
 
 
+class _Warnings(logging.Handler):
+    """Warnings of the runtime, one line each, where the person looks. Never raises."""
+
+    def __init__(self, shown: RunConsole) -> None:
+        super().__init__(logging.WARNING)
+        self._shown = shown
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the first line; the file has the rest."""
+        if record.exc_info is None:  # an error with a traceback is told as the story of the run's end
+            self._shown.say(f"warning: {record.getMessage().splitlines()[0]}")
+
+
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """What this process logs goes to a file; warnings also to the terminal's stderr."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+def _logging_to(path: Path, shown: RunConsole) -> Iterator[None]:
+    """What this process logs goes to a file; warnings also to the terminal."""
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: tuple[logging.Handler, ...] = (file, _Warnings(shown))
     root = logging.getLogger()
     before = root.level
-    root.addHandler(file)
+    for handler in handlers:
+        root.addHandler(handler)
     root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.setLevel(before)
-        root.removeHandler(file)
+        for handler in handlers:
+            root.removeHandler(handler)
         file.close()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miles.backends.weight_update.messages import WeightUpdate
+from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.metrics_file import MetricsFile
@@ -95,9 +96,7 @@ class TrainingLoop:
         )
         if self.trainer is not None and parts.fleet is not None:
             await self._update_weights(Stopwatch())
-            if config["check_weight_update_equal"]:
-                await self._check_weights()
-        num_rollout = config["num_rollout"]
+        num_rollout = self._num_rollout()
         start = parts.start_rollout_id
         if start >= num_rollout:
             if num_rollout == 0 and parts.fleet is not None and config["eval_interval"] is not None:
@@ -110,6 +109,13 @@ class TrainingLoop:
             self.outcome.num_iterations += 1
             self.console.advance(iteration.rollout_id + 1)
         return self.outcome
+
+    def _num_rollout(self) -> int:
+        """As given, or as many as the prompts make that were not left out for their length."""
+        config, per_epoch = self.config, self.parts.num_rollout_per_epoch
+        if not config["num_rollout_derived"] or per_epoch is None:
+            return int(config["num_rollout"])
+        return min(int(config["num_rollout"]), max(1, per_epoch) * int(config["num_epoch"] or 1))
 
     async def _iterate(self, iteration: Iteration) -> None:
         rollout_id, parts = iteration.rollout_id, self.parts
@@ -179,6 +185,8 @@ class TrainingLoop:
                 await fleet.resume_memory("weights")
         with watch.measure("update_weights"), self.console.phase("update"):
             timings = await self._send_weights()
+        if self.config["check_weight_update_equal"]:
+            await self._check_weights()
         if sleeps:
             with watch.measure("offload"):
                 memory["perf/trainer_rss_asleep"] = (await trainer.sleep.call(2)).at(gpus=0)["rss_after"]
@@ -196,22 +204,38 @@ class TrainingLoop:
             timings.update(answers.at(gpus=0))
 
         if fleet is not None:
-            version = await fleet.weight_update(send)
+            before = fleet.targets
+            version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
             await self.rollout.set_weight_version.call_one(version)
+            if fleet.targets != before:
+                await self._use_fewer_engines(before)
         return timings
 
+    async def _use_fewer_engines(self, before: list[EngineTarget]) -> None:
+        """Some engines failed in the update and are fenced: requests go to the others."""
+        fleet = self.parts.fleet
+        if fleet is not None:
+            lost = sorted({target.name for target in before} - {target.name for target in fleet.targets})
+            self.console.say(f"warning: {', '.join(lost)} failed in a weight update; the run goes on without")
+            await self.rollout.set_engines.call_one(fleet.targets, fleet.router_url, fleet.api_key)
+
     async def _check_weights(self) -> None:
+        """``--check-weight-update-equal``: each engine holds what it loads from an export of the trainer's weights.
+
+        As it holds that export from then on, a tensor that no update brings differs after the next step. Gradients and
+        optimizer are put away again as they were before."""
         trainer, fleet = self._needed_trainer(), self.parts.fleet
         export = Path(self.config["run_dir"]) / "weight_check"
-        if self.config["offload_train"]:
-            await trainer.wake_up.call()
-        await trainer.export_hf.call(str(export))
-        if fleet is not None:
-            await fleet.check_equal(export)
+        try:
+            await trainer.export_hf.call(str(export))
+            if fleet is not None:
+                await fleet.check_equal(export)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, export, ignore_errors=True)
         if self.config["offload_train"]:
             await trainer.sleep.call(1)
-            await trainer.sleep.call(2)
-        self.console.say("weight update checked: the engines hold exactly the trainer's weights")
+        version = 0 if fleet is None else fleet.weight_version
+        self.console.say(f"weight version {version} checked: the engines hold exactly the trainer's weights")
 
     async def _save(self, rollout_id: int) -> None:
         """The rollout state first: the trainer's tracker file is what makes a checkpoint count."""

@@ -48,6 +48,10 @@ class Parts:
     fleet: EngineFleet | None
     start_rollout_id: int
     num_rollout_per_epoch: int | None
+    weight_version: int = 0
+    """The last one of the run that is resumed."""
+    num_too_long: int = 0
+    """Prompts that were left out because they leave no room for an answer."""
 
     def calls(self, mesh: ActorMesh, timeout_s: float = LONG_S) -> Any:
         """The mesh with a deadline for its calls."""
@@ -89,10 +93,14 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
         devices = [[index for slot in slots for index in slot.devices] for slots in placement.slots["engines"]]
         fleet = EngineFleet(controller, config, node=placement.head, devices=devices)
     try:
+        if fleet is not None and config["offload_rollout"] and config["device"] == "cuda":
+            # An engine sizes its cache by the memory that it finds free: all of it, before the trainer comes.
+            await fleet.start()
+            await fleet.release()
         async with asyncio.TaskGroup() as group:
             rollout = group.create_task(_start_rollout(controller, config))
             trainer = group.create_task(_start_trainer(controller, config, placement))
-            if fleet is not None:
+            if fleet is not None and not fleet.targets:
                 group.create_task(fleet.start())
     except BaseExceptionGroup as errors:
         raise first_of(errors) from None
@@ -102,7 +110,8 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
     url, key = ("", "") if fleet is None else (fleet.router_url, fleet.api_key)
     facts = await parts.calls(parts.rollout, LOAD_S).start.call_one(engines, url, key)
     parts.num_rollout_per_epoch = facts["num_rollout_per_epoch"]
-    if start_rollout_id > 0:
+    parts.num_too_long = facts.get("num_too_long") or 0
+    if start_rollout_id > 0 and config["load"]:
         await _load_rollout_state(parts, config)
     return parts
 

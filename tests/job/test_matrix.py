@@ -30,7 +30,9 @@ MATRIX = {
 def test_it_trains_and_the_reward_rises(tmp_path, flags):
     done = train(tmp_path, check_weight_update_equal=True, timeout_s=580, **flags)
     assert done.code == 0, done.output
-    assert "the engines hold exactly the trainer's weights" in done.output
+    # After the first update and after each step: the engines hold exactly what the trainer does.
+    assert [f"weight version {version} checked" in done.output for version in range(1, 7)] == [True] * 5 + [False]
+    assert max(row["train/train_rollout_logprob_abs_diff"] for row in done.rows()) < 1e-4
     rewards = done.rewards()
     assert len(rewards) == 4
     # A random model writes a letter now and then; a policy that is trained, mostly.

@@ -41,6 +41,19 @@ def test_a_torn_last_line_is_left_out_and_a_resumed_run_appends(tmp_path):
     assert [row["rollout_id"] for row in read_metrics(path)] == [0, 0, 1, 1, 2]
 
 
+def test_what_a_resumed_run_does_anew_takes_the_place_of_what_was_done_before(tmp_path):
+    path = written(tmp_path)
+    again = MetricsFile(tmp_path)
+    again.write("eval", 1, 1, {"eval/sums": 0.5})
+    again.write("rollout", 1, 2, {"rollout/raw_reward": 0.7})
+    again.close()
+    rows = read_metrics(path)
+    assert [(row["event"], row["rollouts_done"]) for row in rows] == [
+        ("eval", 0), ("rollout", 1), ("eval", 1), ("rollout", 2),
+    ]  # fmt: skip
+    assert rows[-1]["rollout/raw_reward"] == 0.7
+
+
 def test_the_plot_has_a_curve_for_training_and_one_for_each_set(tmp_path):
     found = curves(read_metrics(written(tmp_path)))
     assert [(label, points) for label, points, _ in found] == [
