@@ -106,6 +106,7 @@ def test_the_router_gets_its_flags_and_those_with_its_other_name_win():
         "router_retry_max_retries": 7,
         "router_request_timeout_secs": 14400,
         "router_log_level": "warn",
+        "router_disable_circuit_breaker": True,
     }
 
 
@@ -168,3 +169,13 @@ def test_a_launcher_without_a_key_has_none(tmp_path):
     program.write_text(PROGRAM)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0] == ""
+
+
+def test_connections_of_the_router_outlast_training_and_a_few_errors_shut_nobody_out():
+    assert (
+        int(engine_environment("cpu", index=0, tp_size=1, colocate=True, inherited={})["SGLANG_TIMEOUT_KEEP_ALIVE"])
+        > 3600
+    )
+    assert router_arguments({})["router_disable_circuit_breaker"] is True
+    assert router_arguments({"router_cb_failure_threshold": 3})["router_disable_circuit_breaker"] is False
+    assert router_arguments({"router_disable_circuit_breaker": False})["router_disable_circuit_breaker"] is False

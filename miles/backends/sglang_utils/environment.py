@@ -19,6 +19,8 @@ _ALWAYS = {
     # With it /health generates a token, and so hangs for as long as generation is paused.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "false",
+    # Of 5 s by default: after a longer training step the router would send into connections that the engine has closed.
+    "SGLANG_TIMEOUT_KEEP_ALIVE": "86400",
 }
 _CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
