@@ -109,7 +109,7 @@ def router_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(own) is not None:
             arguments[theirs] = config[own]
     arguments.setdefault("router_log_level", "warn")
-    # It would turn away every request for a minute after a few that failed, also where there is one engine only. What is
+    # It would turn away every request for a minute after a few that failed, also where there is one engine. What is
     # gone leaves the router by other means, and requests that fail are sent again.
     arguments.setdefault("router_disable_circuit_breaker", not any("router_cb_" in key for key in arguments))
     return arguments
