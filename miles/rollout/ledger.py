@@ -8,8 +8,10 @@ and the open groups.
 ::
 
     (unknown, or returned) --take--> taken --select--> selected --train--> trained
-                                       |--filter--> filtered
+                                       |--filter--> filtered  <--filter-- selected
                                        '--give_back--> returned  <--give_back-- selected
+
+A selected group is filtered if only some of its samples are trained on.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ class Ledger:
             wrong = "it is not taken"
         elif step.kind == "train" and not is_selected:
             wrong = "it was not selected"
-        elif step.kind in ("select", "filter") and is_selected:
+        elif step.kind == "select" and is_selected:
             wrong = "it is selected already"
         elif step.kind == "filter" and not step.why:
             wrong = "no reason is given"

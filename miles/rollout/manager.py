@@ -31,12 +31,13 @@ from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
 from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub.grader_pool import close_grader_pool
-from miles.rollout.train_data import convert, trim
+from miles.rollout.train_data import convert, trim, untrained
 from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
 from miles.utils.http_utils import close_http_client
 from miles.utils.misc import SingletonMeta
+from miles.utils.train_data import split_train_data
 from miles.utils.types import Sample
 from miles_agents import Actor, Ref, endpoint, store
 from miles_agents.errors import ConfigError
@@ -129,14 +130,15 @@ class RolloutManager(Actor):
             kept, surplus = (groups, []) if self.args.debug_rollout_only else trim(self.args, groups)
             loaded.source.give_back(surplus, "trimmed")
             metrics = await self._on_user_loop(self._rollout_metrics(rollout_id, kept, output, rollout_time))
-            samples = [sample for group in kept for sample in flat(group)]
-            refs = await self._ship(rollout_id, samples)
+            refs, num_samples, num_dropped = await self._ship(rollout_id, kept)
+            if num_dropped:
+                metrics["rollout/dropped_samples"] = float(num_dropped)
         except BaseException:
             loaded.source.take_back_open(rollout_id, "failed")
             raise
         finally:
             self.progress_now.phase = "idle"
-        return RolloutBatchRefs(refs, metrics, len(samples))
+        return RolloutBatchRefs(refs, metrics, num_samples)
 
     @endpoint(group="evaluate")
     async def evaluate(self, rollout_id: int) -> EvalResult:
@@ -256,16 +258,28 @@ class RolloutManager(Actor):
                 return {}
         return rollout_metrics(self.args, groups, rollout_time) | _numbers(extra)
 
-    async def _ship(self, rollout_id: int, samples: list[Sample]) -> list[Ref]:
-        """Train data of the samples, a part for each data-parallel rank, into the store."""
-        if self.args.debug_rollout_only:
-            return []
-        from miles.utils.train_data import split_train_data
+    async def _ship(self, rollout_id: int, groups: list[Group]) -> tuple[list[Ref], int, int]:
+        """Train data of the groups, a part for each data-parallel rank, into the store.
 
+        Returns:
+            References, how many samples are trained on, and how many are not.
+
+        What does not fill an optimizer step is not trained on, and ends otherwise in the ledger: a whole group goes
+        back to the buffer; one whose other samples are trained on cannot, and is filtered.
+        """
+        samples = [sample for group in groups for sample in flat(group)]
+        if self.args.debug_rollout_only:
+            return [], len(samples), 0
         data = await self._on_user_loop(convert(self.args, samples))
         parts = await asyncio.to_thread(split_train_data, self.args, data)
-        self._refs[rollout_id] = await self._put(parts)
-        return self._refs[rollout_id]
+        whole, part = untrained(groups, data, parts)
+        refs = await self._put(parts)
+        self._refs[rollout_id] = refs
+        source = self._needed().source
+        source.give_back(whole, "no_full_step")
+        source.filtered(part, "partly_trained")
+        count = sum(len(rank["partition"]) for rank in parts)
+        return refs, count, len(data["tokens"]) - count
 
     async def _put(self, parts: list[dict[str, Any]]) -> list[Ref]:
         return await store.put_parts_async(parts)

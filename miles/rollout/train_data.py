@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.rollout.base_types import Group
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import load_hook
 from miles.rollout.rewards import execution_of, post_process_rewards
+from miles.utils.train_data import BadTrainData, dropped_rows
 from miles.utils.types import RolloutBatch, Sample, SampleStatus
 from miles_agents.errors import ConfigError
 
@@ -50,6 +51,51 @@ def trim(args: Any, groups: list[Group]) -> tuple[list[Group], list[Group]]:
             advice="Choose --global-batch-size so that rollout_batch_size x n_samples_per_prompt is a multiple of it.",
         )
     return groups[:kept], groups[kept:]
+
+
+def untrained(
+    groups: Sequence[Group], data: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
+) -> tuple[list[Group], list[Group]]:
+    """Groups of which no part holds anything, and groups of which the parts hold some samples only.
+
+    Args:
+        groups: What was converted; all samples have their group's number.
+        data: What it was converted to.
+        parts: What that was split into.
+
+    Returns:
+        The two; of a prompt whose samples came as several groups, all of them in the first, one in the second.
+
+    Raises:
+        BadTrainData: It cannot be told, because a conversion of the user's changed the number of samples.
+    """
+    rows = len(data["tokens"])
+    dropped = set(dropped_rows(parts, rows))
+    if not dropped:
+        return [], []
+    owners = _group_numbers(groups, data, rows)
+    lost = {owners[row] for row in dropped}
+    trained = {owner for row, owner in enumerate(owners) if row not in dropped}
+    whole = [group for group in groups if flat(group)[0].group_index in lost - trained]
+    part = {number: group for group in groups if (number := flat(group)[0].group_index) in lost & trained}
+    return whole, list(part.values())
+
+
+def _group_numbers(groups: Sequence[Group], data: Mapping[str, Any], rows: int) -> list[int | None]:
+    """Of each row of the train data."""
+    samples = [(sample, flat(group)[0].group_index) for group in groups for sample in flat(group)]
+    if len(samples) == rows:
+        return [number for _, number in samples]
+    by_index = {sample.index: number for sample, number in samples}
+    indices = list(data.get("sample_indices") or [])
+    if len(indices) != rows or not all(index in by_index for index in indices):
+        raise BadTrainData(
+            "samples that do not fill an optimizer step cannot be traced to their prompts",
+            evidence=f"{len(samples)} samples were converted to {rows}, without sample_indices of theirs",
+            advice="Return sample_indices (Sample.index of each) from --custom-convert-samples-to-train-data-path, "
+            "or as many entries as samples, or whole steps only.",
+        )
+    return [by_index[index] for index in indices]
 
 
 async def convert(args: Any, samples: list[Sample]) -> RolloutBatch:

@@ -59,6 +59,8 @@ def split_train_data(args: Any, train_data: Mapping[str, Any]) -> list[dict[str,
     Raises:
         BadTrainData: Lengths do not fit, or only some samples have a value.
         BadBatchSizes: The samples do not make one optimizer step.
+
+    Samples at the end that do not fill a step are in no part: see ``dropped_rows``.
     """
     lengths, responses = _lengths(train_data)
     masks = [_mask(mask) for mask in train_data["loss_masks"]]
@@ -84,6 +86,12 @@ def split_train_data(args: Any, train_data: Mapping[str, Any]) -> list[dict[str,
         }
         parts.append(part)
     return parts
+
+
+def dropped_rows(parts: Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    """Places in the rollout of those of ``count`` samples that no part of ``split_train_data`` holds."""
+    held = {int(place) for part in parts for place in part["partition"]}
+    return [place for place in range(count) if place not in held]
 
 
 class _Columns:

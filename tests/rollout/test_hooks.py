@@ -7,10 +7,13 @@ from support import rollout_hooks
 from support.procs import eventually
 from support.rollout_cases import adds, make_args, make_config, manager, servers, sums
 
+from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import BadHookResult, HookFailed
+from miles.rollout.journal import replay
 from miles.rollout.rm_hub import NoReward, async_rm, batched_async_rm, deterministic_random
 from miles.utils.http_utils import close_http_client
 from miles.utils.misc import CannotLoad, ImportFailed, function_registry, load_function
+from miles.utils.train_data import BadTrainData
 from miles.utils.types import BadSample, RewardSpec, Sample
 
 HOOKS = "support.rollout_hooks."
@@ -191,6 +194,42 @@ async def test_an_execution_may_make_several_samples(tmp_path):
     assert batch.num_samples == 16
     assert sorted(set(part["per_sample"]["rollout_ids"])) == list(range(8))
     assert set(part["per_sample"]["rollout_mask_sums"]) == {4}
+
+
+NO_FULL_STEP = [
+    # Executions of the groups: 2, 3, 3, 2. Of the third group one is left over, of the fourth both are.
+    ("custom_generate_function_path", "own_executions", 7, 3, "2 trained + 1 filtered + 1 returned", [3]),
+    # A row for each group, the last is left over.
+    ("custom_convert_samples_to_train_data_path", "half_conversion", 3, 1, "3 trained + 0 filtered + 1 returned", [3]),
+]
+
+
+@pytest.mark.parametrize(("flag", "function", "step", "left", "ends", "back"), NO_FULL_STEP)
+async def test_what_fills_no_optimizer_step_does_not_end_as_trained(tmp_path, flag, function, step, left, ends, back):
+    config = config_of(tmp_path, global_batch_size=step, disable_rollout_trim_samples=True) | {flag: HOOKS + function}
+    with servers(adds) as fake, manager(config) as rollout:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        batch = await rollout.generate(0)
+        [part] = [rollout.shipped[ref] for ref in batch.refs]
+        assert batch.num_samples == len(part["partition"]) == step
+        assert batch.metrics["rollout/dropped_samples"] == left
+        await rollout.trained(0)
+        assert rollout.ledger() == f"4 taken = {ends} + 0 open"
+        source = rollout._loaded.source
+        assert source.ledger.given_back == {"no_full_step": 1}
+        assert set(source.ledger.reasons) <= {"partly_trained"}
+        assert [flat(group)[0].group_index for group in source.inner.buffer] == back
+    assert replay(tmp_path / "journal" / "rollout.jsonl").describe() == f"4 taken = {ends} + 0 open"
+
+
+async def test_a_conversion_whose_leftover_belongs_to_nobody_is_refused(tmp_path):
+    config = config_of(tmp_path, global_batch_size=3, disable_rollout_trim_samples=True)
+    config["custom_convert_samples_to_train_data_path"] = HOOKS + "half_conversion_without_indices"
+    with servers(adds) as fake, manager(config) as rollout:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        with pytest.raises(BadTrainData, match="cannot be traced"):
+            await rollout.generate(0)
+        assert rollout.ledger() == "4 taken = 0 trained + 0 filtered + 4 returned + 0 open"
 
 
 async def test_a_data_source_of_the_user_that_gives_no_numbers(tmp_path):

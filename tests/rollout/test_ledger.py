@@ -41,7 +41,7 @@ class Model(RuleBasedStateMachine):
         if kind == "take":
             return at == ("returned" if why == "buffer" else "nowhere")
         if kind == "filter":
-            return at == "taken" and why != ""
+            return at in ("taken", "selected") and why != ""
         return at in {"select": ("taken",), "give_back": ("taken", "selected"), "train": ("selected",)}[kind]
 
     def _follow(self, kind, group):

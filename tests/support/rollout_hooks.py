@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 
@@ -126,6 +127,28 @@ async def two_samples(input):
     return made
 
 
+async def own_executions(input):
+    """Groups 1 and 2 make a third execution each: two samples with ids of their own."""
+    sample = input.sample
+    if sample.group_index not in (1, 2) or sample.index % 2:
+        return _with_id(sample, 100 + sample.index)
+    return [_with_id(copy.deepcopy(sample), 100 * i + sample.index) for i in (1, 2)]
+
+
+def _with_id(sample, rollout_id):
+    sample.rollout_id = rollout_id
+    sample.tokens, sample.response, sample.response_length = [1, 2, 3], "\\boxed{1}", 2
+    sample.rollout_log_probs = [-1.0, -1.0]
+    sample.status = Sample.Status.COMPLETED
+    return sample
+
+
+async def doubled(input):
+    """Some executions make two samples, which share the number of the one that was asked for."""
+    sample = _with_id(input.sample, None)
+    return [sample, copy.deepcopy(sample)] if sample.group_index in (1, 2) else sample
+
+
 async def bad_generate(input):
     return "a text"
 
@@ -201,6 +224,14 @@ def own_conversion(args, samples):
         "loss_masks": [[1] * s.response_length for s in samples],
         "rewards": [7.0 for s in samples],
     }
+
+
+def half_conversion_without_indices(args, samples):
+    return own_conversion(args, samples[::2])
+
+
+def half_conversion(args, samples):
+    return {**own_conversion(args, samples[::2]), "sample_indices": [s.index for s in samples[::2]]}
 
 
 def log_nothing(rollout_id, args, samples, extra, rollout_time):
