@@ -35,9 +35,14 @@ class Loaded:
 
     @property
     def dataset_size(self) -> int | None:
-        """Prompts of the data set; None if the data source has none."""
+        """Prompts of the data set, without those that are too long; None if the data source has none."""
         dataset = getattr(self.source.inner, "dataset", None)
         return None if dataset is None else len(dataset)
+
+    @property
+    def num_too_long(self) -> int:
+        """Prompts of the data set that were left out because they are longer than ``--rollout-max-prompt-len``."""
+        return int(getattr(getattr(self.source.inner, "dataset", None), "num_dropped", 0))
 
 
 def load_all(args: Namespace) -> Loaded:

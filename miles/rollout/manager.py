@@ -97,6 +97,11 @@ class RolloutManager(Actor):
             router_url: Of the router in front of them.
             api_key: That the router asks for.
 
+        Returns:
+            ``dataset_size``: prompts that there are, without those that are too long; ``num_rollout_per_epoch``: that
+            by ``--rollout-batch-size``, rounded down. Both None if the data source has no data set.
+            ``num_too_long``: prompts that were left out; ``max_prompt_len``: because they have more tokens than this.
+
         Raises:
             MilesError: Of data, tokenizer or user code that cannot be loaded.
         """
@@ -104,8 +109,12 @@ class RolloutManager(Actor):
         self._loaded = await asyncio.wrap_future(self._loading)
         self.progress_now.begin("idle", -1)
         size = self._loaded.dataset_size
-        per_epoch = None if size is None else size // int(self.args.rollout_batch_size)
-        return {"dataset_size": size, "num_rollout_per_epoch": per_epoch}
+        return {
+            "dataset_size": size,
+            "num_rollout_per_epoch": None if size is None else size // int(self.args.rollout_batch_size),
+            "num_too_long": self._loaded.num_too_long,
+            "max_prompt_len": self.args.rollout_max_prompt_len,
+        }
 
     @endpoint
     async def set_engines(self, targets: list[EngineTarget], router_url: str, api_key: str) -> None:

@@ -279,7 +279,8 @@ async def test_a_recorded_rollout_gives_the_same_train_data_without_engines(tmp_
         [ref] = (await rollout.generate(0)).refs
         recorded = rollout.shipped[ref]
     with manager(make_config(load_debug_rollout_data=template, **values)) as rollout:
-        assert await rollout.start([], "", "") == {"dataset_size": None, "num_rollout_per_epoch": None}
+        facts = await rollout.start([], "", "")
+        assert facts["dataset_size"] is None and facts["num_rollout_per_epoch"] is None and facts["num_too_long"] == 0
         [ref] = (await rollout.generate(0)).refs
         replayed = rollout.shipped[ref]
         assert rollout._loaded.source.ledger.taken == {"foreign": 4}

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from support.rollout_cases import Answer, adds, make_config, manager, servers, sums, text_of, write_jsonl
 
+from miles.utils.data import AllPromptsTooLong
+
 
 async def test_a_rollout_becomes_train_data_with_group_relative_rewards(tmp_path):
     def half_right(payload, prompt):
@@ -14,7 +16,7 @@ async def test_a_rollout_becomes_train_data_with_group_relative_rewards(tmp_path
     config = make_config(prompt_data=sums(tmp_path / "p.jsonl"), run_dir=str(tmp_path))
     with servers(half_right) as fake, manager(config) as rollout:
         facts = await rollout.start(fake.targets, fake.router.url, "secret")
-        assert facts == {"dataset_size": 8, "num_rollout_per_epoch": 2}
+        assert facts == {"dataset_size": 8, "num_rollout_per_epoch": 2, "num_too_long": 0, "max_prompt_len": None}
         batch = await rollout.generate(0)
         assert batch.num_samples == 8
         [part] = [rollout.shipped[ref] for ref in batch.refs]
@@ -27,6 +29,19 @@ async def test_a_rollout_becomes_train_data_with_group_relative_rewards(tmp_path
         assert await rollout.trained(0) == 4
         assert rollout.shipped == {}
         assert rollout.ledger() == "4 taken = 4 trained + 0 filtered + 0 returned + 0 open"
+
+
+async def test_prompts_that_are_too_long_are_told_at_the_start(tmp_path):
+    data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1" * n + "+1=", "label": "0"} for n in (1, 1, 1, 9, 20)])
+    config = make_config(
+        prompt_data=data, run_dir=str(tmp_path), rollout_max_prompt_len=8, rollout_batch_size=2, global_batch_size=4
+    )
+    with manager(config) as rollout:
+        facts = await rollout.start([], "", "")
+    assert facts == {"dataset_size": 3, "num_rollout_per_epoch": 1, "num_too_long": 2, "max_prompt_len": 8}
+    shorter = manager(config | {"rollout_max_prompt_len": 3})
+    with shorter as rollout, pytest.raises(AllPromptsTooLong, match="longer than 3 tokens"):
+        await rollout.start([], "", "")
 
 
 async def test_supervised_samples_need_no_engine(tmp_path):
