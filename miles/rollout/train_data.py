@@ -28,26 +28,26 @@ class NothingToTrain(ConfigError):
 def trim(args: Any, groups: list[Group]) -> tuple[list[Group], list[Group]]:
     """The groups that fill whole optimizer steps, and the surplus at the end.
 
-    Nothing is trimmed with ``--disable-rollout-trim-samples``, with ``--use-dynamic-global-batch-size`` below the
-    data-parallel size, or if executions made several samples each.
+    A step counts executions (``execution_of``), of which each may have made several samples. Where no number of whole
+    groups fills steps exactly, the fewest that fill the first step are kept, and its surplus executions are dropped
+    by the schedule. Nothing is trimmed with ``--disable-rollout-trim-samples``, or if user code numbered executions
+    by itself (``Sample.rollout_id``). With ``--use-dynamic-global-batch-size`` a step is the data-parallel size.
 
     Raises:
         NothingToTrain: Not even one step is filled.
     """
-    sizes = [len(flat(group)) for group in groups]
     if args.disable_rollout_trim_samples or any(s.rollout_id is not None for g in groups for s in flat(g)):
         return groups, []
     step = int(args.dp_size) if args.use_dynamic_global_batch_size else int(args.global_batch_size)
-    kept, count = 0, 0
-    for i, size in enumerate(sizes, 1):
-        count += size
-        if count % step == 0:
-            kept = i
+    counts = _executions_so_far(groups)
+    exact = [i for i, count in enumerate(counts, 1) if count % step == 0]
+    enough = [i for i, count in enumerate(counts, 1) if count >= step]
+    kept = exact[-1] if exact else enough[0] if enough else 0
     if kept == 0:
+        sizes = [len(flat(group)) for group in groups]
         raise NothingToTrain(
-            f"the rollout's {sum(sizes)} samples do not fill a step of {step}",
-            evidence=f"{len(groups)} prompt groups of {min(sizes, default=0)} to {max(sizes, default=0)} samples; "
-            "whole groups only are trained on",
+            f"the rollout's {max(counts, default=0)} executions do not fill a step of {step}",
+            evidence=f"{len(groups)} prompt groups of {min(sizes, default=0)} to {max(sizes, default=0)} samples",
             advice="Choose --global-batch-size so that rollout_batch_size x n_samples_per_prompt is a multiple of it.",
         )
     return groups[:kept], groups[kept:]
@@ -98,6 +98,19 @@ def _group_numbers(groups: Sequence[Group], data: Mapping[str, Any], rows: int) 
     return [by_index[index] for index in indices]
 
 
+def _executions_so_far(groups: Sequence[Group]) -> list[int]:
+    """How many different executions made the samples up to and with each group."""
+    seen: set[int] = set()
+    counts: list[int] = []
+    position = 0
+    for group in groups:
+        for sample in flat(group):
+            seen.add(execution_of(sample, position))
+            position += 1
+        counts.append(len(seen))
+    return counts
+
+
 async def convert(args: Any, samples: list[Sample]) -> RolloutBatch:
     """Train data of samples.
 
@@ -138,7 +151,7 @@ async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> Rol
     }
     data |= _optional_columns(samples)
     if args.use_dynamic_global_batch_size:
-        data["dynamic_global_batch_size"] = len(samples)
+        data["dynamic_global_batch_size"] = len(set(executions))
     return data
 
 

@@ -119,14 +119,30 @@ async def test_lengths_that_do_not_fit_are_refused(values):
     [([2, 2, 2, 2], 4, 4), ([2, 2, 2], 4, 2), ([3, 3, 2, 3], 8, 3), ([2] * 5, 2, 5)],
 )
 def test_whole_groups_are_trimmed(sizes, step, kept):
-    groups = [[sample(0, 1.0, group=g) for _ in range(size)] for g, size in enumerate(sizes)]
+    indices = iter(range(100))
+    groups = [[sample(next(indices), 1.0, group=g) for _ in range(size)] for g, size in enumerate(sizes)]
     assert trim(make_args(global_batch_size=step), groups) == (groups[:kept], groups[kept:])
     assert trim(make_args(global_batch_size=step, disable_rollout_trim_samples=True), groups) == (groups, [])
 
 
 def test_too_few_samples_for_a_step_are_told():
-    with pytest.raises(NothingToTrain, match="6 samples do not fill a step of 8"):
-        trim(make_args(), [[sample(0, 1.0)] * 3, [sample(0, 1.0)] * 3])
+    with pytest.raises(NothingToTrain, match="6 executions do not fill a step of 8"):
+        trim(make_args(), [[sample(3 * g + i, 1.0, group=g) for i in range(3)] for g in range(2)])
+
+
+def test_a_step_counts_executions_and_not_their_samples():
+    """Groups of 2 executions, of which the first made one sample and two, the second two and one."""
+    groups = [
+        [sample(0, 1.0), [sample(1, 1.0), sample(1, 1.0)]],
+        [[sample(2, 1.0, group=1), sample(2, 1.0, group=1)], sample(3, 1.0, group=1)],
+        [sample(4, 1.0, group=2), sample(5, 1.0, group=2)],
+    ]
+    assert trim(make_args(global_batch_size=4), groups) == (groups[:2], groups[2:])
+
+
+def test_groups_that_never_fill_steps_exactly_are_kept_until_one_is_full():
+    groups = [[sample(3 * g + i, 1.0, group=g) for i in range(3)] for g in range(3)]
+    assert trim(make_args(global_batch_size=4), groups) == (groups[:2], groups[2:])
 
 
 async def test_what_is_trimmed_goes_back_with_its_answers(tmp_path):

@@ -232,6 +232,20 @@ async def test_a_conversion_whose_leftover_belongs_to_nobody_is_refused(tmp_path
         assert rollout.ledger() == "4 taken = 0 trained + 0 filtered + 4 returned + 0 open"
 
 
+async def test_executions_with_two_samples_fill_the_steps_that_they_count_for(tmp_path):
+    batch, part = await part_with(tmp_path, custom_generate_function_path=HOOKS + "doubled")
+    assert batch.num_samples == 12
+    assert sorted(set(part["per_sample"]["rollout_ids"])) == list(range(8))
+    assert [step["num_rollouts"] for step in part["steps"]] == [8]
+
+
+async def test_a_step_of_dynamic_size_counts_executions(tmp_path):
+    _, part = await part_with(
+        tmp_path, custom_generate_function_path=HOOKS + "doubled", use_dynamic_global_batch_size=True
+    )
+    assert [step["num_rollouts"] for step in part["steps"]] == [8]
+
+
 async def test_a_data_source_of_the_user_that_gives_no_numbers(tmp_path):
     config = config_of(tmp_path, data_source_path=HOOKS + "OwnSource", over_sampling_batch_size=6)
     with servers(adds) as fake, manager(config) as rollout:
