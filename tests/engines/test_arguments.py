@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import pytest
 from support.engines import engine_config, engine_model
 
 from miles.backends.sglang_utils.environment import STAND_INS, engine_environment, stand_ins_first
+from miles.backends.sglang_utils.launch_engine import supported
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE, Secret
 from miles.backends.sglang_utils.server_arguments import (
     CPU_CACHE_BYTES,
@@ -147,6 +149,7 @@ def test_a_secret_does_not_show_but_is_the_text():
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
+from miles.backends.sglang_utils.launch_engine import supported
 from miles.backends.sglang_utils.launch_key import take_key
 before = os.getpid()
 key = take_key({"ADDED": "yes"})
@@ -172,10 +175,25 @@ def test_a_launcher_without_a_key_has_none(tmp_path):
 
 
 def test_connections_of_the_router_outlast_training_and_a_few_errors_shut_nobody_out():
-    assert (
-        int(engine_environment("cpu", index=0, tp_size=1, colocate=True, inherited={})["SGLANG_TIMEOUT_KEEP_ALIVE"])
-        > 3600
-    )
+    env = engine_environment("cpu", index=0, tp_size=1, colocate=True, inherited={})
+    assert int(env["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 3600
     assert router_arguments({})["router_disable_circuit_breaker"] is True
-    assert router_arguments({"router_cb_failure_threshold": 3})["router_disable_circuit_breaker"] is False
-    assert router_arguments({"router_disable_circuit_breaker": False})["router_disable_circuit_breaker"] is False
+    # Who types one flag of the router's gets the defaults of all others along.
+    along = {"router_cb_failure_threshold": 10, "router_disable_circuit_breaker": False}
+    assert router_arguments(along)["router_disable_circuit_breaker"] is True
+    assert not router_arguments({**along, "router_cb_failure_threshold": 3})["router_disable_circuit_breaker"]
+
+
+@dataclass
+class Known:
+    """Arguments of some version of SGLang."""
+
+    model_path: str
+    dtype: str = "auto"
+    paths: list[str] = field(default_factory=list)
+
+
+def test_arguments_that_this_version_does_not_know_are_left_out_and_named(caplog):
+    found = supported({"model_path": "m", "dtype": "auto", "paths": ["a"], "newer": 1}, Known)
+    assert found == {"model_path": "m", "paths": ["a"]}
+    assert "newer" in caplog.text and "dtype" not in caplog.text

@@ -94,6 +94,20 @@ async def test_all_engines_get_every_version(colocate):
         assert fleet.runner.seconds.keys() == {"pause", "flush", "open", "send", "commit", "close", "resume"}
 
 
+async def test_engines_that_are_left_make_a_group_of_their_own():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, colocate=False)
+        for _ in range(3):
+            await fleet.add()
+        await fleet.update(1.0)
+        fleet.fakes[0].faults["/pause_generation"] = ["die"]
+        await fleet.update(2.0)
+        await fleet.update(3.0)
+        assert fleet.has(1, 3.0) and fleet.has(2, 3.0)
+        assert [target.rank_offset for target in fleet.updates[-1].engines] == [1, 2]
+        assert [update.new_group for update in fleet.updates] == [True, True, False]
+
+
 @pytest.mark.parametrize("step", PATHS)
 @pytest.mark.parametrize("fault", [500, "die"])
 async def test_an_engine_that_fails_at_any_step_is_fenced_and_the_other_goes_on(step, fault):

@@ -2,13 +2,14 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 from support.fake_engine import fake_engine
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.broadcast_group import BROADCAST_S
+from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
 from miles.backends.weight_update.failures import BadUpdate, EnginesMissedUpdate, GroupNotMade
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
@@ -115,6 +116,28 @@ async def test_an_engine_that_refuses_a_broadcast_ends_it_at_once_and_the_next_o
         await send(sender, again, Weights(WEIGHTS))
         assert same(fakes[0].weights, WEIGHTS)
         sender.close()
+
+
+@pytest.mark.parametrize("fault", [500, "reset", "die"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_a_broadcast_that_one_of_several_engines_does_not_take_leaves_nobody_waiting(fault, which):
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 3)
+        update = WeightUpdate(4, targets, "broadcast", 100)
+        sender = make_sender(SOURCE, update, torch.device("cpu"))
+        stack.callback(sender.close)
+        fakes[which].faults["/update_weights_from_distributed"] = [fault]
+        weights = Weights(WEIGHTS | {"huge": torch.zeros(8 << 20)})
+        async with asyncio.timeout(JOIN_S / 4):
+            with pytest.raises(EnginesMissedUpdate) as caught:
+                await send(sender, update, weights)
+        assert f"engine-{which}" in caught.value.fields["engines"] and weights.left == []
+        assert all(not fake.groups for fake in fakes if not fake.dead)
+        rest = tuple(target for target, fake in zip(targets, fakes, strict=True) if not fake.dead)
+        placed = tuple(replace(target, rank_offset=1 + index) for index, target in enumerate(rest))
+        await send(sender, WeightUpdate(5, placed, "broadcast", 100), Weights(WEIGHTS))
+        for fake in fakes:
+            assert fake.dead or same({name: fake.weights[name] for name in WEIGHTS}, WEIGHTS)
 
 
 async def test_a_group_that_an_engine_does_not_join_is_not_made():

@@ -104,6 +104,7 @@ class FakeEngine:
         """Everything is reset, nobody listens any more."""
         self.dead = True
         self._hanging.set()
+        self.groups.clear()
         for connection in list(self._runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -311,9 +312,9 @@ class FakeEngine:
         dtypes = [getattr(torch, name) for name in body["dtypes"]]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes, strict=True)]
         flat = torch.empty(sum(sizes), dtype=torch.uint8)
-        options = dist.BroadcastOptions()
-        options.rootRank = options.rootTensor = 0
-        await asyncio.to_thread(self.groups[body["group_name"]][0].broadcast([flat], options).wait)
+        why = await asyncio.to_thread(_receive, self.groups[body["group_name"]][0], flat)
+        if why:
+            raise Refused(f"Failed to receive weights: {why}")
         start = 0
         for name, dtype, shape, size in zip(body["names"], dtypes, body["shapes"], sizes, strict=True):
             self.load_weights([(name, flat[start : start + size].view(dtype).reshape(shape))])
@@ -381,6 +382,17 @@ def load_directory(path):
     """All weights of a Hugging Face directory."""
     files = sorted(Path(path).glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _receive(group, flat):
+    """Returns why it failed: the error itself would keep the connections open for as long as somebody remembers it."""
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    try:
+        group.broadcast([flat], options).wait()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def _join(body):

@@ -59,7 +59,9 @@ async def start_engine(
     Raises:
         BadEngineConfig; what ``Controller.start_service`` raises, with the last lines of the engine's log.
     """
-    name, size = f"engine-{rank}", engine_size(config)
+    name, size, arguments = f"engine-{rank}", engine_size(config), server_arguments(config, rank)
+    if os.environ.get("MILES_SGLANG_DUMMY_LOAD") == "1":  # the first weight update brings the weights
+        arguments["load_format"] = "dummy"
     env = engine_environment(
         config["device"],
         index=rank,
@@ -70,7 +72,7 @@ async def start_engine(
     )
     service = await controller.start_service(
         name,
-        _argv("launch_engine", ("http", "nccl"), server_arguments(config, rank)),
+        _argv("launch_engine", ("http", "nccl"), arguments),
         node=node,
         host=host,
         env={**env, KEY_VARIABLE: api_key},

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from miles.backends.sglang_utils.client import PauseMode
 from miles.backends.sglang_utils.fleet_parts import Engine
 from miles.backends.weight_update.failures import EnginesMissedUpdate
-from miles.backends.weight_update.messages import UpdateMethod, WeightUpdate
+from miles.backends.weight_update.messages import EngineTarget, UpdateMethod, WeightUpdate
 from miles_agents.errors import MilesError, PeerFault
 from miles_controller import weight_versions as versions
 from miles_controller.weight_versions import Step
@@ -136,6 +137,8 @@ class UpdateRunner:
         assert send is not None
         members = frozenset(names)
         targets = tuple(self._engines[name].target for name in names)
+        if self._method == "broadcast":
+            targets = one_after_the_other(targets)
         new_group = members != self._grouped
         self._grouped = frozenset()  # until it is known to stand
         update = WeightUpdate(version, targets, self._method, self._bucket_bytes, new_group=new_group)
@@ -156,6 +159,15 @@ class UpdateRunner:
             advice="Read the engines' logs; the first error in one is usually the cause.",
             engines=list(self.failures),
         )
+
+
+def one_after_the_other(targets: tuple[EngineTarget, ...]) -> tuple[EngineTarget, ...]:
+    """With places in a process group that has no gaps, also where some engines are gone."""
+    placed, offset = [], 1
+    for target in targets:
+        placed.append(replace(target, rank_offset=offset))
+        offset += target.tp_size
+    return tuple(placed)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,19 +66,17 @@ def run(key: str) -> None:
 
 
 def supported(arguments: dict[str, Any], server_args: Any) -> dict[str, Any]:
-    """Those that this version of SGLang knows; the others are named in a warning."""
+    """Those that this version of SGLang knows, unless they say what it does anyway; unknown ones are warned of."""
     import dataclasses
 
     import msgspec
 
-    if dataclasses.is_dataclass(server_args):
-        known = {field.name for field in dataclasses.fields(server_args)}
-    else:
-        known = {field.name for field in msgspec.structs.fields(server_args)}
-    unknown = sorted(set(arguments) - known)
+    of_class = dataclasses.fields if dataclasses.is_dataclass(server_args) else msgspec.structs.fields
+    defaults = {field.name: field.default for field in of_class(server_args)}
+    unknown = sorted(set(arguments) - set(defaults))
     if unknown:
         logger.warning("this version of SGLang has no argument %s: left out", ", ".join(unknown))
-    return {name: value for name, value in arguments.items() if name in known}
+    return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
 
 
 def serve(server_args: Any) -> None:

@@ -15,6 +15,13 @@ CPU_CACHE_BYTES = 1 << 30
 _MIN_CACHE_TOKENS = 16384
 
 _NOT_SERVER_ARGUMENTS = ("sglang_server_concurrency", "sglang_config", "sglang_api_key")  # the key goes another way
+_CIRCUIT_BREAKER = {
+    "router_cb_failure_threshold": 10,
+    "router_cb_success_threshold": 3,
+    "router_cb_timeout_duration_secs": 60,
+    "router_cb_window_duration_secs": 120,
+}
+"""The router's defaults: who sets another number wants its circuit breaker."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -111,7 +118,8 @@ def router_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments.setdefault("router_log_level", "warn")
     # It would turn away every request for a minute after a few that failed, also where there is one engine. What is
     # gone leaves the router by other means, and requests that fail are sent again.
-    arguments.setdefault("router_disable_circuit_breaker", not any("router_cb_" in key for key in arguments))
+    if all(arguments.get(name, default) == default for name, default in _CIRCUIT_BREAKER.items()):
+        arguments["router_disable_circuit_breaker"] = True
     return arguments
 
 

@@ -11,7 +11,7 @@ import http.client
 import json
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,11 @@ class Pending:
     """Requests that are under way, one per engine."""
 
     futures: Mapping[str, Future[float]]
+
+    @property
+    def done(self) -> list[str]:
+        """Engines whose request is over, whichever way."""
+        return [name for name, future in self.futures.items() if future.done()]
 
     @property
     def has_failed(self) -> bool:
@@ -77,21 +82,26 @@ class EngineCalls:
         self.busy_s += longest
         return longest
 
-    def tell_all(self, path: str, body: Mapping[str, Any]) -> None:
-        """POST to every engine, also those that have failed; it does not matter what comes of it."""
-        for future in [self._pool.submit(self._post, engine, path, body) for engine in self.engines]:
+    def tell_all(self, path: str, body: Mapping[str, Any], *, names: Iterable[str] | None = None) -> None:
+        """POST to every engine (with ``names``: to these), also if it has failed; it does not matter what comes of it.
+
+        None of them may be answering a request.
+        """
+        wanted = self.engines if names is None else [engine for engine in self.engines if engine.name in set(names)]
+        for future in [self._pool.submit(self._post, engine, path, body) for engine in wanted]:
             with contextlib.suppress(OSError, http.client.HTTPException, _Refused):
                 future.result()
 
-    def raise_failures(self, doing: str) -> None:
-        """Raises EnginesMissedUpdate if any engine failed."""
-        if self.failures:
-            names = ", ".join(self.failures)
+    def raise_failures(self, doing: str, *, names: Sequence[str] = ()) -> None:
+        """Raises EnginesMissedUpdate if any engine failed, or for these ``names`` if none said so."""
+        failed = list(self.failures) or list(names)
+        if failed:
+            shown = ", ".join(failed)
             raise EnginesMissedUpdate(
-                f"{names} failed while {doing}",
-                evidence="\n".join(f"{name}: {why}" for name, why in self.failures.items()),
-                advice=f"Read the log of {names}; the first error in it is usually the cause.",
-                engines=list(self.failures),
+                f"{shown} failed while {doing}",
+                evidence="\n".join(f"{name}: {self.failures.get(name, 'no error was heard of')}" for name in failed),
+                advice=f"Read the log of {shown}; the first error in it is usually the cause.",
+                engines=failed,
             )
 
     def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any]) -> float:

@@ -27,9 +27,9 @@ from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.shared_memory import SharedBuffer, payload_of
 
-SHARED_BUCKET_BYTES = 32 << 20
-"""The most that one bucket in shared memory holds. Fresh memory costs more than copying: small buckets that take turns
-stay warm, and overlap better."""
+CPU_BUCKET_BYTES = 32 << 20
+"""The most that one bucket holds on a CPU. Fresh memory costs several times what copying does: small buckets that take
+turns stay warm, and overlap better. Measured with 95M parameters in fp32: 32 MiB 0.25 s, 512 MiB 1.6 s."""
 _LOOK_EVERY_S = 0.0005
 
 
@@ -131,7 +131,7 @@ class SharedMemorySender(Sender):
         buffers: tuple[SharedBuffer, SharedBuffer],
         calls: EngineCalls,
     ) -> None:
-        capacity = min(update.bucket_bytes, SHARED_BUCKET_BYTES)
+        capacity = min(update.bucket_bytes, CPU_BUCKET_BYTES)
         filled, loading = buffers
         bucket, pending = Bucket(capacity, ALIGNMENT), None
         for name, tensor in weights:
@@ -176,14 +176,33 @@ class BroadcastSender(Sender):
         if self.parallel.rank != 0:
             return
         with EngineCalls(update.engines) as calls:
+            requests = None
             try:
                 self._pump(update, weights, self._joined(update, calls), calls)
-                calls.raise_failures(f"taking weight version {update.version}")
+            except _Broken as broken:
+                requests = broken.requests
             except BaseException:
-                # A broadcast that not everybody has seen leaves a group that is out of step, and may not have ended.
-                calls.tell_all("/destroy_weights_update_group", {"group_name": update.group_name})
                 self.close()
                 raise
+            # Not above: the error's frames hold the broadcast, and so the group's connections, for as long as it lives.
+            if requests is not None:
+                self._break_up(update, calls, requests)
+                calls.raise_failures(f"taking weight version {update.version}", names=[e.name for e in update.engines])
+
+    def _break_up(self, update: WeightUpdate, calls: EngineCalls, requests: Pending) -> None:
+        """Somebody did not take part in a broadcast, and others wait for them, for us, and for each other.
+
+        Whoever leaves the group ends the waiting of those who wait for them: first those who are done, then we, then
+        those who are done because of that, until nobody waits.
+        """
+        body, told = {"group_name": update.group_name}, set[str]()
+        while len(told) < len(requests.futures):
+            done = set(requests.done) - told
+            calls.tell_all("/destroy_weights_update_group", body, names=done)
+            told |= done
+            self.close()
+            time.sleep(_LOOK_EVERY_S)  # each request has a deadline of its own
+        calls.finish(requests)
 
     def _joined(self, update: WeightUpdate, calls: EngineCalls) -> BroadcastGroup:
         group = self._group
@@ -202,23 +221,24 @@ class BroadcastSender(Sender):
         group: BroadcastGroup,
         calls: EngineCalls,
     ) -> None:
+        on_cpu = self.device.type == "cpu"
+        capacity = min(update.bucket_bytes, CPU_BUCKET_BYTES) if on_cpu else update.bucket_bytes
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        bucket, pending, turn = Bucket(update.bucket_bytes, 1), None, 0
+        bucket, pending, turn = Bucket(capacity, 1), None, 0
         for name, tensor in weights:
             if not bucket.takes(tensor):
                 self._finish_broadcast(calls, pending)
-                pending = self._broadcast(update, calls, group, memories[turn], bucket)
-                bucket, turn = Bucket(update.bucket_bytes, 1), 1 - turn
+                pending = self._broadcast(calls, group, memories[turn], bucket)
+                bucket, turn = Bucket(capacity, 1), 1 - turn
             bucket.add(name, tensor)
             memories[turn] = at_least(memories[turn], bucket)
             self._copy(memories[turn], bucket, tensor)
         self._finish_broadcast(calls, pending)
-        self._finish_broadcast(calls, self._broadcast(update, calls, group, memories[turn], bucket))
+        self._finish_broadcast(calls, self._broadcast(calls, group, memories[turn], bucket))
 
     def _broadcast(
-        self, update: WeightUpdate, calls: EngineCalls, group: BroadcastGroup, memory: torch.Tensor, bucket: Bucket
+        self, calls: EngineCalls, group: BroadcastGroup, memory: torch.Tensor, bucket: Bucket
     ) -> tuple[Pending, Any]:
-        calls.raise_failures(f"taking weight version {update.version}")  # else the broadcast would never end
         self.num_buckets += 1
         body = update_body("flattened_bucket") | {
             "names": [entry.name for entry in bucket.entries],
@@ -232,15 +252,28 @@ class BroadcastSender(Sender):
         return requests, group.broadcast(memory[: bucket.num_bytes])
 
     def _finish_broadcast(self, calls: EngineCalls, pending: tuple[Pending, Any] | None) -> None:
+        """Raises _Broken at once if an engine refused or is gone: others may wait for it, as data goes from one to the
+        other, and so may this broadcast."""
         if pending is None:
             return
         requests, work = pending
         at = time.perf_counter()
-        # An engine that refuses does not take part, and then the broadcast would wait for it until its deadline.
+        while len(requests.done) < len(requests.futures) and not requests.has_failed:
+            time.sleep(_LOOK_EVERY_S)
         while not work.is_completed() and not requests.has_failed:
             time.sleep(_LOOK_EVERY_S)
         self._times["wait"] += time.perf_counter() - at
+        if requests.has_failed or not work.is_success():
+            raise _Broken(requests)
         self._finish(calls, requests)
+
+
+class _Broken(Exception):
+    """A broadcast did not reach everybody."""
+
+    def __init__(self, requests: Pending) -> None:
+        super().__init__("a broadcast did not reach everybody")
+        self.requests = requests
 
 
 def at_least(memory: torch.Tensor, bucket: Bucket) -> torch.Tensor:
