@@ -7,10 +7,12 @@ from support.procs import eventually
 from support.rollout_cases import Answer, adds, make_config, manager, servers, sums, text_of
 
 from miles.rollout.engines import EnginesFail
+from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing
 from miles.rollout.journal import replay
 from miles.utils.http_utils import RequestRefused
 
 FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+HOOKS = "support.rollout_hooks."
 WAITS = "\\boxed{waits for ever, and a day}"
 
 
@@ -136,6 +138,18 @@ async def test_the_filter_drops_groups_with_a_reason_and_others_are_taken(tmp_pa
         assert rollout._loaded.source.ledger.reasons == {"zero_std_0.0": dropped}
 
 
+@pytest.mark.parametrize(("keep", "said"), [("keep_first", "1 of 4 were kept before"), ("keep_none", "none was kept")])
+async def test_a_filter_that_refuses_everything_from_some_group_on_ends_the_run(tmp_path, keep, said):
+    hooks = {"custom_generate_function_path": "made_at_once", "custom_rm_path": "async_rm"}
+    config = config_of(tmp_path, over_sampling_batch_size=50) | {k: HOOKS + name for k, name in hooks.items()}
+    config["dynamic_sampling_filter_path"] = HOOKS + keep
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        with pytest.raises(FilterKeepsNothing, match=f"1000 prompt groups in a row.*{said}"):
+            await asyncio.wait_for(rollout.generate(0), 30.0)
+        assert rollout.ledger().endswith("+ 0 open")
+
+
 async def test_a_request_that_one_engine_does_not_take_goes_to_another(tmp_path):
     with servers(adds, count=2) as fake, manager(config_of(tmp_path)) as rollout:
         fake.engines[0].down = True
@@ -214,6 +228,20 @@ async def test_on_policy_means_that_older_answers_are_generated_again(tmp_path):
         await rollout.set_weight_version(2)
         batch = await rollout.generate(1)
         assert batch.metrics["rollout/weight_version/min"] == 2
+
+
+@pytest.mark.parametrize(("said", "again"), [("7", False), ("007", False), ("8", True), ("v7", True)])
+async def test_weight_versions_are_compared_as_numbers(tmp_path, said, again):
+    """Groups that are finished are generated again only if their weights are others."""
+    config = config_of(tmp_path, over_sampling_batch_size=8, true_on_policy_mode=True)
+    with servers(adds) as fake, manager(config) as rollout:
+        fake.engines[0].version = said
+        await started(rollout, fake)
+        await rollout.set_weight_version(7)
+        await rollout.generate(0)
+        finished = [g for g in rollout._loaded.source.inner.buffer if all(s.reward is not None for s in g)]
+        metrics = (await rollout.generate(1)).metrics
+        assert ("rollout/returned/regenerated" in metrics) == (again and bool(finished))
 
 
 async def test_who_does_not_stop_in_time_is_left(tmp_path):

@@ -149,6 +149,10 @@ async def doubled(input):
     return [sample, copy.deepcopy(sample)] if sample.group_index in (1, 2) else sample
 
 
+async def made_at_once(input):
+    return _with_id(input.sample, None)
+
+
 async def bad_generate(input):
     return "a text"
 
@@ -195,6 +199,14 @@ def _finished(groups):
 def keep_even(args, samples, **kwargs):
     _ran("keep_even")
     return samples[0].group_index % 2 == 0
+
+
+def keep_none(args, samples, **kwargs):
+    return False
+
+
+def keep_first(args, samples, **kwargs):
+    return samples[0].group_index == 0
 
 
 def failing_filter(args, samples, **kwargs):

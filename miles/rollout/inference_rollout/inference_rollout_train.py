@@ -32,10 +32,12 @@ from miles_agents.errors import ConfigError
 logger = logging.getLogger(__name__)
 CLEAN_UP_S = 5.0
 ABORTED_TRIES = 3
+FRUITLESS_GROUPS = 1000
+"""So many groups are filtered one after the other, at the least, before it is an error."""
 
 
 class FilterKeepsNothing(ConfigError):
-    """The dynamic sampling filter refuses one group after the other."""
+    """The dynamic sampling filter refuses one group after the other, from the beginning or from some group on."""
 
     code = "E-ROLL-015"
 
@@ -59,6 +61,7 @@ class TrainRollout:
         self.accepted: list[Group] = []
         self.dropped: list[Group] = []
         self.drops: Counter[str] = Counter()
+        self._drops_in_a_row = 0
         self.returned: Counter[str] = Counter()
         self._pending: dict[asyncio.Task[Group], Group] = {}
         self._order: dict[asyncio.Task[Group], int] = {}
@@ -115,10 +118,11 @@ class TrainRollout:
         self.state.pendings.add(task)
 
     def _is_stale(self, group: Group) -> bool:
-        """Whether tokens of it are of an older weight version than the engines have now."""
+        """Whether tokens of it are of another weight version than the engines have now."""
         version = self.state.weight_version
-        versions = {v for sample in flat(group) for v in sample.weight_versions}
-        return version is not None and bool(versions - {str(version)})
+        if version is None:
+            return False
+        return any(not _same_version(v, version) for sample in flat(group) for v in sample.weight_versions)
 
     async def _take_finished(self) -> None:
         done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +156,7 @@ class TrainRollout:
             self._aborted_by_itself(made, original)
             return
         self.accepted.append(made)
+        self._drops_in_a_row = 0
         self.state.progress.finished = len(self.accepted)
 
     def _aborted_by_itself(self, made: Group, original: Group) -> None:
@@ -167,9 +172,11 @@ class TrainRollout:
         self.dropped.append(group)
         self.drops[reason] += 1
         self.state.progress.filtered = self.drops.total()
-        if not self.accepted and self.drops.total() >= max(1000, 50 * self.target):
+        self._drops_in_a_row += 1
+        if self._drops_in_a_row >= max(FRUITLESS_GROUPS, 50 * self.target):
+            kept = f"{len(self.accepted)} of {self.target} were kept before" if self.accepted else "none was kept"
             raise FilterKeepsNothing(
-                f"{self.drops.total()} prompt groups were filtered in rollout {self.rollout_id}, and none was kept",
+                f"{self._drops_in_a_row} prompt groups in a row were filtered in rollout {self.rollout_id}; {kept}",
                 evidence=", ".join(f"{reason}: {count}" for reason, count in self.drops.most_common(10)),
                 advice="Look at rewards and answers (--save-debug-rollout-data); the task may be too hard or too easy, "
                 "or --dynamic-sampling-filter-path too strict.",
@@ -277,6 +284,11 @@ def _error_of(task: asyncio.Task[Group]) -> BaseException | None:
         evidence="a generate or reward function raised asyncio.CancelledError, or cancelled its own task",
         advice="Let the function return an aborted sample, or raise another error.",
     )
+
+
+def _same_version(said: str, version: int) -> bool:
+    """Engines and user code write versions as text: numbers are compared as numbers."""
+    return int(said) == version if str(said).isdecimal() else str(said) == str(version)
 
 
 def _is_ours_for_aborted(path: str) -> bool:
