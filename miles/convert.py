@@ -59,9 +59,9 @@ def hf_to_torch_dist(source: Path, destination: Path) -> None:
         DestinationExists: There is something already.
         CannotWriteCheckpoint: The disk is full, or forbids it.
     """
+    from miles.backends.checkpoint_layout import RELEASE, TRACKER
     from miles.backends.hf_directory import HFDirectory
     from miles.backends.megatron_utils.checkpoint import TrainState, save_checkpoint
-    from miles.backends.megatron_utils.checkpoint_files import RELEASE, TRACKER
     from miles.backends.megatron_utils.standalone import StandaloneModel
 
     _refuse_existing(destination)
@@ -83,10 +83,9 @@ def torch_dist_to_hf(source: Path, destination: Path, hf_checkpoint: Path, *, st
         DestinationExists: There is something already.
         CannotExport: The disk is full, or forbids it.
     """
+    from miles.backends.checkpoint_layout import NoSuchCheckpoint, find_checkpoint
     from miles.backends.hf_directory import read_config
     from miles.backends.hf_export import export_hf
-    from miles.backends.megatron_utils.checkpoint_files import find_checkpoint
-    from miles.backends.megatron_utils.errors import NoSuchCheckpoint
     from miles.backends.megatron_utils.standalone import StandaloneModel, checkpoint_dtype
 
     _refuse_existing(destination)

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from miles.backends.checkpoint_layout import EXPORTED
 from miles.backends.hf_directory import INDEX, SINGLE
 from miles.backends.training_utils.collectives import all_gather_text
 from miles_agents.errors import ConfigError, EnvironmentFault
 
-COMPLETE = ".complete"
 MAX_SHARD_BYTES = 5 * 10**9
 """Of a weight file; as much is held in memory while it is gathered."""
 
@@ -132,8 +132,8 @@ class _DirectoryWriter:
             self._failure = f"{type(error).__name__}: {error}"
 
     def _begin(self) -> None:
-        if self._path.exists() and not (self._path / COMPLETE).is_file() and not _is_empty(self._path):
-            self._failure = f"{_EXISTS}it has no {COMPLETE} file, so it is no export of ours"
+        if self._path.exists() and not (self._path / EXPORTED).is_file() and not _is_empty(self._path):
+            self._failure = f"{_EXISTS}it has no {EXPORTED} file, so it is no export of ours"
             return
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
@@ -158,7 +158,7 @@ class _DirectoryWriter:
 
     def _copy_rest(self) -> None:
         for file in sorted(self._origin.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != COMPLETE:
+            if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != EXPORTED:
                 shutil.copyfile(file, self._aside / file.name)
         config = json.loads((self._origin / "config.json").read_text())
         written = str(self._dtype).removeprefix("torch.")
@@ -167,7 +167,7 @@ class _DirectoryWriter:
 
     def _commit(self) -> None:
         _sync(self._aside.iterdir())
-        (self._aside / COMPLETE).touch()
+        (self._aside / EXPORTED).touch()
         _sync([self._aside])
         replaced = self._path.parent / f".{self._path.name}.old"
         shutil.rmtree(replaced, ignore_errors=True)

@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from miles.backends.checkpoint_layout import (
+    DamagedCheckpoint,
+    backend_of,
+    find_checkpoint,
+    rollout_of,
+)
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.utils.eval_config import BadEvalConfig, eval_datasets
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
-
-TRACKER = "latest_checkpointed_iteration.txt"
-"""The file whose content says which iteration of a checkpoint directory is the newest; written last."""
 
 MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
 WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir")
@@ -47,6 +50,17 @@ HOOKS = (
 
 
 @dataclass(frozen=True)
+class CheckpointFacts:
+    """A checkpoint: the ``--train-backend`` that reads it, and the rollout after which it was written.
+
+    ``rollout_id`` is None for weights alone, as ``miles convert`` writes them.
+    """
+
+    backend: str
+    rollout_id: int | None
+
+
+@dataclass(frozen=True)
 class DirectoryFacts:
     """A directory that may hold a Hugging Face model or checkpoints.
 
@@ -56,7 +70,10 @@ class DirectoryFacts:
         config_error: Empty if there is nothing to say.
         has_tokenizer: It has a tokenizer's file.
         has_weights: It has safetensors.
-        iteration: Of the newest checkpoint, as the tracker file says; None: no checkpoint.
+        newest: The checkpoint that the tracker file names, or that the directory is; None: there is none.
+        steps: Backends of the checkpoints below it, by rollout.
+        is_checkpoint: It is the directory of a checkpoint itself.
+        checkpoint_error: Why the checkpoint that the tracker file names cannot be used.
     """
 
     exists: bool = False
@@ -64,7 +81,10 @@ class DirectoryFacts:
     config_error: str = ""
     has_tokenizer: bool = False
     has_weights: bool = False
-    iteration: int | None = None
+    newest: CheckpointFacts | None = None
+    steps: Mapping[int, str] = field(default_factory=dict)
+    is_checkpoint: bool = False
+    checkpoint_error: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,13 +167,18 @@ def look_at(path: Path) -> DirectoryFacts:
     except OSError:
         return DirectoryFacts()
     config, error = _read_config(path / "config.json") if "config.json" in names else (None, "")
+    newest, checkpoint_error = _newest(path)
+    rollouts = {name: rollout for name in sorted(names) if (rollout := rollout_of(name)) is not None}
     return DirectoryFacts(
         exists=True,
         config=config,
         config_error=error,
         has_tokenizer=bool(names & {"tokenizer.json", "tokenizer.model"}) or {"vocab.json", "merges.txt"} <= names,
         has_weights=any(name.endswith(".safetensors") for name in names),
-        iteration=_read_iteration(path / TRACKER),
+        newest=newest,
+        steps={rollout: backend for name, rollout in rollouts.items() if (backend := backend_of(path / name))},
+        is_checkpoint=backend_of(path) is not None,
+        checkpoint_error=checkpoint_error,
     )
 
 
@@ -165,11 +190,19 @@ def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
     return (config, "") if isinstance(config, dict) else (None, "config.json is not a JSON object")
 
 
-def _read_iteration(path: Path) -> int | None:
+def _newest(path: Path) -> tuple[CheckpointFacts | None, str]:
     try:
-        return int(path.read_text().strip())
-    except (OSError, ValueError):
-        return None
+        found = find_checkpoint(path)
+    except DamagedCheckpoint as error:
+        return None, f"{error.what}: {error.evidence}"
+    except OSError as error:
+        return None, f"its checkpoints cannot be told: {error}"
+    if found is None:
+        return None, ""
+    backend = backend_of(found.directory)
+    if backend is None:
+        return None, f"{found.directory.name} is incomplete, or no checkpoint"
+    return CheckpointFacts(backend, found.rollout_id), ""
 
 
 def why_unwritable(path: Path) -> str:

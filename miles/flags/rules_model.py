@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath
 
+from miles.backends.checkpoint_layout import TRACKER
 from miles.flags.architecture import FAMILIES, UnknownArchitecture, shape
 from miles.flags.draft import Draft
-from miles.flags.facts import TRACKER
+from miles.flags.facts import CheckpointFacts, DirectoryFacts
 from miles.flags.flag import TAKES_NO_VALUE, Plain
 from miles.flags.table import table
 
@@ -126,37 +128,91 @@ def _resume(draft: Draft) -> None:
         draft.problem("resume", "it looks for checkpoints in --save, which is missing", advice="Give --save DIR.")
         return
     found = draft.directory("save")
-    if found.iteration is not None:
+    if found.newest is not None or found.checkpoint_error:
         draft["load"] = draft["save"]
-        draft.notice(f"resuming from {draft['save']}, iteration {found.iteration}")
+        if found.newest is not None and found.newest.rollout_id is not None:
+            draft.notice(f"resuming from {draft['save']}, iteration {found.newest.rollout_id}")
     else:
         draft.notice(f"{draft['save']} has no checkpoint yet: a new run")
 
 
 def _resolve_load(draft: Draft) -> None:
     """A ``--load`` without a checkpoint is a fresh start, so that the same command starts and resumes."""
-    if draft["load"]:
-        found = draft.facts.directories.get(draft["load"]) or draft.directory("save")
-        if found.iteration is not None:
-            return
-        why = f"has no {TRACKER}" if found.exists else "does not exist"
-        source = "--ref-load" if draft["ref_load"] else "--hf-checkpoint"
-        draft.notice(f"--load {draft['load']} {why}: a fresh start, with the weights of {source}")
-        if draft["ckpt_step"] is not None:
-            draft.problem(
-                "ckpt_step",
-                f"--load {draft['load']} has no checkpoints",
-                advice="Correct --load, or leave --ckpt-step out.",
-            )
-    elif draft["ckpt_step"] is not None:
-        draft.problem("ckpt_step", "it names a checkpoint of --load, which is missing", advice="Give --load DIR.")
-    draft["load"] = None
+    found, load = draft.directory("load"), draft["load"]
+    chosen = choose_checkpoint(draft, "load", "ckpt_step")
+    if chosen is not None and chosen.rollout_id is not None:
+        return
+    if chosen is not None:
+        draft.notice(f"--load {load} holds weights alone: a fresh start with them")
+    elif load and _is_model(found):
+        draft.notice(f"--load {load} is a Hugging Face directory: a fresh start with its weights")
+    elif load:
+        _without_checkpoint(draft, found)
+        draft["load"] = None
     draft["no_load_optim"] = draft["no_load_rng"] = draft["finetune"] = True
 
 
+def _is_model(found: DirectoryFacts) -> bool:
+    return found.config is not None and found.has_weights
+
+
+def _without_checkpoint(draft: Draft, found: DirectoryFacts) -> None:
+    if found.config_error:
+        draft.problem("load", found.config_error, advice="Repair config.json, or leave --load out.")
+    elif not found.checkpoint_error and found.newest is None:
+        why = f"has no {TRACKER}" if found.exists else "does not exist"
+        source = "--ref-load" if draft["ref_load"] else "--hf-checkpoint"
+        draft.notice(f"--load {draft['load']} {why}: a fresh start, with the weights of {source}")
+
+
+def choose_checkpoint(draft: Draft, dest: str, step_dest: str) -> CheckpointFacts | None:
+    """The checkpoint that ``--load`` or ``--ref-load`` names, by itself or with its step; None: none, or a problem.
+
+    That of a directory ``iter_0000012`` becomes step 12 of the directory above, where the state of the rollout side is.
+    """
+    path, step, flag = draft[dest], draft[step_dest], draft.flag(dest)
+    found = draft.directory(dest)
+    chosen = found.newest
+    if found.is_checkpoint and chosen is not None:
+        if step not in (None, chosen.rollout_id):
+            _no_such_step(draft, step_dest, f"{flag} {path} is a checkpoint itself, and not that one")
+        elif chosen.rollout_id is not None:
+            draft[dest], draft[step_dest] = str(PurePosixPath(path).parent), chosen.rollout_id
+    elif step is not None:
+        chosen = CheckpointFacts(found.steps[step], step) if step in found.steps else None
+        if not path:
+            _no_such_step(draft, step_dest, f"it names a checkpoint of {flag}, which is missing")
+        elif chosen is None:
+            there = ", ".join(map(str, sorted(found.steps))) or "none"
+            _no_such_step(draft, step_dest, f"{flag} {path} has no checkpoint of that rollout; there are: {there}")
+    elif found.checkpoint_error:
+        draft.problem(
+            dest,
+            found.checkpoint_error,
+            allowed="a directory of complete checkpoints",
+            advice=f"Repair it, or choose a checkpoint with {draft.flag(step_dest)}.",
+            value=path,
+        )
+    if chosen is not None and draft.trains and chosen.backend != draft["train_backend"]:
+        draft.problem(
+            dest,
+            f"it holds a checkpoint of --train-backend {chosen.backend}, which {draft['train_backend']} cannot read",
+            allowed="a checkpoint of the same backend, or a Hugging Face directory",
+            advice=f"Use --train-backend {chosen.backend}"
+            + (", or make a Hugging Face directory of it: miles convert." if chosen.backend == "megatron" else "."),
+            value=path,
+        )
+    return chosen
+
+
+def _no_such_step(draft: Draft, step_dest: str, what: str) -> None:
+    draft.problem(step_dest, what, advice=f"Correct it, or leave {draft.flag(step_dest)} out.")
+
+
 def _resolve_reference(draft: Draft) -> None:
+    found = draft.directory("ref_load")
+    chosen = choose_checkpoint(draft, "ref_load", "ref_ckpt_step")
     if draft["ref_load"]:
-        found = draft.directory("ref_load")
         if not found.exists:
             draft.problem(
                 "ref_load",
@@ -164,24 +220,13 @@ def _resolve_reference(draft: Draft) -> None:
                 allowed="a torch_dist checkpoint or a Hugging Face directory",
                 advice="Correct the path; miles convert makes a torch_dist checkpoint of a Hugging Face directory.",
             )
-        elif found.iteration is None and found.config is None:
+        elif chosen is None and not (found.newest or found.steps or found.checkpoint_error or _is_model(found)):
             draft.problem(
                 "ref_load",
-                f"it has neither {TRACKER} nor config.json",
+                f"it has neither {TRACKER} nor config.json with *.safetensors",
                 allowed="a torch_dist checkpoint or a Hugging Face directory",
                 advice="Correct the path.",
-            )
-        elif draft["train_backend"] == "fsdp" and found.config is None:
-            draft.problem(
-                "ref_load",
-                "the FSDP backend reads Hugging Face directories",
-                allowed="a Hugging Face directory",
-                advice="Give the directory that the checkpoint was made of.",
             )
     elif draft["use_kl_loss"] and draft["hf_checkpoint"]:
         draft["ref_load"] = draft["hf_checkpoint"]
         draft.notice("the reference model is --hf-checkpoint: --ref-load is not given")
-    if draft["ref_ckpt_step"] is not None and draft.directory("ref_load").iteration is None:
-        draft.problem(
-            "ref_ckpt_step", "--ref-load has no checkpoints", advice="Give a torch_dist --ref-load, or leave it out."
-        )

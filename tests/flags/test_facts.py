@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from miles.flags.facts import TRACKER, EvalSet, gather, look_at, why_not_found, why_unwritable
+from miles.backends.checkpoint_layout import TRACKER
+from miles.flags.facts import CheckpointFacts, EvalSet, gather, look_at, why_not_found, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data, split_slice
 from miles.flags.table import table
 
@@ -73,7 +74,7 @@ class TestDirectories:
             True,
             True,
         )
-        assert found.iteration is None
+        assert found.newest is None
 
     @pytest.mark.parametrize("text", ["{", "[1]"])
     def test_a_config_that_is_none(self, tmp_path, text):
@@ -88,10 +89,34 @@ class TestDirectories:
         (tmp_path / "merges.txt").touch()
         assert look_at(tmp_path).has_tokenizer
 
-    @pytest.mark.parametrize(("text", "iteration"), [("12\n", 12), ("x", None)])
-    def test_a_checkpoint(self, tmp_path, text, iteration):
+    def checkpoint(self, path, backend="megatron"):
+        (path / "model").mkdir(parents=True)
+        (path / ("metadata.json" if backend == "megatron" else "meta.json")).touch()
+
+    @pytest.mark.parametrize("backend", ["megatron", "fsdp"])
+    def test_checkpoints(self, tmp_path, backend):
+        self.checkpoint(tmp_path / "iter_0000012", backend)
+        self.checkpoint(tmp_path / "iter_0000003", backend)
+        (tmp_path / "iter_0000020").mkdir()  # never finished
+        (tmp_path / TRACKER).write_text("12\n")
+        found = look_at(tmp_path)
+        assert (found.newest, found.is_checkpoint) == (CheckpointFacts(backend, 12), False)
+        assert found.steps == {3: backend, 12: backend}
+        itself = look_at(tmp_path / "iter_0000003")
+        assert (itself.newest, itself.is_checkpoint) == (CheckpointFacts(backend, 3), True)
+
+    def test_what_convert_writes(self, tmp_path):
+        self.checkpoint(tmp_path / "release")
+        (tmp_path / TRACKER).write_text("release")
+        assert look_at(tmp_path).newest == CheckpointFacts("megatron", None)
+
+    @pytest.mark.parametrize(("text", "why"), [("12", "names a checkpoint"), ("x", "says 'x'"), ("3", "incomplete")])
+    def test_a_checkpoint_that_cannot_be_used(self, tmp_path, text, why):
+        (tmp_path / "iter_0000003").mkdir()
         (tmp_path / TRACKER).write_text(text)
-        assert look_at(tmp_path).iteration == iteration
+        found = look_at(tmp_path)
+        assert found.newest is None
+        assert why in found.checkpoint_error
 
     def test_nothing(self, tmp_path):
         assert not look_at(tmp_path / "none").exists

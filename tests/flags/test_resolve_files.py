@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from support.flag_cases import CHECKPOINT, FACTS, MODEL, config, outcome, problems, with_directory
+from support.flag_cases import CHECKPOINT, FACTS, MODEL, RELEASED, config, outcome, problems, with_directory
 
-from miles.flags.facts import DirectoryFacts
+from miles.flags.facts import CheckpointFacts, DirectoryFacts
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,43 @@ class TestLoad:
         assert "--load" in problems("--ckpt-step 3")["--ckpt-step"]
         assert "--ckpt-step" in problems("--load C --ckpt-step 3", facts=with_directory("C", DirectoryFacts()))
 
+    def test_one_that_is_there_is_taken(self):
+        found = config("--load C --ckpt-step 3", facts=with_directory("C", CHECKPOINT))
+        assert (found["load"], found["ckpt_step"], found["finetune"]) == ("/home/me/C", 3, False)
+        told = problems("--load C --ckpt-step 4", facts=with_directory("C", CHECKPOINT))
+        assert "there are: 3, 7" in told["--ckpt-step"]
+
+    @pytest.mark.parametrize("backend", ["megatron", "fsdp"])
+    def test_the_directory_of_a_checkpoint_is_a_step_of_the_one_above(self, backend):
+        itself = DirectoryFacts(exists=True, newest=CheckpointFacts(backend, 3), is_checkpoint=True)
+        facts = with_directory("C/iter_0000003", itself)
+        found = config(f"--load C/iter_0000003 --train-backend {backend}", facts=facts)
+        assert (found["load"], found["ckpt_step"], found["finetune"]) == ("/home/me/C", 3, False)
+        found = config(
+            f"--ref-load C/iter_0000003/ --train-backend {backend}", facts=with_directory("C/iter_0000003/", itself)
+        )
+        assert (found["ref_load"], found["ref_ckpt_step"]) == ("/home/me/C", 3)
+        assert "--ckpt-step" in problems(f"--load C/iter_0000003 --ckpt-step 4 --train-backend {backend}", facts=facts)
+
+    @pytest.mark.parametrize(("found", "why"), [(RELEASED, "weights alone"), (MODEL, "Hugging Face directory")])
+    def test_weights_are_a_fresh_start_with_them(self, found, why):
+        resolved = outcome("--load C", facts=with_directory("C", found))
+        assert not resolved.problems
+        assert resolved.config["load"] == "/home/me/C"
+        assert resolved.config["finetune"] is resolved.config["no_load_optim"] is resolved.config["no_load_rng"] is True
+        assert [notice for notice in resolved.notices if "--load" in notice and why in notice]
+        assert not any("--hf-checkpoint" in notice for notice in resolved.notices)
+
+    def test_one_that_cannot_be_read_is_told_and_not_passed_over(self):
+        damaged = DirectoryFacts(exists=True, checkpoint_error="it says 'x'")
+        for flags in ("--load C", "--ref-load C", "--save C --resume auto"):
+            told = problems(flags, facts=with_directory("C", damaged))
+            assert any("it says 'x'" in text for text in told.values()), flags
+        broken = with_directory("C", DirectoryFacts(exists=True, config_error="config.json cannot be read: x"))
+        assert "config.json" in problems("--load C", facts=broken)["--load"]
+        told = problems("--load C --train-backend fsdp", facts=with_directory("C", CHECKPOINT))["--load"]
+        assert "--train-backend megatron" in told and "miles convert" in told
+
     def test_resume_auto_looks_into_save(self):
         found = config("--save S --resume auto", facts=with_directory("S", CHECKPOINT))
         assert found["load"] == found["save"] == "/home/me/S"
@@ -62,6 +99,9 @@ class TestReference:
         config("--use-kl-loss --ref-load R", facts=with_directory("R", CHECKPOINT))
         config("--use-kl-loss --ref-load R --ref-ckpt-step 3", facts=with_directory("R", CHECKPOINT))
         config("--use-kl-loss --ref-load M")
+        config("--use-kl-loss --ref-load R", facts=with_directory("R", RELEASED))
+        trained = DirectoryFacts(exists=True, newest=CheckpointFacts("fsdp", 3), steps={3: "fsdp"})
+        config("--use-kl-loss --ref-load R --train-backend fsdp", facts=with_directory("R", trained))
 
     def test_what_cannot_be_one(self):
         assert (
@@ -71,7 +111,7 @@ class TestReference:
         assert "neither" in problems("--ref-load R", facts=empty)["--ref-load"]
         torch_dist = with_directory("R", CHECKPOINT)
         assert "Hugging Face" in problems("--ref-load R --train-backend fsdp", facts=torch_dist)["--ref-load"]
-        assert "no checkpoints" in problems("--ref-load M --ref-ckpt-step 3")["--ref-ckpt-step"]
+        assert "no checkpoint of" in problems("--ref-load M --ref-ckpt-step 3")["--ref-ckpt-step"]
 
 
 class TestWriting:

@@ -21,12 +21,9 @@ from support.megatron_cases import (
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
-from miles.backends.megatron_utils.checkpoint_files import TRACKER, check_complete, find_checkpoint
-from miles.backends.megatron_utils.errors import (
-    CannotWriteCheckpoint,
-    DamagedCheckpoint,
-    NoSuchCheckpoint,
-)
+from miles.backends.checkpoint_layout import TRACKER, DamagedCheckpoint, NoSuchCheckpoint, find_checkpoint
+from miles.backends.megatron_utils.checkpoint_files import check_complete
+from miles.backends.megatron_utils.errors import CannotWriteCheckpoint
 
 
 def saved_run(path, root, changed, ids):

@@ -12,7 +12,8 @@ from support.ranks import run_ranks
 from support.tiny_models import ARCHITECTURES, tiny_model
 
 from miles.backends import hf_export
-from miles.backends.hf_export import COMPLETE, export_hf
+from miles.backends.checkpoint_layout import EXPORTED
+from miles.backends.hf_export import export_hf
 
 
 def tensors_of(path):
@@ -63,7 +64,7 @@ def test_there_and_back_is_exact(tmp_path, architecture, dtype):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (origin / name).read_bytes()
     assert json.loads((back / "config.json").read_text()) == json.loads((origin / "config.json").read_text())
-    assert (back / COMPLETE).is_file()
+    assert (back / EXPORTED).is_file()
     assert sorted(os.listdir(tmp_path)) == ["deep", "torch_dist"]
     assert os.listdir(tmp_path / "deep") == ["hf"]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from miles.flags.facts import DirectoryFacts, Facts
+from miles.flags.facts import CheckpointFacts, DirectoryFacts, Facts
 from miles.flags.parse import parse
 from miles.flags.prompt_facts import DataFacts
 from miles.flags.resolve import resolve
@@ -69,7 +69,9 @@ LLAMA = {
 }
 
 MODEL = DirectoryFacts(exists=True, config=QWEN3, has_tokenizer=True, has_weights=True)
-CHECKPOINT = DirectoryFacts(exists=True, iteration=7)
+CHECKPOINT = DirectoryFacts(exists=True, newest=CheckpointFacts("megatron", 7), steps={3: "megatron", 7: "megatron"})
+RELEASED = DirectoryFacts(exists=True, newest=CheckpointFacts("megatron", None))
+"""What ``miles convert hf-to-torch-dist`` writes."""
 DATA = DataFacts(rows=64, columns=("prompt", "label"), absent={"metadata": 1})
 FACTS = Facts(directories={"M": MODEL}, data={"D": DATA}, cores=4, default_run_dir="/runs/new", cwd="/home/me")
 GPUS = replace(FACTS, gpus=8, torch_has_cuda=True)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from miles.backends.base import LossOutput, MicroBatch, ParallelState, StepOutcome
+from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.megatron_utils.backend import MegatronBackend
-from miles.backends.megatron_utils.checkpoint_files import TRACKER, iteration_name
 
 
 def backend_args(model: Path, **changed: Any) -> Namespace:

@@ -14,7 +14,8 @@ from support.plain_losses import assert_close, flags, plain_log_probs, plain_los
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
-from miles.backends.training_utils.checkpoints import TRACKER, CannotSave, commit_checkpoint
+from miles.backends.checkpoint_layout import TRACKER
+from miles.backends.training_utils.checkpoints import CannotSave, commit_checkpoint
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
 from miles.utils.train_data import split_train_data

@@ -12,7 +12,8 @@ from support.plain_losses import flags, plain_log_probs, plain_loss, random_trai
 from support.store_actors import Keeper
 from support.tiny_backend import tiny_parameters
 
-from miles.backends.training_utils.checkpoints import TRACKER, CannotSave
+from miles.backends.checkpoint_layout import TRACKER
+from miles.backends.training_utils.checkpoints import CannotSave
 from miles.backends.training_utils.log_utils import NotFinite
 from miles.utils.train_data import split_train_data
 

@@ -31,8 +31,8 @@ from miles.backends.base import (
     StepOutcome,
     TrainBackend,
 )
+from miles.backends.checkpoint_layout import TRACKER
 from miles.backends.fsdp_utils.checkpoint import (
-    TRACKER,
     Progress,
     RankState,
     is_checkpoint,
@@ -211,7 +211,7 @@ class FSDPBackend(TrainBackend):
     def _load(self) -> int:
         """Weights, and whatever else there is, into the new model and optimizer."""
         loads = self.settings.loads
-        if loads.load is None or not is_checkpoint(loads.load):
+        if loads.load is None or not is_checkpoint(loads.load, loads.step):
             hf = loads.load is not None and (loads.load / "config.json").is_file()
             if loads.load is not None and not hf:
                 logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
@@ -226,8 +226,9 @@ class FSDPBackend(TrainBackend):
 
     def _load_weights(self, model: nn.Module, directory: Path) -> None:
         """From a Hugging Face directory or a checkpoint of this backend."""
-        if is_checkpoint(directory):
-            load_checkpoint(directory, model, None, step=self.settings.loads.ref_step, rng=False)
+        step = self.settings.loads.ref_step
+        if is_checkpoint(directory, step):
+            load_checkpoint(directory, model, None, step=step, rng=False)
             return
         if not (directory / "config.json").is_file() and (directory / TRACKER).exists():
             raise BadModelDirectory(

@@ -23,12 +23,11 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from miles.backends.checkpoint_layout import FSDP_META, TRACKER, iteration_name
 from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
 from miles.backends.fsdp_utils.model import named_shards
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 
-TRACKER = "latest_checkpointed_iteration.txt"
-META = "meta.json"
 FORMAT = 1
 
 
@@ -87,13 +86,16 @@ class RankState:
             torch.cuda.set_rng_state(self.torch["cuda"])
 
 
-def is_checkpoint(root: Path) -> bool:
-    """Whether ``root`` is a place where this backend has saved."""
+def is_checkpoint(root: Path, step: int | None = None) -> bool:
+    """Whether ``root`` is a place where this backend has saved; with ``step``, also one without a tracker file that has
+    the checkpoint of that rollout."""
+    if step is not None and (root / iteration_name(step) / FSDP_META).is_file():
+        return True
     tracker = root / TRACKER
     if not tracker.is_file():
         return False
     iteration = tracker.read_text().strip()
-    return iteration.isdecimal() and (root / f"iter_{int(iteration):07d}" / META).is_file()
+    return iteration.isdecimal() and (root / iteration_name(int(iteration)) / FSDP_META).is_file()
 
 
 def save_checkpoint(
@@ -110,7 +112,7 @@ def save_checkpoint(
     if rng is not None:
         rng.save(directory / f"rng_{dist.get_rank():05d}.safetensors")
     if dist.get_rank() == 0:
-        (directory / META).write_text(json.dumps({"format": FORMAT, **asdict(progress)}, indent=2))
+        (directory / FSDP_META).write_text(json.dumps({"format": FORMAT, **asdict(progress)}, indent=2))
 
 
 def load_checkpoint(
@@ -149,8 +151,8 @@ def _part(local: torch.Tensor, like: DTensor) -> DTensor:
 def _directory(root: Path, step: int | None) -> Path:
     if step is None:
         step = int((root / TRACKER).read_text())
-    directory = root / f"iter_{step:07d}"
-    if not (directory / META).is_file():
+    directory = root / iteration_name(step)
+    if not (directory / FSDP_META).is_file():
         there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "nothing"
         raise _bad(f"{root} has no checkpoint of rollout {step}", f"there is: {there}", "Give another --ckpt-step.")
     return directory
@@ -158,12 +160,12 @@ def _directory(root: Path, step: int | None) -> Path:
 
 def _progress(directory: Path) -> Progress:
     try:
-        meta = json.loads((directory / META).read_text())
+        meta = json.loads((directory / FSDP_META).read_text())
         if meta.pop("format") != FORMAT:
             raise ValueError("it was written by a newer version")
         return Progress(**meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _bad(f"{directory / META} cannot be read", str(error), "Load another checkpoint.") from error
+        raise _bad(f"{directory / FSDP_META} cannot be read", str(error), "Load another checkpoint.") from error
 
 
 def _read(state: dict[str, Any], directory: Path, flag: str) -> None:

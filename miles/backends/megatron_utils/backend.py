@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from miles.backends.base import LogitsFunction, LossFunction, MicroBatch, ModelTag, StepOutcome, TrainBackend
+from miles.backends.checkpoint_layout import FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils import passes
 from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from miles.backends.megatron_utils.checkpoint_files import FoundCheckpoint, is_hf_directory
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.megatron_training import provide_get_args

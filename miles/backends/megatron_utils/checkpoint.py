@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from miles.backends.base import ParallelState
+from miles.backends.checkpoint_layout import DamagedCheckpoint
 from miles.backends.megatron_utils.checkpoint_files import check_complete
-from miles.backends.megatron_utils.errors import CannotWriteCheckpoint, CheckpointMismatch, DamagedCheckpoint
+from miles.backends.megatron_utils.errors import CannotWriteCheckpoint, CheckpointMismatch
 from miles.backends.megatron_utils.families import Shape
 
 logger = logging.getLogger(__name__)

@@ -1,94 +1,18 @@
-"""Where checkpoints are, and whether all their files are there. Reads no tensor."""
+"""Whether all files of a torch_dist checkpoint are there. Reads no tensor."""
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from miles.backends.megatron_utils.errors import DamagedCheckpoint, NoSuchCheckpoint
+from miles.backends.checkpoint_layout import FORMAT, DamagedCheckpoint
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""What the tracker says of weights that no training of ours made: those of ``miles convert``."""
-FORMAT, COMMON, INDEX = "metadata.json", "common.pt", ".metadata"
-"""Files of a torch_dist directory beside those with tensors; the first is written last."""
-
-
-@dataclass(frozen=True)
-class FoundCheckpoint:
-    """A torch_dist directory. ``rollout_id``: None for a release."""
-
-    directory: Path
-    rollout_id: int | None
-
-
-def iteration_name(rollout_id: int) -> str:
-    """Of the directory of a rollout."""
-    return f"iter_{rollout_id:07d}"
-
-
-def find_checkpoint(root: str | Path | None, step: int | None = None) -> FoundCheckpoint | None:
-    """The newest checkpoint below ``root``, or that of rollout ``step``; None if there is none.
-
-    ``root`` may also be a torch_dist directory itself. A directory that the tracker does not name yet was never
-    finished, and is no checkpoint.
-
-    Raises:
-        NoSuchCheckpoint: Not the one of ``step``.
-        DamagedCheckpoint: The tracker names what is not there.
-    """
-    if root is None:
-        return None
-    root = Path(root)
-    if step is not None:
-        return _of_step(root, step)
-    if (root / FORMAT).is_file():
-        return FoundCheckpoint(root, _rollout_id(root.name))
-    if not (root / TRACKER).is_file():
-        return None
-    said = (root / TRACKER).read_text().strip()
-    name = said if said == RELEASE else iteration_name(int(said)) if said.isdigit() else ""
-    if not name or not (root / name).is_dir():
-        raise DamagedCheckpoint(
-            f"{root / TRACKER} names a checkpoint that is not there",
-            evidence=f"it says {said!r}; there are: {_there(root)}",
-            advice="Write the number of a complete checkpoint into it, or choose one with --ckpt-step.",
-            path=str(root),
-        )
-    return FoundCheckpoint(root / name, _rollout_id(name))
-
-
-def _of_step(root: Path, step: int) -> FoundCheckpoint:
-    directory = root / iteration_name(step)
-    if not directory.is_dir():
-        raise NoSuchCheckpoint(
-            f"there is no checkpoint of rollout {step} in {root}",
-            evidence=f"there are: {_there(root)}",
-            advice="Choose one of these with --ckpt-step.",
-            path=str(directory),
-        )
-    return FoundCheckpoint(directory, step)
-
-
-def _there(root: Path) -> str:
-    names = sorted(path.name for path in root.glob("iter_*")) if root.is_dir() else []
-    return ", ".join(names) or "none"
-
-
-def _rollout_id(name: str) -> int | None:
-    match = re.fullmatch(r"iter_(\d{7,})", name)
-    return int(match[1]) if match else None
-
-
-def is_hf_directory(path: Path) -> bool:
-    """Whether it looks like a Hugging Face model directory."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+COMMON, INDEX = "common.pt", ".metadata"
+"""Files of a torch_dist directory beside those with tensors."""
 
 
 def check_complete(directory: Path) -> Metadata:

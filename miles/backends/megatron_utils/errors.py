@@ -41,18 +41,6 @@ class AsleepError(ConfigError):
     code = "E-MEG-006"
 
 
-class NoSuchCheckpoint(ConfigError):
-    """``--load``, ``--ref-load`` or ``--ckpt-step`` names a checkpoint that is not there."""
-
-    code = "E-CKPT-001"
-
-
-class DamagedCheckpoint(EnvironmentFault):
-    """A checkpoint directory lacks files, or they cannot be read."""
-
-    code = "E-CKPT-002"
-
-
 class CheckpointMismatch(ConfigError):
     """A checkpoint of another model, or without what was asked for."""
 

@@ -6,8 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from miles.backends.megatron_utils.checkpoint_files import FoundCheckpoint, find_checkpoint, is_hf_directory
-from miles.backends.megatron_utils.errors import NoSuchCheckpoint
+from miles.backends.checkpoint_layout import FoundCheckpoint, NoSuchCheckpoint, find_checkpoint, is_hf_directory
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.training_utils.collectives import all_gather_text
 from miles_agents.errors import EnvironmentFault, MilesError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOTHING_LEFT = 1 << 20
 
@@ -46,7 +46,8 @@ def commit_checkpoint(root: Path, rollout_id: int, write: Callable[[Path], None]
     Raises:
         CannotSave: On all ranks alike, with what each rank saw.
     """
-    final, aside = root / f"iter_{rollout_id:07d}", root / f".iter_{rollout_id:07d}.tmp"
+    name = iteration_name(rollout_id)
+    final, aside = root / name, root / f".{name}.tmp"
     is_first = dist.get_rank() == 0
     steps: list[Callable[[], None]] = [
         (lambda: _begin(root, aside)) if is_first else _nothing,
