@@ -7,7 +7,7 @@ the same GPU maps that one. The first trainer rank of an engine collects the pay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from miles.backends.weight_update.engine_calls import EngineCalls, Pending
 from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.sender import Sender, at_least, update_body
+
+T = TypeVar("T")
 
 _gloo: list[dist.ProcessGroup] = []
 """A group of all trainer ranks for what is not on a GPU; made once."""
@@ -33,6 +35,10 @@ class CudaIpcSender(Sender):
         speaks = engine is not None and self.parallel.rank == engine.rank_offset - 1
         with EngineCalls((engine,) if engine is not None and speaks else ()) as calls:
             self._pump(update, weights, calls)
+            # All ranks tell of all engines, as only one rank's error is heard. Also a barrier: nobody lets go of memory
+            # that another rank's engine may still read.
+            for failures in self._gathered(calls.failures):
+                calls.failures |= failures
             calls.raise_failures(f"taking weight version {update.version}")
 
     def _pump(self, update: WeightUpdate, weights: Iterator[tuple[str, torch.Tensor]], calls: EngineCalls) -> None:
@@ -48,13 +54,12 @@ class CudaIpcSender(Sender):
             self._copy(memories[turn], bucket, tensor)
         self._finish(calls, pending)
         self._finish(calls, self._hand_over(calls, memories[turn], bucket))
-        self._all_payloads("")  # nobody lets go of memory that another rank's engine may still read
 
     def _hand_over(self, calls: EngineCalls, memory: torch.Tensor, bucket: Bucket) -> Pending:
         torch.cuda.synchronize(self.device)
         self.num_buckets += 1
         # Also a barrier: when it returns, the engines have loaded the bucket before, and its memory may be filled.
-        payloads = self._all_payloads(ipc_payload(memory, bucket))
+        payloads = self._gathered(ipc_payload(memory, bucket))
 
         def body(engine: EngineTarget) -> dict[str, Any]:
             first = engine.rank_offset - 1
@@ -63,12 +68,13 @@ class CudaIpcSender(Sender):
 
         return calls.start("/update_weights_from_tensor", body)
 
-    def _all_payloads(self, payload: str) -> list[str]:
+    def _gathered(self, value: T) -> list[T]:
+        """From all ranks, by rank."""
         if self.parallel.world_size == 1:
-            return [payload]
-        payloads: list[str] = [""] * self.parallel.world_size
-        dist.all_gather_object(payloads, payload, group=_gloo[0])
-        return payloads
+            return [value]
+        values: list[T] = [value] * self.parallel.world_size
+        dist.all_gather_object(values, value, group=_gloo[0])
+        return values
 
 
 def engine_of(parallel: ParallelState, update: WeightUpdate) -> EngineTarget | None:
