@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.checkpoint_layout import (
+    EXPORTED,
     DamagedCheckpoint,
     backend_of,
     find_checkpoint,
@@ -105,6 +106,7 @@ class Facts:
         data: By path, as typed, slice included.
         eval_sets: What is evaluated.
         eval_error: Why that cannot be told.
+        export_error: Why no Hugging Face directory can be written to ``--save-hf``.
         unwritable: Why a path cannot be written to, by path; what is absent can be.
         missing_files: Paths that were named and do not exist.
         hook_errors: Why user code cannot be found, by dotted path.
@@ -119,6 +121,7 @@ class Facts:
     data: Mapping[str, DataFacts] = field(default_factory=dict)
     eval_sets: tuple[EvalSet, ...] = ()
     eval_error: str = ""
+    export_error: str = ""
     unwritable: Mapping[str, str] = field(default_factory=dict)
     missing_files: frozenset[str] = frozenset()
     hook_errors: Mapping[str, str] = field(default_factory=dict)
@@ -148,6 +151,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         data={path: read_data(path, [str(key) for key in keys if key]) for path, keys in wanted.items()},
         eval_sets=tuple(sets),
         eval_error=error,
+        export_error=why_not_exported(values.get("save_hf") or ""),
         unwritable={path: reason for path in [*written, run_dir] if (reason := why_unwritable(Path(path)))},
         missing_files=frozenset(path for path in named_files if not Path(path).is_file()),
         hook_errors={path: reason for key in HOOKS if (path := values.get(key)) and (reason := why_not_found(path))},
@@ -215,6 +219,20 @@ def why_unwritable(path: Path) -> str:
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable for user {os.getuid()}"
+
+
+def why_not_exported(template: str) -> str:
+    """Why ``--save-hf`` cannot be written: what an export at the end of training would run into. Empty: it can."""
+    if not template:
+        return ""
+    try:
+        path = Path(template.format(rollout_id=0))
+    except (LookupError, ValueError, AttributeError) as error:
+        return f"only {{rollout_id}} can stand in braces: {type(error).__name__}: {error}"
+    is_ours = (path / EXPORTED).is_file()
+    if str(path) == template and path.exists() and not is_ours and (not path.is_dir() or any(path.iterdir())):
+        return f"there is something already, and no earlier export of ours: it has no {EXPORTED} file"
+    return why_unwritable(path.absolute().parent)
 
 
 def why_not_found(dotted: str) -> str:

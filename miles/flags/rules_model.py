@@ -115,12 +115,44 @@ def resolve_checkpoints(draft: Draft) -> None:
     """Where weights come from, and where they go."""
     if draft["resume"] == "auto":
         _resume(draft)
-    _resolve_load(draft)
+    resumes = _resolve_load(draft)
     _resolve_reference(draft)
+    _check_start(draft, resumes)
+    _check_export(draft)
     if draft["save_interval"] is not None and not draft["save"]:
         draft.problem("save_interval", "there is no directory to save to", advice="Give --save DIR.")
     if draft["no_save_optim"] and not draft["save"] and "no_save_optim" in draft.typed:
         draft.problem("no_save_optim", "nothing is saved", advice="Give --save DIR, or leave it out.")
+
+
+def _check_start(draft: Draft, resumes: bool) -> None:
+    start, last = draft["start_rollout_id"], draft["num_rollout"]
+    if start is None:
+        return
+    if last is not None and start > last:
+        draft.problem(
+            "start_rollout_id",
+            f"the run ends after {last} rollouts: there is none of that number",
+            allowed=f"0 to {last}",
+            advice="Lower it, or give a higher --num-rollout.",
+        )
+    if start and not resumes and not draft["load_debug_rollout_data"]:
+        where = f"--load {draft['load']} has" if draft["load"] else "without a checkpoint in --load there is"
+        draft.notice(f"--start-rollout-id {start}: {where} no state of the data, which begins anew")
+
+
+def _check_export(draft: Draft) -> None:
+    if not draft["save_hf"]:
+        return
+    if not draft["save"]:
+        draft.problem("save_hf", "it exports at each save, and nothing is saved", advice="Give --save DIR.")
+    if why := draft.facts.export_error:
+        draft.problem(
+            "save_hf",
+            why,
+            allowed="a new directory, such as DIR/{rollout_id}",
+            advice="Choose another directory.",
+        )
 
 
 def _resume(draft: Draft) -> None:
@@ -136,12 +168,13 @@ def _resume(draft: Draft) -> None:
         draft.notice(f"{draft['save']} has no checkpoint yet: a new run")
 
 
-def _resolve_load(draft: Draft) -> None:
-    """A ``--load`` without a checkpoint is a fresh start, so that the same command starts and resumes."""
+def _resolve_load(draft: Draft) -> bool:
+    """Whether ``--load`` holds a checkpoint of a run. Without one it is a fresh start, so that the same command starts
+    and resumes."""
     found, load = draft.directory("load"), draft["load"]
     chosen = choose_checkpoint(draft, "load", "ckpt_step")
     if chosen is not None and chosen.rollout_id is not None:
-        return
+        return True
     if chosen is not None:
         draft.notice(f"--load {load} holds weights alone: a fresh start with them")
     elif load and _is_model(found):
@@ -150,6 +183,7 @@ def _resolve_load(draft: Draft) -> None:
         _without_checkpoint(draft, found)
         draft["load"] = None
     draft["no_load_optim"] = draft["no_load_rng"] = draft["finetune"] = True
+    return False
 
 
 def _is_model(found: DirectoryFacts) -> bool:

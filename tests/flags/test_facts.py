@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from miles.backends.checkpoint_layout import TRACKER
-from miles.flags.facts import CheckpointFacts, EvalSet, gather, look_at, why_not_found, why_unwritable
+from miles.flags.facts import CheckpointFacts, EvalSet, gather, look_at, why_not_exported, why_not_found, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data, split_slice
 from miles.flags.table import table
 
@@ -135,6 +135,24 @@ class TestWriting:
         assert "link to nowhere" in why_unwritable(tmp_path / "l")
 
 
+class TestExports:
+    def test_what_can_be_written(self, tmp_path):
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / ".complete").touch()
+        (tmp_path / "empty").mkdir()
+        for name in ("", "new", "ours", "empty", "{rollout_id}", "a/hf-{rollout_id:04d}"):
+            assert why_not_exported(name and f"{tmp_path}/{name}") == "", name
+
+    def test_what_cannot(self, tmp_path):
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "x").touch()
+        assert "something already" in why_not_exported(f"{tmp_path}/theirs")
+        assert "something already" in why_not_exported(f"{tmp_path}/theirs/x")
+        assert "is a file" in why_not_exported(f"{tmp_path}/theirs/x/{{rollout_id}}")
+        for wrong in ("{step}", "{0}", "{rollout_id", "{rollout_id.x}"):
+            assert "only {rollout_id}" in why_not_exported(f"{tmp_path}/{wrong}"), wrong
+
+
 class TestHooks:
     def test_found_without_being_run(self, tmp_path, monkeypatch):
         (tmp_path / "user_hook_module.py").write_text("raise SystemExit('was run')")
@@ -163,6 +181,7 @@ def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
         "eval_input_key": "q",
         "chat_template_path": "none.jinja",
         "save": "file",
+        "save_hf": "file",
         "custom_rm_path": "nowhere_at_all.rm",
     }
     facts = gather(values, run_dir="file/run")
@@ -172,6 +191,7 @@ def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
     assert facts.data["e.jsonl"].absent == {"label": 1}
     assert [found.path for found in facts.eval_sets] == ["e.jsonl", "p.jsonl"]
     assert set(facts.unwritable) == {"file", "file/run"}
+    assert "something already" in facts.export_error
     assert facts.missing_files == {"none.jinja"}
     assert set(facts.hook_errors) >= {"nowhere_at_all.rm"}
     assert facts.cores >= 1

@@ -88,6 +88,28 @@ class TestLoad:
         assert "--save" in problems("--resume auto")["--resume"]
 
 
+class TestStart:
+    def test_behind_the_end_there_is_nothing(self):
+        assert "0 to 5" in problems("--num-rollout 5 --start-rollout-id 6")["--start-rollout-id"]
+        assert "--start-rollout-id" in problems("--num-rollout 5 --start-rollout-id -1")
+
+    @pytest.mark.parametrize(
+        ("flags", "begins_anew"),
+        [
+            ("--start-rollout-id 3", True),
+            ("--start-rollout-id 0", False),
+            ("--start-rollout-id 3 --load C", False),
+            ("--start-rollout-id 3 --load C --finetune", False),
+            ("--start-rollout-id 3 --load R", True),
+        ],
+    )
+    def test_it_is_told_that_data_begins_anew(self, flags, begins_anew):
+        facts = with_directory("R", RELEASED, facts=with_directory("C", CHECKPOINT))
+        resolved = outcome(f"--num-rollout 5 {flags}", facts=facts)
+        assert not resolved.problems
+        assert any("begins anew" in notice for notice in resolved.notices) is begins_anew
+
+
 class TestReference:
     def test_it_is_the_model_unless_told(self):
         resolved = outcome("--use-kl-loss")
@@ -124,11 +146,16 @@ class TestWriting:
         locked = replace(FACTS, unwritable={"X": "X is a file"})
         assert "X is a file" in problems(f"{flag} X", facts=locked)[flag]
 
+    def test_an_export_needs_saves_and_a_place(self):
+        assert "--save DIR" in problems("--save-hf h")["--save-hf"]
+        taken = replace(FACTS, export_error="there is something already")
+        assert "something already" in problems("--save s --save-hf h", facts=taken)["--save-hf"]
+
     def test_the_default_run_directory_is_checked_too(self):
         assert "--run-dir" in problems(facts=replace(FACTS, unwritable={"/runs/new": "no"}))
 
     def test_paths_become_absolute(self):
-        found = config("--run-dir r --save-hf h/{rollout_id} --dump-details d")
+        found = config("--run-dir r --save s --save-hf h/{rollout_id} --dump-details d")
         assert found["run_dir"] == "/home/me/r"
         assert found["save_hf"] == "/home/me/h/{rollout_id}"
         assert found["prompt_data"] == "/home/me/D"
