@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 READ_BYTES = 64 * 1024 * 1024
 """So much of a JSONL file is parsed; what follows is only counted (the loader reads it all anyway)."""
@@ -22,10 +22,10 @@ class DataFacts:
 
     Attributes:
         error: Why it cannot be read; empty: it can.
-        rows: Rows in it, after the slice.
-        columns: Of the first row.
-        absent: Of the columns that were asked for, the ones that some row lacks: the number of the first such line.
-        broken: Number of the first line that is not a JSON object, and what is wrong with it.
+        rows: Rows in the slice, or in all of it. Nothing else is told of what lies outside.
+        columns: Of its first row.
+        absent: Of the columns that were asked for, those that some row of it lacks: the number of the first such line.
+        broken: Number of its first line that is not a JSON object, and what is wrong with it.
     """
 
     error: str = ""
@@ -59,27 +59,36 @@ def read_data(path: str, keys: Sequence[str]) -> DataFacts:
         return DataFacts(error=f"cannot be read: {error}")
 
 
-def _jsonl(lines: Iterable[bytes], keys: Sequence[str], rows: slice) -> DataFacts:
+def _jsonl(file: BinaryIO, keys: Sequence[str], rows: slice) -> DataFacts:
+    start, stop = _bounds(file, rows)
     columns: tuple[str, ...] = ()
     absent: dict[str, int] = {}
-    count = size = 0
-    numbered = iter(enumerate(lines, start=1))
-    for number, line in numbered:
+    index = size = 0
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        row = _row(line)
-        if isinstance(row, str):
-            return DataFacts(rows=count, columns=columns, absent=absent, broken=(number, row))
-        columns = columns or tuple(row)
-        for key in keys:
-            if key not in row:
-                absent.setdefault(key, number)
-        count += 1
-        size += len(line)
-        if size > READ_BYTES:
+        if index >= stop:
             break
-    count += sum(1 for _, line in itertools.islice(numbered, None) if line.strip())
-    return DataFacts(rows=len(range(count)[rows]), columns=columns, absent=absent)
+        if index >= start and size <= READ_BYTES:
+            row = _row(line)
+            if isinstance(row, str):
+                return DataFacts(rows=index - start, columns=columns, absent=absent, broken=(number, row))
+            columns = columns or tuple(row)
+            for key in keys:
+                if key not in row:
+                    absent.setdefault(key, number)
+            size += len(line)
+        index += 1
+    return DataFacts(rows=max(0, index - start), columns=columns, absent=absent)
+
+
+def _bounds(file: BinaryIO, rows: slice) -> tuple[int, float]:
+    """First row and the one behind the last. Those that are counted from the end need all rows to be counted first."""
+    if (rows.start or 0) >= 0 and (rows.stop or 0) >= 0:
+        return rows.start or 0, math.inf if rows.stop is None else rows.stop
+    start, stop, _ = rows.indices(sum(1 for line in file if line.strip()))
+    file.seek(0)
+    return start, stop
 
 
 def _row(line: bytes) -> dict[str, Any] | str:

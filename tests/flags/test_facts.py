@@ -48,6 +48,16 @@ class TestPromptFiles:
         path = jsonl(tmp_path / "d.jsonl", *({"prompt": n} for n in range(10)))
         assert read_data(f"{path}@{piece}", []).rows == rows
 
+    @pytest.mark.parametrize("piece", ["[1:3]", "[-3:-1]", "[1:-1]", "[-3:3]"])
+    def test_only_what_is_in_the_slice_counts(self, tmp_path, piece):
+        path = jsonl(tmp_path / "d.jsonl", {"other": 0}, "\n", {"prompt": 1, "label": 1}, {"prompt": 2}, "{broken\n")
+        assert read_data(f"{path}@{piece}", ["prompt", "label"]) == DataFacts(
+            rows=2, columns=("prompt", "label"), absent={"label": 4}
+        )
+        assert read_data(f"{path}@[3:]", []).broken[0] == 5
+        for nothing in ("[2:1]", "[0:0]"):
+            assert read_data(f"{path}@{nothing}", ["prompt"]) == DataFacts()
+
     def test_a_path_without_a_slice_is_whole(self):
         assert split_slice("a@b.jsonl") == ("a@b.jsonl", slice(None))
         assert split_slice("a.jsonl@[1:2]") == ("a.jsonl", slice(1, 2))
