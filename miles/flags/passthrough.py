@@ -26,6 +26,7 @@ _FORMAT = 1
 _READ_S = 240.0
 
 _RUN_DECIDES = "it is decided by the run"
+_OWN_KEY = "each run makes a key of its own, which no command line shows"
 _EXCLUDED: dict[str, str] = {
     "model_path": "the model is --hf-checkpoint",
     "config": "give the flags themselves",
@@ -35,7 +36,9 @@ _EXCLUDED: dict[str, str] = {
     "host": _RUN_DECIDES,
     "port": "ports are leased by the agent",
     "nccl_port": "ports are leased by the agent",
-    "api_key": "each run has a key of its own",
+    "api_key": _OWN_KEY,
+    "admin_api_key": _OWN_KEY,
+    "router_api_key": _OWN_KEY,
     "nnodes": _RUN_DECIDES,
     "node_rank": _RUN_DECIDES,
     "dist_init_addr": _RUN_DECIDES,
@@ -78,7 +81,7 @@ def _flag(row: dict[str, Any], names: tuple[str, ...], dest: str, source: Packag
         nargs=row["nargs"],
         source=source,
     )
-    reason = _EXCLUDED.get(row["dest"]) if source == "sglang" else None
+    reason = _EXCLUDED.get(row["dest"])
     return refused(flag, reason) if reason else flag
 
 

@@ -85,6 +85,7 @@ def test_what_is_not_served_is_refused_by_its_flag(flag, value, words):
     with pytest.raises(BadEngineConfig, match=words) as caught:
         arguments(**{flag: value})
     assert caught.value.advice and caught.value.evidence
+    assert "--sglang-api-key" not in caught.value.advice  # it is refused, too
 
 
 def test_the_cache_on_a_cpu_holds_what_can_run_at_once_within_a_gigabyte():

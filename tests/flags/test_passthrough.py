@@ -22,6 +22,8 @@ ROWS = [
     {"names": ["--moe-a2a-backend"], "dest": "moe_a2a_backend", "kind": "str", "choices": ["none", "deepep"]},
     {"names": ["--cuda-graph-backend-prefill"], "dest": "cuda_graph_backend_prefill", "kind": "str"},
     {"names": ["--model-path", "--model"], "dest": "model_path", "kind": "str"},
+    {"names": ["--api-key"], "dest": "api_key", "kind": "str"},
+    {"names": ["--admin-api-key"], "dest": "admin_api_key", "kind": "str"},
     {"names": ["--port"], "dest": "port", "kind": "int", "default": 30000},
     {"names": ["--router-policy"], "dest": "router_policy", "kind": "str"},
 ]
@@ -60,6 +62,16 @@ def test_what_the_run_decides_is_refused(cached):
     assert values == {}
     assert "--hf-checkpoint" in told["--sglang-model-path"]
     assert "leased" in told["--sglang-port"]
+
+
+def test_keys_on_a_command_line_are_refused(cached):
+    keys = ("--sglang-api-key", "--sglang-admin-api-key")
+    values, told = typed(*(word for key in keys for word in (key, "secret")))
+    assert values == {}
+    assert all("a key of its own" in told[key] for key in keys)
+    parsed = parse(["--router-api-key", "secret"], table().extended(router_flags()))
+    assert parsed.typed == {}
+    assert "a key of its own" in parsed.problems[0].what
 
 
 def test_an_unknown_one_names_the_nearest(cached):

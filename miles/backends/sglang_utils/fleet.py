@@ -57,7 +57,7 @@ class EngineFleet:
         devices: Sequence[Sequence[int]] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
-        self.api_key = str(config.get("sglang_api_key") or secrets.token_urlsafe(32))
+        self.api_key = secrets.token_urlsafe(32)
         self.router_url = ""
         self._controller = controller
         self._config = dict(config)

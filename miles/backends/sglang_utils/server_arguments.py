@@ -136,7 +136,7 @@ def _check(config: Mapping[str, Any], typed: Mapping[str, Any], *, on_cpu: bool)
         raise BadEngineConfig(
             "--sglang-admin-api-key is not served",
             evidence="with it engines take weight updates from nobody who has only the run's key",
-            advice="Leave it out: every run makes a key of its own, or takes --sglang-api-key.",
+            advice="Leave it out: every run makes a key of its own.",
         )
     if config.get("sglang_config"):
         raise BadEngineConfig(
