@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from miles.utils.replace_directory import recover_all
 from miles_agents.errors import ConfigError, EnvironmentFault
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -65,7 +66,7 @@ def find_checkpoint(root: str | Path | None, step: int | None = None) -> FoundCh
     """The newest checkpoint below ``root``, or that of rollout ``step``; None if there is none.
 
     ``root`` may also be the directory of a checkpoint itself. A directory that the tracker does not name yet was never
-    finished, and is no checkpoint.
+    finished, and is no checkpoint. One that a crash left without its name while it was replaced gets it back.
 
     Raises:
         NoSuchCheckpoint: Not the one of ``step``.
@@ -74,6 +75,7 @@ def find_checkpoint(root: str | Path | None, step: int | None = None) -> FoundCh
     if root is None:
         return None
     root = Path(root)
+    recover_all(root, "iter_*")
     if step is not None:
         return _of_step(root, step)
     if backend_of(root):

@@ -1,6 +1,7 @@
 """Writing a backend's weights as an ordinary Hugging Face directory.
 
-Written aside as ``.{name}.tmp`` and renamed when complete; the file ``.complete`` inside says so to whoever copies it.
+Written aside as ``.{name}.tmp`` and renamed when complete; an earlier export has the name until then. The file
+``.complete`` inside says so to whoever copies it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from miles.backends.checkpoint_layout import EXPORTED
 from miles.backends.hf_directory import INDEX, SINGLE
 from miles.backends.training_utils.collectives import all_gather_text
+from miles.utils.replace_directory import put_in_place, recover
 from miles_agents.errors import ConfigError, EnvironmentFault
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -132,6 +134,7 @@ class _DirectoryWriter:
             self._failure = f"{type(error).__name__}: {error}"
 
     def _begin(self) -> None:
+        recover(self._path)
         if self._path.exists() and not (self._path / EXPORTED).is_file() and not _is_empty(self._path):
             self._failure = f"{_EXISTS}it has no {EXPORTED} file, so it is no export of ours"
             return
@@ -169,13 +172,10 @@ class _DirectoryWriter:
         _sync(self._aside.iterdir())
         (self._aside / EXPORTED).touch()
         _sync([self._aside])
-        replaced = self._path.parent / f".{self._path.name}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self._path.exists():
-            self._path.rename(replaced)
-        self._aside.rename(self._path)
+        replaced = put_in_place(self._aside, self._path)
         _sync([self._path.parent])
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _is_empty(path: Path) -> bool:

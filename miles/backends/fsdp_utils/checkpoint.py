@@ -27,6 +27,7 @@ from miles.backends.checkpoint_layout import FSDP_META, TRACKER, iteration_name
 from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
 from miles.backends.fsdp_utils.model import named_shards
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
+from miles.utils.replace_directory import recover_all
 
 FORMAT = 1
 
@@ -89,6 +90,7 @@ class RankState:
 def is_checkpoint(root: Path, step: int | None = None) -> bool:
     """Whether ``root`` is a place where this backend has saved; with ``step``, also one without a tracker file that has
     the checkpoint of that rollout."""
+    recover_all(root, "iter_*")
     if step is not None and (root / iteration_name(step) / FSDP_META).is_file():
         return True
     tracker = root / TRACKER

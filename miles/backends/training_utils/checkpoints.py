@@ -2,7 +2,9 @@
 that was there before has changed.
 
 ``{save}/.iter_0000012.tmp`` is what is being written. ``{save}/iter_0000012`` is complete whenever it exists, and
-``{save}/latest_checkpointed_iteration.txt`` names the newest that is.
+``{save}/latest_checkpointed_iteration.txt`` names the newest that is. One that is saved again replaces the earlier one
+of its name at once; where the file system cannot do that, a crash in between leaves ``{save}/.iter_0000012.old``, which
+whoever looks for checkpoints puts back.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.training_utils.collectives import all_gather_text
+from miles.utils.replace_directory import put_back, put_in_place, recover_all
 from miles_agents.errors import EnvironmentFault, MilesError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -88,6 +91,7 @@ def _all_or_none(step: Callable[[], None], final: Path, aside: Path, device: tor
 
 def _begin(root: Path, aside: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
+    recover_all(root, "iter_*", clean_up=True)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
 
@@ -102,18 +106,19 @@ def _make_durable(directory: Path) -> None:
 
 def _publish(root: Path, aside: Path, final: Path, rollout_id: int) -> None:
     """From here on it counts. What has that name already (after a resume from further back) gives way."""
-    replaced = root / f".{final.name}.old"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    aside.rename(final)
+    replaced = put_in_place(aside, final)
+    try:
+        _sync(root)
+        tracker = root / f".{TRACKER}.tmp"
+        tracker.write_text(str(rollout_id))
+        _sync(tracker)
+        tracker.replace(root / TRACKER)
+    except OSError:
+        put_back(final, replaced, aside)
+        raise
     _sync(root)
-    tracker = root / f".{TRACKER}.tmp"
-    tracker.write_text(str(rollout_id))
-    _sync(tracker)
-    tracker.replace(root / TRACKER)
-    _sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
