@@ -1,7 +1,8 @@
 """``--dry-run``: where everything would run, with which command lines, ports and environment. Starts nothing.
 
 What is shown comes from the code that a run uses: the placement of the controller, the arguments of engines and
-router. Ports are leased when a process starts, so they have names here and no numbers.
+router. Ports are leased when a process starts, so they have names here and no numbers. Values that the user gave for
+variables are not shown: they may be secrets.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,11 @@ from rich.text import Text
 from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
+from miles_controller.config import forwarded_environment
 from miles_controller.placement import Inventory, Placement, place
 
 NODE = "node-0"
+HIDDEN = "***"
 _HOST = "127.0.0.1"
 
 
@@ -36,7 +39,7 @@ class Process:
         devices: Indices of its GPUs or CPU slots.
         ports: Names of the ports that its agent would lease.
         command: Its command line.
-        env: What is added to the environment.
+        env: How its environment differs from its agent's; the agent's from that of this process.
     """
 
     name: str
@@ -67,18 +70,28 @@ def show_plan(config: dict[str, Any], out: Console) -> int:
 
 def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
     """All processes, in the order in which they start."""
+    from miles.training.parts import ROLLOUT_ENV, trainer_env
+
     worker = (sys.executable, "-m", "miles_agents.worker")
+    own = {**config["env"], **trainer_env(config)}
+    of_agent = {**os.environ, **own}
+
+    def differs(env: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in env.items() if of_agent.get(name) != value}
+
     yield Process("controller", "here", (), ("status",), (sys.executable, "train.py"), {})
-    yield Process(
-        f"agent of {NODE}", NODE, (), (), (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", NODE), {}
-    )
-    yield Process("rollout manager", NODE, (), (), worker, {})
-    yield from _engines(config, placement)
+    agent = (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", NODE)
+    yield Process(f"agent of {NODE}", NODE, (), (), agent, own)
+    yield Process("rollout manager", NODE, (), (), worker, differs(ROLLOUT_ENV))
+    for process in _engines(config, placement):
+        yield replace(process, env=differs(process.env))
     for rank, slots in enumerate(placement.slots.get("trainer", ())):
         env = {"RANK": str(rank), "WORLD_SIZE": str(config["world_size"]), "LOCAL_RANK": str(slots[0].local_rank)}
         ports = ("rendezvous",) if rank == 0 else ()
         devices = slots[0].devices
-        yield Process(f"trainer rank {rank}", slots[0].node, devices, ports, worker, env | config["train_env_vars"])
+        if config["device"] != "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        yield Process(f"trainer rank {rank}", slots[0].node, devices, ports, worker, differs(trainer_env(config) | env))
 
 
 def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
@@ -101,7 +114,7 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
             index=rank,
             tp_size=config["rollout_num_gpus_per_engine"],
             colocate=config["colocate"],
-            inherited=os.environ,
+            inherited={**os.environ, **config["env"]},
             device_ids=[str(device) for device in devices],
         )
         arguments = json.dumps(server_arguments(config, rank))
@@ -125,9 +138,10 @@ def _write(
     out.print(table)
     if placement.shared:
         out.print(Text(f"{' and '.join(placement.shared)} share {kind}s: there are {info.cores} CPU cores"))
-    if config["env"]:
-        out.print(Text("environment of all: " + " ".join(f"{key}={value}" for key, value in config["env"].items())))
+    given = {**config["env"], **config["train_env_vars"]}
+    forwarded = sorted({*forwarded_environment(), *config["env"]})
+    out.print(Text(f"variables of this shell and of --env that all processes get: {' '.join(forwarded) or 'none'}"))
     for process in processes:
-        env = [f"{name}={shlex.quote(value)}" for name, value in process.env.items()]
+        env = [f"{name}={HIDDEN if name in given else shlex.quote(value)}" for name, value in process.env.items()]
         out.print(Text(f"\n{process.name}:", style="bold"))
         out.print(Text("  " + " ".join([*env, shlex.join(process.command)])))

@@ -24,6 +24,8 @@ LONG_S = 7 * 24 * 3600.0
 """For generating and training, whose length is the user's choice. What ends a hang is another condition: a death, the
 collectives' own timeout (``--distributed-timeout-minutes``), the user."""
 
+ROLLOUT_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Variables of the rollout manager."""
 _PRELOAD = {
     "megatron": "miles.backends.megatron_utils.preload",
     "fsdp": "miles.backends.fsdp_utils.preload",
@@ -123,7 +125,7 @@ async def _start_rollout(controller: Controller, config: dict[str, Any]) -> Owne
         config,
         devices_per_rank=0,
         policy=Policy(),
-        env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=ROLLOUT_ENV,
         start_timeout_s=300.0,
         start_method="exec",  # user code decides what is imported here
     )

@@ -1,5 +1,6 @@
 """python train.py: help, problems, dry run, exit codes; the launcher's process loads no torch."""
 
+import itertools
 import json
 import os
 import resource
@@ -82,7 +83,7 @@ def test_user_code_that_raises_ends_it_with_the_traceback_first(place):
 
 def test_a_dry_run_shows_everything_and_starts_nothing(place):
     flags = f"{BASE} --rollout-num-gpus 2 --train-backend fsdp --dry-run"
-    done = train(place, f"{flags} --env MY_FLAG=1", COLUMNS="160")
+    done = train(place, f"{flags} --env MY_KEY=own-secret --env HF_HUB_OFFLINE=0", COLUMNS="160", HF_TOKEN="hub-secret")
     assert done.returncode == 0, done.stderr
     for word in (
         "trainer rank 0",
@@ -93,10 +94,32 @@ def test_a_dry_run_shows_everything_and_starts_nothing(place):
         "rendezvous",
         "miles.backends.sglang_utils.launch_engine",
         "WORLD_SIZE=2",
-        "MY_FLAG=1",
+        "MY_KEY=***",
+        "HF_TOKEN",
     ):
         assert word in done.stdout
+    assert "secret" not in done.stdout
+    assert "HF_HUB_OFFLINE=1" not in done.stdout  # the engines' own value gives way to the user's
     assert not (place / "runs").exists()
+
+
+def test_a_dry_run_shows_how_environments_differ_from_the_agents(place):
+    flags = [*f"{BASE} --rollout-num-gpus 1 --dry-run".split(), "--train-env-vars", '{"GLOO_KEY": "secret"}']
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *flags], check=False, cwd=place, capture_output=True, text=True, timeout=90,
+        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    shown = {title[:-1]: line for title, line in itertools.pairwise(lines) if title.endswith(":")}
+    agent = shown["agent of node-0"]
+    for word in ("OMP_NUM_THREADS=1", "TORCHDYNAMO_DISABLE=1", "GLOO_KEY=***"):
+        assert word in agent
+    assert "TOKENIZERS_PARALLELISM=false" in shown["rollout manager"]
+    for name in ("rollout manager", "engine 0", "trainer rank 0"):
+        assert "OMP_NUM_THREADS" not in shown[name], "as the agent's"
+    assert shown["trainer rank 1"].split()[:3] == ["RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1"]
+    assert "secret" not in done.stdout
 
 
 def test_a_dry_run_of_what_cannot_be_is_told(place):
