@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
 from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
@@ -63,9 +64,9 @@ def show_plan(config: dict[str, Any], out: Console) -> int:
         processes = list(plan(config, placement))
     except MilesError as error:
         out.print(Text(str(error), style="bold red"))
-        return 2
+        return EXIT_BAD_CONFIG
     _write(config, info, placement, processes, out)
-    return 0
+    return EXIT_OK
 
 
 def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:

@@ -1,6 +1,6 @@
 """``python train.py FLAGS``: flags to a config in a process of its own, then the job. This process loads no torch.
 
-Exit codes: 0 done; 1 the run failed; 2 flags or the user's files have to change; 130 Ctrl-C.
+Exit codes: ``miles.training.exit_codes``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.flags.problems import FlagProblems, Problem, ResolverFailed
+from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from miles_agents.errors import MilesError
 
 if TYPE_CHECKING:
     from miles_controller import Controller
-
-EXIT_OK, EXIT_FAILED, EXIT_BAD_FLAGS, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 RESOLVE_S = 300.0
 """Deadline of the process that resolves flags. Most of it is for SGLang's parser, which is read once per version."""
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     config = _told(answer, out, err)
     if config is None:
-        return int(answer.error.get("exit_code", EXIT_BAD_FLAGS))
+        return int(answer.error.get("exit_code", EXIT_BAD_CONFIG))
     if config["dry_run"]:
         from miles_launcher.dry_run import show_plan
 

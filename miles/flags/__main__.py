@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from miles.flags.entry import resolve_argv
+from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED
 from miles_agents.errors import ConfigError, MilesError, UserCodeError
 
 
@@ -20,7 +21,7 @@ def answer(argv: list[str]) -> dict[str, Any]:
     try:
         resolved = resolve_argv(argv)
     except MilesError as error:
-        exit_code = 2 if isinstance(error, ConfigError) else 1
+        exit_code = EXIT_BAD_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
         return {"error": {"text": _story(error), "code": error.code, "exit_code": exit_code}}
     if resolved.problems:
         problems = [problem.as_dict() for problem in resolved.problems]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles.rollout.hooks import HookFailed
+from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
 from miles_agents.wire.remote_error import RemoteError
 
@@ -17,9 +18,6 @@ class CheckpointsDisagree(ConfigError):
     """The ranks would begin at different rollouts, or the trainer's checkpoint has no matching rollout state."""
 
     code = "E-JOB-002"
-
-
-EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 def first_of(error: BaseException) -> BaseException:

@@ -24,7 +24,8 @@ import uvloop
 from miles.tracking.console import RunConsole
 from miles.tracking.metrics_file import MetricsFile
 from miles.tracking.plot import PLOT_NAME
-from miles.training.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, exit_code, first_of, story
+from miles.training.errors import exit_code, first_of, story
+from miles.training.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
 from miles.training.loop import Outcome, TrainingLoop
 from miles.training.parts import start
 from miles.training.watch import run_watched

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -56,6 +57,13 @@ def test_this_process_loads_no_torch(what):
     code = f"import sys; {what}; sys.stderr.write(repr(sorted({{'torch', 'numpy', 'sglang'}} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     assert done.stderr == "[]"
+
+
+def test_exit_codes_of_a_run_are_defined_once():
+    sources = [path for name in ("launcher", "miles") for path in (ROOT / name).rglob("*.py")]
+    assert [path.name for path in sources if re.search(r"^EXIT_\w+\b.* = ", path.read_text(), re.MULTILINE)] == [
+        "exit_codes.py"
+    ]
 
 
 def test_all_problems_are_told_and_nothing_is_started(place):
