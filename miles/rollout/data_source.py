@@ -42,7 +42,10 @@ class DataSource(ABC):
 
     @abstractmethod
     def save(self, rollout_id: int) -> None:
-        """Write the position below ``args.save``."""
+        """Write the position below ``args.save``.
+
+        That is a new directory for each save; its files go to ``--save`` when the trainer's checkpoint is complete.
+        """
 
     @abstractmethod
     def load(self, rollout_id: int | None = None) -> None:

@@ -179,6 +179,9 @@ class RolloutManager(Actor):
     async def save(self, rollout_id: int, directory: str) -> None:
         """Data position, buffer, ledger and counters after this rollout, below ``{directory}/rollout``.
 
+        They are pending until the trainer's checkpoint is published and ``commit_save`` is called: see
+        ``miles.rollout.manager_state``.
+
         Raises:
             CannotSave, NotSavable, HookFailed.
         """
@@ -186,8 +189,18 @@ class RolloutManager(Actor):
         await self._on_user_loop(manager_state.save(self.args, source, self._counters(), rollout_id, Path(directory)))
 
     @endpoint
+    async def commit_save(self, rollout_id: int, directory: str) -> None:
+        """The trainer's checkpoint of this rollout is published: the saved state replaces what was kept before.
+
+        Raises:
+            CannotSave: The checkpoint can be continued from nevertheless.
+        """
+        await asyncio.to_thread(manager_state.commit, rollout_id, Path(directory))
+
+    @endpoint
     async def load(self, rollout_id: int, directory: str) -> bool:
-        """Inverse of ``save``. False: nothing of this rollout is there, and nothing has changed."""
+        """Inverse of ``save``, if the checkpoint was published. False: there is no state of this rollout's checkpoint,
+        and nothing has changed."""
         source = self._needed().source
         counters = await self._on_user_loop(manager_state.load(self.args, source, rollout_id, Path(directory)))
         if counters is None:

@@ -1,19 +1,52 @@
 """Saving and loading what the rollout manager has beside the data source: groups under way, ledger, counters.
 
-``{directory}/rollout/rollout_manager_{rollout_id}.msgpack`` is written last: where it is, all of the state is.
+A save has three steps, of which the trainer does the second:
+
+1. ``save`` writes everything below ``{directory}/rollout/.pending_{id}``, which gets its name when it is complete. Data
+   sources write below ``args.save``, which is that directory meanwhile. Each state has a token of its own.
+2. The trainer publishes ``{directory}/iter_{id}`` with the token inside.
+3. ``commit`` puts the files where they are kept: ``{directory}/rollout/rollout_manager_{id}.msgpack`` and what the data
+   source wrote. Each is linked or copied and replaces what had its name; only then is the pending directory removed.
+
+``load`` takes the pending state if its token is the checkpoint's, else what is kept. So, wherever a crash comes:
+
+* before step 2: the checkpoint of this id is absent or the earlier one, which has another token. What is kept for the
+  earlier one was not touched, and counts. The next ``save`` removes the pending state.
+* after step 2, before or within step 3: the tokens agree. The pending state is whole, as nothing is taken out of it;
+  it counts, however mixed what is kept is by then. The next ``save`` completes the commit before it does anything.
+* after step 3: the pending directory is gone, or has lost its name, and what is kept is whole.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
+import random
+import shutil
+import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from miles.rollout.hooks import Hook
-from miles.rollout.saved_state import group_from_plain, plain_group, read_values, write_values
+from miles.rollout.saved_state import cannot_save, group_from_plain, plain_group, read_values, write_values
 from miles.rollout.tracked_source import TrackedDataSource
+from miles.utils.rollout_state import (
+    STATE_MARK,
+    checkpoint_token,
+    is_published,
+    pending_directory,
+    pending_states,
+    pending_token,
+    sync,
+)
 
+logger = logging.getLogger(__name__)
 _VERSION = 1
 
 
@@ -25,16 +58,110 @@ def state_path(directory: Path, rollout_id: int) -> Path:
 async def save(
     args: Namespace, source: TrackedDataSource, counters: dict[str, Any], rollout_id: int, directory: Path
 ) -> None:
-    """Write it. Runs on the loop of user code: the data source may be the user's.
+    """Step 1. Runs on the loop of user code: the data source may be the user's.
 
     Raises:
-        CannotSave, NotSavable, HookFailed.
+        CannotSave, NotSavable, HookFailed: What was kept before is as it was.
     """
-    vars(args)["save"] = str(directory)
-    await _source_hook(args, source.inner.save)(rollout_id)
-    plain, groups = source.checkpoint()
-    head = {"version": _VERSION, "rollout_id": rollout_id, "source": plain, "counters": counters}
-    await asyncio.to_thread(write_values, state_path(directory, rollout_id), [head, *map(plain_group, groups)])
+    pending = pending_directory(directory, rollout_id)
+    aside = pending.with_name(pending.name + ".tmp")
+    try:
+        await asyncio.to_thread(_begin, directory, aside)
+        vars(args)["save"] = str(aside)
+        try:
+            await _source_hook(args, source.inner.save)(rollout_id)
+        finally:
+            vars(args)["save"] = str(directory)
+        plain, groups = source.checkpoint()
+        token = uuid.uuid4().hex
+        head = {
+            "version": _VERSION,
+            "rollout_id": rollout_id,
+            "source": plain,
+            "counters": counters,
+            "token": token,
+            "random": _random_states(),
+        }
+        await asyncio.to_thread(write_values, state_path(aside, rollout_id), [head, *map(plain_group, groups)])
+        await asyncio.to_thread(_end, aside, pending, token)
+    except OSError as error:
+        raise cannot_save(pending, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _begin(directory: Path, aside: Path) -> None:
+    """Pending states of before are committed or removed, and there is a new directory."""
+    for rollout_id in list(pending_states(directory)):
+        if is_published(directory, rollout_id):
+            commit(rollout_id, directory)
+        else:
+            shutil.rmtree(pending_directory(directory, rollout_id))
+    for left in aside.parent.glob(".pending_*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _end(aside: Path, pending: Path, token: str) -> None:
+    (aside / STATE_MARK).write_text(token)
+    for parent, _, names in os.walk(aside):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+    aside.rename(pending)
+    sync(pending.parent)
+
+
+def commit(rollout_id: int, directory: Path) -> None:
+    """Step 3, once the trainer has published its checkpoint. Nothing is done if nothing is pending.
+
+    Raises:
+        CannotSave: ``load`` finds the state nevertheless.
+    """
+    try:
+        for _ in commit_steps(rollout_id, directory):
+            pass
+    except OSError as error:
+        raise cannot_save(state_path(directory, rollout_id), error) from error
+
+
+def commit_steps(rollout_id: int, directory: Path) -> Iterator[str]:
+    """The commit, a change on the disk at a time; what was done is yielded."""
+    pending = pending_directory(directory, rollout_id)
+    if pending_token(directory, rollout_id) is None:
+        return
+    changed = set()
+    for parent, _, names in os.walk(pending):
+        target = directory / Path(parent).relative_to(pending)
+        target.mkdir(parents=True, exist_ok=True)
+        changed.add(target)
+        for name in sorted(names):
+            if (Path(parent), name) != (pending, STATE_MARK):
+                _place(Path(parent) / name, target / name)
+                yield f"placed {target / name}"
+    for target in changed:
+        sync(target)
+    gone = pending.with_name(pending.name + ".tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    pending.rename(gone)
+    yield "given up the pending directory"
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _place(source: Path, target: Path) -> None:
+    """``target`` is the content of ``source``, which stays; at no time is it anything else than old or new."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.aside")
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            aside.hardlink_to(source)
+        except OSError:  # not everywhere
+            shutil.copyfile(source, aside)
+            sync(aside)
+        aside.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)  # names of one file do not replace each other
 
 
 async def load(args: Namespace, source: TrackedDataSource, rollout_id: int, directory: Path) -> dict[str, Any] | None:
@@ -42,19 +169,43 @@ async def load(args: Namespace, source: TrackedDataSource, rollout_id: int, dire
 
     A directory of the reference system has the data position only; then that is loaded.
     """
-    path = state_path(directory, rollout_id)
+    base = pending_directory(directory, rollout_id) if is_published(directory, rollout_id) else directory
+    path = state_path(base, rollout_id)
     position = path.with_name(f"global_dataset_state_dict_{rollout_id}.pt")
     if not path.exists() and not position.exists():
         return None
-    vars(args)["load"] = str(directory)
-    await _source_hook(args, source.inner.load)(rollout_id)
-    if not path.exists():
+    values = read_values(path) if path.exists() else iter(())
+    head: dict[str, Any] = next(values, {})
+    made_for, token = head.get("token"), checkpoint_token(directory, rollout_id)
+    if made_for and token and made_for != token:
+        logger.warning("%s was not made with the checkpoint of rollout %d, and does not count", path, rollout_id)
+        return None
+    vars(args)["load"] = str(base)
+    try:
+        await _source_hook(args, source.inner.load)(rollout_id)
+    finally:
+        vars(args)["load"] = str(directory)
+    if not head:
         return {}
-    values = read_values(path)
-    head = next(values)
     source.restore(head["source"], map(group_from_plain, values))
+    if "random" in head:
+        _restore_random_states(head["random"])
     counters: dict[str, Any] = head["counters"]
     return counters
+
+
+def _random_states() -> dict[str, Any]:
+    """Of the generators that rewards (``--rm-type random``) and user code of this process draw from."""
+    version, state, gauss = random.getstate()
+    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    return {"python": [version, list(state), gauss], "numpy": [name, keys.tolist(), *rest]}
+
+
+def _restore_random_states(plain: dict[str, Any]) -> None:
+    version, state, gauss = plain["python"]
+    random.setstate((version, tuple(state), gauss))
+    name, keys, *rest = plain["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
 
 
 def _source_hook(args: Namespace, method: Any) -> Hook:

@@ -238,10 +238,11 @@ class TrainingLoop:
         self.console.say(f"weight version {version} checked: the engines hold exactly the trainer's weights")
 
     async def _save(self, rollout_id: int) -> None:
-        """The rollout state first: the trainer's tracker file is what makes a checkpoint count."""
+        """The rollout state first: the trainer's checkpoint makes it count, and the commit only tidies up."""
         trainer = self._needed_trainer()
         await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
         paths = await trainer.save.call(rollout_id)
+        await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
         if self.config["save_hf"]:
             path = self.config["save_hf"].format(rollout_id=rollout_id)

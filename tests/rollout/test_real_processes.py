@@ -49,6 +49,8 @@ async def test_train_data_goes_through_the_store_and_errors_come_with_the_users_
             with pytest.raises(Exception, match="removed"):
                 await reader.lengths.call_one(batch.refs[0])
             await rollout.save.call_one(0, str(tmp_path))
+            assert not await rollout.load.call_one(0, str(tmp_path))
+            await rollout.commit_save.call_one(0, str(tmp_path))
             assert await rollout.load.call_one(0, str(tmp_path))
             await rollout.stop()
             broken = await spawn("broken", "miles.rollout.manager:RolloutManager", failing, devices_per_rank=0)

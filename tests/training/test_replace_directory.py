@@ -10,6 +10,7 @@ from miles.backends.checkpoint_layout import TRACKER, DamagedCheckpoint, find_ch
 from miles.backends.fsdp_utils.checkpoint import is_checkpoint
 from miles.backends.training_utils.checkpoints import _begin, _publish
 from miles.utils.replace_directory import exchange, put_back, put_in_place, recover, recover_all
+from miles.utils.rollout_state import is_published
 
 
 class Crash(BaseException):
@@ -147,3 +148,14 @@ def test_a_tracker_that_cannot_be_written_leaves_the_earlier_checkpoint_of_the_s
     _publish(tmp_path, aside, final, 3)
     assert text_of(final) == "new"
     assert sorted(os.listdir(tmp_path)) == ["iter_0000003", TRACKER]
+
+
+def test_a_checkpoint_names_the_rollout_state_that_was_saved_for_it(tmp_path):
+    pending = made(tmp_path / "rollout", "x") / ".pending_3"
+    pending.mkdir()
+    (pending / "token").write_text("of this state")
+    for rollout_id, wanted in ((3, True), (4, False)):
+        final, aside = tmp_path / f"iter_000000{rollout_id}", made(tmp_path / f".iter_000000{rollout_id}.tmp", "new")
+        _publish(tmp_path, aside, final, rollout_id)
+        assert is_published(tmp_path, rollout_id) == wanted
+        assert (final / "rollout_state").exists() == wanted

@@ -4,7 +4,8 @@ that was there before has changed.
 ``{save}/.iter_0000012.tmp`` is what is being written. ``{save}/iter_0000012`` is complete whenever it exists, and
 ``{save}/latest_checkpointed_iteration.txt`` names the newest that is. One that is saved again replaces the earlier one
 of its name at once; where the file system cannot do that, a crash in between leaves ``{save}/.iter_0000012.old``, which
-whoever looks for checkpoints puts back.
+whoever looks for checkpoints puts back. The file ``rollout_state`` inside names the state of the rollout side that
+belongs to it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.training_utils.collectives import all_gather_text
 from miles.utils.replace_directory import put_back, put_in_place, recover_all
+from miles.utils.rollout_state import mark_checkpoint
 from miles_agents.errors import EnvironmentFault, MilesError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,6 +108,7 @@ def _make_durable(directory: Path) -> None:
 
 def _publish(root: Path, aside: Path, final: Path, rollout_id: int) -> None:
     """From here on it counts. What has that name already (after a resume from further back) gives way."""
+    mark_checkpoint(root, rollout_id, aside)
     replaced = put_in_place(aside, final)
     try:
         _sync(root)
