@@ -3,7 +3,7 @@
 # warms the model up with supervised fine-tuning, then trains it with GRPO until it can add. Needs Linux and Python
 # 3.11; no GPU. Usage: scripts/demo.sh [further flags for the GRPO run]
 #   DEMO_DIR   where everything goes (default: runs/demo-DATE)
-#   PYTHON     the interpreter to build .venv with (default: the first python3 from 3.11 up on PATH)
+#   PYTHON     the interpreter to build .venv with (default: python3.11, else a newer one on PATH)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: makes .venv, or brings it up to date. Bash functions only.
-#   PYTHON   the interpreter to build .venv with (default: the first python3 from 3.11 up on PATH)
+#   PYTHON   the interpreter to build .venv with (default: python3.11, with which the pinned packages are tested, else
+#            the first newer one on PATH)
 
 VENV=.venv
 STAMP=$VENV/.installed-for
@@ -7,13 +8,13 @@ REQUIREMENTS=scripts/requirements
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    echo "No Python 3.11 or newer found (tried: ${PYTHON:-python3 and python3.11 to python3.14})." >&2
+    echo "No Python 3.11 or newer found (tried: ${PYTHON:-python3.11 to python3.14, python3})." >&2
     echo "Install one, or name it: PYTHON=/path/to/python3 $0" >&2
     return 1
 }
@@ -54,10 +55,16 @@ install_environment() {
     if has_nvidia_gpu; then  # sglang names the torch that its kernels are built for
         "${pip[@]}" -e ".[$extras,train,rollout]" || return
     else
-        pip+=(-c "$REQUIREMENTS/torch.txt")
-        "$VENV/bin/python" -m pip show -q torch 2>/dev/null || "${pip[@]}" -r "$REQUIREMENTS/torch.txt" || return
-        "${pip[@]}" --no-deps -r "$REQUIREMENTS/cpu-no-deps.txt" || return
-        "${pip[@]}" -r "$REQUIREMENTS/cpu.txt" -e ".[$extras]" || return
+        install_for_cpu "$extras" || return
     fi
     printf '%s\n%s\n' "$wanted" "$extras" >"$STAMP"
+}
+
+# install_for_cpu EXTRAS: into an existing .venv. A torch of another version than the pinned one is replaced; one that
+# is there in any build of that version (+cpu) stays.
+install_for_cpu() {
+    local pip=("$VENV/bin/python" -m pip install -q -c "$REQUIREMENTS/torch.txt")
+    "${pip[@]}" -r "$REQUIREMENTS/torch.txt" || return
+    "${pip[@]}" --no-deps -r "$REQUIREMENTS/cpu-no-deps.txt" || return
+    "${pip[@]}" -r "$REQUIREMENTS/cpu.txt" -e ".[$1]"
 }

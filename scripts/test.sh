@@ -2,7 +2,7 @@
 # Everything that has to hold before a change goes in, from a bare checkout: environment, style, types, import
 # rules, tests. Usage: scripts/test.sh [--fast] [pytest arguments]
 #   --fast   leaves out the tests marked "full" (real processes, seconds to minutes)
-#   PYTHON   the interpreter to build .venv with (default: the first python3 from 3.11 up on PATH)
+#   PYTHON   the interpreter to build .venv with (default: python3.11, else a newer one on PATH)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
