@@ -24,6 +24,7 @@ from miles.backends.checkpoint_layout import (
 )
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.utils.eval_config import BadEvalConfig, eval_datasets
+from miles.utils.misc import not_built
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
 
@@ -243,8 +244,10 @@ def why_not_found(dotted: str) -> str:
     try:
         found = importlib.util.find_spec(module)
     except Exception as error:  # noqa: BLE001  # boundary: a package of the user's runs here
+        if isinstance(error, ModuleNotFoundError) and (why := not_built(module)):
+            return why
         return f"{type(error).__name__}: {error}"
-    return "" if found else f"there is no module {module!r} on the import path"
+    return "" if found else not_built(module) or f"there is no module {module!r} on the import path"
 
 
 def _count_gpus() -> tuple[int, str]:

@@ -78,7 +78,9 @@ def _check_hooks(draft: Draft) -> None:
                 dest,
                 why,
                 allowed="module.function",
-                advice="Correct it, or add the directory of the module to PYTHONPATH.",
+                advice="Leave it out, or give a function of yours."
+                if why.startswith("not built yet")
+                else "Correct it, or add the directory of the module to PYTHONPATH.",
             )
 
 

@@ -25,6 +25,34 @@ class ImportFailed(UserCodeError):
     code = "E-HOOK-005"
 
 
+NOT_BUILT = {
+    "miles.rollout.checkpoint_eval": "evaluation of checkpoints",
+    "miles.rollout.fully_async_rollout": "fully asynchronous rollouts",
+    "miles.rollout.generate_hub.agentic_tool_call": "generation by agents",
+    "miles.rollout.generate_hub.multi_turn": "generation in several turns",
+    "miles.rollout.generate_utils.openai_endpoint_utils": "generation by agents",
+    "miles.rollout.generate_utils.tool_call_utils": "generation with tools",
+    "miles.rollout.on_policy_distillation": "on-policy distillation",
+    "miles.rollout.session": "the session server",
+    "miles.rollout.sleep_rollout": "a rollout that does nothing",
+    "miles.rollout.rm_hub": "this reward",
+    "miles.backends.training_utils.cp_utils": "context parallelism",
+    "miles.backends.training_utils.loss_hub.opd": "on-policy distillation",
+    "miles.router": "a router other than SGLang's",
+    "miles_plugins": "plugins",
+}
+"""Modules that user code may name and that are not here, with what they are for. It is asked about what cannot be found
+only, so that a package stands for those of its modules that are missing."""
+
+
+def not_built(module: str) -> str:
+    """That a module which cannot be found is not built yet, and what it is; empty: we do not know of it."""
+    for known, purpose in NOT_BUILT.items():
+        if (module + ".").startswith(known + "."):
+            return f"not built yet: {purpose} ({module})"
+    return ""
+
+
 class FunctionRegistry:
     """Names that stand for callables of this process, in place of an importable path."""
 
@@ -103,8 +131,10 @@ def _import(path: str, flag: str) -> Any:
             raise _import_failed(path, flag, module_name, error) from error
         raise CannotLoad(
             f"{_of(flag, path)} cannot be loaded",
-            evidence=f"there is no module {error.name}",
-            advice="Check the spelling, and that PYTHONPATH has the directory that the module is in.",
+            evidence=not_built(module_name) or f"there is no module {error.name}",
+            advice="Leave the flag out, or give a function of yours."
+            if not_built(module_name)
+            else "Check the spelling, and that PYTHONPATH has the directory that the module is in.",
             flag=flag,
         ) from error
     except Exception as error:
@@ -126,10 +156,13 @@ def _import_failed(path: str, flag: str, module: str, error: Exception) -> Impor
     # The first frames are those of the import machinery and this module.
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     text = "".join([*traceback.format_list(frames[1:]), *traceback.format_exception_only(error)]).rstrip()
+    lacks = not_built(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     return ImportFailed(
         f"{_of(flag, path)}: importing {module} raised {type(error).__name__}: {error}",
-        evidence=text,
-        advice="Repair the module; `python -c 'import " + module + "'` shows the same.",
+        evidence=f"{text}\n{lacks}" if lacks else text,
+        advice="Do without that module."
+        if lacks
+        else "Repair the module; `python -c 'import " + module + "'` shows the same.",
         flag=flag,
     )
 

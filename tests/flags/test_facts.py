@@ -171,7 +171,17 @@ class TestHooks:
         assert "user_hook_module" not in sys.modules
 
     @pytest.mark.parametrize(
-        ("path", "why"), [("reward", "not of the form"), ("nowhere_at_all.x", "no module"), ("json.none.x", "")]
+        ("path", "why"),
+        [
+            ("reward", "not of the form"),
+            ("nowhere_at_all.x", "no module"),
+            ("json.none.x", ""),
+            ("miles.rollout.generate_hub.multi_turn.generate", "not built yet: generation in several turns"),
+            ("miles.rollout.rm_hub.gpqa.reward", "not built yet: this reward"),
+            ("miles.router.router.MilesRouter", "not built yet"),
+            ("miles_plugins.models.x", "not built yet"),
+            ("miles.rollout.nonsense.x", "no module"),
+        ],
     )
     def test_not_found(self, path, why):
         assert why in why_not_found(path)

@@ -168,6 +168,13 @@ def test_hooks_that_cannot_be_found_are_told():
     assert "no module 'nowhere'" in problems("--custom-rm-path nowhere.rm", facts=facts)["--custom-rm-path"]
 
 
+def test_what_is_not_built_is_not_called_misspelt():
+    path = "miles.rollout.fully_async_rollout.FullyAsyncRolloutFn"
+    facts = replace(FACTS, hook_errors={path: "not built yet: fully asynchronous rollouts"})
+    told = problems(f"--rollout-function-path {path}", facts=facts)["--rollout-function-path"]
+    assert "not built yet" in told and "PYTHONPATH" not in told
+
+
 def test_environment_becomes_a_dict():
     found = config(["--env", "A=1", "--env", "B=x=y", "--train-env-vars", '{"N": 1, "S": "s"}'])
     assert found["env"] == {"A": "1", "B": "x=y"}
