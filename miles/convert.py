@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,15 +25,25 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(list(argv))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        if options.command == "hf-to-torch-dist":
-            hf_to_torch_dist(options.source, options.destination)
-        else:
-            torch_dist_to_hf(options.source, options.destination, options.hf_checkpoint, step=options.ckpt_step)
+        with _without_others_deprecations():
+            if options.command == "hf-to-torch-dist":
+                hf_to_torch_dist(options.source, options.destination)
+            else:
+                torch_dist_to_hf(options.source, options.destination, options.hf_checkpoint, step=options.ckpt_step)
     except MilesError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(f"{options.destination} is complete\n")
     return 0
+
+
+@contextlib.contextmanager
+def _without_others_deprecations() -> Iterator[None]:
+    """What torch and megatron.core say to each other's developers is nothing that a user can act on."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)(\.|$)")
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
