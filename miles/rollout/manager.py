@@ -67,6 +67,7 @@ class RolloutManager(Actor):
         self.user = LoopThread("user-code")
         set_loop_thread(self.user)
         self.watchdog = Watchdog(self.user, self.progress_now)
+        self._restored_weight_version = 0
         self._refs: dict[int, list[Ref]] = {}
         self._loaded: Loaded | None = None
         # Reading prompts and importing transformers takes seconds, in which engines start.
@@ -206,7 +207,13 @@ class RolloutManager(Actor):
         if counters is None:
             return False
         self.weight_version = counters.get("weight_version", self.weight_version)
+        self._restored_weight_version = counters.get("weight_version") or 0
         return True
+
+    @endpoint
+    async def restored_weight_version(self) -> int:
+        """The version of the engines' weights that ``load`` found, which versions go on from; 0: it found none."""
+        return self._restored_weight_version
 
     @endpoint(thread="io")
     def progress(self) -> dict[str, Any]:

@@ -86,6 +86,7 @@ async def test_three_rollouts_and_three_after_loading_are_six(tmp_path):
             await started(rollout, fake)
             assert await rollout.load(2, str(tmp_path / "saved"))
             assert rollout.ledger() == at_save
+            assert await rollout.restored_weight_version() == 2
             second = await rollouts(rollout, range(3, 6))
             assert rollout.ledger() == account
     assert first + second == whole
@@ -96,6 +97,7 @@ async def test_nothing_there_is_told_and_changes_nothing(tmp_path):
     with servers(sometimes_right) as fake, manager(config_of(tmp_path, "run")) as rollout:
         await started(rollout, fake)
         assert not await rollout.load(5, str(tmp_path))
+        assert await rollout.restored_weight_version() == 0
 
 
 async def test_only_the_position_of_another_system_is_loaded(tmp_path):
