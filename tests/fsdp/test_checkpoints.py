@@ -14,6 +14,9 @@ from support.backend_cases import NextTokenLoss, backend_args, log_probs, micro_
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
+from miles.backends.checkpoint_layout import FSDP_META
+from miles.backends.fsdp_utils.checkpoint import is_checkpoint
+
 COSINE = {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "min_lr": 1e-5}
 
 
@@ -196,3 +199,11 @@ def test_reference_weights_come_from_a_checkpoint_of_this_backend_too_but_not_fr
 
 def _from_reference(path, root):
     return weights(made(path, ref_load=str(root))[0])
+
+
+def test_a_step_without_a_tracker_file_beside_it_is_a_checkpoint(tmp_path):
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003" / FSDP_META).touch()
+    assert not is_checkpoint(tmp_path)
+    assert is_checkpoint(tmp_path, 3)
+    assert not is_checkpoint(tmp_path, 4)
