@@ -115,6 +115,7 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
     parts.num_too_long = facts.get("num_too_long") or 0
     if start_rollout_id > 0 and config["load"]:
         await _load_rollout_state(parts, config)
+        parts.weight_version = await parts.calls(parts.rollout, LOAD_S).restored_weight_version.call_one()
     return parts
 
 

@@ -78,6 +78,8 @@ def test_with_live_engines_data_buffer_ledger_and_counters_go_on(tmp_path):
     assert second.code == 0, second.output
 
     assert [row["rollout_id"] for row in second.rows()] == [2, 3]
+    versions = [row["rollout/weight_version/max"] for row in first.rows() + second.rows()]
+    assert versions == [1, 2, 3, 4]  # as if nothing had happened
     trained = []
     for rollout_id in range(4):
         samples = torch.load(tmp_path / f"{rollout_id}.pt", weights_only=True)["samples"]
