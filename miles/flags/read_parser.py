@@ -7,7 +7,6 @@ the stand-ins of ``miles.backends.sglang_utils`` on its path.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -39,8 +38,6 @@ def main() -> None:
 
 
 def _add_sglang(parser: argparse.ArgumentParser) -> None:
-    with contextlib.suppress(ImportError):  # they come with the stand-ins
-        import torchvision_operators  # type: ignore[import-not-found]  # noqa: F401
     from sglang.srt.server_args import ServerArgs
 
     ServerArgs.add_cli_args(parser)

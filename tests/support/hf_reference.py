@@ -9,7 +9,6 @@ import torch
 
 def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """In evaluation mode, with eager attention. Fails if a weight is missing or left over."""
-    declare_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -25,17 +24,3 @@ def hf_log_probs(model: torch.nn.Module, sequence: list[int]) -> torch.Tensor:
     ids = torch.tensor([sequence])
     logits = model(ids).logits.float().log_softmax(-1)
     return logits[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
-
-
-def declare_torchvision_operators() -> None:
-    """torchvision built for CUDA does not load its operators on a CPU torch, yet transformers imports it."""
-    global _LIBRARY
-    if _LIBRARY is None:
-        _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor a) -> Tensor"):
-            name = schema.split("(")[0]
-            if not hasattr(torch.ops.torchvision, name):
-                _LIBRARY.define(schema)
-
-
-_LIBRARY: torch.library.Library | None = None

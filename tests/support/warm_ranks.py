@@ -94,9 +94,6 @@ def main(descriptor: int) -> None:
 
 def _preload_transformers() -> None:
     """The reference models, whose import takes seconds."""
-    from support.hf_reference import declare_torchvision_operators
-
-    declare_torchvision_operators()
     for family in ("qwen2", "qwen3", "llama"):
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from miles.backends.fsdp_utils import hf_import, packing
+from miles.backends.fsdp_utils import packing
 from miles.backends.fsdp_utils.errors import BadModelDirectory
 from miles.backends.hf_directory import read_config as read_json_config
 
@@ -47,11 +48,10 @@ def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options
         BadModelDirectory: It is of another architecture.
     """
     config = read_config(directory)
-    transformers = hf_import.transformers()
     packing.register()
     attention = _OURS.get(options.attention, options.attention)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
+        model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=options.storage, attn_implementation=attention
         )
     model.tie_weights()
@@ -77,7 +77,7 @@ def read_config(directory: Path) -> Any:
             evidence=f"model_type is {kind}; known: {', '.join(ARCHITECTURES)}",
             advice="Use a model of a known architecture.",
         )
-    config = hf_import.transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if any(layer != "full_attention" for layer in getattr(config, "layer_types", None) or ()):
         raise BadModelDirectory(
             f"{directory} holds a model with sliding-window attention, which --train-backend fsdp does not do",

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import importlib
 
-from miles.backends.fsdp_utils import hf_import
-
-hf_import.transformers()
 for _family in ("qwen2", "qwen3", "llama"):
     importlib.import_module(f"transformers.models.{_family}.modeling_{_family}")
 importlib.import_module("miles.backends.fsdp_utils.backend")  # torch.distributed.fsdp, .tensor and .checkpoint too

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STAND_INS = Path(__file__).parent / "cpu_stand_ins"
-"""Import-only ``triton`` and ``sgl_kernel``. For an engine on a CPU and for nobody else."""
+"""Import-only ``triton``, ``torchvision`` and ``sgl_kernel``. For an engine on a CPU and for nobody else."""
 
 _ALWAYS = {
     "HF_HUB_OFFLINE": "1",  # a model is a directory; nothing is fetched behind the user's back

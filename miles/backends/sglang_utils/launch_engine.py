@@ -26,8 +26,6 @@ def prepare_process() -> None:
     from tqdm.std import TqdmDefaultWriteLock  # type: ignore[import-untyped]
 
     TqdmDefaultWriteLock.mp_lock = None  # no semaphore for progress bars, which a kill would leave in the system
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        import torchvision_operators  # type: ignore[import-not-found]  # noqa: F401  # from the stand-ins
 
 
 if __name__ == "__mp_main__":

@@ -8,61 +8,22 @@ that cannot be made.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
+
+from absent_library import absent, any_module_below  # type: ignore[import-not-found]  # beside this one
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 __version__ = "0.0.0"
 
 
-class _Absent(type):
-    """Type of the names that nothing on a CPU uses: classes, so that ``isinstance`` and annotations can name them."""
-
-    def __getattr__(cls, name: str) -> _Absent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _absent(f"{cls.__name__}.{name}")
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{cls.__name__} is a stand-in: there is no triton on a CPU")
-
-
-def _absent(name: str) -> _Absent:
-    return _Absent(name, (), {})
-
-
-class _Module(types.ModuleType):
-    """A ``triton.*`` module in which every name exists."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _absent(f"{self.__name__}.{name}")
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Any ``triton.*`` can be imported."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(__name__ + "."):
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        if module.__name__ == __name__ + ".language":
-            module.constexpr = constexpr  # type: ignore[attr-defined]
-        elif module.__name__ == __name__ + ".knobs":  # so that SGLang does not hook itself into what is not there
-            module.runtime = module.compilation = None  # type: ignore[attr-defined]
+def _fill(module: types.ModuleType) -> None:
+    if module.__name__ == __name__ + ".language":
+        module.constexpr = constexpr  # type: ignore[attr-defined]
+    elif module.__name__ == __name__ + ".knobs":  # so that SGLang does not hook itself into what is not there
+        module.runtime = module.compilation = None  # type: ignore[attr-defined]
 
 
 class constexpr:  # noqa: N801  # triton's name
@@ -110,9 +71,9 @@ def _as_it_is(function: _F) -> _F:
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    return _absent(f"{__name__}.{name}")
+    return absent(f"{__name__}.{name}")
 
 
-sys.meta_path.append(_Finder())
+any_module_below(__name__, _fill)
 
 language = importlib.import_module(f"{__name__}.language")  # an attribute also for who imports only the top
