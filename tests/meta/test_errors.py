@@ -18,11 +18,12 @@ PARTS = ("Means:", "Usually because:", "What to do:")
 
 
 def modules():
-    """All modules of the four packages but those that run something when imported."""
+    """All modules of the four packages but those that run something when imported, and the stand-ins for libraries,
+    which are imported under the libraries' names."""
     for package in map(importlib.import_module, PACKAGES):
         yield package
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if found.name.rpartition(".")[2] != "__main__":
+            if found.name.rpartition(".")[2] != "__main__" and ".cpu_stand_ins." not in found.name:
                 yield importlib.import_module(found.name)
 
 
