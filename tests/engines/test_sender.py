@@ -1,6 +1,7 @@
 """The trainer's side of weight updates: buckets, several engines, engines that fail. Against scripted engines."""
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -77,6 +78,27 @@ async def test_every_engine_gets_every_weight_bit_for_bit(method, bucket_bytes):
             bucket_bytes, sender.num_buckets
         )
         sender.close()
+
+
+def weight_files():
+    """Inodes of the memory files that this process holds."""
+    links = {os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")}
+    return {os.stat(link).st_ino for link in links if os.path.lexists(link) and "memfd:weights" in os.readlink(link)}
+
+
+async def test_memory_is_kept_from_update_to_update_and_given_back_at_the_end():
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 1)
+        sender = make_sender(SOURCE, WeightUpdate(1, targets, "tensor", 1 << 20), torch.device("cpu"))
+        await send(sender, WeightUpdate(1, targets, "tensor", 1 << 20), Weights(WEIGHTS))
+        held = weight_files()
+        changed = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+        await send(sender, WeightUpdate(2, targets, "tensor", 1 << 20), Weights(changed))
+        assert len(held) == 2
+        assert weight_files() == held
+        assert same(fakes[0].weights, changed)
+        sender.close()
+        assert weight_files() == set()
 
 
 @pytest.mark.parametrize("method", ["tensor", "broadcast"])

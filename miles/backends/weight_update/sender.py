@@ -21,7 +21,7 @@ import torch
 from miles.backends.base import ParallelState
 from miles.backends.sglang_utils.server_arguments import MAP_WEIGHTS
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, members_of
-from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
+from miles.backends.weight_update.buckets import Bucket, copy_into
 from miles.backends.weight_update.engine_calls import EngineCalls, Pending
 from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
@@ -110,19 +110,33 @@ class Sender(ABC):
 
 
 class SharedMemorySender(Sender):
-    """``tensor`` on a CPU: engines map the buckets. Only rank 0 has anything to do with engines."""
+    """``tensor`` on a CPU: engines map the buckets. Only rank 0 has anything to do with engines.
+
+    The two buffers are kept from update to update: fresh memory costs as much as copying into it.
+    """
+
+    def __init__(self, parallel: ParallelState, device: torch.device) -> None:
+        super().__init__(parallel, device)
+        self._buffers: tuple[SharedBuffer, SharedBuffer] | None = None
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        buffers, self._buffers = self._buffers, None
+        for buffer in buffers or ():
+            buffer.close()
 
     def _send(self, update: WeightUpdate, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.parallel.rank != 0:
             return
-        buffers = SharedBuffer(), SharedBuffer()
+        if self._buffers is None:
+            self._buffers = SharedBuffer(), SharedBuffer()
         try:
             with EngineCalls(update.engines) as calls:
-                self._pump(update, weights, buffers, calls)
+                self._pump(update, weights, self._buffers, calls)
                 calls.raise_failures(f"taking weight version {update.version}")
-        finally:
-            for buffer in buffers:
-                buffer.close()
+        except BaseException:
+            self.close()  # an engine may still read what was meant for it
+            raise
 
     def _pump(
         self,
@@ -133,12 +147,12 @@ class SharedMemorySender(Sender):
     ) -> None:
         capacity = min(update.bucket_bytes, CPU_BUCKET_BYTES)
         filled, loading = buffers
-        bucket, pending = Bucket(capacity, ALIGNMENT), None
+        bucket, pending = Bucket(capacity), None
         for name, tensor in weights:
             if not bucket.takes(tensor):
                 self._loaded(calls, pending, loading)
                 pending = self._load(calls, filled, bucket, last=False)
-                filled, loading, bucket = loading, filled, Bucket(capacity, ALIGNMENT)
+                filled, loading, bucket = loading, filled, Bucket(capacity)
             bucket.add(name, tensor)
             self._copy(filled.memory(max(capacity, bucket.num_bytes)), bucket, tensor)
         self._loaded(calls, pending, loading)
