@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from main_job_bench.workload import hide_torchvision
+from main_job_bench import trl_side
 
 if __name__ == "__main__":
-    hide_torchvision()
-    from main_job_bench import trl_side
-
     sys.exit(trl_side.main(sys.argv[1:]))

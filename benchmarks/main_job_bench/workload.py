@@ -42,7 +42,6 @@ def prompt_rows(size: Size) -> list[dict[str, Any]]:
 
 def write_model(path: Path, model: Model) -> None:
     """``config.json``, ``generation_config.json`` and random float32 weights, all as transformers writes them."""
-    hide_torchvision()
     import torch
     import transformers
 
@@ -68,11 +67,6 @@ def write_model(path: Path, model: Model) -> None:
     made.generation_config.eos_token_id = EOS_ID
     made.generation_config.pad_token_id = PAD_ID
     made.save_pretrained(path)
-
-
-def hide_torchvision() -> None:
-    """Before transformers is imported: a torchvision for CUDA does not load on a torch without, and text needs none."""
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def write_tokenizer(path: Path) -> None:

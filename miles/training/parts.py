@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miles.backends.checkpoint_layout import find_checkpoint
 from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.training.errors import CheckpointsDisagree, first_of
 from miles_agents.rpc.mesh import ActorMesh
@@ -93,7 +94,8 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
     fleet = None
     if not config["debug_train_only"]:
         devices = [[index for slot in slots for index in slot.devices] for slots in placement.slots["engines"]]
-        fleet = EngineFleet(controller, config, node=placement.head, devices=devices)
+        settings = {**config, "seed": engine_seed(config)}
+        fleet = EngineFleet(controller, settings, node=placement.head, devices=devices)
     try:
         if fleet is not None and config["offload_rollout"] and config["device"] == "cuda":
             # An engine sizes its cache by the memory that it finds free: all of it, before the trainer comes.
@@ -117,6 +119,16 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
         await _load_rollout_state(parts, config)
         parts.weight_version = await parts.calls(parts.rollout, LOAD_S).restored_weight_version.call_one()
     return parts
+
+
+def engine_seed(config: Mapping[str, Any]) -> int:
+    """``--seed``, but another one for each point at which a run is resumed: else engines would draw again what they
+    drew at its begin."""
+    found = None
+    if config["load"] and not config.get("finetune"):
+        found = find_checkpoint(config["load"], config.get("ckpt_step"))
+    resumed = 0 if found is None or found.rollout_id is None else found.rollout_id + 1
+    return int((config["seed"] + 1_000_003 * resumed) % 2**31)
 
 
 async def _start_rollout(controller: Controller, config: dict[str, Any]) -> OwnedMesh:

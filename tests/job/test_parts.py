@@ -1,0 +1,39 @@
+"""What the job asks of nodes and engines."""
+
+from miles.training.parts import engine_seed, placement_requests
+
+
+def config(**changed):
+    return {
+        "device": "cpu", "debug_rollout_only": False, "debug_train_only": False, "colocate": False, "world_size": 4,
+        "rollout_num_engines": 2, "rollout_num_gpus_per_engine": 2, "seed": 1234, "load": None, **changed,
+    }  # fmt: skip
+
+
+def test_colocated_engines_share_the_trainers_devices():
+    trainer, engines = placement_requests(config(colocate=True))
+    assert (trainer.num_ranks, engines.num_ranks, engines.devices_per_rank) == (4, 2, 2)
+    assert engines.colocate_with == "trainer"
+
+
+def test_each_side_alone_has_only_its_own_devices():
+    assert [r.name for r in placement_requests(config(debug_train_only=True, colocate=True))] == ["trainer"]
+    (engines,) = placement_requests(config(debug_rollout_only=True, colocate=True))
+    assert engines.colocate_with is None
+
+
+def test_gpus_are_never_shared_unless_colocated_and_cores_are():
+    assert not any(r.oversubscribe for r in placement_requests(config(device="cuda")))
+    assert all(r.oversubscribe for r in placement_requests(config()))
+
+
+def test_a_resumed_run_draws_other_answers_than_its_begin(tmp_path):
+    assert engine_seed(config()) == engine_seed(config(load=str(tmp_path))) == 1234
+    for rollout_id in (2, 5):
+        (tmp_path / f"iter_{rollout_id:07d}").mkdir()
+        (tmp_path / f"iter_{rollout_id:07d}" / "metadata.json").write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    seeds = {engine_seed(config(load=str(tmp_path), ckpt_step=step)) for step in (None, 2)}
+    assert len(seeds | {1234}) == 3
+    assert engine_seed(config(load=str(tmp_path), finetune=True)) == 1234
+    assert all(0 <= seed < 2**31 for seed in seeds)
