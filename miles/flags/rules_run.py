@@ -219,6 +219,12 @@ def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
 def _count_engines(draft: Draft, gpus: int) -> None:
     per_engine = draft["rollout_num_gpus_per_engine"]
     draft["rollout_num_engines"] = gpus // per_engine
+    if draft["sglang_router_port"] is not None and not draft["sglang_router_ip"]:
+        port = draft["sglang_router_port"]
+        draft.notice(
+            f"--sglang-router-port {port} has no effect without --sglang-router-ip: a router that the run starts takes "
+            "a free port, which user code finds in args.sglang_router_port"
+        )
     if draft["sglang_router_ip"] and draft["sglang_router_port"] is None:
         draft.problem("sglang_router_ip", "a router that runs already has a port", advice="Give --sglang-router-port.")
     if gpus % per_engine:

@@ -60,7 +60,6 @@ class RunConsole:
         is_off = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=is_off) as bars:
             self._run = bars.add_task("rollouts", total=num_rollout or None, completed=done, note="")
-            self._phase = bars.add_task("", total=None, note="", visible=False)
             self._bars = bars
             try:
                 yield
@@ -75,13 +74,16 @@ class RunConsole:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What the run does now, until left."""
-        if self._bars is not None and self._phase is not None:
-            self._bars.reset(self._phase, total=None, description=name, visible=True, note="")
+        bars = self._bars
+        if bars is None:
+            yield
+            return
+        self._phase = phase = bars.add_task(name, total=None, note="")
         try:
             yield
         finally:
-            if self._bars is not None and self._phase is not None:
-                self._bars.update(self._phase, visible=False)
+            self._phase = None
+            bars.remove_task(phase)
 
     def show(self, news: Mapping[str, Any]) -> None:
         """How far the phase is: ``finished`` of ``target`` samples, ``tokens`` so far."""

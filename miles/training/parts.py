@@ -97,6 +97,17 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
         settings = {**config, "seed": engine_seed(config)}
         fleet = EngineFleet(controller, settings, node=placement.head, devices=devices)
     try:
+        return await _start(controller, config, placement, fleet)
+    except BaseException:
+        if fleet is not None:
+            await fleet.stop()
+        raise
+
+
+async def _start(
+    controller: Controller, config: dict[str, Any], placement: Placement, fleet: EngineFleet | None
+) -> Parts:
+    try:
         if fleet is not None and config["offload_rollout"] and config["device"] == "cuda":
             # An engine sizes its cache by the memory that it finds free: all of it, before the trainer comes.
             await fleet.start()

@@ -268,3 +268,10 @@ def test_numbers_out_of_range_are_told_with_the_range(flags, name):
 )
 def test_numbers_at_the_edge_are_fine(flags):
     config(flags)
+
+
+def test_a_router_port_without_its_address_is_said_to_have_no_effect():
+    said = "--sglang-router-port 3000 has no effect"
+    assert any(said in notice for notice in outcome("--sglang-router-port 3000").notices)
+    outside = outcome("--sglang-router-port 3000 --sglang-router-ip 10.0.0.1")
+    assert not any("router" in notice for notice in outside.notices)

@@ -101,6 +101,19 @@ def a_run_with_bars(console):
         console.say("done")
 
 
+def test_a_phase_begins_without_the_counts_of_the_one_before():
+    def use(console):
+        with console.bars(2, 0):
+            with console.phase("generate"):
+                console.show({"finished": 3, "target": 8})
+            with console.phase("train"):
+                (task,) = [task for task in console._bars.tasks if task.description == "train"]
+                assert (task.completed, task.total) == (0, None)
+            assert [task.description for task in console._bars.tasks] == ["rollouts"]
+
+    shown(use, terminal=True)
+
+
 def test_bars_leave_nothing_in_a_file():
     assert shown(a_run_with_bars) == "done\n"
 
