@@ -47,7 +47,7 @@ def _without_others_deprecations() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="miles convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="miles convert", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("hf-to-torch-dist", help="for --load and --ref-load")
     there.add_argument("source", type=Path, help="Hugging Face directory with safetensors weights")
