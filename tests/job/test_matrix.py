@@ -28,14 +28,15 @@ MATRIX = {
 
 @pytest.mark.parametrize("flags", MATRIX.values(), ids=MATRIX)
 def test_it_trains_and_the_reward_rises(tmp_path, flags):
-    done = train(tmp_path, check_weight_update_equal=True, timeout_s=580, **flags)
+    # Six rollouts: after four the worst of many runs had risen by 0.24 only, and a rollout takes a second.
+    done = train(tmp_path, check_weight_update_equal=True, num_rollout=6, timeout_s=580, **flags)
     assert done.code == 0, done.output
     # After the first update and after each step: the engines hold exactly what the trainer does.
-    assert [f"weight version {version} checked" in done.output for version in range(1, 7)] == [True] * 5 + [False]
+    assert [f"weight version {version} checked" in done.output for version in range(1, 9)] == [True] * 7 + [False]
     assert max(row["train/train_rollout_logprob_abs_diff"] for row in done.rows()) < 1e-4
     rewards = done.rewards()
-    assert len(rewards) == 4
+    assert len(rewards) == 6
     # A random model writes a letter now and then; a policy that is trained, mostly.
     assert rewards[0] < 0.35, done.output
     assert rewards[-1] > rewards[0] + 0.25, done.output
-    assert [row["rollout/weight_version/mean"] for row in done.rows()] == [1, 2, 3, 4]
+    assert [row["rollout/weight_version/mean"] for row in done.rows()] == [1, 2, 3, 4, 5, 6]
