@@ -13,32 +13,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
+from miles.backends.megatron_utils.flag_fields import TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
 
 PADDED_LOGIT = -1e30
 """Of rows that only pad the vocabulary: no probability, and finite, so that 0 times it is 0."""
 
-_FROM_FLAGS = (
-    "apply_query_key_layer_scaling",
-    "attention_softmax_in_fp32",
-    "bias_dropout_fusion",
-    "deterministic_mode",
-    "distribute_saved_activations",
-    "fp32_residual_connection",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_modules",
-    "recompute_num_layers",
-)
-"""Fields of ``TransformerConfig`` that are taken from flags of the same name."""
-
 
 def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> TransformerConfig:
     """What the layers need to know. The architecture is that of the Hugging Face config."""
     _check_tensor_parallel(shape, args.tensor_model_parallel_size)
-    given = {name: getattr(args, name) for name in _FROM_FLAGS if getattr(args, name, None) is not None}
+    can_fuse = torch.cuda.is_available() and getattr(args, "bias_swiglu_fusion", True)
     return TransformerConfig(
-        **given,
+        **{"attention_dropout": 0.0, "hidden_dropout": 0.0, **fields(args, TRANSFORMER)},
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -52,9 +39,6 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
-        attention_dropout=getattr(args, "attention_dropout", 0.0) or 0.0,
-        hidden_dropout=getattr(args, "hidden_dropout", 0.0) or 0.0,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -71,7 +55,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         persist_layer_norm=False,
         cuda_graph_scope=[],
         apply_rope_fusion=False,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=bool(can_fuse),
     )
 
 

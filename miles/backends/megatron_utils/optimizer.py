@@ -19,21 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from miles.backends.megatron_utils.adam import use_in_megatron
 from miles.backends.megatron_utils.errors import UnsupportedSetting
-
-_FROM_FLAGS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "apply_wd_to_qk_layernorm",
-    "clip_grad",
-    "decoupled_lr",
-    "decoupled_min_lr",
-    "lr",
-    "min_lr",
-    "sgd_momentum",
-    "weight_decay",
-)
-"""Fields of ``OptimizerConfig`` that are taken from flags of the same name."""
+from miles.backends.megatron_utils.flag_fields import DATA_PARALLEL, OPTIMIZER, fields
 
 _REFUSED = {
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
@@ -46,12 +32,13 @@ def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParal
     """The model with its gradient buffers (and, for Adam, parameter buffers), reduced over data-parallel ranks."""
     bf16 = model.config.params_dtype == torch.bfloat16
     config = DistributedDataParallelConfig(
+        **fields(args, DATA_PARALLEL),
         # In 16 bits, sums over micro-batches and ranks lose what they are for.
         grad_reduce_in_fp32=bf16 and not getattr(args, "grad_reduce_in_bf16", False),
-        overlap_grad_reduce=bool(getattr(args, "overlap_grad_reduce", False)),
         use_distributed_optimizer=args.optimizer == "adam",
-        bucket_size=getattr(args, "ddp_bucket_size", None),
     )
+    if buckets := getattr(args, "ddp_num_buckets", None):
+        config.bucket_size = math.ceil(sum(parameter.numel() for parameter in model.parameters()) / buckets)
     return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
 
 
@@ -74,10 +61,8 @@ def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
         )
     use_in_megatron()
     dtype = model.config.params_dtype
-    given = {name: getattr(args, name) for name in _FROM_FLAGS if getattr(args, name, None) is not None}
     config = OptimizerConfig(
-        **given,
-        optimizer=args.optimizer,
+        **fields(args, OPTIMIZER),
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,

@@ -72,8 +72,12 @@ def forward_backward(
 
     model.train()
     model.config.finalize_model_grads_func = _reduce_gradients
+    overlaps = model.ddp_config.overlap_grad_reduce
+    model.config.no_sync_func = model.no_sync if overlaps else None  # until the last micro-batch
     if not batches:
         # The other data-parallel ranks wait for this one.
+        if overlaps:
+            model.start_grad_sync()
         _reduce_gradients([model])
         return {}
     return _sum(_run(step, model, batches, forward_only=False))
