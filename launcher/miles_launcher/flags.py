@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     if options.json:
-        rows = [{**dataclasses.asdict(flag), "status": flag.status} for flag in flags]
+        rows = [flag.as_dict() for flag in flags]
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     else:
         sys.stdout.write(render_list(flags, shutil.get_terminal_size((120, 40)).columns))

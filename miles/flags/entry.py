@@ -14,7 +14,6 @@ from miles.flags.parse import Parsed, UserArguments, parse
 from miles.flags.passthrough import router_flags, sglang_flags
 from miles.flags.problems import Problem
 from miles.flags.resolve import Resolved, resolve, with_defaults
-from miles.flags.retired import with_todays_names
 from miles.flags.table import Table, table
 from miles.flags.user_arguments import load_user_arguments
 
@@ -33,11 +32,9 @@ def resolve_argv(argv: Sequence[str], user: Sequence[UserArguments] = ()) -> Res
     values = _file_values(argv)
     keys = values if isinstance(values, dict) else {}
     flags = table_for([*argv, *("--" + key.replace("_", "-") for key in keys)])
-    words, notices = with_todays_names(argv, list(flags.by_name))
-    first = _parsed(words, flags, values)
+    first = _parsed(argv, flags, values)
     added = [*user, *load_user_arguments(with_defaults(first, flags))]
-    parsed = _parsed(words, flags, values, added) if added else first
-    parsed.notices[:0] = notices
+    parsed = _parsed(argv, flags, values, added) if added else first
     facts = gather(with_defaults(parsed, flags), run_dir=new_run_dir())
     return resolve(parsed, flags, facts)
 
@@ -45,7 +42,8 @@ def resolve_argv(argv: Sequence[str], user: Sequence[UserArguments] = ()) -> Res
 def table_for(words: Sequence[str]) -> Table:
     """All flags; those of installed packages only if one of the words may be one of them."""
     flags = table()
-    unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in flags.by_name]
+    known = {name for name, flag in flags.by_name.items() if not flag.older}
+    unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
     if any(word.startswith("--sglang-") for word in unknown):
         flags = flags.extended(sglang_flags())
     if any(word.startswith("--router-") for word in unknown):

@@ -36,6 +36,7 @@ class Flag:
         source: Who named it.
         only: The values that are what we do (None: any). Another one is refused with ``reason``.
         reason: Why values outside ``only`` are refused.
+        older: An older spelling of these words (one word: of this flag, with the same value), which are read instead.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,7 @@ class Flag:
     source: Source = "contract"
     only: tuple[Plain, ...] | None = None
     reason: str = ""
+    older: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,10 +59,32 @@ class Flag:
 
     @property
     def status(self) -> str:
-        """``honoured``, ``refused``, or ``fixed``: only the values in ``only`` are taken."""
-        if self.only is None:
-            return "honoured"
-        return "fixed" if self.only else "refused"
+        """``honoured``, at least for the values in ``only``, or ``refused``, whatever its value."""
+        return "refused" if self.only == () else "honoured"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Only the values in ``only`` are honoured."""
+        return bool(self.only)
+
+    def as_dict(self) -> dict[str, Plain]:
+        """As ``miles flags --json`` shows it; docs/flags.md says what the keys mean."""
+        return {
+            "name": self.name,
+            "names": list(self.names),
+            "dest": self.dest,
+            "type": self.kind,
+            "default": self.default,
+            "choices": list(self.choices),
+            "nargs": self.nargs,
+            "group": self.group,
+            "help": self.help,
+            "status": self.status,
+            "values": None if self.only is None else list(self.only),
+            "reason": self.reason or None,
+            "stands_for": list(self.older) or None,
+            "source": self.source,
+        }
 
     def takes(self, value: Plain) -> bool:
         """Whether this value is among those that we do."""

@@ -4,9 +4,9 @@ compared with it."""
 from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, number, off, refused, switch, text
+from miles.flags.megatron_refused import FAMILY, MLA, SINKS
 
 GROUP = "model shape"
-EXACT = "the model's shape is that of --hf-checkpoint"
 
 FLAGS: tuple[Flag, ...] = grouped(
     GROUP,
@@ -20,17 +20,29 @@ FLAGS: tuple[Flag, ...] = grouped(
     integer("--kv-channels", None, "width of a head"),
     integer("--vocab-size", None, "entries of the vocabulary"),
     integer("--max-position-embeddings", None, "longest context"),
-    text("--normalization", None, "kind of normalisation", choices=("LayerNorm", "RMSNorm")),
+    refused(
+        text("--normalization", None, "kind of normalisation", choices=("LayerNorm", "RMSNorm")),
+        FAMILY + " (LayerNorm)",
+        only=("RMSNorm",),
+    ),
     number("--norm-epsilon", None, "epsilon of the normalisation", dest="layernorm_epsilon"),
-    text(
-        "--position-embedding-type",
-        None,
-        "kind of position embedding",
-        choices=("learned_absolute", "rope", "mrope", "relative", "none"),
+    refused(
+        text(
+            "--position-embedding-type",
+            None,
+            "kind of position embedding",
+            choices=("learned_absolute", "rope", "mrope", "relative", "none"),
+        ),
+        FAMILY + " (other position embeddings than rotary ones)",
+        only=("rope",),
     ),
     switch("--use-rotary-position-embeddings", "rotary position embeddings"),
     number("--rotary-base", None, "base of the rotary embedding"),
-    number("--rotary-percent", None, "share of a head that is rotated"),
+    refused(
+        number("--rotary-percent", None, "share of a head that is rotated"),
+        FAMILY + " (heads that are rotated in part)",
+        only=(1.0,),
+    ),
     switch("--use-rope-scaling", "Llama 3's scaling of rotary frequencies"),
     number("--rope-scaling-factor", None, "its factor", also=("--rotary-scaling-factor",)),
     switch("--swiglu", "gated MLP with SiLU"),
@@ -39,22 +51,23 @@ FLAGS: tuple[Flag, ...] = grouped(
     switch("--qk-layernorm", "normalisation of queries and keys"),
     switch("--untie-embeddings-and-output-weights", "output layer of its own"),
     integer("--make-vocab-size-divisible-by", 128, "the vocabulary is padded to a multiple of this, times TP"),
-    refused(
-        number("--attention-dropout", 0.0, "dropout of attention"),
-        "log-probs must repeat: there is no dropout",
-        only=(0.0,),
-    ),
-    refused(
-        number("--hidden-dropout", 0.0, "dropout of hidden states"),
-        "log-probs must repeat: there is no dropout",
-        only=(0.0,),
-    ),
-    refused(
-        integer("--seq-length", None, "length of training sequences"),
-        "sequences have the length of their samples: see --rollout-max-context-len",
-    ),
+    number("--attention-dropout", 0.0, "share of attention that training steps drop"),
+    number("--hidden-dropout", 0.0, "share of hidden states that training steps drop"),
+    integer("--seq-length", None, "at most the model's context; sequences have the length of their samples"),
     refused(integer("--padded-vocab-size", None, "padded vocabulary"), "computed from --make-vocab-size-divisible-by"),
     refused(number("--init-method-std", None, "scale of random weights"), "weights are loaded, not drawn"),
-    refused(text("--softmax-type", "vanilla", "kind of softmax"), EXACT, only=("vanilla",)),
-    refused(switch("--trust-remote-code", "run code of the model directory"), "not built yet"),
+    refused(text("--softmax-type", "vanilla", "kind of softmax"), SINKS, only=("vanilla",)),
+    refused(
+        switch("--trust-remote-code", "run code of the model directory"),
+        "not built yet: code of model directories, which nothing here runs",
+    ),
+    *(
+        refused(switch(name, "norm of Megatron forks for GLM-4"), FAMILY + " (norms after attention and MLP)")
+        for name in ("--post-self-attn-layernorm", "--post-mlp-layernorm")
+    ),
+    *(
+        refused(number(name, None, "of YaRN, in Megatron forks"), MLA + " (and its YaRN)")
+        for name in ("--beta-fast", "--beta-slow")
+    ),
+    refused(integer("--original-max-position-embeddings", None, "of YaRN, in Megatron forks"), MLA + " (and its YaRN)"),
 )

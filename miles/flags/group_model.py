@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, path, refused, switch, text
+from miles.flags.megatron_refused import FAMILY
 
 GROUP = "model and checkpoints"
 
@@ -27,7 +28,7 @@ FLAGS: tuple[Flag, ...] = (
         ),
         refused(
             text("--spec", None, "module and function of a layer spec", nargs="*"),
-            "not built yet: layer specs from outside",
+            FAMILY + " (layer specs from outside)",
         ),
     ),
     *grouped(
@@ -39,6 +40,7 @@ FLAGS: tuple[Flag, ...] = (
         switch("--no-load-optim", "do not load the optimizer's state"),
         switch("--no-load-rng", "do not load random number generators"),
         switch("--no-save-rng", "checkpoints hold no random number generators"),
+        switch("--exit-on-missing-checkpoint", "--load without a checkpoint is an error, and no fresh start"),
         refused(
             text("--ckpt-format", "torch_dist", "format of checkpoints"),
             "checkpoints are torch_dist, which every parallel layout can read",

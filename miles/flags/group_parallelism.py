@@ -67,8 +67,7 @@ FLAGS: tuple[Flag, ...] = (
             only=("auto", "flash"),
         ),
         text("--recompute-modules", None, "what selective recomputes (unset: core_attn)", nargs="+"),
-        refused(switch("--recompute-activations", "older spelling"), "use --recompute-granularity selective"),
-        refused(switch("--checkpoint-activations", "older spelling"), "use --recompute-granularity full"),
+        switch("--distribute-saved-activations", "full recomputation: tensor-parallel ranks share what it keeps"),
         switch("--bf16", "parameters in bfloat16 (the default on CUDA)"),
         refused(switch("--fp16", "parameters in float16"), "not built yet: float16 and its loss scaling; use --bf16"),
         refused(
@@ -80,7 +79,6 @@ FLAGS: tuple[Flag, ...] = (
             ),
             "Transformer Engine where it is installed, else our own layers; there is nothing to choose",
         ),
-        refused(switch("--use-flash-attn", "flash attention"), "use --attention-backend flash"),
         refused(
             off("--disable-gloo-process-groups", "enable_gloo_process_groups", "no gloo groups"),
             "gloo groups carry what is on the CPU",
@@ -92,13 +90,29 @@ FLAGS: tuple[Flag, ...] = (
             for name, dest in (
                 ("--no-masked-softmax-fusion", "masked_softmax_fusion"),
                 ("--no-bias-gelu-fusion", "bias_gelu_fusion"),
-                ("--no-bias-swiglu-fusion", "bias_swiglu_fusion"),
                 ("--no-bias-dropout-fusion", "bias_dropout_fusion"),
                 ("--no-rope-fusion", "apply_rope_fusion"),
                 ("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion"),
             )
         ),
         refused(switch("--no-persist-layer-norm", "turns a fused kernel off"), "", only=(True,)),
+        off(
+            "--no-bias-swiglu-fusion",
+            "bias_swiglu_fusion",
+            "SwiGLU as separate operators, not compiled into one (CUDA)",
+        ),
+        switch(
+            "--disable-bf16-reduced-precision-matmul", "sums of bfloat16 products in float32 throughout (CUDA, slower)"
+        ),
+        switch("--overlap-grad-reduce", "gradients are reduced over data-parallel ranks during the backward pass"),
+        integer("--ddp-bucket-size", None, "parameters per bucket of --overlap-grad-reduce (unset: 40 million)"),
+        integer("--ddp-num-buckets", None, "number of buckets of --overlap-grad-reduce, in place of their size"),
+        switch("--grad-reduce-in-bf16", "bfloat16 parameters: their gradients are summed in bfloat16, too"),
+        switch("--ddp-pad-buckets-for-high-nccl-busbw", "buckets are padded to multiples of 65536 elements"),
+        switch(
+            "--ddp-reduce-scatter-with-fp32-accumulation",
+            "gradients travel as they are, and each rank sums its part in float32",
+        ),
     ),
     *grouped(
         GROUP,

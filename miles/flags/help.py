@@ -32,7 +32,7 @@ def render_help(table: Table, width: int = 120) -> str:
         if group == MEGATRON_REFUSED:
             continue
         flags = [flag for flag in table.flags if flag.group == group]
-        taken = [flag for flag in flags if flag.status == "honoured"]
+        taken = [flag for flag in flags if flag.only is None]
         lines = [line for flag in taken for line in describe(flag, width)]
         rest = [flag for flag in flags if flag not in taken]
         parts.append("\n".join([f"{group}:", *lines, *_rest(rest, width)]) + "\n")
@@ -77,7 +77,7 @@ def render_list(flags: Iterable[Flag], width: int = 120) -> str:
     lines: list[str] = []
     for flag in flags:
         lines += describe(flag, width)
-        if flag.status == "fixed":
+        if flag.is_fixed:
             values = ", ".join(_fixed(flag))
             lines.append(
                 " " * (_NAME_COLUMN + 2) + f"takes only: {values}" + (f" ({flag.reason})" if flag.reason else "")

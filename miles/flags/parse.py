@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from miles.flags.flag import TAKES_NO_VALUE, Flag, Plain
 from miles.flags.group_engines import reason_for_absent
-from miles.flags.problems import Problem, listed, shown
+from miles.flags.problems import REFUSED, Problem, listed, shown
+from miles.flags.retired import with_todays_names
 from miles.flags.table import Table, spellings
 
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf")
@@ -88,6 +89,8 @@ def _of_table(table: Table) -> FlagParser:
     parser = FlagParser(prog="train.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     for flag in table.flags:
         nargs = 0 if flag.kind in TAKES_NO_VALUE else flag.nargs
+        if flag.status == "refused" and nargs != 0:
+            nargs = "*"  # whatever it is given: that it is refused is what there is to say
         parser.add_argument(*spellings(flag), dest=f"_flag {flag.name}", nargs=nargs, action=_Record)
     return parser
 
@@ -95,9 +98,10 @@ def _of_table(table: Table) -> FlagParser:
 def parse(argv: Sequence[str], table: Table, user: Sequence[UserArguments] = ()) -> Parsed:
     """Read a command line. Nothing is derived here, and nothing is compared with anything else."""
     result = Parsed()
+    words, result.notices = with_todays_names(argv, [name for name, flag in table.by_name.items() if not flag.older])
     try:
         parser = build_parser(table, user)
-        namespace, unknown = parser.parse_known_args(_joined(argv, parser))
+        namespace, unknown = parser.parse_known_args(_joined(words, parser))
     except (ParseFailed, argparse.ArgumentError) as failure:
         result.problems.append(_misplaced(str(failure)))
         return result
@@ -128,6 +132,8 @@ def _take(result: Parsed, flag: Flag, name: str, raw: Any) -> None:
         value: Plain = not name.startswith("--no-")
     elif flag.kind in TAKES_NO_VALUE:
         value = flag.kind == "switch"
+    elif flag.status == "refused":
+        value = raw
     else:
         value = _converted(result, flag, name, raw)
     if not flag.takes(value):
@@ -144,7 +150,7 @@ def refusal(flag: Flag, name: str, value: Plain) -> Problem:
     allowed = listed(shown(value) for value in flag.only) if flag.only else ""
     advice = f"Give {name} {allowed}, or leave it out." if flag.only else "Leave it out."
     shown_value = "" if flag.kind in TAKES_NO_VALUE else shown(value)
-    return Problem(name, shown_value, f"refused: {flag.reason}", allowed, advice)
+    return Problem(name, shown_value, REFUSED + flag.reason, allowed, advice)
 
 
 def _converted(result: Parsed, flag: Flag, name: str, raw: Any) -> Plain:
@@ -260,7 +266,7 @@ def _unknown(words: Sequence[str], table: Table) -> list[Problem]:
         if word.startswith("--"):
             name, _, value = word.partition("=")
             if reason := reason_for_absent(name):
-                problems.append(Problem(name, value, f"refused: {reason}", "", "Leave it out."))
+                problems.append(Problem(name, value, REFUSED + reason, "", "Leave it out."))
                 after_unknown = True
                 continue
             near = table.nearest(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from miles_agents.errors import ConfigError, EnvironmentFault, InternalError, UserCodeError
@@ -44,6 +44,32 @@ class Problem:
     def from_dict(cls, values: Mapping[str, str]) -> Problem:
         """What ``as_dict`` made."""
         return cls(**values)
+
+
+REFUSED = "refused: "
+
+
+def grouped(problems: Sequence[Problem]) -> list[Problem]:
+    """One problem for all flags that the same missing feature keeps out: their reasons agree up to a bracket."""
+    by_feature: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_feature.setdefault(_feature(problem), []).append(problem)
+    found = []
+    for problem in problems:
+        feature = _feature(problem)
+        alike = by_feature[feature]
+        others = dict.fromkeys(other.flag for other in alike if other.flag != problem.flag)
+        if not feature or not others:
+            found.append(problem)
+        elif problem is alike[0]:
+            what = f"{feature}. For the same reason: {', '.join(others)}"
+            found.append(replace(problem, what=what, allowed="", advice="Leave them out."))
+    return found
+
+
+def _feature(problem: Problem) -> str:
+    """The missing feature that a refusal names; empty: it is about the flag itself."""
+    return problem.what.partition(" (")[0] if problem.what.startswith(REFUSED + "not built yet: ") else ""
 
 
 class FlagProblems(ConfigError):

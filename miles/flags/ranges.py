@@ -44,6 +44,9 @@ _AT_LEAST_1 = (
     "debug_exit_after_rollout",
     "lr_decay_iters",
     "lr_wsd_decay_iters",
+    "ddp_bucket_size",
+    "ddp_num_buckets",
+    "seq_length",
 )
 _AT_LEAST_0 = (
     "num_rollout",
@@ -65,6 +68,8 @@ _AT_LEAST_0 = (
     "kl_loss_coef",
     "eps_clip",
     "eps_clip_high",
+    "decoupled_lr",
+    "decoupled_min_lr",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -74,6 +79,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "eval_top_p": (math.ulp(0.0), 1, "above 0, up to 1"),
     "adam_beta1": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "adam_beta2": (0, math.nextafter(1, 0), "0 or more, below 1"),
+    "attention_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
+    "hidden_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "sgd_momentum": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "lr_warmup_fraction": (0, 1, "0 to 1"),
     "load_debug_rollout_data_subsample": (math.ulp(0.0), 1, "above 0, up to 1"),

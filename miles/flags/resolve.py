@@ -10,7 +10,7 @@ from miles.flags.draft import Draft
 from miles.flags.facts import HOOKS, WRITTEN, Facts
 from miles.flags.flag import Plain
 from miles.flags.parse import Parsed
-from miles.flags.problems import Problem
+from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
@@ -68,7 +68,7 @@ def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
     _resolve_environment(draft)
     _resolve_paths(draft)
     draft["explicit_flags"] = sorted(parsed.typed)
-    return Resolved(draft.values, tuple(draft.problems), tuple(draft.notices))
+    return Resolved(draft.values, tuple(grouped(draft.problems)), tuple(draft.notices))
 
 
 def _check_hooks(draft: Draft) -> None:

@@ -75,6 +75,13 @@ def _resolve_shape(draft: Draft) -> None:
                 value=given,
             )
         draft[dest] = value
+    if (length := draft["seq_length"]) and length > derived["max_position_embeddings"]:
+        draft.problem(
+            "seq_length",
+            f"the model's context has {derived['max_position_embeddings']} tokens",
+            allowed=f"up to {derived['max_position_embeddings']}",
+            advice="Leave it out: sequences have the length of their samples.",
+        )
     _check_tensor_parallel(draft)
 
 
@@ -195,6 +202,14 @@ def _without_checkpoint(draft: Draft, found: DirectoryFacts) -> None:
         draft.problem("load", found.config_error, advice="Repair config.json, or leave --load out.")
     elif not found.checkpoint_error and found.newest is None:
         why = f"has no {TRACKER}" if found.exists else "does not exist"
+        if draft["exit_on_missing_checkpoint"]:
+            draft.problem(
+                "load",
+                f"it {why}, and --exit-on-missing-checkpoint is given",
+                allowed="a directory of checkpoints",
+                advice="Correct the path, or leave --exit-on-missing-checkpoint out to begin anew.",
+            )
+            return
         source = "--ref-load" if draft["ref_load"] else "--hf-checkpoint"
         draft.notice(f"--load {draft['load']} {why}: a fresh start, with the weights of {source}")
 

@@ -109,6 +109,24 @@ _ONLY_MEGATRON = {
     "recompute_modules": "use --gradient-checkpointing",
     "use_checkpoint_opt_param_scheduler": "the schedule is that of the flags",
     "attention_backend": "use --attn-implementation",
+    **dict.fromkeys(("attention_dropout", "hidden_dropout"), "models of the FSDP backend drop what config.json says"),
+    **dict.fromkeys(
+        (
+            "distribute_saved_activations",
+            "bias_swiglu_fusion",
+            "disable_bf16_reduced_precision_matmul",
+            "overlap_grad_reduce",
+            "ddp_bucket_size",
+            "ddp_num_buckets",
+            "grad_reduce_in_bf16",
+            "ddp_pad_buckets_for_high_nccl_busbw",
+            "ddp_reduce_scatter_with_fp32_accumulation",
+            "decoupled_lr",
+            "decoupled_min_lr",
+            "apply_wd_to_qk_layernorm",
+        ),
+        "FSDP2 has no such setting",
+    ),
 }
 _ONLY_FSDP = {
     "attn_implementation": "use --attention-backend",
@@ -122,7 +140,8 @@ def resolve_backend(draft: Draft) -> None:
     """What one of the two training backends cannot do."""
     is_fsdp = draft["train_backend"] == "fsdp"
     for dest, instead in (_ONLY_MEGATRON if is_fsdp else _ONLY_FSDP).items():
-        if dest in draft.typed:
+        does_nothing = dest.endswith("_dropout") and not draft[dest]
+        if dest in draft.typed and not does_nothing:
             other = "Megatron" if is_fsdp else "FSDP"
             draft.problem(dest, f"only the {other} backend has it", advice=f"Leave it out: {instead}.")
     if is_fsdp and draft["tensor_model_parallel_size"] != 1:

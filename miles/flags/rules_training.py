@@ -63,6 +63,14 @@ def _check_steps(draft: Draft) -> None:
                 f"a rollout has {draft['num_steps_per_rollout']} optimizer steps, and the ratio of later ones is not 1",
                 advice="Leave it out, or train with one step per rollout.",
             )
+        for dest in ("attention_dropout", "hidden_dropout"):
+            if draft[dest]:
+                draft.problem(
+                    dest,
+                    "with --skip-actor-forward-only the old log-probs would be those of the same dropout",
+                    allowed="0",
+                    advice="Leave one of the two out.",
+                )
 
 
 def _check_recompute(draft: Draft) -> None:
@@ -84,6 +92,14 @@ def _check_recompute(draft: Draft) -> None:
             "it belongs to selective recomputation",
             advice="Give --recompute-granularity selective, or leave it out.",
         )
+    if draft["distribute_saved_activations"] and (granularity != "full" or draft["tensor_model_parallel_size"] == 1):
+        draft.problem(
+            "distribute_saved_activations",
+            "it shares what full recomputation keeps among tensor-parallel ranks",
+            advice="Give --recompute-granularity full and --tensor-model-parallel-size above 1, or leave it out.",
+        )
+    if draft["ddp_num_buckets"] and draft["ddp_bucket_size"]:
+        draft.problem("ddp_num_buckets", "--ddp-bucket-size is given, too", advice="Leave one of the two out.")
     layers, all_layers = draft["recompute_num_layers"], draft["num_layers"]
     if layers and all_layers and layers > all_layers:
         draft.problem(

@@ -18,6 +18,7 @@ from miles.flags import (
     group_reward,
     group_running,
     group_sampling,
+    retired,
 )
 from miles.flags.flag import Flag, Plain
 from miles.flags.megatron_names import refused_megatron_flags
@@ -34,6 +35,7 @@ OUR_GROUPS = (
     group_engines,
     group_running,
     group_architecture,
+    retired,
 )
 
 
@@ -45,7 +47,8 @@ class Table:
         self.by_name: Mapping[str, Flag] = {name: flag for flag in self.flags for name in spellings(flag)}
         by_dest: dict[str, Flag] = {}
         for flag in self.flags:
-            by_dest.setdefault(flag.dest, flag)
+            if not flag.older:
+                by_dest.setdefault(flag.dest, flag)
         self.by_dest: Mapping[str, Flag] = by_dest
 
     def nearest(self, name: str) -> str | None:
@@ -58,7 +61,8 @@ class Table:
         installed packages, whose defaults are theirs."""
         values: dict[str, Plain] = {}
         for flag in self.flags:
-            if flag.source not in {"sglang", "router"} and (flag.source != "megatron" or flag.only != ()):
+            is_ours = flag.source not in {"sglang", "router"} and not flag.older
+            if is_ours and (flag.source != "megatron" or flag.only != ()):
                 values.setdefault(flag.dest, flag.default)  # the first of several with the same dest counts
         return values
 
@@ -71,8 +75,12 @@ class Table:
         }
 
     def extended(self, flags: Iterable[Flag]) -> Table:
-        """With further flags; those here keep the names that they have."""
-        return Table((*self.flags, *(flag for flag in flags if not set(spellings(flag)) & set(self.by_name))))
+        """With further flags; those here keep the names that they have, unless they are only older spellings."""
+        further = tuple(flags)
+        known = {name for flag in further for name in spellings(flag)}
+        kept = [flag for flag in self.flags if not (flag.older and set(flag.names) & known)]
+        taken = {name for flag in kept for name in spellings(flag)}
+        return Table((*kept, *(flag for flag in further if not set(spellings(flag)) & taken)))
 
 
 def spellings(flag: Flag) -> tuple[str, ...]:

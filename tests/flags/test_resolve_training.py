@@ -84,8 +84,8 @@ def test_a_recipe_of_a_published_kind():
 
 def test_the_config_says_what_is_done_whether_or_not_it_is_typed():
     untyped = config()
-    typed = config("--use-distributed-optimizer --no-bias-swiglu-fusion --attention-softmax-in-fp32")
-    keys = ("use_distributed_optimizer", "bias_swiglu_fusion", "attention_softmax_in_fp32")
+    typed = config("--use-distributed-optimizer --no-rope-fusion --attention-softmax-in-fp32")
+    keys = ("use_distributed_optimizer", "apply_rope_fusion", "attention_softmax_in_fp32")
     assert [untyped[key] for key in keys] == [typed[key] for key in keys] == [True, False, True]
 
 
