@@ -13,6 +13,7 @@ from miles.flags.parse import Parsed
 from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
+from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_training import resolve_training
@@ -67,6 +68,7 @@ def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
     _check_hooks(draft)
     _resolve_environment(draft)
     _resolve_paths(draft)
+    tell_without_effect(draft)
     draft["explicit_flags"] = sorted(parsed.typed)
     return Resolved(draft.values, tuple(grouped(draft.problems)), tuple(draft.notices))
 

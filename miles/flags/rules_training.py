@@ -25,10 +25,6 @@ def _check_loss(draft: Draft) -> None:
             f"--loss-type {draft['loss_type']} does not call it",
             advice="Give --loss-type custom_loss, or leave it out.",
         )
-    if not draft["use_kl_loss"]:
-        for dest in ("kl_loss_coef", "kl_loss_type", "use_unbiased_kl"):
-            if dest in draft.typed:
-                draft.notice(f"{draft.flag(dest)} has no effect without --use-kl-loss")
 
 
 def _check_correction(draft: Draft) -> None:
@@ -38,10 +34,6 @@ def _check_correction(draft: Draft) -> None:
             "with --use-rollout-logprobs there is nothing to correct",
             advice="Leave one of the two out.",
         )
-    if not draft["use_tis"] and not draft["get_mismatch_metrics"]:
-        for dest in ("custom_tis_function_path", "tis_clip", "tis_clip_low"):
-            if dest in draft.typed:
-                draft.notice(f"{draft.flag(dest)} has no effect without --use-tis or --get-mismatch-metrics")
 
 
 def _check_steps(draft: Draft) -> None:

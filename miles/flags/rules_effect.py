@@ -1,0 +1,195 @@
+"""Flags that only matter under another one: typed without it, they are told to have no effect in this run.
+
+A table: which dests, when they are read, and what is missing where they are not. A flag that is built later gets its
+line here; the tests go through all lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from miles.flags.draft import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """These flags are read only if ``when`` holds.
+
+    Attributes:
+        dests: Their keys in the config.
+        when: Whether this run reads them. The draft is resolved.
+        otherwise: What is said after "has no effect".
+    """
+
+    dests: tuple[str, ...]
+    when: Callable[[Draft], bool]
+    otherwise: str
+
+
+def _is_set(*dests: str) -> Callable[[Draft], bool]:
+    """One of these flags has a value that is neither false nor None. A flag that no table has is not set."""
+    return lambda draft: any(draft.values.get(dest) not in (None, False) for dest in dests)
+
+
+def _is(dest: str, *values: object) -> Callable[[Draft], bool]:
+    return lambda draft: draft.values.get(dest) in values
+
+
+def _needs(dests: str, when: Callable[[Draft], bool], otherwise: str) -> Effect:
+    return Effect(tuple(dests.split()), when, otherwise)
+
+
+def _warms_up(draft: Draft) -> bool:
+    return bool(draft["lr_warmup_iters"] or draft["lr_warmup_fraction"])
+
+
+def _decays(draft: Draft) -> bool:
+    return draft["lr_decay_style"] != "constant"
+
+
+def _asks_remote(draft: Draft) -> bool:
+    """Rows may name their reward, too."""
+    kind = str(draft["rm_type"] or "").removeprefix("boxed_")
+    facts = draft.facts.data.get(draft["prompt_data"] or "")
+    return (
+        kind == "remote_rm" or bool(facts and draft["metadata_key"] in facts.columns) or bool(draft["custom_rm_path"])
+    )
+
+
+POLICY = "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path"
+WANDB = (
+    "wandb_project wandb_group wandb_mode wandb_dir wandb_key wandb_host wandb_team wandb_run_id wandb_run_name "
+    "disable_wandb_random_suffix"
+)
+
+EFFECTS: tuple[Effect, ...] = (
+    _needs("kl_loss_coef kl_loss_type use_unbiased_kl", _is_set("use_kl_loss"), "without --use-kl-loss"),
+    _needs(
+        "custom_tis_function_path tis_clip tis_clip_low",
+        _is_set("use_tis", "get_mismatch_metrics"),
+        "without --use-tis or --get-mismatch-metrics",
+    ),
+    _needs(POLICY, lambda draft: draft["loss_type"] != "sft_loss", "with --loss-type sft_loss"),
+    _needs("loss_mask_type", _is("loss_type", "sft_loss"), "without --loss-type sft_loss"),
+    _needs(
+        "grpo_std_normalization",
+        lambda draft: draft["n_samples_per_prompt"] > 1,
+        "with one response per prompt: it is the default there",
+    ),
+    _needs(
+        "eval_prompt_data eval_config n_samples_per_eval_prompt eval_max_response_len eval_temperature eval_top_p "
+        "eval_top_k eval_max_prompt_len eval_max_context_len eval_min_new_tokens eval_input_key eval_label_key "
+        "eval_tool_key eval_reward_key eval_function_path skip_eval_before_train custom_eval_rollout_log_function_path",
+        _is_set("eval_interval"),
+        "without --eval-interval",
+    ),
+    _needs("max_tokens_per_gpu", _is_set("use_dynamic_batch_size"), "without --use-dynamic-batch-size"),
+    _needs("log_probs_max_tokens_per_gpu", _is_set("use_dynamic_batch_size"), "without --use-dynamic-batch-size"),
+    _needs("micro_batch_size", lambda draft: not draft["use_dynamic_batch_size"], "with --use-dynamic-batch-size"),
+    _needs("adam_beta1 adam_beta2 adam_eps", _is("optimizer", "adam"), "without --optimizer adam"),
+    _needs("sgd_momentum", _is("optimizer", "sgd"), "without --optimizer sgd"),
+    _needs("min_lr", _decays, "with --lr-decay-style constant"),
+    _needs(
+        "lr_decay_iters",
+        lambda draft: _decays(draft) or draft["lr_warmup_fraction"] is not None,
+        "with --lr-decay-style constant",
+    ),
+    _needs("lr_wsd_decay_iters lr_wsd_decay_style", _is("lr_decay_style", "WSD"), "without --lr-decay-style WSD"),
+    _needs("lr_warmup_init", _warms_up, "without --lr-warmup-iters or --lr-warmup-fraction"),
+    _needs("decoupled_min_lr", _is_set("decoupled_lr"), "without --decoupled-lr"),
+    _needs("ddp_bucket_size ddp_num_buckets", _is_set("overlap_grad_reduce"), "without --overlap-grad-reduce"),
+    _needs("grad_reduce_in_bf16", _is_set("bf16"), "without --bf16: gradients have the parameters' float32"),
+    _needs(
+        "ddp_pad_buckets_for_high_nccl_busbw ddp_reduce_scatter_with_fp32_accumulation",
+        _is("optimizer", "adam"),
+        "without --optimizer adam, whose state is sharded",
+    ),
+    _needs("bias_swiglu_fusion disable_bf16_reduced_precision_matmul", _is("device", "cuda"), "on a CPU"),
+    _needs(
+        "make_vocab_size_divisible_by",
+        _is("train_backend", "megatron"),
+        "with --train-backend fsdp, which pads no vocabulary",
+    ),
+    _needs("seq_length", lambda draft: False, "here: sequences have the length of their samples"),
+    _needs(
+        "use_checkpoint_opt_param_scheduler exit_on_missing_checkpoint",
+        lambda draft: "load" in draft.typed or draft["resume"] is not None,
+        "without --load",
+    ),
+    _needs(
+        "no_load_optim no_load_rng",
+        lambda draft: "load" in draft.typed or draft["resume"] is not None,
+        "without --load",
+    ),
+    _needs("no_save_rng", _is_set("save"), "without --save"),
+    _needs("offload_rollout_level", _is_set("offload_rollout"), "unless engines are offloaded"),
+    _needs("offload_train_target", _is_set("offload_train"), "unless the trainer is offloaded"),
+    _needs(
+        "offload_train_disk_dir offload_train_disk_chunk_mb",
+        lambda draft: bool(draft["offload_train"]) and draft["offload_train_target"] == "disk",
+        "unless the trainer is offloaded, with --offload-train-target disk",
+    ),
+    _needs("rm_url", _asks_remote, "without --rm-type remote_rm"),
+    _needs(
+        "sglang_router_policy sglang_router_request_timeout_secs",
+        lambda draft: not draft["sglang_router_ip"],
+        "with --sglang-router-ip, whose router runs already",
+    ),
+    _needs(
+        "load_debug_rollout_data_subsample", _is_set("load_debug_rollout_data"), "without --load-debug-rollout-data"
+    ),
+    _needs(
+        "apply_chat_template_kwargs chat_template_path",
+        lambda draft: bool(
+            draft["apply_chat_template"]
+            or draft["loss_type"] == "sft_loss"
+            or draft["custom_generate_function_path"]
+            or draft["rollout_function_path"]
+        ),
+        "without --apply-chat-template",
+    ),
+    _needs(WANDB, _is_set("use_wandb"), "without --use-wandb"),
+    _needs(
+        "mlflow_tracking_uri mlflow_experiment_name mlflow_run_name mlflow_run_id",
+        _is_set("use_mlflow"),
+        "without --use-mlflow",
+    ),
+    _needs("tb_project_name tb_experiment_name", _is_set("use_tensorboard"), "without --use-tensorboard"),
+    _needs("prometheus_port prometheus_run_name", _is_set("use_prometheus"), "without --use-prometheus"),
+    _needs("mask_offpolicy_in_partial_rollout", _is_set("partial_rollout"), "without --partial-rollout"),
+    _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
+)
+"""In no order: each flag stands in one line."""
+
+ONLY_TRAINER = (
+    "optimizer lr lr_decay_style lr_warmup_iters lr_warmup_fraction min_lr weight_decay adam_beta1 adam_beta2 "
+    "clip_grad entropy_coef eps_clip eps_clip_high eps_clip_c use_kl_loss kl_loss_coef kl_loss_type use_tis "
+    "tis_clip tis_clip_low tensor_model_parallel_size recompute_granularity recompute_method recompute_num_layers "
+    "gradient_checkpointing save_hf ref_load "
+)
+ONLY_ENGINES = (
+    "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "
+    "dynamic_sampling_filter_path over_sampling_batch_size partial_rollout sglang_server_concurrency "
+    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine "
+)
+
+
+def tell_without_effect(draft: Draft) -> None:
+    """One notice for the flags of each line of the table, and one for those of a side that this run lacks."""
+    told: set[str] = set()
+    if not draft.trains:
+        told |= _tell(draft, ONLY_TRAINER.split(), "with --debug-rollout-only: nothing is trained")
+    if not draft.generates and draft["loss_type"] != "sft_loss":
+        told |= _tell(draft, ONLY_ENGINES.split(), "without engines: nothing is generated")
+    for effect in EFFECTS:
+        if not effect.when(draft):
+            told |= _tell(draft, [dest for dest in effect.dests if dest not in told], effect.otherwise)
+
+
+def _tell(draft: Draft, dests: list[str], otherwise: str) -> set[str]:
+    typed = [dest for dest in dests if dest in draft.typed and dest in draft.values]
+    if typed:
+        flags = ", ".join(draft.flag(dest) for dest in typed)
+        draft.notice(f"{flags} {'has' if len(typed) == 1 else 'have'} no effect {otherwise}")
+    return set(typed)
