@@ -2,17 +2,24 @@
 
 Pure: a function of lengths and numbers. All ranks get the same number of micro-batches in a step, because each of them
 means collectives (pipeline, sharded parameters, experts) in which all take part.
+
+First the samples of a step are packed into micro-batches, then these are dealt to the ranks. With dynamic batches the
+micro-batches are as few as the token budget allows, and even: if all ranks meet in each of them, nobody waits long.
+Which sample lies where changes no gradient, as the loss of a step is a sum over its samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from miles.utils.seqlen_balancing import first_fit_decreasing, get_seqlen_balanced_partitions, split_in_two
+import numpy as np
+
+from miles.utils import bins as packing
 from miles_agents.errors import ConfigError
 
+SCHEDULE_CONFIG_KEYS = ("dp_size", "cp_size", "vpp_size", "microbatch_group_size_per_vp_stage")
 Bins = list[list[int]]
 
 
@@ -58,6 +65,8 @@ class DpSchedule:
         num_microbatches: By step: micro-batches of each rank.
         num_rollouts: By step: distinct rollout ids, which the loss is averaged over.
         dropped: Samples of rollouts that do not fill a step.
+
+    Can be unpacked like a tuple of the first four.
     """
 
     partitions: list[list[int]]
@@ -66,10 +75,18 @@ class DpSchedule:
     num_rollouts: list[int]
     dropped: list[int] = field(default_factory=list)
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.partitions, self.micro_batch_indices, self.num_microbatches, self.num_rollouts))
+
+
+def has_full_schedule_config(train_parallel_config: Mapping[str, Any] | None) -> bool:
+    """Whether all of ``SCHEDULE_CONFIG_KEYS`` are there."""
+    return all(key in (train_parallel_config or {}) for key in SCHEDULE_CONFIG_KEYS)
+
 
 def build_dp_schedule(
     args: ScheduleArgs,
-    cfg: ScheduleConfig,
+    cfg: ScheduleConfig | Mapping[str, Any],
     total_lengths: Sequence[int],
     *,
     global_batch_size: int,
@@ -79,7 +96,7 @@ def build_dp_schedule(
     """The schedule of one rollout.
 
     Args:
-        args: Flags.
+        args: Flags. With ``balance_data``, ranks get equal numbers of tokens.
         cfg: Parallel sizes.
         total_lengths: Tokens of each sample.
         global_batch_size: Rollouts (samples that share an id count once) of an optimizer step.
@@ -89,19 +106,24 @@ def build_dp_schedule(
     Raises:
         BadBatchSizes: There are fewer rollouts than one step needs.
     """
+    cfg = cfg if isinstance(cfg, ScheduleConfig) else _config(cfg)
     steps, num_rollouts, dropped = _steps(args, global_batch_size, rollout_indices)
+    lengths = np.asarray(total_lengths, np.int64)
+    costs = lengths if weights is None else np.asarray(weights, np.float64)
     partitions: list[list[int]] = [[] for _ in range(cfg.dp_size)]
     indices: list[Bins] = [[] for _ in range(cfg.dp_size)]
     num_microbatches = []
     for samples in steps:
-        bins = _bins(args, cfg, samples, total_lengths, weights)
-        by_rank = _deal(bins, cfg.dp_size, weights or total_lengths, even=weights is not None or args.balance_data)
-        num_microbatches.append(len(by_rank[0]))
-        for rank, mine in enumerate(by_rank):
-            for micro_batch in mine:
+        places = np.array(samples, np.int64)
+        labels, count = _micro_batches(args, cfg, lengths[places], None if weights is None else costs[places])
+        micro_batches = packing.members(labels, count)
+        ranks = _deal(labels, costs[places], count, cfg.dp_size, even=weights is not None or args.balance_data)
+        num_microbatches.append(count // cfg.dp_size)
+        for rank, mine in enumerate(ranks):
+            for number in mine:
                 begin = len(partitions[rank])
-                partitions[rank] += micro_batch
-                indices[rank].append(list(range(begin, begin + len(micro_batch))))
+                partitions[rank] += [samples[i] for i in micro_batches[number]]
+                indices[rank].append(list(range(begin, len(partitions[rank]))))
     return DpSchedule(partitions, indices, num_microbatches, num_rollouts, dropped)
 
 
@@ -110,9 +132,17 @@ def build_forward_schedule(lengths_by_rank: Sequence[Sequence[int]], max_tokens:
 
     The same number for all ranks, a multiple of ``group``.
     """
-    by_rank = [first_fit_decreasing(lengths, max_tokens) for lengths in lengths_by_rank]
-    count = _round_up(max(map(len, by_rank)), group)
-    return [_fill(bins, lengths, count) for bins, lengths in zip(by_rank, lengths_by_rank, strict=True)]
+    arrays = [np.asarray(lengths, np.int64) for lengths in lengths_by_rank]
+    found = [packing.pack(lengths, max_tokens, group, at_least=0) for lengths in arrays]
+    count = max(number for _, number in found)
+    for rank, (lengths, (_, number)) in enumerate(zip(arrays, found, strict=True)):
+        if number < count:
+            found[rank] = packing.pack(lengths, max_tokens, group, at_least=count)
+    return [packing.members(labels, count) for labels, _ in found]
+
+
+def _config(sizes: Mapping[str, Any]) -> ScheduleConfig:
+    return ScheduleConfig(**{name: sizes.get(name) or 1 for name in SCHEDULE_CONFIG_KEYS})
 
 
 def _steps(
@@ -135,30 +165,23 @@ def _steps(
     return [[place for rollout in chunk for place in rollout] for chunk in chunks], [len(c) for c in chunks], left
 
 
-def _bins(
-    args: ScheduleArgs,
-    cfg: ScheduleConfig,
-    samples: list[int],
-    total_lengths: Sequence[int],
-    weights: Sequence[float] | None,
-) -> Bins:
-    """Micro-batches of one step over all ranks: a multiple of ``dp_size * group``."""
-    lengths = [int(total_lengths[i]) for i in samples]
+def _micro_batches(
+    args: ScheduleArgs, cfg: ScheduleConfig, lengths: packing.Lengths, costs: packing.Weights | None
+) -> tuple[packing.Labels, int]:
+    """Micro-batches of one step over all ranks, a multiple of ``dp_size * group``: which one each sample is in."""
     align = cfg.dp_size * cfg.group
-    if not args.use_dynamic_batch_size:
-        count = _round_up(-(-len(samples) // args.micro_batch_size), align)
-        bins = _even_chunks(len(samples), count)
-    else:
+    if args.use_dynamic_batch_size:
         capacity = _capacity(args, cfg)
-        if weights is None:
-            found = first_fit_decreasing(lengths, capacity)
-            bins = _fill(found, lengths, _round_up(len(found), align))
-        else:
-            count = _round_up(-(-sum(lengths) // capacity), align)
-            costs = [float(weights[i]) for i in samples]
-            found = get_seqlen_balanced_partitions(costs, min(count, len(samples)), equal_size=False)
-            bins = found + [[] for _ in range(count - len(found))]
-    return [[samples[i] for i in micro_batch] for micro_batch in bins]
+        if costs is None:
+            return packing.pack(lengths, capacity, align)
+        count = _round_up(-(-int(lengths.sum()) // capacity), align)
+        return packing.balanced(costs, count), count
+    count = _round_up(-(-len(lengths) // args.micro_batch_size), align)
+    if args.balance_data:
+        return packing.balanced(lengths, count, limit=-(-len(lengths) // count)), count
+    # Consecutive samples, the larger chunks first.
+    size, larger = divmod(len(lengths), count)
+    return np.repeat(np.arange(count), [size + 1] * larger + [size] * (count - larger)), count
 
 
 def _capacity(args: ScheduleArgs, cfg: ScheduleConfig) -> int:
@@ -171,33 +194,16 @@ def _capacity(args: ScheduleArgs, cfg: ScheduleConfig) -> int:
     return args.max_tokens_per_gpu * cfg.cp_size
 
 
-def _fill(bins: Bins, weights: Sequence[float], count: int) -> Bins:
-    """``count`` bins: the heaviest that has two samples is split, again and again; then empty ones."""
-    bins = [list(bin_) for bin_ in bins]
-    while len(bins) < count:
-        splittable = [i for i, bin_ in enumerate(bins) if len(bin_) > 1]
-        if not splittable:
-            return bins + [[] for _ in range(count - len(bins))]
-        heaviest = max(splittable, key=lambda i: sum(weights[place] for place in bins[i]))
-        bins[heaviest], other = split_in_two(bins[heaviest], weights)
-        bins.append(other)
-    return bins
+def _deal(labels: packing.Labels, costs: packing.Weights, count: int, dp_size: int, *, even: bool) -> list[list[int]]:
+    """Each rank the same number of micro-batches: every ``dp_size``-th, or such that the costs are even.
 
-
-def _even_chunks(num_samples: int, count: int) -> Bins:
-    """Consecutive samples, as evenly as can be; the larger chunks first, so that empty ones come last."""
-    size, larger = divmod(num_samples, count)
-    bounds = [size * i + min(i, larger) for i in range(count + 1)]
-    return [list(range(bounds[i], bounds[i + 1])) for i in range(count)]
-
-
-def _deal(bins: Bins, dp_size: int, costs: Sequence[float], *, even: bool) -> list[Bins]:
-    """Each rank the same number of micro-batches: every ``dp_size``-th, or such that the costs are even."""
+    Then the costly ones come first on all ranks, so that those that run at the same time are alike.
+    """
     if not even:
-        return [bins[rank::dp_size] for rank in range(dp_size)]
-    sums = [float(sum(costs[i] for i in bin_)) for bin_ in bins]
-    parts = get_seqlen_balanced_partitions(sums, dp_size, equal_size=True)
-    return [[bins[i] for i in part] for part in parts]
+        return [list(range(rank, count, dp_size)) for rank in range(dp_size)]
+    sums = packing.sums(labels, costs, count)
+    by_rank = packing.members(packing.balanced(sums, dp_size, limit=count // dp_size), dp_size)
+    return [sorted(mine, key=lambda number: (-sums[number], number)) for mine in by_rank]
 
 
 def _round_up(number: int, multiple: int) -> int:

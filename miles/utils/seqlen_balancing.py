@@ -1,52 +1,24 @@
-"""Putting sequences into bins: by capacity (first fit decreasing), or into a number of even parts (Karmarkar-Karp).
+"""Putting sequences into bins: by capacity, or into a number of even parts.
 
-Pure functions of numbers. A part is a list of places in what was given.
+Pure functions of numbers. A part is a list of places in what was given. The algorithms are in ``miles.utils.bins``.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
+from miles.utils import bins
 
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of at most ``capacity`` tokens: the longest sequence first, each into the first bin with room.
-
-    A sequence that is longer than a bin gets one of its own. Needs at most 11/9 of the fewest bins, and one more
-    (Johnson, 1973).
-    """
-    bins: list[list[int]] = []
-    room = np.zeros(len(lengths), np.int64)
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = room[: len(bins)] >= lengths[place]
-        at = int(fits.argmax()) if fits.any() else len(bins)
-        if at == len(bins):
-            bins.append([])
-            room[at] = capacity
-        bins[at].append(place)
-        room[at] -= lengths[place]
-    return bins
+Parts = list[list[int]]
 
 
-def split_in_two(places: Sequence[int], weights: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Two halves of about the same weight: the heaviest first, each to the lighter half. Neither is empty if there are
-    two places or more."""
-    halves: tuple[list[int], list[int]] = ([], [])
-    sums = [0.0, 0.0]
-    for place in sorted(places, key=lambda i: (-weights[i], i)):
-        lighter = 0 if (sums[0], len(halves[0])) <= (sums[1], len(halves[1])) else 1
-        halves[lighter].append(place)
-        sums[lighter] += weights[place]
-    return halves
+def get_seqlen_balanced_partitions(seqlen_list: Sequence[float], k_partitions: int, equal_size: bool) -> Parts:
+    """``k_partitions`` parts whose sums are close to each other, none of them empty.
 
-
-def get_seqlen_balanced_partitions(
-    seqlen_list: Sequence[float], k_partitions: int, equal_size: bool
-) -> list[list[int]]:
-    """``k_partitions`` parts whose sums are close to each other, by the largest differencing method (Karmarkar and
-    Karp, 1982).
+    The best of three methods: the largest differencing method of Karmarkar and Karp (where it takes milliseconds), the
+    same by layers, and the heaviest item first into the lightest part.
 
     Args:
         seqlen_list: Weight of each item: tokens, or FLOPs.
@@ -56,48 +28,77 @@ def get_seqlen_balanced_partitions(
     Raises:
         ValueError: Fewer items than parts, or a number of items that cannot be dealt out evenly.
     """
-    count = len(seqlen_list)
+    _check(len(seqlen_list), k_partitions, equal_size)
+    limit = len(seqlen_list) // k_partitions if equal_size else None
+    return bins.members(bins.balanced(_array(seqlen_list), k_partitions, limit), k_partitions)
+
+
+def karmarkar_karp(seqlen_list: Sequence[float], k_partitions: int, equal_size: bool) -> Parts:
+    """As ``get_seqlen_balanced_partitions``, by Karmarkar and Karp's method alone. Items of no weight may leave parts
+    empty."""
+    _check(len(seqlen_list), k_partitions, equal_size)
+    method = bins.differencing_by_layers if equal_size else bins.karmarkar_karp_labels
+    return bins.members(method(_array(seqlen_list), k_partitions), k_partitions)
+
+
+def greedy_partition(seqlen_list: Sequence[float], k_partitions: int, equal_size: bool) -> Parts:
+    """As ``get_seqlen_balanced_partitions``, by the heaviest item first into the lightest part, alone."""
+    _check(len(seqlen_list), k_partitions, equal_size)
+    limit = len(seqlen_list) // k_partitions if equal_size else None
+    return bins.members(bins.heaviest_first(_array(seqlen_list), k_partitions, limit), k_partitions)
+
+
+def first_fit_pack(total_lengths: Sequence[int], max_tokens_per_bin: int) -> Parts:
+    """Bins of at most ``max_tokens_per_bin``: the sequences as they come, each into the first bin with room.
+
+    A sequence that is longer than a bin gets one of its own.
+    """
+    parts: Parts = []
+    room = np.zeros(len(total_lengths), np.int64)
+    for place, length in enumerate(total_lengths):
+        fits = room[: len(parts)] >= length
+        at = int(fits.argmax()) if fits.any() else len(parts)
+        if at == len(parts):
+            parts.append([])
+            room[at] = max_tokens_per_bin
+        parts[at].append(place)
+        room[at] -= length
+    return parts
+
+
+def first_fit_decreasing_pack(total_lengths: Sequence[int], max_tokens_per_bin: int) -> Parts:
+    """As ``first_fit_pack``, the longest sequence first: at most 11/9 of the fewest bins, and one (Johnson, 1973)."""
+    order = sorted(range(len(total_lengths)), key=lambda i: (-total_lengths[i], i))
+    parts = first_fit_pack([total_lengths[i] for i in order], max_tokens_per_bin)
+    return [[order[i] for i in part] for part in parts]
+
+
+def expand_bins_by_splitting(parts: Parts, target_count: int, lengths: Sequence[float]) -> None:
+    """Split the heaviest part that has two sequences, in place and again and again, until there are ``target_count``
+    parts, or each has one sequence."""
+    places = [place for part in parts for place in part]
+    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    weights = _array([lengths[place] for place in places])
+    count = min(max(target_count, len(parts)), len(places) + sum(not part for part in parts))
+    found = bins.split_heaviest(labels, weights, len(parts), count)
+    parts[:] = [[places[i] for i in part] for part in bins.members(found, count)]
+
+
+def get_reverse_idx(idx_map: Sequence[int]) -> list[int]:
+    """Where each place went: the inverse of a permutation."""
+    inverse = [0] * len(idx_map)
+    for place, index in enumerate(idx_map):
+        inverse[index] = place
+    return inverse
+
+
+def _check(count: int, k_partitions: int, equal_size: bool) -> None:
     if k_partitions < 1 or count < k_partitions:
         raise ValueError(f"{count} items cannot be put into {k_partitions} parts")
     if equal_size and count % k_partitions:
         raise ValueError(f"{count} items cannot be dealt out evenly to {k_partitions} parts")
-    order = sorted(range(count), key=lambda i: (-seqlen_list[i], i))
-    deal = k_partitions if equal_size else 1
-    heap: list[tuple[float, int, list[_Part]]] = []
-    for number, start in enumerate(range(0, count, deal)):
-        parts: list[_Part] = [(float(seqlen_list[i]), [i]) for i in order[start : start + deal]]
-        parts += [(0.0, []) for _ in range(k_partitions - deal)]
-        heap.append((-_spread(parts), number, parts))
-    heapq.heapify(heap)
-    serial = len(heap)
-    while len(heap) > 1:
-        first, second = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
-        merged = _merge(first, second)
-        heapq.heappush(heap, (-_spread(merged), serial, merged))
-        serial += 1
-    return _without_empty([sorted(items) for _, items in heap[0][2]], seqlen_list)
 
 
-_Part = tuple[float, list[int]]
-"""Sum and items. Lists of parts are sorted, the largest sum first."""
-
-
-def _spread(parts: list[_Part]) -> float:
-    return parts[0][0] - parts[-1][0]
-
-
-def _merge(first: list[_Part], second: list[_Part]) -> list[_Part]:
-    """The largest of one with the smallest of the other, and so on: their differences cancel."""
-    merged = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(first, reversed(second), strict=True)]
-    return sorted(merged, key=lambda part: -part[0])
-
-
-def _without_empty(parts: list[list[int]], weights: Sequence[float]) -> list[list[int]]:
-    """Items of weight 0 may leave parts empty: these get the lightest item of the part that has the most."""
-    for part in parts:
-        if not part:
-            donor = max(parts, key=len)
-            lightest = min(donor, key=lambda i: weights[i])
-            donor.remove(lightest)
-            part.append(lightest)
-    return parts
+def _array(weights: Sequence[float]) -> bins.Weights:
+    array = np.asarray(weights)
+    return array.astype(np.int64) if array.dtype.kind in "bui" else array.astype(np.float64)
