@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+from miles.backends.training_utils.sequence_layout import SequenceLayout
+
 ModelTag: TypeAlias = Literal["actor", "ref"]
 
 
@@ -26,7 +28,9 @@ class ParallelState:
     """This rank's place. A group of size 1 may be None.
 
     ``dp_rank`` is the part of a step's samples that this rank works on. Ranks that differ in ``tp_rank`` only work on
-    the same samples; their logits are shards of the vocabulary.
+    the same samples; their logits are shards of the vocabulary. Of those that differ in ``cp_rank`` only, each has the
+    logits of some tokens of each sample (``training_utils.sequence_layout``). Of those that differ in ``pp_rank`` only,
+    the last has logits. Expert parallelism (``ep``) is inside data and context parallelism.
     """
 
     rank: int = 0
@@ -39,8 +43,21 @@ class ParallelState:
     pp_size: int = 1
     cp_rank: int = 0
     cp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
     dp_group: dist.ProcessGroup | None = None
     tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    cp_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    etp_group: dist.ProcessGroup | None = None
+
+    @property
+    def has_logits(self) -> bool:
+        """The last pipeline stage: what is computed from logits is here."""
+        return self.pp_rank == self.pp_size - 1
 
 
 @dataclass
@@ -57,6 +74,8 @@ class MicroBatch:
         sample_positions: Places of the samples in this rank's data.
         columns: Per-sample values that losses need, by name: tensors ``[R_i]`` (``log_probs``, ``advantages``, ...)
             or plain numbers.
+        layout: Set by a backend that gives a rank other rows than the tokens as they are. Losses see all response
+            tokens either way: what is computed of logits is shared among the ranks of ``cp_group``.
     """
 
     tokens: torch.Tensor
@@ -67,6 +86,7 @@ class MicroBatch:
     loss_masks: list[torch.Tensor]
     sample_positions: list[int] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    layout: SequenceLayout | None = None
 
 
 @dataclass
@@ -85,7 +105,8 @@ class LossOutput:
 
 
 LogitsFunction: TypeAlias = Callable[[torch.Tensor, MicroBatch], Any]
-"""Takes float32 logits ``[T, V / tp_size]`` and the micro-batch they belong to."""
+"""Takes float32 logits ``[rows, V / tp_size]`` and the micro-batch they belong to. Without context parallelism and
+padding the rows are the batch's tokens; else ``MicroBatch.layout`` tells which."""
 LossFunction: TypeAlias = Callable[[torch.Tensor, MicroBatch], LossOutput]
 
 
@@ -121,8 +142,8 @@ class TrainBackend(ABC):
     def forward_only(
         self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
     ) -> list[Any]:
-        """``function(logits, batch)`` of each micro-batch, in order, without gradient. ``ref``: with the reference
-        model's weights (only if ``init`` was told that one is needed)."""
+        """``function(logits, batch)`` of each micro-batch, in order, without gradient; nothing on ranks without logits.
+        ``ref``: with the reference model's weights (only if ``init`` was told that one is needed)."""
 
     @abstractmethod
     def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:

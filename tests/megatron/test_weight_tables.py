@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.tiny_models import ARCHITECTURES, tensor_shapes, tiny_model
 
+from miles.backends.base import ParallelState
 from miles.backends.hf_directory import HFDirectory, UnreadableModelDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory, UnsupportedModel
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Vocabulary
+from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.weights import load_hf_weights
 
 SIZES = st.sampled_from([1, 2, 4])
@@ -127,7 +129,9 @@ def load(path, config_path=None):
     config = opened.config() if config_path is None else json.loads(config_path.read_text())
     rules = weight_rules(read_shape(config), 320)
     model = Parameters(config, rules)
-    load_hf_weights(model, rules, opened, tp_rank=0, tp_size=1)
+    shape = read_shape(config)
+    stage = Stage(0, 1, (range(shape.layers),), 0, 0, shape.tied)
+    load_hf_weights(model, rules, opened, stage=stage, parallel=ParallelState())
     return model
 
 

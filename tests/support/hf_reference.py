@@ -19,6 +19,24 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32) -> torch.nn
     return model.eval()
 
 
+def hf_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of files: transformers fuses the experts of a layer in memory."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(value):
+                gate, up = both.chunk(2)
+                prefix = name.removesuffix("gate_up_proj") + f"{expert}."
+                found |= {prefix + "gate_proj.weight": gate, prefix + "up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            found |= {f"{prefix}{expert}.down_proj.weight": one for expert, one in enumerate(value)}
+        else:
+            found[name] = value
+    return found
+
+
 def hf_log_probs(model: torch.nn.Module, sequence: list[int]) -> torch.Tensor:
     """Of each token given those before it, float32 ``[len(sequence) - 1]``, with gradient."""
     ids = torch.tensor([sequence])

@@ -1,4 +1,4 @@
-"""Random tiny models as ordinary Hugging Face directories: Qwen2, Qwen3, Llama, with a tokenizer and a chat template.
+"""Random tiny models as ordinary Hugging Face directories: Qwen2, Qwen3, Qwen3-MoE, Llama, with a tokenizer and a chat template.
 
 The same arguments give the same bytes. Made once per process and arguments, below a directory that goes at its end;
 treat a directory as read-only. Imports neither transformers nor megatron.
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
+MOE = "qwen3_moe"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 """Ids 0 to 255 stand for the bytes of UTF-8 (in the order of their symbols); these follow."""
@@ -46,22 +47,26 @@ def tiny_model(
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
     rope_scaling: str | None = None,
+    mlp_only_layers: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Path:
     """A directory that ``AutoModelForCausalLM``, ``AutoTokenizer`` and SGLang load.
 
     Args:
-        architecture: One of ``ARCHITECTURES``.
+        architecture: One of ``ARCHITECTURES``, or ``MOE``: four experts of which two are chosen.
         head_dim: Qwen3 and Llama only; default ``hidden // heads``.
         vocab: Rows of the embedding, at least ``MIN_VOCAB``; ids from there on are never produced by the tokenizer.
         shards: Weight files; more than one come with ``model.safetensors.index.json``.
         rope_scaling: "llama3": Llama 3.1's, small enough to show at a few dozen positions.
+        mlp_only_layers: Of ``MOE``: layers without experts.
     """
     if vocab < MIN_VOCAB:
         raise ValueError(f"vocab must be at least {MIN_VOCAB}")
     config = _config(architecture, hidden, layers, heads, kv_heads, head_dim, ffn or 2 * hidden, vocab, tied, dtype)
     if rope_scaling is not None:
         config["rope_scaling"] = _LLAMA3_ROPE
+    if architecture == MOE:
+        config |= _EXPERTS | {"mlp_only_layers": list(mlp_only_layers)}
     path = Path(tempfile.mkdtemp(prefix=f"{architecture}-", dir=_base()))
     write_model(path, config, shards=shards, seed=seed, dtype=dtype)
     write_tokenizer(path)
@@ -122,18 +127,37 @@ def tensor_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}self_attn.{name}_proj.weight", (rows, hidden)
             if config["model_type"] == "qwen2":
                 yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", MOE):
             yield prefix + "self_attn.q_norm.weight", (head_dim,)
             yield prefix + "self_attn.k_norm.weight", (head_dim,)
         yield prefix + "self_attn.o_proj.weight", (hidden, query)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        yield prefix + "mlp.gate_proj.weight", (ffn, hidden)
-        yield prefix + "mlp.up_proj.weight", (ffn, hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, ffn)
+        if config["model_type"] == MOE and layer not in config["mlp_only_layers"]:
+            yield prefix + "mlp.gate.weight", (config["num_experts"], hidden)
+            for expert in range(config["num_experts"]):
+                yield from _mlp_shapes(f"{prefix}mlp.experts.{expert}.", hidden, config["moe_intermediate_size"])
+        else:
+            yield from _mlp_shapes(prefix + "mlp.", hidden, ffn)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (vocab, hidden)
 
+
+def _mlp_shapes(prefix: str, hidden: int, ffn: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield prefix + "gate_proj.weight", (ffn, hidden)
+    yield prefix + "up_proj.weight", (ffn, hidden)
+    yield prefix + "down_proj.weight", (hidden, ffn)
+
+
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "router_aux_loss_coef": 0.0,
+    "output_router_logits": False,
+}
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -145,7 +169,12 @@ _LLAMA3_ROPE = {
 
 
 def _config(architecture, hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied, dtype) -> dict:
-    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    names = {
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        MOE: "Qwen3MoeForCausalLM",
+        "llama": "LlamaForCausalLM",
+    }
     config = {
         "architectures": [names[architecture]],
         "model_type": architecture,

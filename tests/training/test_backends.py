@@ -4,81 +4,18 @@ Face model: GRPO with two steps, so that the second sees ratios that are not 1."
 import os
 import resource
 import signal
-from argparse import Namespace
 
 import pytest
 import torch
-from support import backend_cases, megatron_cases
-from support.hf_reference import load_hf_model
-from support.plain_losses import assert_close, flags, plain_log_probs, plain_loss, random_train_data
+from support.plain_losses import assert_close
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
+from support.trained_rollouts import args_of, backend_of, plain, trained
 
 from miles.backends.checkpoint_layout import TRACKER
 from miles.backends.training_utils.checkpoints import CannotSave, commit_checkpoint
-from miles.backends.training_utils.rollout_trainer import RolloutTrainer
-from miles.backends.training_utils.timers import Timers
-from miles.utils.train_data import split_train_data
 
 pytestmark = pytest.mark.full
-GRADIENT_DESCENT = {"optimizer": "sgd", "sgd_momentum": 0.0, "lr": 0.1, "weight_decay": 0.0, "clip_grad": 0.0}
-
-
-def args_of(path, kind, **changed):
-    cases = megatron_cases if kind == "megatron" else backend_cases
-    known = vars(cases.backend_args(path)) | {"hf_config": vars(megatron_cases.backend_args(path))["hf_config"]}
-    known |= {"ref_load": str(path), "num_steps_per_rollout": 2}
-    return Namespace(**known | vars(flags()) | GRADIENT_DESCENT | {"seed": 1234} | changed)
-
-
-def backend_of(kind, args):
-    if kind == "megatron":
-        return megatron_cases.MegatronBackend(args)
-    from miles.backends.fsdp_utils.backend import FSDPBackend
-
-    return FSDPBackend(args)
-
-
-def trained(path, kind, changed, seed):
-    args = args_of(path, kind, **changed)
-    backend = backend_of(kind, args)
-    assert backend.init() == 0
-    parts = split_train_data(args, data_of(seed))
-    trainer = RolloutTrainer(args, backend, Timers(backend.device))
-    metrics = trainer.train(0, lambda: parts[backend.parallel.dp_rank])
-    return metrics, {name: tensor.clone() for name, tensor in backend.hf_weights()}
-
-
-def data_of(seed):
-    """What the trainer computes itself is left out."""
-    data = random_train_data(seed, vocab=300)
-    return {name: values for name, values in data.items() if name not in ("log_probs", "ref_log_probs")}
-
-
-def plain(path, changed, seed):
-    args, data = args_of(path, "fsdp", **changed), data_of(seed)
-    module = load_hf_model(path)
-
-    def model(tokens):
-        return module(tokens[None]).logits[0].float()
-
-    own = plain_log_probs(args, model, data)
-    data |= {"log_probs": own, "ref_log_probs": own}
-    steps = []
-    for first in (0, 4):
-        module.zero_grad()
-        metrics = plain_loss(args, model, data, range(first, first + 4))
-        metrics["loss"].backward()
-        norm = sum(float(p.grad.square().sum()) for p in module.parameters()) ** 0.5
-        steps.append({name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()})
-        steps[-1]["grad_norm"] = norm
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.sub_(args.lr * parameter.grad)
-    means = {f"train/{name}": (steps[0][name] + steps[1][name]) / 2 for name in steps[0]}
-    return means, {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
 LAYOUTS = [
     ("megatron", 1, 1, True), ("megatron", 2, 1, True), ("megatron", 2, 2, True), ("megatron", 2, 1, False),
     ("fsdp", 1, 1, True), ("fsdp", 2, 1, True), ("fsdp", 2, 1, False),

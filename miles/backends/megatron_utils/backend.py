@@ -29,6 +29,7 @@ from miles.backends.megatron_utils.optimizer import build_optimizer, build_sched
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import SleepingMemory
 from miles.backends.megatron_utils.sources import choose_source, reference_source
+from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.loss_hub.settings import needs_reference
 
@@ -61,9 +62,15 @@ class MegatronBackend(TrainBackend):
         args = self.args
         provide_get_args(args)
         self.parallel = init_parallel(args)
-        self._logits_of = passes.make_logits_of(self.device, self.shape.vocab, self.parallel.tp_rank)
+        sequence_parallel = bool(getattr(args, "sequence_parallel", False))
+        check_experts(self.shape, self.parallel, sequence_parallel=sequence_parallel)
+        self._logits_of = passes.make_logits_of(
+            self.device, self.shape.vocab, self.parallel, sequence_parallel=sequence_parallel
+        )
         self._memory = SleepingMemory(args)
         source = choose_source(args)
+        self.config = transformer_config(args, self.shape, self.dtype)
+        self.stage = Stage.of(self.config, self.shape, self.parallel)
         model = self._build_model()
         if source.resumes is None:
             self._load_weights(model, source.weights)
@@ -75,7 +82,7 @@ class MegatronBackend(TrainBackend):
         return start
 
     def _build_model(self) -> Any:
-        return build_model(self.args, self.shape, transformer_config(self.args, self.shape, self.dtype))
+        return build_model(self.args, self.shape, self.config)
 
     def _build_reference(self) -> Any:
         model = self._build_model()
@@ -86,7 +93,7 @@ class MegatronBackend(TrainBackend):
         """From a Hugging Face directory, or one of checkpoints."""
         if is_hf_directory(source):
             directory = HFDirectory(source)
-            load_hf_weights(model, self.rules, directory, tp_rank=self.parallel.tp_rank, tp_size=self.parallel.tp_size)
+            load_hf_weights(model, self.rules, directory, stage=self.stage, parallel=self.parallel)
         else:
             load_checkpoint(source, self._state(model), generators=False)
 
@@ -166,7 +173,7 @@ class MegatronBackend(TrainBackend):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``TrainBackend.hf_weights``. Works while asleep at level 1."""
         self._memory.check_awake("hand on weights", level=2)
-        return full_tensors(self.model.module, self.rules, self.parallel.tp_group)
+        return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """See ``TrainBackend.save``.

@@ -39,6 +39,9 @@ MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.transformer.moe.experts",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.transformer_block",
 )
 """All that the backend uses, imported before the views are put in place: what megatron.core imports later by itself
@@ -60,6 +63,7 @@ def install() -> None:
         warnings.simplefilter("ignore")
         _import_all()
     _make_saves_synchronous()
+    _mend_experts()
     if not torch.cuda.is_available():
         _put_views()
         _patch_tensor_methods()
@@ -86,6 +90,22 @@ def _make_saves_synchronous() -> None:
     """A queue in place of a manager process, which takes seconds to start and is made to outlive us."""
     module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     module._results_queue = queue.Queue()
+
+
+def _mend_experts() -> None:
+    """Without Transformer Engine the router asks for a name that was never imported; without CUDA the dispatcher takes
+    counts for Python lists as they are."""
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    if torch.cuda.is_available():
+        return
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
 def _put_views() -> None:
@@ -154,7 +174,11 @@ class _Stream:
     """A stream or event of a device that does everything at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.wait_stream = self.wait_event = self.record_event = self.record = self.wait = self.synchronize = _nothing
+        self.wait_stream = self.wait_event = self.record = self.wait = self.synchronize = _nothing
+
+    def record_event(self, *_: Any) -> _Stream:
+        """An event that has happened."""
+        return self
 
 
 def _nothing(*_: Any, **__: Any) -> None:

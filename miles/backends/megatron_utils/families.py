@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ class Family:
 
     qkv_bias: bool
     qk_norm: bool
+    has_experts: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(qkv_bias=True, qk_norm=False),
     "qwen3": Family(qkv_bias=False, qk_norm=True),
+    "qwen3_moe": Family(qkv_bias=False, qk_norm=True, has_experts=True),
     "llama": Family(qkv_bias=False, qk_norm=False),
 }
 """By ``model_type``."""
@@ -50,6 +52,25 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP of some layers.
+
+    Attributes:
+        count: Experts of a layer.
+        per_token: How many of them each token is given to.
+        ffn: Width of one.
+        normalised: Weights of the chosen experts add up to 1.
+        layers: Which layers have experts.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    normalised: bool
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model as its ``config.json`` describes it."""
 
@@ -66,6 +87,7 @@ class Shape:
     norm_eps: float
     rope: Rope
     max_positions: int
+    experts: Experts | None = None
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
@@ -100,6 +122,21 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(config),
         max_positions=int(config.get("max_position_embeddings", 32768)),
+        experts=_read_experts(config) if family.has_experts else None,
+    )
+
+
+def _read_experts(config: Mapping[str, Any]) -> Experts:
+    """Of Qwen3-MoE: experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
+    step, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or [])
+    count = int(config["num_experts"])
+    layers = range(int(config["num_hidden_layers"]))
+    return Experts(
+        count=count,
+        per_token=int(config["num_experts_per_tok"]),
+        ffn=int(config["moe_intermediate_size"]),
+        normalised=bool(config.get("norm_topk_prob", False)),
+        layers=tuple(i for i in layers if i not in dense and count and (i + 1) % step == 0),
     )
 
 
@@ -140,11 +177,17 @@ def _read_rope(config: Mapping[str, Any]) -> Rope:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter, and the Hugging Face tensors that it is made of, by name, with their shapes."""
+    """One Megatron parameter, and the Hugging Face tensors that it is made of, by name, with their shapes.
+
+    ``layer`` and ``expert`` count over all pipeline stages and all ranks; a model on one rank has the same names with
+    its own numbers (``stages.Stage``).
+    """
 
     megatron: str
     hf: Mapping[str, tuple[int, ...]]
     layout: Layout
+    layer: int | None = None
+    expert: int | None = None
 
 
 def weight_rules(shape: Shape, padded_vocab: int) -> list[Rule]:
@@ -152,17 +195,19 @@ def weight_rules(shape: Shape, padded_vocab: int) -> list[Rule]:
     vocabulary, rows = Vocabulary(shape.vocab, padded_vocab), (shape.vocab, shape.hidden)
     rules = [Rule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": rows}, vocabulary)]
     for layer in range(shape.layers):
-        rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        own = _layer_rules(shape, layer, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        rules += [replace(rule, layer=layer) for rule in own]
     rules.append(Rule("decoder.final_layernorm.weight", {"model.norm.weight": (shape.hidden,)}, Replicated()))
     if not shape.tied:
         rules.append(Rule("output_layer.weight", {"lm_head.weight": rows}, vocabulary))
     return rules
 
 
-def _layer_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
-    hidden, ffn, queries = shape.hidden, shape.ffn, shape.heads * shape.head_dim
+def _layer_rules(shape: Shape, layer: int, ours: str, theirs: str) -> list[Rule]:
+    hidden, queries = shape.hidden, shape.heads * shape.head_dim
     attention, hf_attention = ours + "self_attention.", theirs + "self_attn."
     mlp, hf_mlp = ours + "mlp.", theirs + "mlp."
+    has_experts = shape.experts is not None and layer in shape.experts.layers
     return [
         Rule(ours + "input_layernorm.weight", {theirs + "input_layernorm.weight": (hidden,)}, Replicated()),
         *_attention_rules(shape, attention, hf_attention),
@@ -170,13 +215,26 @@ def _layer_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
             ours + "self_attention.linear_proj.weight", {theirs + "self_attn.o_proj.weight": (hidden, queries)}, Cut(1)
         ),
         Rule(ours + "pre_mlp_layernorm.weight", {theirs + "post_attention_layernorm.weight": (hidden,)}, Replicated()),
-        Rule(
-            mlp + "linear_fc1.weight",
-            {hf_mlp + "gate_proj.weight": (ffn, hidden), hf_mlp + "up_proj.weight": (ffn, hidden)},
-            GateAndUp(),
-        ),
-        Rule(mlp + "linear_fc2.weight", {hf_mlp + "down_proj.weight": (hidden, ffn)}, Cut(1)),
+        *(_expert_rules(shape, mlp, hf_mlp) if has_experts else _mlp_rules(shape.hidden, shape.ffn, mlp, hf_mlp)),
     ]
+
+
+def _mlp_rules(hidden: int, ffn: int, ours: str, theirs: str, *, expert: int | None = None) -> list[Rule]:
+    gate_and_up = {f"{theirs}{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}
+    return [
+        Rule(ours + "linear_fc1.weight", gate_and_up, GateAndUp(), expert=expert),
+        Rule(ours + "linear_fc2.weight", {theirs + "down_proj.weight": (hidden, ffn)}, Cut(1), expert=expert),
+    ]
+
+
+def _expert_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
+    experts = shape.experts
+    assert experts is not None
+    rules = [Rule(ours + "router.weight", {theirs + "gate.weight": (experts.count, shape.hidden)}, Replicated())]
+    for number in range(experts.count):
+        local, theirs_too = f"{ours}experts.local_experts.{number}.", f"{theirs}experts.{number}."
+        rules += _mlp_rules(shape.hidden, experts.ffn, local, theirs_too, expert=number)
+    return rules
 
 
 def _attention_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:

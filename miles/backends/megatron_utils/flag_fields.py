@@ -18,17 +18,35 @@ TRANSFORMER: Mapping[str, str] = _same(
     "attention_dropout",
     "attention_softmax_in_fp32",
     "bias_dropout_fusion",
+    "context_parallel_size",
     "deterministic_mode",
     "disable_bf16_reduced_precision_matmul",
     "distribute_saved_activations",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "hidden_dropout",
+    "pipeline_model_parallel_size",
     "recompute_granularity",
     "recompute_method",
     "recompute_modules",
     "recompute_num_layers",
+    "sequence_parallel",
     "tensor_model_parallel_size",
 )
 """Of ``TransformerConfig``, by flag."""
+
+EXPERTS: Mapping[str, str] = _same(
+    "moe_aux_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_input_jitter_eps",
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_force_load_balancing",
+    "moe_router_load_balancing_type",
+    "moe_token_dispatcher_type",
+    "moe_token_drop_policy",
+    "moe_z_loss_coeff",
+)
+"""Of ``TransformerConfig``, by flag, for models with experts."""
 
 OPTIMIZER: Mapping[str, str] = _same(
     "adam_beta1",

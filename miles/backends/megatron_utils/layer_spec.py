@@ -1,7 +1,8 @@
 """Transformer layers of plain torch operators, for CPU and CUDA: no Transformer Engine, no Apex.
 
-megatron.core's own layers without those libraries know no packed sequences ("thd"); RMSNorm and core attention here
-do. Everything else of a layer (parallel linears, MLP, rotary embedding, residuals) is megatron.core's.
+megatron.core's own layers without those libraries know no packed sequences ("thd"), no context parallelism and no
+sequence-parallel norms; RMSNorm and core attention here do. Everything else of a layer (parallel linears, MLP, experts,
+rotary embedding, residuals) is megatron.core's.
 """
 
 from __future__ import annotations
@@ -14,15 +15,29 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, get_cuda_rng_tracker
+from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,7 +61,9 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(torch.nn.Module):
     """Causal attention of several sequences that lie one after the other: each attends to itself only.
 
-    Constructor and call are those of megatron.core's ``DotProductAttention``.
+    With context parallelism a rank has some queries of each sequence, and gets keys and values of all ranks; what it
+    does not need of them (those after its queries) is cut away. Constructor and call are those of megatron.core's
+    ``DotProductAttention``.
     """
 
     def __init__(
@@ -71,38 +88,56 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """``[T, heads, d]``, ``[T, kv heads, d]`` twice -> ``[T, heads * d]``. There is no other mask than causal."""
+        """``[rows, heads, d]``, ``[rows, kv heads, d]`` twice -> ``[rows, heads * d]``. There is no other mask than
+        causal."""
         assert packed_seq_params is not None, "batches are packed"
+        layout: SequenceLayout = packed_seq_params.layout
         dropout = self.dropout if self.training else 0.0
-        parts = [torch.split(part, packed_seq_params.lengths) for part in (query, key, value)]
+        queries = iter(torch.split(query, [len(p) for chunks in layout.rows_of_chunks for _, p in chunks]))
+        keys, values = (_whole_sequences(part, layout) for part in (key, value))
+        outputs = []
         # Heads differ between tensor-parallel ranks, so their dropout has to.
         with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
-            outputs = [self._attend(q, k, v, dropout) for q, k, v in zip(*parts, strict=True)]
+            for chunks, k, v in zip(layout.rows_of_chunks, keys, values, strict=True):
+                outputs += [self._attend(next(queries), k[: p.stop], v[: p.stop], dropout) for _, p in chunks]
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+        """The queries are those of the last positions of the keys."""
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        before = len(key) - len(query)
+        mask = None
+        if before:
+            mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(before)
         output = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=True
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not before, scale=self.scale, enable_gqa=True
         )
         return output[0].transpose(0, 1)
 
 
-def packed(cu_seqlens: torch.Tensor, lengths: list[int]) -> PackedSeqParams:
-    """Parameters of sequences of ``lengths`` tokens that begin at ``cu_seqlens``, int32 ``[n + 1]``.
+def _whole_sequences(part: torch.Tensor, layout: SequenceLayout) -> tuple[torch.Tensor, ...]:
+    """Keys or values of all ranks, by sequence and in order. Gradients go back to the rank that a row is of."""
+    if layout.cp_size > 1:
+        gathered = gather_from_sequence_parallel_region(part, group=get_context_parallel_group())
+        part = gathered[layout.gathered_index.to(part.device)]
+    return torch.split(part, layout.padded_lengths)
+
+
+def packed(layout: SequenceLayout, device: torch.device) -> PackedSeqParams:
+    """Parameters of the sequences that lie in a row as ``layout`` says.
 
     The maximum is the true one: megatron.core's unfused rotary embedding takes a maximum that equals the total for
     "positions run through all sequences", which is right only for a single one.
     """
-    longest = max(lengths)
-    params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
-    # Known already: each layer would have to wait for the device to know them.
-    params.lengths = lengths
+    longest = max(layout.padded_lengths)
+    bounds = layout.cu_seqlens.to(device)
+    params = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    params.layout = layout
     return params
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """All layers of a decoder and its final norm."""
+    """This pipeline stage's layers of a decoder, and its final norm."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -115,18 +150,27 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
             k_layernorm=qk_norm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    dense = ModuleSpec(module=MLP, submodules=linears)
+    experts = ModuleSpec(
+        module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears))
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+
+    def layer(mlp: ModuleSpec) -> ModuleSpec:
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=RMSNorm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=RMSNorm,
+                mlp=mlp,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+
+    has_experts = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
+    specs = [layer(experts if moe else dense) for moe in has_experts]
+    first = get_transformer_layer_offset(config)
+    own = specs[first : first + get_num_layers_to_build(config)]
+    return TransformerBlockSubmodules(layer_specs=own, layer_norm=RMSNorm)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
-from miles.backends.megatron_utils.flag_fields import TRANSFORMER, fields
+from miles.backends.megatron_utils.flag_fields import EXPERTS, TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
+from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 PADDED_LOGIT = -1e30
 """Of rows that only pad the vocabulary: no probability, and finite, so that 0 times it is 0."""
@@ -39,6 +41,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
+        **_experts(args, shape),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -48,7 +51,6 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         # Losses are scaled by their functions; so nothing divides by micro-batches or data-parallel ranks.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # noqa: S106  # no secret
         # Kernels of libraries that the layers here do without.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -59,14 +61,37 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
     )
 
 
+def _experts(args: Namespace, shape: Shape) -> dict[str, Any]:
+    """Fields for a mixture of experts. Without one, still a dispatcher: sequences of different lengths ask for it."""
+    chosen: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    experts = shape.experts
+    if experts is None:
+        return chosen
+    return {
+        **chosen,
+        **fields(args, EXPERTS),
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_router_topk": experts.per_token,
+        # Probabilities among all experts, or among the chosen ones only (the same as dividing by their sum).
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_layer_freq": [int(layer in experts.layers) for layer in range(shape.layers)],
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
+    }
+
+
 def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPTModel:
-    """Without weights: parameters hold whatever memory held."""
+    """This pipeline stage's part, without weights: parameters hold whatever memory held."""
     model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config),
         vocab_size=padded_vocab(args, shape.vocab),
         max_sequence_length=shape.max_positions,
         parallel_output=True,
+        pre_process=is_pipeline_first_stage(),
+        post_process=is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope.base,
@@ -82,19 +107,20 @@ def padded_vocab(args: Namespace, vocab: int) -> int:
     return math.ceil(vocab / multiple) * multiple
 
 
-def logits_of(model: Any, tokens: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Of packed sequences, through whatever wraps the model: ``[T, V / tp]`` in the model's dtype.
+def output_of(model: Any, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """Of this rank's row of packed sequences, through whatever wraps the model: on the last pipeline stage logits
+    ``[1, rows, V / tp]`` in the model's dtype, on others what the next one goes on with.
 
-    ``tokens``: int64 ``[T]``; ``cu_seqlens``: int32 ``[n + 1]``, the bounds of sequences of ``lengths`` tokens.
+    ``tokens``: int64 ``[rows]``.
     """
     # Rotary positions come from `packed`; the embedding has none of its own.
-    logits: torch.Tensor = model(
+    output: torch.Tensor = model(
         input_ids=tokens.unsqueeze(0),
         position_ids=None,
         attention_mask=None,
-        packed_seq_params=packed(cu_seqlens, lengths),
+        packed_seq_params=packed(layout, tokens.device),
     )
-    return logits.squeeze(0)
+    return output
 
 
 def hide_padding(logits: torch.Tensor, vocab: int, tp_rank: int) -> torch.Tensor:

@@ -8,33 +8,37 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.parallel_state import is_pipeline_last_stage
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from miles.backends.base import LogitsFunction, LossFunction, MicroBatch
-from miles.backends.megatron_utils.model import hide_padding, logits_of
+from miles.backends.base import LogitsFunction, LossFunction, MicroBatch, ParallelState
+from miles.backends.megatron_utils.model import hide_padding, output_of
+from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 LogitsOf = Callable[[Any, MicroBatch], torch.Tensor]
 
 
-def make_logits_of(device: torch.device, vocab: int, tp_rank: int) -> LogitsOf:
-    """A function of model and micro-batch that gives float32 logits ``[T, V / tp]``."""
+def make_logits_of(device: torch.device, vocab: int, parallel: ParallelState, *, sequence_parallel: bool) -> LogitsOf:
+    """A function of model and micro-batch that gives float32 logits ``[rows, V / tp]``, and what the next pipeline
+    stage takes before the last one."""
+    multiple = parallel.tp_size if sequence_parallel else 1
 
     def compute(model: Any, batch: MicroBatch) -> torch.Tensor:
-        tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
-        logits = logits_of(model, tokens, cu_seqlens, _lengths(batch))
-        return hide_padding(logits.float(), vocab, tp_rank)
+        layout = SequenceLayout(_lengths(batch), parallel.cp_size, parallel.cp_rank, multiple)
+        batch.layout = None if layout.is_whole else layout
+        output = output_of(model, layout.local_tokens(batch.tokens.to(device)), layout)
+        return hide_padding(output.squeeze(0).float(), vocab, parallel.tp_rank) if parallel.has_logits else output
 
     return compute
 
 
-def _lengths(batch: MicroBatch) -> list[int]:
+def _lengths(batch: MicroBatch) -> tuple[int, ...]:
     """Of the sequences; what pads the batch after the last one is a sequence of its own."""
-    bounds: list[int] = batch.cu_seqlens.tolist()
-    return [end - start for start, end in itertools.pairwise(bounds)]
+    return tuple(end - start for start, end in itertools.pairwise(batch.cu_seqlens.tolist()))
 
 
 def forward_only(model: Any, batches: Sequence[MicroBatch], function: LogitsFunction, logits_of: LogitsOf) -> list[Any]:
-    """``function(logits, batch)`` of each, without gradient and without dropout."""
+    """``function(logits, batch)`` of each, without gradient and without dropout; nothing before the last stage."""
     if not batches:
         return []
 
@@ -46,7 +50,8 @@ def forward_only(model: Any, batches: Sequence[MicroBatch], function: LogitsFunc
     model.eval()
     try:
         with torch.no_grad():
-            return _run(step, model, batches, forward_only=True, collect_non_loss_data=True)
+            results = _run(step, model, batches, forward_only=True, collect_non_loss_data=True)
+            return results if is_pipeline_last_stage() else []
     finally:
         model.train(was_training)
 
@@ -80,7 +85,8 @@ def forward_backward(
             model.start_grad_sync()
         _reduce_gradients([model])
         return {}
-    return _sum(_run(step, model, batches, forward_only=False))
+    results = _run(step, model, batches, forward_only=False)
+    return _sum(results) if is_pipeline_last_stage() else {}
 
 
 def _run(step: Callable[..., Any], model: Any, batches: Sequence[MicroBatch], **options: Any) -> list[Any]:
@@ -90,7 +96,7 @@ def _run(step: Callable[..., Any], model: Any, batches: Sequence[MicroBatch], **
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
-        seq_length=1,  # for pipeline stages, which there are none of
+        seq_length=1,  # stages tell each other the shape of each micro-batch
         micro_batch_size=1,
         **options,
     )

@@ -16,6 +16,7 @@ from miles.backends.megatron_utils.errors import CheckpointMismatch
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
 from miles.backends.megatron_utils.parallel import init_parallel
+from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 
 _ARGS = Namespace(tensor_model_parallel_size=1, make_vocab_size_divisible_by=128, seed=1234)
@@ -30,11 +31,13 @@ class StandaloneModel:
         self.shape = read_shape(config)
         self.rules = weight_rules(self.shape, padded_vocab(_ARGS, self.shape.vocab))
         self.parallel = init_parallel(_ARGS)
-        self.module = build_model(_ARGS, self.shape, transformer_config(_ARGS, self.shape, dtype))
+        config = transformer_config(_ARGS, self.shape, dtype)
+        self.stage = Stage.of(config, self.shape, self.parallel)
+        self.module = build_model(_ARGS, self.shape, config)
 
     def load_hf(self, directory: HFDirectory) -> None:
         """Weights of a Hugging Face directory."""
-        load_hf_weights(self.module, self.rules, directory, tp_rank=0, tp_size=1)
+        load_hf_weights(self.module, self.rules, directory, stage=self.stage, parallel=self.parallel)
 
     def load_torch_dist(self, directory: Path) -> None:
         """Weights of a torch_dist checkpoint."""
@@ -42,7 +45,7 @@ class StandaloneModel:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``TrainBackend.hf_weights``."""
-        return full_tensors(self.module, self.rules, None)
+        return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel)
 
 
 def checkpoint_dtype(directory: Path) -> torch.dtype:

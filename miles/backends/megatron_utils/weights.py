@@ -1,4 +1,5 @@
-"""Weights between a Hugging Face directory, or full tensors of its names, and a model cut by tensor parallelism."""
+"""Weights between a Hugging Face directory, or full tensors of its names, and a model that is spread over ranks: cut
+by tensor parallelism, its layers on pipeline stages, its experts on expert-parallel ranks."""
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from miles.backends.base import ParallelState
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory
 from miles.backends.megatron_utils.families import Rule
+from miles.backends.megatron_utils.stages import Stage
 
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 """Ends of names that a directory may hold without the model needing them: computed, or a copy of a tied embedding."""
 
 
 def load_hf_weights(
-    model: torch.nn.Module, rules: Sequence[Rule], directory: HFDirectory, *, tp_rank: int, tp_size: int
+    model: torch.nn.Module, rules: Sequence[Rule], directory: HFDirectory, *, stage: Stage, parallel: ParallelState
 ) -> None:
     """Fill the parameters of ``model`` from the directory. Files are mapped, and only this rank's part is read.
 
@@ -24,13 +27,22 @@ def load_hf_weights(
         BadModelDirectory: A tensor is missing, left over, or of another shape.
     """
     parameters = dict(model.named_parameters())
-    assert set(parameters) == {rule.megatron for rule in rules}, "the table of names does not fit the model"
+    own = stage.local_rules(rules)
+    assert set(parameters) == {name for name, _ in own}, "the table of names does not fit the model"
     _compare_names(rules, directory)
     with torch.no_grad(), directory.opened() as opened:
-        for rule in rules:
-            tensors = [opened.tensor(name) for name in rule.hf]
+        for name, rule in own:
+            tensors = [opened.tensor(tensor) for tensor in rule.hf]
             _compare_shapes(rule, tensors, directory)
-            parameters[rule.megatron].copy_(rule.layout.shard(tensors, tp_rank, tp_size))
+            rank, size = _tensor_parallel(rule, parallel)
+            parameters[name].copy_(rule.layout.shard(tensors, rank, size))
+
+
+def _tensor_parallel(rule: Rule, parallel: ParallelState) -> tuple[int, int]:
+    """Experts are cut by a size of their own."""
+    if rule.expert is None:
+        return parallel.tp_rank, parallel.tp_size
+    return parallel.etp_rank, parallel.etp_size
 
 
 def _compare_shapes(rule: Rule, tensors: Sequence[torch.Tensor], directory: HFDirectory) -> None:
@@ -63,16 +75,43 @@ def _some(names: list[str]) -> str:
 
 
 def full_tensors(
-    model: torch.nn.Module, rules: Sequence[Rule], group: dist.ProcessGroup | None
+    model: torch.nn.Module, rules: Sequence[Rule], *, stage: Stage, parallel: ParallelState
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and full tensors; collective over the tensor-parallel ``group``.
+    """Hugging Face names and full tensors; collective over tensor-, expert- and pipeline-parallel groups.
 
-    A tensor may share memory with the model, and is valid until the next one is asked for.
+    A tensor may share memory with the model, and is valid until the next one is asked for. The ranks that hold a
+    parameter put it together, and send it to those that do not: first to the other expert-parallel ranks of their
+    stage, then to the other stages.
     """
     parameters = dict(model.named_parameters())
+    like = next(iter(parameters.values()))
     for rule in rules:
-        shards = _all_shards(parameters[rule.megatron].detach(), rule, group)
-        yield from zip(rule.hf, rule.layout.merge(shards), strict=True)
+        name = stage.local_name(rule)
+        if name is None:
+            tensors = [like.new_empty(shape, requires_grad=False) for shape in rule.hf.values()]
+        else:
+            group = parallel.tp_group if rule.expert is None else parallel.etp_group
+            merged = rule.layout.merge(_all_shards(parameters[name].detach(), rule, group))
+            tensors = list(merged)
+        owner, ep_owner = stage.stage_of(rule), stage.ep_rank_of(rule)
+        if ep_owner is not None and owner == stage.rank:
+            tensors = _from_owner(tensors, ep_owner, parallel.ep_group)
+        tensors = _from_owner(tensors, owner, parallel.pp_group)
+        yield from zip(rule.hf, tensors, strict=True)
+
+
+def _from_owner(
+    tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """The tensors of the group's rank ``owner``."""
+    if group is None or group.size() == 1:
+        return tensors
+    found = []
+    for tensor in tensors:
+        whole = tensor.contiguous()
+        dist.broadcast(whole, group_src=owner, group=group)
+        found.append(whole)
+    return found
 
 
 def _all_shards(shard: torch.Tensor, rule: Rule, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

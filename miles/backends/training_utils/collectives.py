@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -11,6 +13,36 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
+
+
+class _SharedPlaces(torch.autograd.Function):
+    """Values that ranks of a group have for some places each, put together: every rank has all of them.
+
+    Each rank goes on to compute the same from the whole, so the gradient of a rank's own values is that of its own
+    result, not the sum over ranks: summing is done where gradients of parameters are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, places: torch.Tensor, count: int, group: Any) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        whole = values.new_zeros(count)
+        whole[places] = values
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        return gradient[places], None, None, None
+
+
+def share_places(
+    values: torch.Tensor, places: torch.Tensor, count: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """``[count]`` with every rank's ``values`` at its ``places``, which together are all places once. With gradient:
+    see ``_SharedPlaces``. Collective over ``group``."""
+    shared: torch.Tensor = _SharedPlaces.apply(values, places, count, group)  # type: ignore[no-untyped-call]
+    return shared
 
 
 def all_gather_text(text: str, device: torch.device) -> list[str]:

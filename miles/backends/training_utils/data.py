@@ -112,9 +112,15 @@ class RankData:
         )
 
 
+def response_tokens(batch: MicroBatch) -> torch.Tensor:
+    """int64 ``[sum R_i]``."""
+    samples = torch.split(batch.tokens[: sum(batch.total_lengths)], batch.total_lengths)
+    return torch.cat([t[len(t) - response :] for t, response in zip(samples, batch.response_lengths, strict=True)])
+
+
 def response_rows(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the logits that predict response tokens, and these tokens: of a response at ``[start, end)`` the rows
-    ``[start - 1, end - 1)``. int64 ``[sum R_i]`` each."""
+    ``[start - 1, end - 1)``. int64 ``[sum R_i]`` each. Of batches whose rows are the tokens as they are."""
     device = batch.tokens.device
     rows, end = [], 0
     for total, response in zip(batch.total_lengths, batch.response_lengths, strict=True):

@@ -66,7 +66,7 @@ class RolloutTrainer:
         function = self.losses.log_prob_function(with_entropy=with_entropy)
         outputs = self.backend.forward_only(batches, function, model=model)
         found: dict[str, dict[int, torch.Tensor]] = {name: {}, "entropy": {}}
-        for batch, output in zip(batches, outputs, strict=True):
+        for batch, output in zip(batches, outputs, strict=False):
             if isinstance(output, LogProbOutput):
                 found[name] |= zip(batch.sample_positions, output.log_probs, strict=False)
                 found["entropy"] |= zip(batch.sample_positions, output.entropy or [], strict=False)

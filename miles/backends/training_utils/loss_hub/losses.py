@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from miles.backends.base import LossFunction, LossOutput, MicroBatch, ParallelState
-from miles.backends.training_utils.data import StepPlan, pieces, response_rows
+from miles.backends.training_utils.collectives import share_places
+from miles.backends.training_utils.data import StepPlan, pieces, response_rows, response_tokens
 from miles.backends.training_utils.loss_hub.corrections import vanilla_tis_function
 from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl, log_probs_and_entropy
 from miles.backends.training_utils.loss_hub.reduction import Reducer
@@ -80,9 +81,16 @@ class Losses:
     def log_probs(
         self, logits: torch.Tensor, batch: MicroBatch, *, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """float32 ``[sum R_i]`` each, of the response tokens, at the rollout's temperature."""
-        rows, targets = response_rows(batch)
-        return log_probs_and_entropy(
+        """float32 ``[sum R_i]`` each, of the response tokens, at the rollout's temperature. With context parallelism,
+        too: what follows sees all tokens on every rank, so sequence-level terms need nothing of their own."""
+        layout = batch.layout
+        if layout is None:
+            rows, targets = response_rows(batch)
+        else:
+            local_rows, places = (part.to(logits.device) for part in layout.predicting_rows(batch.response_lengths))
+            every = response_tokens(batch)
+            rows, targets = local_rows, every[places]
+        values, entropy = log_probs_and_entropy(
             logits,
             rows,
             targets,
@@ -92,6 +100,11 @@ class Losses:
             chunk_size=self.settings.chunk_size,
             with_entropy=with_entropy,
         )
+        if layout is None or layout.cp_size == 1:
+            return values, entropy
+        group = self.parallel.cp_group
+        shared = share_places(values, places, len(every), group)
+        return shared, None if entropy is None else share_places(entropy, places, len(every), group)
 
     def _sft_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
         """-log p of the response tokens."""
