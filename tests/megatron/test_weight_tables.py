@@ -13,8 +13,8 @@ from miles.backends.base import ParallelState
 from miles.backends.hf_directory import HFDirectory, UnreadableModelDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory, UnsupportedModel
 from miles.backends.megatron_utils.families import read_shape, weight_rules
-from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Vocabulary
 from miles.backends.megatron_utils.stages import Stage
+from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Vocabulary
 from miles.backends.megatron_utils.weights import load_hf_weights
 
 SIZES = st.sampled_from([1, 2, 4])

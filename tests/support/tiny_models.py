@@ -1,4 +1,4 @@
-"""Random tiny models as ordinary Hugging Face directories: Qwen2, Qwen3, Qwen3-MoE, Llama, with a tokenizer and a chat template.
+"""Random tiny models as Hugging Face directories: Qwen2, Qwen3, Qwen3-MoE, Llama, with a tokenizer and a chat template.
 
 The same arguments give the same bytes. Made once per process and arguments, below a directory that goes at its end;
 treat a directory as read-only. Imports neither transformers nor megatron.

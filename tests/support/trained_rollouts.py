@@ -1,4 +1,4 @@
-"""A rollout of two GRPO steps: trained through a real backend, and by a plain implementation on the Hugging Face model."""
+"""A rollout of two GRPO steps, trained through a real backend and by a plain implementation on Hugging Face models."""
 
 from argparse import Namespace
 

@@ -100,9 +100,7 @@ def full_tensors(
         yield from zip(rule.hf, tensors, strict=True)
 
 
-def _from_owner(
-    tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None
-) -> list[torch.Tensor]:
+def _from_owner(tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """The tensors of the group's rank ``owner``."""
     if group is None or group.size() == 1:
         return tensors

@@ -31,7 +31,7 @@ class _SharedPlaces(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
         return gradient[places], None, None, None
 
