@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 
-def forward_flops(hf_config: dict[str, Any], length: float) -> float:
+def forward_flops(hf_config: Mapping[str, Any], length: float) -> float:
     """Floating-point operations of one forward pass over a sequence of ``length`` tokens; training takes three times
     as many. Two per weight and token, and attention's two products with a causal mask.
 
     Args:
-        hf_config: A dense model's ``config.json``; of a mixture of experts, what each token passes through is counted.
+        hf_config: A model's ``config.json``; of a mixture of experts, what each token passes through is counted.
         length: Tokens.
     """
-    hidden = hf_config["hidden_size"]
-    heads = hf_config["num_attention_heads"]
-    head_dim = hf_config.get("head_dim") or hidden // heads
-    groups = hf_config.get("num_key_value_heads") or heads
-    experts = hf_config.get("num_experts_per_tok")
-    ffn = hf_config.get("moe_intermediate_size") if experts else hf_config["intermediate_size"]
-    attention_weights = hidden * head_dim * (2 * heads + 2 * groups)
-    per_layer = attention_weights + 3 * hidden * (ffn or 0) * (experts or 1)
-    weights = hf_config["num_hidden_layers"] * per_layer + hidden * hf_config["vocab_size"]
-    scores = hf_config["num_hidden_layers"] * heads * head_dim * length**2
-    return float(2 * weights * length + 2 * scores)
+    per_token, per_square = flops_factors(hf_config)
+    return per_token * length + per_square * length**2
 
 
 def sample_costs(args: Any, lengths: npt.NDArray[np.int64] | Sequence[int]) -> list[float]:
     """FLOPs of a forward pass over each sample, for ``--balance-by-flops``."""
-    return [forward_flops(args.hf_config, float(length)) for length in lengths]
+    per_token, per_square = flops_factors(args.hf_config)
+    tokens = np.asarray(lengths, np.float64)
+    costs: list[float] = (per_token * tokens + per_square * tokens**2).tolist()
+    return costs
+
+
+def flops_factors(hf_config: Mapping[str, Any]) -> tuple[float, float]:
+    """What a forward pass takes per token, and per square of the sequence's length."""
+    config = hf_config.get("text_config") or hf_config  # of a model that also sees
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    attention_weights, score_width = _attention(config)
+    dense, expert = _feed_forward(config)
+    sparse_layers = layers - _dense_layers(config) if expert else 0
+    weights = layers * attention_weights + (layers - sparse_layers) * dense + sparse_layers * expert
+    weights += hidden * config["vocab_size"]
+    return 2.0 * weights, float(layers * score_width)
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Weights of a layer's projections, and the widths of its two products over all heads.
+
+    Half of a product's multiplications are masked, and each is two operations.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if latent := config.get("kv_lora_rank"):  # multi-head latent attention
+        rotated, plain, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
+        query = heads * (plain + rotated)
+        query_latent = config.get("q_lora_rank")
+        query_weights = query_latent * (hidden + query) if query_latent else hidden * query
+        kv_weights = hidden * (latent + rotated) + latent * heads * (plain + value)
+        return query_weights + kv_weights + heads * value * hidden, query + heads * value
+    head = config.get("head_dim") or hidden // heads
+    groups = config.get("num_key_value_heads") or heads
+    return hidden * head * (2 * heads + 2 * groups), 2 * heads * head
+
+
+def _feed_forward(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Weights that a token passes through in a dense layer, and in one with experts (0: there is none)."""
+    hidden = config["hidden_size"]
+    dense = 3 * hidden * (config.get("intermediate_size") or 0)
+    active = config.get("num_experts_per_tok")
+    if not active:
+        return dense, 0
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size") or 0
+    shared = config.get("shared_expert_intermediate_size") or width * (config.get("n_shared_experts") or 0)
+    num_experts = config.get("num_experts") or config.get("n_routed_experts") or config.get("num_local_experts") or 0
+    return dense, 3 * hidden * (width * active + shared) + hidden * num_experts
+
+
+def _dense_layers(config: Mapping[str, Any]) -> int:
+    """Layers without experts in a model that has some."""
+    layers: int = config["num_hidden_layers"]
+    dense = set(range(config.get("first_k_dense_replace") or 0)) | set(config.get("mlp_only_layers") or ())
+    step = config.get("decoder_sparse_step") or 1
+    dense |= {layer for layer in range(layers) if (layer + 1) % step}
+    return len(dense & set(range(layers)))
