@@ -33,7 +33,7 @@ def _is_set(*dests: str) -> Callable[[Draft], bool]:
 
 
 def _is(dest: str, *values: object) -> Callable[[Draft], bool]:
-    return lambda draft: draft.values.get(dest) in values
+    return lambda draft: bool(draft.values.get(dest) in values)
 
 
 def _needs(dests: str, when: Callable[[Draft], bool], otherwise: str) -> Effect:
@@ -45,7 +45,7 @@ def _warms_up(draft: Draft) -> bool:
 
 
 def _decays(draft: Draft) -> bool:
-    return draft["lr_decay_style"] != "constant"
+    return bool(draft["lr_decay_style"] != "constant")
 
 
 def _asks_remote(draft: Draft) -> bool:
