@@ -56,7 +56,11 @@ FLAGS: tuple[Flag, ...] = grouped(
     integer("--seq-length", None, "at most the model's context; sequences have the length of their samples"),
     refused(integer("--padded-vocab-size", None, "padded vocabulary"), "computed from --make-vocab-size-divisible-by"),
     refused(number("--init-method-std", None, "scale of random weights"), "weights are loaded, not drawn"),
-    refused(text("--softmax-type", "vanilla", "kind of softmax"), SINKS, only=("vanilla",)),
+    refused(
+        text("--softmax-type", "vanilla", "kind of softmax", choices=("vanilla", "off-by-one", "learnable")),
+        SINKS,
+        only=("vanilla",),
+    ),
     refused(
         switch("--trust-remote-code", "run code of the model directory"),
         "not built yet: code of model directories, which nothing here runs",

@@ -42,7 +42,12 @@ FLAGS: tuple[Flag, ...] = (
         switch("--no-save-rng", "checkpoints hold no random number generators"),
         switch("--exit-on-missing-checkpoint", "--load without a checkpoint is an error, and no fresh start"),
         refused(
-            text("--ckpt-format", "torch_dist", "format of checkpoints"),
+            text(
+                "--ckpt-format",
+                "torch_dist",
+                "format of checkpoints",
+                choices=("torch", "torch_dist", "torch_dcp", "fsdp_dtensor"),
+            ),
             "checkpoints are torch_dist, which every parallel layout can read",
             only=("torch_dist",),
         ),

@@ -40,7 +40,7 @@ FLAGS: tuple[Flag, ...] = (
         _older(switch("--use-checkpoint-lr-scheduler", ""), "--use-checkpoint-opt-param-scheduler"),
         _older(switch("--override-lr-scheduler", ""), "--override-opt-param-scheduler"),
         _older(number("--warmup-ratio", None, ""), "--lr-warmup-fraction"),
-        _older(number("--warmup", None, ""), "--lr-warmup-fraction"),
+        _older(integer("--warmup", None, ""), "--lr-warmup-fraction"),
         _older(integer("--batch-size", None, ""), "--micro-batch-size"),
         _older(integer("--model-parallel-size", None, ""), "--tensor-model-parallel-size"),
     ),

@@ -20,6 +20,8 @@ ALSO_PATH = {"--prompt-data", "--memory-snapshot-path", "--tensorboard-dir"}
 def test_the_contract_holds(name, kind, default):
     flag = table().by_name[name]
     assert flag.source == "contract"
+    assert len(flag.help) > 2
+    assert flag.group
     if kind == "<module> <fn>":
         assert (flag.kind, flag.nargs, flag.default) == ("str", "*", None)
         return
