@@ -6,6 +6,7 @@ argument names of Megatron-LM.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,22 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
 }
 """Architectures that are built, and their ``model_type``."""
+
+_NAMES = {
+    "qwen2": r"qwen2(\.5)?",
+    "qwen3": r"qwen3",
+    "llama": r"llama([23](\.\d)?)?",
+}
+_MORE = r"(config|forcausallm|[-_]((?!a\d+b|moe|vl|omni|next)[a-z0-9.]+))*"
+"""What may follow a family's name: sizes and variants, but none that is a family of its own."""
+
+
+def named_family(name: str) -> str | None:
+    """The family that ``--model-name`` names, by itself (``qwen3``) or as a model (``Qwen3-4B``); None: none."""
+    for kind, pattern in _NAMES.items():
+        if re.fullmatch(pattern + _MORE, name.lower()):
+            return kind
+    return None
 
 
 class UnknownArchitecture(ValueError):
@@ -105,7 +122,7 @@ def _refuse_features(kind: str, config: Mapping[str, Any]) -> None:
     absent = {
         "rotary scaling of type " + str(rope["rope_type"]): rope["rope_type"] not in {"default", "llama3"},
         "a sliding window": bool(config.get("use_sliding_window")),
-        f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") not in {"silu", "swish"},
+        f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
         "biases in attention": kind != "qwen2" and bool(config.get("attention_bias")),
         "biases in the MLP": bool(config.get("mlp_bias")),
         "a partial rotary embedding": (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1)

@@ -22,10 +22,7 @@ FLAGS: tuple[Flag, ...] = (
             "rollouts between checkpoints (the last one always)",
             also=("--persistent-save-interval",),
         ),
-        refused(
-            text("--model-name", None, "name of the model family, for weight names"),
-            "the family is read from config.json",
-        ),
+        text("--model-name", None, "family by whose names weights go, if config.json has another architecture"),
         refused(
             text("--spec", None, "module and function of a layer spec", nargs="*"),
             FAMILY + " (layer specs from outside)",

@@ -6,10 +6,11 @@ import math
 from pathlib import PurePosixPath
 
 from miles.backends.checkpoint_layout import TRACKER
-from miles.flags.architecture import FAMILIES, UnknownArchitecture, shape
+from miles.flags.architecture import FAMILIES, UnknownArchitecture, family, named_family, shape
 from miles.flags.draft import Draft
 from miles.flags.facts import CheckpointFacts, DirectoryFacts
 from miles.flags.flag import TAKES_NO_VALUE, Plain
+from miles.flags.problems import listed
 from miles.flags.table import table
 
 DOWNLOAD = "Give a local directory: hf download NAME --local-dir DIR makes one."
@@ -45,7 +46,40 @@ def resolve_model(draft: Draft) -> None:
         )
     if found.config is not None:
         draft["hf_config"] = found.config
+        _resolve_name(draft)
         _resolve_shape(draft)
+
+
+def _resolve_name(draft: Draft) -> None:
+    """``--model-name``: the family by whose names weights go, where config.json has an architecture of its own."""
+    name, config = draft["model_name"], draft["hf_config"]
+    if not name:
+        return
+    kind = named_family(name)
+    if kind is None:
+        draft.problem(
+            "model_name",
+            "no family of this name is built",
+            allowed=f"{listed(FAMILIES.values())}, or a model's name that begins so",
+            advice="Leave it out: the family is read from config.json of --hf-checkpoint.",
+        )
+        return
+    try:
+        own = family(config)
+    except UnknownArchitecture as unknown:
+        architecture = next(known for known, its_kind in FAMILIES.items() if its_kind == kind)
+        draft["hf_config"] = {**config, "model_type": kind, "architectures": [architecture]}
+        draft.notice(
+            f"{draft.flag('model_name')} {name}: {unknown} is taken for one of {kind}, with its names of weights"
+        )
+        return
+    if own != kind:
+        draft.problem(
+            "model_name",
+            f"config.json of --hf-checkpoint is of the family {own}",
+            allowed=own,
+            advice="Leave it out, or correct --hf-checkpoint.",
+        )
 
 
 def _resolve_shape(draft: Draft) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from support.flag_cases import FACTS, LLAMA, MODEL, QWEN2, QWEN3, config, outcome, problems, with_directory, with_model
 
-from miles.flags.architecture import UnknownArchitecture, rope_parameters, shape
+from miles.flags.architecture import UnknownArchitecture, named_family, rope_parameters, shape
 
 BLOCKS = {
     "qwen2.5-0.5B": (
@@ -146,3 +146,44 @@ def test_tensor_parallel_divides_heads(size, flag):
 def test_facts_without_a_model_have_no_shape():
     found = problems(without=["--hf-checkpoint"], facts=FACTS)
     assert "it is missing" in found["--hf-checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("qwen3", "qwen3"),
+        ("Qwen3-4B", "qwen3"),
+        ("qwen3config", "qwen3"),
+        ("qwen2.5-0.5B-Instruct", "qwen2"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("llama3.1-8B-Instruct", "llama"),
+        ("llama", "llama"),
+        ("qwen3-30B-A3B", None),
+        ("qwen3_moe", None),
+        ("qwen3.5-4B", None),
+        ("Qwen3MoeForCausalLM", None),
+        ("llama4", None),
+        ("deepseekv3", None),
+    ],
+)
+def test_families_by_name(name, kind):
+    assert named_family(name) == kind
+
+
+def test_a_models_name_gives_the_family_of_an_architecture_that_is_unknown():
+    unknown = with_model(architectures=["MyForCausalLM"], model_type="mine")
+    resolved = outcome("--model-name qwen3-4B", facts=unknown)
+    assert resolved.problems == ()
+    assert resolved.config["hf_config"]["model_type"] == "qwen3"
+    assert resolved.config["qk_layernorm"] is True
+    assert any("taken for one of qwen3" in notice for notice in resolved.notices)
+    assert "MyForCausalLM" in problems(facts=unknown)["--hf-checkpoint"]
+
+
+def test_a_models_name_that_fits_changes_nothing():
+    assert config("--model-name Qwen3-0.6B")["hf_config"] == QWEN3
+
+
+def test_an_unknown_name_lists_the_families_and_another_one_is_told():
+    assert "qwen2, qwen3 or llama" in problems("--model-name deepseek-v3")["--model-name"]
+    assert "of the family qwen3" in problems("--model-name qwen2.5-7B")["--model-name"]

@@ -135,7 +135,6 @@ CHOICES = {
 }
 
 NOT_BUILT = """\
---model-name
 --spec
 --pipeline-model-parallel-size
 --context-parallel-size
