@@ -25,6 +25,7 @@ from miles.backends.checkpoint_layout import (
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.utils.eval_config import BadEvalConfig, eval_datasets
 from miles.utils.misc import not_built
+from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
 
@@ -96,6 +97,16 @@ class EvalSet:
     path: str
     input_key: str
     label_key: str | None
+    metadata_key: str = "metadata"
+    tool_key: str | None = "tools"
+
+    @property
+    def kinds(self) -> Columns:
+        """What its columns have to hold."""
+        return Columns(
+            self.input_key, self.label_key, self.metadata_key, self.tool_key,
+            prompt_flag="--eval-input-key", label_flag="--eval-label-key", tool_flag="--eval-tool-key",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,16 +151,19 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     columns = [values.get("input_key"), values.get("label_key"), values.get("metadata_key")]
     sets, error = _evaluated(values)
     wanted: dict[str, list[Any]] = {}
+    kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
         wanted[path] = columns
+        kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"))]
     for found in sets:
         wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]
+        kinds.setdefault(found.path, []).append(found.kinds)
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
     named_files = [path for key in NAMED_FILES if (path := values.get(key))]
     return Facts(
         directories=directories,
-        data={path: read_data(path, [str(key) for key in keys if key]) for path, keys in wanted.items()},
+        data={path: read_data(path, [str(key) for key in keys if key], kinds[path]) for path, keys in wanted.items()},
         eval_sets=tuple(sets),
         eval_error=error,
         export_error=why_not_exported(values.get("save_hf") or ""),
@@ -269,4 +283,4 @@ def _evaluated(values: Mapping[str, Any]) -> tuple[list[EvalSet], str]:
         sets = eval_datasets(argparse.Namespace(**values))
     except BadEvalConfig as error:
         return [], f"{error.what}: {error.evidence}"
-    return [EvalSet(one.path, one.input_key, one.label_key) for one in sets], ""
+    return [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key) for s in sets], ""

@@ -1,19 +1,17 @@
-"""What a prompt file says before it is loaded: rows, columns, the first broken line."""
+"""What a prompt file says before it is loaded: rows, columns, the first broken line. All of its slice is looked at."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-READ_BYTES = 64 * 1024 * 1024
-"""So much of a JSONL file is parsed; what follows is only counted (the loader reads it all anyway)."""
-
-_SLICE = re.compile(r"(.*)@\[(-?\d*):(-?\d*)\]")
+from miles.utils.prompt_columns import Columns, Fault, without_nulls
+from miles.utils.prompt_files import EmptyDataset, decode, kind_of, parquet_library, parse_path, read_lines, sliced
+from miles.utils.prompt_store import parquet_batches
+from miles_agents.errors import MilesError
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,13 @@ class DataFacts:
 
     Attributes:
         error: Why it cannot be read; empty: it can.
+        advice: What can be done about that.
         rows: Rows in the slice, or in all of it. Nothing else is told of what lies outside.
         columns: Of its first row.
         absent: Of the columns that were asked for, those that some row of it lacks: the number of the first such line.
-        broken: Number of its first line that is not a JSON object, and what is wrong with it.
+        broken: Number of its first line that is not a JSON object or holds something of the wrong kind, and what is
+            wrong with it. Of a Parquet file, the row; 0 if that cannot be told.
+        unit: ``line`` or ``row``.
     """
 
     error: str = ""
@@ -33,84 +34,131 @@ class DataFacts:
     columns: tuple[str, ...] = ()
     absent: dict[str, int] = field(default_factory=dict)
     broken: tuple[int, str] | None = None
+    advice: str = ""
+    unit: str = "line"
 
 
-def split_slice(path: str) -> tuple[str, slice]:
-    """``PATH@[a:b]`` is rows ``a`` to ``b`` (excluded) of ``PATH``."""
-    match = _SLICE.fullmatch(path)
-    if not match:
-        return path, slice(None)
-    start, stop = (int(part) if part not in {"", "-"} else None for part in match.groups()[1:])
-    return match[1], slice(start, stop)
+def read_data(path: str, keys: Sequence[str], kinds: Iterable[Columns] = ()) -> DataFacts:
+    """Look at a file.
 
-
-def read_data(path: str, keys: Sequence[str]) -> DataFacts:
-    """Look at a file. ``keys``: columns whose absence is to be told."""
-    name, rows = split_slice(path)
-    file = Path(name)
-    if not file.is_file():
-        return DataFacts(error="is a directory, not a file" if file.is_dir() else "does not exist")
+    Args:
+        path: With or without a slice.
+        keys: Columns whose absence is to be told.
+        kinds: What columns have to hold where a row has them.
+    """
     try:
-        if file.suffix == ".parquet":
-            return _parquet(file, keys, rows)
-        with file.open("rb") as lines:
-            return _jsonl(lines, keys, rows)
+        name, rows = parse_path(path)
+        file = Path(name)
+        kind = kind_of(file)
+        look = Look(keys, kinds)
+        if kind == "parquet":
+            return _parquet(file, rows, look)
+        with file.open("rb", buffering=1 << 20) as lines:
+            return _jsonl(lines, rows, look)
+    except EmptyDataset:
+        return DataFacts()
     except OSError as error:
         return DataFacts(error=f"cannot be read: {error}")
+    except MilesError as error:
+        return DataFacts(error=f"{error.what}: {error.evidence}", advice=error.advice)
 
 
-def _jsonl(file: BinaryIO, keys: Sequence[str], rows: slice) -> DataFacts:
-    start, stop = _bounds(file, rows)
-    columns: tuple[str, ...] = ()
-    absent: dict[str, int] = {}
-    index = size = 0
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        if index >= stop:
-            break
-        if index >= start and size <= READ_BYTES:
-            row = _row(line)
-            if isinstance(row, str):
-                return DataFacts(rows=index - start, columns=columns, absent=absent, broken=(number, row))
-            columns = columns or tuple(row)
-            for key in keys:
-                if key not in row:
-                    absent.setdefault(key, number)
-            size += len(line)
-        index += 1
-    return DataFacts(rows=max(0, index - start), columns=columns, absent=absent)
+class Look:
+    """Looks at rows, one after the other, and notes the first of each thing."""
+
+    def __init__(self, keys: Sequence[str], kinds: Iterable[Columns]) -> None:
+        self.keys = tuple(dict.fromkeys(keys))
+        self.kinds = tuple(kinds)
+        self.columns: tuple[str, ...] = ()
+        self.absent: dict[str, int] = {}
+        self._known: tuple[str, ...] = ()
+
+    def at(self, number: int, row: Mapping[str, Any]) -> str:
+        """Look at a row. What is wrong with it; empty: nothing."""
+        self.columns = self.columns or tuple(row)
+        for key in self.keys:
+            if key not in row:
+                self.absent.setdefault(key, number)
+        return self.wrong(row)
+
+    def wrong(self, row: Mapping[str, Any]) -> str:
+        """What a row holds of the wrong kind; empty: nothing."""
+        for columns in self.kinds:
+            fault = columns.fault(row)
+            if fault is not None and (why := self._why(columns, row, fault)):
+                return why
+        return ""
+
+    def _why(self, columns: Columns, row: Mapping[str, Any], fault: Fault) -> str:
+        """A column that is absent is told by its absence; the others of that row have to be right nevertheless."""
+        if not fault.wanted:
+            filled = {**dict.fromkeys(name for name in (columns.prompt, columns.label) if name), **row}
+            filled[columns.prompt] = row.get(columns.prompt, "")
+            found = columns.fault(filled)
+            if found is None:
+                return ""
+            fault = found
+        return f"column {fault.column!r} ({fault.flag}) is not {fault.wanted}; it is {fault.there}"
+
+    def facts(self, rows: int, broken: tuple[int, str] | None = None, unit: str = "line") -> DataFacts:
+        """What was seen."""
+        return DataFacts(rows=rows, columns=self.columns, absent=self.absent, broken=broken, unit=unit)
 
 
-def _bounds(file: BinaryIO, rows: slice) -> tuple[int, float]:
-    """First row and the one behind the last. Those that are counted from the end need all rows to be counted first."""
-    if (rows.start or 0) >= 0 and (rows.stop or 0) >= 0:
-        return rows.start or 0, math.inf if rows.stop is None else rows.stop
-    start, stop, _ = rows.indices(sum(1 for line in file if line.strip()))
-    file.seek(0)
-    return start, stop
+def _jsonl(file: BufferedReader, rows: slice | None, look: Look) -> DataFacts:
+    count = 0
+    at = look.at
+    for line in sliced(read_lines(file), rows, file):
+        try:
+            why = at(line.number, decode(line.text))
+        except ValueError as error:
+            why = str(error)
+        if why:
+            return look.facts(count, (line.number, why))
+        count += 1
+    return look.facts(count)
 
 
-def _row(line: bytes) -> dict[str, Any] | str:
+def _parquet(file: Path, rows: slice | None, look: Look) -> DataFacts:
+    library = parquet_library(file)
+    import pyarrow as pa
+
+    count = 0
+    first = 0
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return str(error)
-    return row if isinstance(row, dict) else f"a JSON object is needed, this is {type(row).__name__}"
+        with library.ParquetFile(file) as opened:
+            look.columns = tuple(opened.schema_arrow.names)
+            total = opened.metadata.num_rows
+        start, stop, _ = (rows or slice(None)).indices(total)
+        count = max(0, stop - start)
+        look.absent = {key: 1 for key in look.keys if key not in look.columns}
+        used = [name for columns in look.kinds for name in columns.names]
+        for first, batch in parquet_batches(library, file, rows, used) if count else ():
+            if found := _broken_in(batch, look):
+                return look.facts(first + found[0] - start, (first + found[0] + 1, found[1]), "row")
+    except (pa.ArrowException, OSError) as error:
+        return look.facts(first, (0, f"the file is cut off or damaged: {str(error).strip()[:300]}"), "row")
+    return look.facts(count, unit="row")
 
 
-def _parquet(file: Path, keys: Sequence[str], rows: slice) -> DataFacts:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        return DataFacts(error="is a Parquet file, and pyarrow is not installed: pip install pyarrow, or use JSONL")
-    try:
-        with ParquetFile(file) as table:
-            columns = tuple(table.schema_arrow.names)
-            count = table.metadata.num_rows
-    except ArrowException as error:
-        return DataFacts(error=f"cannot be read: {error}")
-    return DataFacts(
-        rows=len(range(count)[rows]), columns=columns, absent={key: 1 for key in keys if key not in columns}
-    )
+def _broken_in(batch: Any, look: Look) -> tuple[int, str] | None:
+    """The first row of a batch that holds something of the wrong kind.
+
+    Columns of text need no look at their rows unless some are null.
+    """
+    import pyarrow as pa
+
+    def is_simple(name: str) -> bool:
+        kind = batch.schema.field(name).type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        return (is_text and not batch.column(name).null_count) or name in labels
+
+    labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds}
+    prompts = {columns.prompt for columns in look.kinds}
+    objects = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type) and n not in prompts]
+    if all(name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names):
+        return None
+    for place, values in enumerate(batch.to_pylist()):
+        if why := look.wrong({name: without_nulls(value) for name, value in values.items()}):
+            return place, why
+    return None

@@ -91,14 +91,16 @@ def resolve_data(draft: Draft) -> None:
 
 def _check_file(draft: Draft, dest: str, path: str, facts: DataFacts) -> bool:
     if facts.error:
-        draft.problem(dest, facts.error, allowed="a JSONL or Parquet file", advice="Correct the path.", value=path)
+        advice = facts.advice or "Correct the path."
+        draft.problem(dest, facts.error, allowed="a JSONL or Parquet file", advice=advice, value=path)
     elif facts.broken:
         number, why = facts.broken
+        is_text = facts.unit == "line"
         draft.problem(
             dest,
-            f"line {number} is broken: {why}",
-            allowed="one JSON object per line",
-            advice=f"Repair line {number}.",
+            f"{facts.unit} {number} is broken: {why}" if number else why,
+            allowed="one JSON object per line, in UTF-8" if is_text else "a whole Parquet file",
+            advice=f"Repair {facts.unit} {number}." if number else "Write the file again.",
             value=path,
         )
     elif not facts.rows:

@@ -76,31 +76,31 @@ class RolloutDataSource(DataSource):
 
     def get_samples(self, num_samples: int) -> list[Group]:
         """See ``DataSource``."""
-        return [self._group(prompt) for prompt in self._prompts(num_samples)]
+        return [self._numbered(self._next_prompt()) for _ in range(num_samples)]
 
-    def _prompts(self, count: int) -> list[Sample]:
+    def _next_prompt(self) -> Group:
+        """A group of the next prompt, whose samples share nothing."""
+        count = self.args.n_samples_per_prompt
         if self.dataset is None:
             return [Sample() for _ in range(count)]
-        found: list[Sample] = []
-        while len(found) < count:
-            if self.sample_offset >= len(self.dataset):
-                self.epoch_id += 1
-                self.sample_offset = 0
-                if self.args.rollout_shuffle:
-                    self.dataset.shuffle(self.epoch_id)
-            part = self.dataset.samples[self.sample_offset : self.sample_offset + count - len(found)]
-            self.sample_offset += len(part)
-            found += part
-        return found
+        if self.sample_offset >= len(self.dataset):
+            self.epoch_id += 1
+            self.sample_offset = 0
+            if self.args.rollout_shuffle:
+                self.dataset.shuffle(self.epoch_id)
+        offset = self.sample_offset
+        self.sample_offset += 1
+        copies = getattr(self.dataset, "copies", None)  # a data set of the user's may have none
+        if copies is None:
+            return [copy.deepcopy(self.dataset.samples[offset]) for _ in range(count)]
+        group: Group = copies(offset, count)
+        return group
 
-    def _group(self, prompt: Sample) -> Group:
-        group = []
-        for _ in range(self.args.n_samples_per_prompt):
-            sample = copy.deepcopy(prompt)
+    def _numbered(self, group: Group) -> Group:
+        for sample in group:
             sample.group_index = self.sample_group_index
             sample.index = self.sample_index
             self.sample_index += 1
-            group.append(sample)
         self.sample_group_index += 1
         return group
 

@@ -1,51 +1,36 @@
 """Prompt data: a JSONL or Parquet file as samples.
 
 A path may end in ``@[a:b]``: only these rows. Nothing is dropped but prompts that are too long, which are counted.
+Rows stay in the file (``miles.utils.prompt_store``); a sample is made when it is asked for.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import copy
 import logging
 import random
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from miles.utils.processing_utils import apply_chat_template
+from miles.utils.prompt_columns import Columns, tools_of
+from miles.utils.prompt_files import BrokenRow, EmptyDataset, MissingColumn, NoDataset, parse_path
+from miles.utils.prompt_store import DataChanged, open_rows
 from miles.utils.types import Sample
 from miles_agents.errors import ConfigError
 
+__all__ = [
+    "AllPromptsTooLong", "BrokenRow", "DataChanged", "Dataset", "EmptyDataset", "MissingColumn", "NoDataset",
+    "parse_path",
+]  # fmt: skip
+
 logger = logging.getLogger(__name__)
-_SLICE = re.compile(r"^(?P<path>.*)@\[(?P<start>-?\d*):(?P<end>-?\d*)\]$")
 _BATCH = 1024
-
-
-class NoDataset(ConfigError):
-    """A data file is not there, or of a kind that cannot be read."""
-
-    code = "E-DATA-001"
-
-
-class BrokenRow(ConfigError):
-    """A row of a data file cannot be read, or holds something of the wrong kind."""
-
-    code = "E-DATA-002"
-
-
-class MissingColumn(ConfigError):
-    """A row lacks a column that a flag names."""
-
-    code = "E-DATA-003"
-
-
-class EmptyDataset(ConfigError):
-    """A data file has no rows, or the slice of it has none."""
-
-    code = "E-DATA-004"
+_MOST_TOKENS_PER_BYTE = 12
+"""More tokens than this for each byte, and this once more, no tokenizer makes: normalising a text (NFKC) can make up to
+eleven bytes of one."""
 
 
 class AllPromptsTooLong(ConfigError):
@@ -54,167 +39,8 @@ class AllPromptsTooLong(ConfigError):
     code = "E-DATA-005"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row and where it is, for errors."""
-
-    values: dict[str, Any]
-    where: str
-
-
-def parse_path(path: str) -> tuple[str, slice | None]:
-    """``path@[a:b]`` in its two parts."""
-    match = _SLICE.match(path)
-    if match is None:
-        return path, None
-    start, end = (int(match[name]) if match[name] else None for name in ("start", "end"))
-    return match["path"], slice(start, end)
-
-
-def read_rows(path: str) -> Iterator[Row]:
-    """The rows of a file, in order; of JSONL, one line at a time.
-
-    Raises:
-        NoDataset: The file is not there, or neither JSONL nor Parquet.
-        BrokenRow: A line is no JSON object; names the line.
-    """
-    name, rows = parse_path(path)
-    file = Path(name)
-    if not file.is_file():
-        raise NoDataset(
-            f"there is no data file {name}",
-            evidence=_neighbours(file),
-            advice="Give --prompt-data (or --eval-prompt-data) the path of a .jsonl or .parquet file.",
-        )
-    source = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
-    return source if rows is None else _sliced(source, rows)
-
-
-def _sliced(source: Iterator[Row], rows: slice) -> Iterator[Row]:
-    if (rows.start or 0) < 0 or (rows.stop or 0) < 0:
-        yield from list(source)[rows]
-    else:
-        yield from itertools.islice(source, rows.start, rows.stop)
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise _broken(where, f"{error}: {line[:200].decode(errors='replace').rstrip()}") from error
-            if not isinstance(values, dict):
-                raise _broken(where, f"it is a {type(values).__name__}, not an object")
-            yield Row(values, where)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise NoDataset(
-            f"{file} is a Parquet file, which needs pyarrow",
-            evidence=str(error),
-            advice="Install pyarrow, or convert the file to JSONL.",
-        ) from error
-    import pyarrow as pa
-
-    number = 0
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_BATCH):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{file}, row {number}")
-    except pa.ArrowException as error:
-        raise BrokenRow(
-            f"{file} cannot be read after row {number}",
-            evidence=str(error),
-            advice="Write the file again, or convert it to JSONL.",
-        ) from error
-
-
-def _broken(where: str, evidence: str) -> BrokenRow:
-    return BrokenRow(f"{where} cannot be read", evidence=evidence, advice="Each line must be one JSON object.")
-
-
-def _neighbours(file: Path) -> str:
-    directory = file.parent
-    if not directory.is_dir():
-        return f"there is no directory {directory}"
-    return f"{directory} has: {', '.join(sorted(entry.name for entry in directory.iterdir())[:20]) or 'nothing'}"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns are what, and the flags that say so."""
-
-    prompt: str
-    label: str | None = None
-    metadata: str = "metadata"
-    tool: str | None = None
-    multimodal: dict[str, str] | None = None
-
-    def sample(self, row: Row) -> Sample:
-        """The row as a sample.
-
-        Raises:
-            MissingColumn, BrokenRow.
-        """
-        prompt = self._get(row, self.prompt, "--input-key")
-        if not isinstance(prompt, str) and not _is_messages(prompt):
-            raise self._odd(row, self.prompt, "--input-key", prompt, "text or a list of messages")
-        label = None if self.label is None else self._get(row, self.label, "--label-key")
-        metadata = row.values.get(self.metadata) or {}
-        if not isinstance(metadata, dict):
-            raise self._odd(row, self.metadata, "--metadata-key", metadata, "an object")
-        tools = row.values.get(self.tool) if self.tool else None
-        if tools is not None:
-            tools = self._tools(row, tools)
-            metadata = {**metadata, "tools": tools}
-        media = {kind: row.values[c] for kind, c in (self.multimodal or {}).items() if row.values.get(c) is not None}
-        # A label of a number is compared as text.
-        text = label if label is None or isinstance(label, str | dict | list) else str(label)
-        return Sample(prompt=prompt, label=text, metadata=dict(metadata), multimodal_inputs=media or None)  # type: ignore[arg-type]
-
-    def _get(self, row: Row, column: str, flag: str) -> Any:
-        if column not in row.values:
-            raise MissingColumn(
-                f"{row.where} has no column {column!r}, which {flag} names",
-                evidence=f"its columns are: {', '.join(map(repr, row.values)) or 'none'}",
-                advice=f"Give {flag} one of them.",
-                flag=flag,
-            )
-        return row.values[column]
-
-    def _tools(self, row: Row, tools: Any) -> Any:
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise self._odd(row, str(self.tool), "--tool-key", tools, "a list of tools, or JSON of one") from error
-        if not isinstance(tools, list):
-            raise self._odd(row, str(self.tool), "--tool-key", tools, "a list of tools")
-        return tools
-
-    def _odd(self, row: Row, column: str, flag: str, value: Any, wanted: str) -> BrokenRow:
-        return BrokenRow(
-            f"{row.where}: column {column!r} is not {wanted}",
-            evidence=f"it is a {type(value).__name__}: {str(value)[:200]}",
-            advice=f"Correct the data, or give {flag} another column.",
-        )
-
-
-def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
-
-
 class Dataset:
-    """The prompts of a file, in memory.
+    """The prompts of a file.
 
     Args:
         path: Of a JSONL or Parquet file; ``@[a:b]`` selects rows.
@@ -225,11 +51,15 @@ class Dataset:
         seed: Of shuffling.
 
     Attributes:
+        origin_samples: In the file's order.
         samples: In the order of the last ``shuffle``.
         num_dropped: Prompts that were too long.
 
+    What is taken out of ``samples`` or ``origin_samples`` is kept, so that changes to it stay; ``copies`` keeps
+    nothing. Both can be replaced by a list.
+
     Raises:
-        NoDataset, BrokenRow, MissingColumn, EmptyDataset, AllPromptsTooLong.
+        NoDataset, BrokenRow, MissingColumn, EmptyDataset, AllPromptsTooLong. DataChanged: later, on access.
     """
 
     def __init__(
@@ -242,58 +72,101 @@ class Dataset:
         self.seed = seed
         self._tokenizer = tokenizer
         self._processor = processor
-        columns = Columns(prompt_key, label_key, metadata_key, tool_key, multimodal_keys)
-        samples = [columns.sample(row) for row in read_rows(path)]
-        if not samples:
-            raise EmptyDataset(
-                f"{path} has no rows",
-                evidence=f"the file has {Path(parse_path(path)[0]).stat().st_size} bytes",
-                advice="Check the file, and the rows that @[a:b] selects.",
-            )
-        if apply_chat_template:
-            for sample in samples:
-                sample.prompt = self._templated(sample, apply_chat_template_kwargs or {})
-        self.origin_samples = samples if max_length is None else self._within(samples, max_length)
-        self.num_dropped = len(samples) - len(self.origin_samples)
-        self.samples = self.origin_samples
+        self._columns = Columns(prompt_key, label_key, metadata_key, tool_key, multimodal_keys)
+        self._templates = apply_chat_template
+        self._template_kwargs = apply_chat_template_kwargs or {}
+        self._store = open_rows(path, self._columns)
+        self._kept: dict[int, Sample] = {}
+        self.num_dropped = self._read(max_length)
+        self.origin_samples: Sequence[Sample] = LazySamples(self, range(len(self._store)))
+        self.samples: Sequence[Sample] = self.origin_samples
         self.epoch_id = -1
 
-    def _templated(self, sample: Sample, kwargs: dict[str, Any]) -> str:
-        messages = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
-        text = apply_chat_template(self._tokenizer, messages, tools=sample.metadata.get("tools"), **kwargs)
-        return str(text)
+    # -- reading ---------------------------------------------------------------------------------------------
 
-    def _within(self, samples: list[Sample], max_length: int) -> list[Sample]:
-        lengths = self._lengths(samples)
-        kept = [sample for sample, length in zip(samples, lengths, strict=True) if length <= max_length]
-        if not kept:
+    def _read(self, max_length: int | None) -> int:
+        """Read all rows, and leave out those that are too long: how many."""
+        lengths = Lengths(max_length, self._tokenizer, self._processor)
+        for row in self._store.scan():
+            if max_length is not None or self._templates:
+                lengths.add(self._text(row), self._media(row))
+        lengths.finish()
+        total = len(self._store)
+        if not total:
+            raise EmptyDataset(
+                f"{self.path} has no rows",
+                evidence=f"the file has {Path(parse_path(self.path)[0]).stat().st_size} bytes",
+                advice="Check the file, and the rows that @[a:b] selects.",
+            )
+        if max_length is None or not lengths.too_long:
+            return 0
+        if len(lengths.too_long) == total:
             raise AllPromptsTooLong(
-                f"all {len(samples)} prompts of {self.path} are longer than {max_length} tokens",
-                evidence=f"the shortest has {min(lengths)} tokens",
+                f"all {total} prompts of {self.path} are longer than {max_length} tokens",
+                evidence=f"the shortest has {lengths.shortest} tokens",
                 advice="Raise --rollout-max-prompt-len (or --rollout-max-context-len), or shorten the prompts.",
             )
-        if len(kept) < len(samples):
-            logger.warning(
-                "%s: %d of %d prompts are longer than %d tokens and are left out (the longest has %d)",
-                self.path, len(samples) - len(kept), len(samples), max_length, max(lengths),
-            )  # fmt: skip
-        return kept
+        dropped = set(lengths.too_long)
+        self._store.keep([place for place in range(total) if place not in dropped])
+        logger.warning(
+            "%s: %d of %d prompts are longer than %d tokens and are left out (the longest has %d)",
+            self.path, len(dropped), total, max_length, lengths.longest,
+        )  # fmt: skip
+        return len(dropped)
 
-    def _lengths(self, samples: list[Sample]) -> list[int]:
-        lengths: list[int] = []
-        for start in range(0, len(samples), _BATCH):
-            lengths += self._batch_lengths(samples[start : start + _BATCH])
-        return lengths
+    def _text(self, row: dict[str, Any]) -> str:
+        """The prompt of a row as the engine gets it."""
+        prompt = row[self._columns.prompt]
+        if isinstance(prompt, str):
+            if not self._templates:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        tools = self._tools(row)
+        return str(apply_chat_template(self._tokenizer, prompt, tools=tools, **self._template_kwargs))
 
-    def _batch_lengths(self, samples: list[Sample]) -> list[int]:
-        texts = [s.prompt if isinstance(s.prompt, str) else self._templated(s, {}) for s in samples]
-        if self._processor is None:
-            encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            return [len(ids) for ids in encoded]
-        return [
-            len(self._processor(text=text, **(sample.multimodal_inputs or {}))["input_ids"][0])
-            for text, sample in zip(texts, samples, strict=True)
-        ]
+    def _tools(self, row: dict[str, Any]) -> list[Any] | None:
+        value = row.get(self._columns.tool) if self._columns.tool else None
+        return None if value is None else tools_of(value)
+
+    def _media(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        keys = self._columns.multimodal or {}
+        return {kind: row[column] for kind, column in keys.items() if row.get(column) is not None} or None
+
+    def _sample(self, row: dict[str, Any], text: str | None = None) -> Sample:
+        columns = self._columns
+        label = None if columns.label is None else row[columns.label]
+        metadata = dict(row.get(columns.metadata) or {}) if columns.metadata else {}
+        if (tools := self._tools(row)) is not None:
+            metadata["tools"] = tools
+        return Sample(
+            prompt=(self._text(row) if text is None else text) if self._templates else row[columns.prompt],
+            # A label of a number is compared as text.
+            label=label if label is None or isinstance(label, str | dict | list) else str(label),  # type: ignore[arg-type]
+            metadata=metadata,
+            multimodal_inputs=self._media(row),
+        )
+
+    # -- samples ---------------------------------------------------------------------------------------------
+
+    def sample_at(self, place: int) -> Sample:
+        """The sample of a row: the same object each time."""
+        if place not in self._kept:
+            self._kept[place] = self._sample(self._store.row(place))
+        return self._kept[place]
+
+    def copies(self, index: int, count: int) -> list[Sample]:
+        """So many samples of one prompt, which share nothing. ``index`` counts in ``samples``."""
+        place = self.samples.place(index) if isinstance(self.samples, LazySamples) else None
+        if place is None or place in self._kept:
+            return [copy.deepcopy(self.samples[index]) for _ in range(count)]
+        text = None
+        made = []
+        for _ in range(count):
+            row = self._store.row(place)
+            if self._templates and text is None:
+                text = self._text(row)
+            made.append(self._sample(row, text))
+        return made
 
     def shuffle(self, new_epoch_id: int) -> None:
         """Put the samples in the order of this epoch, which depends on ``seed`` and the epoch only."""
@@ -301,7 +174,9 @@ class Dataset:
             return
         order = list(range(len(self.origin_samples)))
         random.Random(self.seed + new_epoch_id).shuffle(order)  # noqa: S311
-        self.samples = [self.origin_samples[i] for i in order]
+        origin = self.origin_samples
+        lazy = isinstance(origin, LazySamples)
+        self.samples = LazySamples(self, array("Q", order)) if lazy else [origin[i] for i in order]
         self.epoch_id = new_epoch_id
 
     def __len__(self) -> int:
@@ -309,3 +184,76 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+
+class LazySamples(Sequence[Sample]):
+    """Samples of a data set in some order, made when they are asked for."""
+
+    def __init__(self, dataset: Dataset, order: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._order = order
+
+    def place(self, index: int) -> int:
+        """Which row of the data set it is."""
+        return self._order[index]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._dataset.sample_at(place) for place in self._order[index]]
+        return self._dataset.sample_at(self._order[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._dataset.sample_at, self._order)
+
+
+class Lengths:
+    """Counts tokens of prompts, many at a time, and remembers which are too long.
+
+    A prompt that cannot be too long for its few bytes is not tokenized.
+    """
+
+    def __init__(self, limit: int | None, tokenizer: Any, processor: Any) -> None:
+        self.too_long: list[int] = []
+        self.longest = 0
+        self.shortest = 0
+        self._limit = limit
+        self._tokenizer = tokenizer
+        self._processor = processor
+        self._count = 0
+        self._waiting: list[tuple[int, str, dict[str, Any] | None]] = []
+
+    def add(self, text: str, media: dict[str, Any] | None) -> None:
+        """The next prompt."""
+        place = self._count
+        self._count += 1
+        if self._limit is None:
+            return
+        if not media and (4 * len(text) + 1) * _MOST_TOKENS_PER_BYTE <= self._limit:
+            return
+        self._waiting.append((place, text, media))
+        if len(self._waiting) == _BATCH:
+            self.finish()
+
+    def finish(self) -> None:
+        """Count those that wait."""
+        if not self._waiting:
+            return
+        for (place, _, _), length in zip(self._waiting, self._lengths(), strict=True):
+            if length > (self._limit or 0):
+                self.shortest = min(self.shortest, length) if self.too_long else length
+                self.longest = max(self.longest, length)
+                self.too_long.append(place)
+        self._waiting.clear()
+
+    def _lengths(self) -> list[int]:
+        if self._processor is None:
+            encoded = self._tokenizer([text for _, text, _ in self._waiting], add_special_tokens=False)["input_ids"]
+            return [len(ids) for ids in encoded]
+        return [len(self._processor(text=text, **(media or {}))["input_ids"][0]) for _, text, media in self._waiting]

@@ -84,10 +84,11 @@ def test_shuffling_depends_on_seed_and_epoch_only(tmp_path):
 @pytest.mark.parametrize(
     ("text", "values", "error", "told"),
     [
-        ("", {}, EmptyDataset, "has no rows"),
+        ("", {}, EmptyDataset, "is empty"),
         ("\n\n", {}, EmptyDataset, "has no rows"),
         ('{"text": "a", "answer": 1}\n{"text": \n', {}, BrokenRow, "line 2"),
-        ("[1]\n", {}, BrokenRow, "not an object"),
+        ("[1]\n", {}, NoDataset, "holds a list"),
+        ('{"text": "a", "answer": 1}\n[1]\n', {}, BrokenRow, "a list, not an object"),
         ('{"prompt": "a", "label": 1}\n', {}, MissingColumn, "'text', which --input-key.*\n.*'prompt', 'label'"),
         ('{"text": "a"}\n', {}, MissingColumn, "'answer', which --label-key"),
         ('{"text": 3, "answer": 1}\n', {}, BrokenRow, "not text or a list of messages"),
@@ -121,7 +122,7 @@ def test_parquet_is_read_where_its_library_is_and_refused_where_not(tmp_path):
         with pytest.raises(NoDataset, match="needs pyarrow"):
             dataset(path)
         return
-    with pytest.raises(BrokenRow, match="after row 0"):
+    with pytest.raises(BrokenRow, match="cannot be read"):
         dataset(path)
     pq.write_table(pa.Table.from_pylist(ROWS), path)
     assert [(s.prompt, s.label) for s in dataset(f"{path}@[4:]").samples] == [("prompt 4", "4"), ("prompt 5", "5")]

@@ -22,6 +22,7 @@ from miles.rollout.hooks import Hook, load_hook
 from miles.rollout.inference_rollout.compatibility import check_generate_output, load_generate_function
 from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub import async_rm, batched_async_rm
+from miles.utils.data import Dataset
 from miles.utils.http_utils import DEFAULT_RETRIES, RequestFailed
 from miles.utils.misc import SingletonMeta
 from miles.utils.processing_utils import load_processor, shared_tokenizer
@@ -62,6 +63,7 @@ class GenerateState:
         straggler_deadline_s: How long samples that shall stop are waited for.
         aborted: No new request shall be made; samples under way come back as ``ABORTED``.
         engine_errors: Requests that no engine answered, so far.
+        eval_datasets: Those that were read, by what they were read with: they are evaluated again and again.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -85,6 +87,7 @@ class GenerateState:
         self.weight_version: int | None = None
         self.request_retries = DEFAULT_RETRIES
         self.straggler_deadline_s = STRAGGLER_DEADLINE_S
+        self.eval_datasets: dict[tuple[Any, ...], Dataset] = {}
         self._by_path: dict[str, Hook] = {}
         self.reset()
 

@@ -21,8 +21,6 @@ from miles.utils.http_utils import http_client, request_scope
 from miles.utils.types import Sample, SampleStatus
 
 CLEAN_UP_S = 5.0
-_datasets: dict[tuple[Any, ...], Dataset] = {}
-"""Read once per process: they do not change, and are evaluated again and again."""
 
 
 async def evaluate(state: GenerateState, rollout_id: int) -> RolloutFnEvalOutput:
@@ -112,9 +110,9 @@ async def _all(*coroutines: Any) -> list[Any]:
 
 def _samples(state: GenerateState, config: EvalDatasetConfig) -> list[Sample]:
     samples: list[Sample] = []
-    for group, prompt in enumerate(_dataset(state, config).samples):
-        for _ in range(config.n_samples_per_eval_prompt):
-            sample = copy.deepcopy(prompt)
+    dataset = _dataset(state, config)
+    for group in range(len(dataset)):
+        for sample in dataset.copies(group, config.n_samples_per_eval_prompt):
             sample.group_index, sample.index = group, len(samples)
             sample.metadata.update(config.metadata_overrides)
             if config.rm_type:
@@ -132,11 +130,12 @@ def _dataset(state: GenerateState, config: EvalDatasetConfig) -> Dataset:
         config.path, config.input_key, config.label_key, config.tool_key, config.metadata_key,
         config.max_prompt_len, template, args.hf_checkpoint, args.chat_template_path,
     )  # fmt: skip
-    if key not in _datasets:
-        _datasets[key] = Dataset(
+    known = state.eval_datasets
+    if key not in known:
+        known[key] = Dataset(
             config.path, state.tokenizer, state.processor if args.multimodal_keys else None, config.max_prompt_len,
             prompt_key=config.input_key, label_key=config.label_key, tool_key=config.tool_key,
             metadata_key=config.metadata_key, multimodal_keys=args.multimodal_keys, apply_chat_template=template,
             apply_chat_template_kwargs=args.apply_chat_template_kwargs,
         )  # fmt: skip
-    return _datasets[key]
+    return known[key]
