@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.utils.prompt_columns import Columns, Fault, without_nulls
-from miles.utils.prompt_files import EmptyDataset, decode, kind_of, parquet_library, parse_path, read_lines, sliced
+from miles.utils.prompt_files import EmptyDataset, buffered, decode, kind_of, parquet_library, parse_path, read_lines, sliced
 from miles.utils.prompt_store import parquet_batches
 from miles_agents.errors import MilesError
 
@@ -53,7 +53,7 @@ def read_data(path: str, keys: Sequence[str], kinds: Iterable[Columns] = ()) -> 
         look = Look(keys, kinds)
         if kind == "parquet":
             return _parquet(file, rows, look)
-        with file.open("rb", buffering=1 << 20) as lines:
+        with buffered(file) as lines:
             return _jsonl(lines, rows, look)
     except EmptyDataset:
         return DataFacts()

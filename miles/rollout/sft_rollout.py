@@ -30,7 +30,7 @@ def generate_rollout(
             advice="Give --eval-function-path, or leave out --eval-interval.",
         )
     tokenizer = shared_tokenizer(args.hf_checkpoint, args.chat_template_path)
-    masks = MultiTurnLossMaskGenerator(tokenizer, args.loss_mask_type)
+    masks = MultiTurnLossMaskGenerator(tokenizer, args.loss_mask_type, args.apply_chat_template_kwargs)
     groups = data_source.get_samples(args.rollout_batch_size)
     for group in groups:
         for sample in group:

@@ -1,20 +1,23 @@
 """Loss masks of conversations: which tokens an assistant wrote.
 
-Found by templating ever longer parts of the conversation: what a message adds to the text before it is the message's.
-Of an assistant's message, the header that a generation prompt would give is not its own. Templates that rewrite
-earlier messages (thoughts that are cut away, say) have no such parts, and are refused.
+A conversation is taken apart into stretches of text, each learnt or not, which are tokenized one by one, as they are in
+generation: an assistant's header is given to it, and what it writes begins a token of its own. What is an assistant's
+own ends with the token that ends its message; a line break behind that is the template's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from miles.utils.processing_utils import apply_chat_template
 from miles_agents.errors import ConfigError
 
 Message = dict[str, Any]
+Stretch = tuple[str, int]
+"""Text, and 1 if it is learnt."""
 KINDS = ("qwen", "qwen3", "distill_qwen")
+_PROBE: Message = {"role": "user", "content": "?"}
 
 
 class BadConversation(ConfigError):
@@ -28,11 +31,20 @@ class MultiTurnLossMaskGenerator:
 
     Args:
         tokenizer: With a chat template.
-        tokenizer_type: ``--loss-mask-type``. ``qwen`` and ``qwen3``: every assistant message counts, with the token
-            that ends it. ``distill_qwen``: the last message only.
+        tokenizer_type: ``--loss-mask-type``:
+
+            * ``qwen``: the conversation as the template writes it; every assistant message is learnt. A template that
+              rewrites earlier messages (cuts thoughts out of them, say) has no such form, and is refused.
+            * ``qwen3``: each assistant message as the template writes it while it is the last one, so with its
+              thoughts; all of them are learnt, one after the other in one sequence.
+            * ``distill_qwen``: the last message only, word for word as the data has it, behind the prompt that the
+              template makes of those before; and the tokenizer's end token.
+        template_kwargs: Of the template, as ``--apply-chat-template-kwargs``.
     """
 
-    def __init__(self, tokenizer: Any, tokenizer_type: str = "qwen") -> None:
+    def __init__(
+        self, tokenizer: Any, tokenizer_type: str = "qwen", template_kwargs: dict[str, Any] | None = None
+    ) -> None:
         if tokenizer_type not in KINDS:
             raise BadConversation(
                 f"--loss-mask-type {tokenizer_type} is not known",
@@ -41,6 +53,7 @@ class MultiTurnLossMaskGenerator:
             )
         self.tokenizer = tokenizer
         self.tokenizer_type = tokenizer_type
+        self._kwargs = {k: v for k, v in (template_kwargs or {}).items() if k != "add_generation_prompt"}
 
     def get_loss_mask(self, messages: Sequence[Message], tools: Any = None) -> tuple[list[int], list[int]]:
         """Token ids of the whole conversation, and 1 for each token that is learnt. Same lengths.
@@ -58,13 +71,10 @@ class MultiTurnLossMaskGenerator:
             )
         tokens: list[int] = []
         mask: list[int] = []
-        text = ""
-        for i in range(len(messages)):
-            for part, learnt in self._parts(messages, i, text, tools):
-                ids = self._encode(part)
-                tokens += ids
-                mask += [learnt] * len(ids)
-                text += part
+        for text, learnt in self.stretches(list(messages), tools):
+            ids = self._encode(text)
+            tokens += ids
+            mask += [learnt] * len(ids)
         return tokens, mask
 
     def get_loss_mask_with_multimodal_alignment(
@@ -93,33 +103,64 @@ class MultiTurnLossMaskGenerator:
             before = learnt
         return [str(self.tokenizer.decode(part)) for part in found]
 
-    def _parts(self, messages: Sequence[Message], i: int, text: str, tools: Any) -> list[tuple[str, int]]:
-        """What message ``i`` adds to ``text``, in stretches that are learnt or not."""
-        whole = self._template(messages[: i + 1], tools, prompt=False)
-        added = self._added(text, whole, messages[i])
-        if not self._is_learnt(messages, i):
-            return [(added, 0)]
-        opened = self._template(messages[:i], tools, prompt=True) if i else ""
-        header = opened[len(text) :] if opened.startswith(text) else ""
-        if not header or not added.startswith(header):
-            header = self._common_header(added, messages[i])
-        body, tail = _split_tail(added[len(header) :])
-        return [(header, 0), (body, 1), (tail, 0)]
+    def stretches(self, messages: list[Message], tools: Any) -> Iterator[Stretch]:
+        """The conversation's text in order, in stretches that are learnt or not."""
+        if self.tokenizer_type == "distill_qwen":
+            yield from self._last_answer(messages, tools)
+            return
+        blocks = _blocks(messages)
+        before = ""
+        for start, end in blocks:
+            if self.tokenizer_type == "qwen3":
+                before = self._before(messages, start, tools)
+            else:
+                before = self._template(messages[:start], tools) if start else ""
+            whole = self._whole(messages, start, end, tools)
+            added = self._added(before, whole, messages[start])
+            if messages[start].get("role") != "assistant" or not messages[start].get("step_loss_mask", 1):
+                yield added, 0
+                continue
+            header = self._header(messages[:start], tools, before, added)
+            body = added[len(header) :]
+            own = body.rstrip("\n")
+            yield header, 0
+            yield own, 1
+            yield body[len(own) :], 0
 
-    def _is_learnt(self, messages: Sequence[Message], i: int) -> bool:
-        message = messages[i]
-        if message.get("role") != "assistant" or not message.get("step_loss_mask", 1):
-            return False
-        return self.tokenizer_type != "distill_qwen" or i == len(messages) - 1
+    # -- the whole conversation, and message by message --------------------------------------------------------
 
-    def _common_header(self, added: str, message: Message) -> str:
-        """Where the generation prompt is not how the message begins: all that stands before its content."""
-        content = message.get("content")
-        start = added.find(content) if isinstance(content, str) and content else -1
-        return added[:start] if start > 0 else ""
+    def _before(self, messages: list[Message], start: int, tools: Any) -> str:
+        """``qwen3``: what stands before a block where the block is the last one."""
+        if not start:
+            return ""
+        if messages[start].get("role") == "assistant":
+            return self._template(messages[:start], tools)
+        return self._template([_PROBE], None)
 
-    def _template(self, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
-        return str(apply_chat_template(self.tokenizer, list(messages), tools=tools, add_generation_prompt=prompt))
+    def _whole(self, messages: list[Message], start: int, end: int, tools: Any) -> str:
+        if self.tokenizer_type == "qwen3" and start and messages[start].get("role") != "assistant":
+            # Behind a question instead of all that was said: that a question follows may have changed it.
+            return self._template([_PROBE, *messages[start:end]], None)
+        return self._template(messages[:end], tools)
+
+    def _header(self, before: list[Message], tools: Any, text: str, added: str) -> str:
+        """What of an assistant's message is given to it: as much of the generation prompt as the message begins with.
+
+        Where they part within it, only whole lines and special tokens count.
+        """
+        if not before:
+            opened = self._template([_PROBE], None, prompt=True)[len(self._template([_PROBE], None)) :]
+        else:
+            whole = self._template(before, tools, prompt=True)
+            opened = whole[len(text) :] if whole.startswith(text) else ""
+        shared = _common(opened, added)
+        if shared == opened:
+            return shared
+        ends = [shared.rfind(mark) + len(mark) for mark in ("\n", *self._special()) if mark in shared]
+        return shared[: max(ends)] if ends else shared
+
+    def _special(self) -> list[str]:
+        return [str(token) for token in getattr(self.tokenizer, "all_special_tokens", ())]
 
     def _added(self, text: str, whole: str, message: Message) -> str:
         if whole.startswith(text):
@@ -127,14 +168,64 @@ class MultiTurnLossMaskGenerator:
         raise BadConversation(
             "the chat template rewrites earlier messages of a conversation",
             evidence=f"adding the message of role {message.get('role')!r} changes the text before it",
-            advice="Give a template by --chat-template-path that does not, or one conversation per answer.",
+            advice="Give --loss-mask-type qwen3, which takes each answer as it was when it was the last one; or a "
+            "template by --chat-template-path that leaves earlier messages as they are; or one conversation per answer."
+            if self.tokenizer_type == "qwen"
+            else "Give a template by --chat-template-path that does not, or one conversation per answer.",
+        )
+
+    # -- the last message only ---------------------------------------------------------------------------------
+
+    def _last_answer(self, messages: list[Message], tools: Any) -> Iterator[Stretch]:
+        last = messages[-1]
+        if last.get("role") != "assistant" or len(messages) < 2:
+            raise BadConversation(
+                "--loss-mask-type distill_qwen learns the last message, which is no answer to anything",
+                evidence=f"the roles are: {', '.join(str(m.get('role')) for m in messages)}",
+                advice="Let each conversation end with an assistant's message, or give --loss-mask-type qwen.",
+            )
+        prompt = self._template(messages[:-1], tools, prompt=True)
+        answer = _with_thoughts(last)
+        opening = "<think>\n" if prompt.endswith("<think>\n") else "<think>" if prompt.endswith("<think>") else ""
+        answer = answer.removeprefix(opening)
+        end = str(self.tokenizer.eos_token or "")
+        yield prompt, 0
+        yield answer if not end or answer.endswith(end) else answer + end, int(bool(last.get("step_loss_mask", 1)))
+
+    # -- the tokenizer ------------------------------------------------------------------------------------------
+
+    def _template(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
+        return str(
+            apply_chat_template(
+                self.tokenizer, list(messages), tools=tools, add_generation_prompt=prompt, **self._kwargs
+            )
         )
 
     def _encode(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)] if text else []
 
 
-def _split_tail(text: str) -> tuple[str, str]:
-    """Line breaks after the token that ends a message are the template's, not the assistant's."""
-    body = text.rstrip("\n")
-    return body, text[len(body) :]
+def _blocks(messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Each assistant message by itself, and the others that stand together: templates join results of tools."""
+    blocks: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
+        alone = message.get("role") == "assistant" or (i and messages[i - 1].get("role") == "assistant")
+        if alone or not blocks:
+            blocks.append((i, i + 1))
+        else:
+            blocks[-1] = (blocks[-1][0], i + 1)
+    return blocks
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _with_thoughts(message: Message) -> str:
+    content = str(message.get("content") or "")
+    thoughts = message.get("reasoning_content")
+    if not thoughts or "</think>" in content:
+        return content
+    return f"<think>\n{str(thoughts).strip()}\n</think>\n\n{content}"

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,11 @@ def _listing(directory: Path) -> str:
     if not directory.is_dir():
         return f"there is no directory {directory}"
     return f"{directory} has: {', '.join(sorted(entry.name for entry in directory.iterdir())[:20]) or 'nothing'}"
+
+
+def buffered(file: Path) -> BufferedReader:
+    """A file, opened for reading from its beginning to its end."""
+    return BufferedReader(FileIO(str(file)), 1 << 20)
 
 
 def read_lines(opened: BufferedReader) -> Iterator[Line]:

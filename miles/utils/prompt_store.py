@@ -19,6 +19,7 @@ from miles.utils.prompt_columns import Columns, without_nulls
 from miles.utils.prompt_files import (
     BrokenRow,
     broken,
+    buffered,
     decode,
     kind_of,
     parquet_library,
@@ -87,7 +88,7 @@ class JsonlRows:
             BrokenRow, MissingColumn.
         """
         fault = self._columns.fault
-        with self.file.open("rb", buffering=1 << 20) as opened:
+        with buffered(self.file) as opened:
             for line in sliced(read_lines(opened), self._slice, opened):
                 try:
                     row = decode(line.text)
