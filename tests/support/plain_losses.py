@@ -1,4 +1,4 @@
-"""GRPO and supervised fine-tuning written from their formulas: one process, one sample at a time, nothing shared with
+"""Policy losses and supervised fine-tuning written from their formulas: one process, one sample at a time, nothing shared with
 what is tested but the model."""
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ def flags(**changed):
         "use_kl_loss": True,
         "kl_loss_coef": 0.1,
         "kl_loss_type": "low_var_kl",
+        "kl_coef": 0.0,
+        "gamma": 1.0,
+        "lambd": 1.0,
+        "use_opsm": False,
+        "opsm_delta": 0.1,
+        "use_opd": False,
+        "opd_kl_coef": 1.0,
+        "use_tis": False,
+        "tis_clip": 1.3,
+        "tis_clip_low": 0.6,
+        "normalize_advantages": False,
+        "use_rollout_logprobs": False,
         "entropy_coef": 0.05,
         "calculate_per_token_loss": False,
         "rollout_temperature": 0.8,
@@ -71,7 +83,8 @@ def plain_loss(args, model, data, places):
     ids = [data["rollout_ids"][i] for i in places]
     total = {r: sum(sum(data["loss_masks"][i]) for i in places if data["rollout_ids"][i] == r) for r in ids}
     num_tokens = sum(max(sum(data["loss_masks"][i]), 1) for i in places)
-    sums = {"loss": 0.0, "pg_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0, "pg_clipfrac": 0.0, "ppo_kl": 0.0}
+    names = ("loss", "pg_loss", "entropy_loss", "kl_loss", "pg_clipfrac", "ppo_kl") + ("opsm_clipfrac",) * args.use_opsm
+    sums = dict.fromkeys(names, 0.0)
     for i in places:
         divisor = num_tokens if args.calculate_per_token_loss else max(total[data["rollout_ids"][i]], 1) * len(set(ids))
         for t, values in enumerate(_tokens(args, model, data, i)):
@@ -102,20 +115,28 @@ def _tokens(args, model, data, i):
     logits = model(tokens)
     p = torch.log_softmax(logits / args.rollout_temperature, -1)
     start = len(tokens) - response
+    log_probs = [p[start + t - 1, tokens[start + t]] for t in range(response)]
+    olds = data["rollout_log_probs" if args.use_rollout_logprobs else "log_probs"][i]
+    mean = _mean_log_ratio(log_probs, olds, data["loss_masks"][i])
     for t in range(response):
-        row = p[start + t - 1]
-        log_prob = row[tokens[start + t]]
+        row, log_prob = p[start + t - 1], log_probs[t]
         entropy = -(row.exp() * row).sum()
         if args.loss_type == "sft_loss":
             yield {"loss": -log_prob}
             continue
-        old, ref = data["log_probs"][i][t], data["ref_log_probs"][i][t]
-        ratio, advantage = torch.exp(log_prob - old), data["rewards"][i]
+        old, ref = olds[t], data["ref_log_probs"][i][t]
+        ratio = torch.exp(-mean) if args.advantage_estimator == "gspo" else torch.exp(log_prob - old)
+        advantage = data["advantages"][i][t] if "advantages" in data else data["rewards"][i]
         clipped = ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high)
         pg = torch.maximum(-ratio * advantage, -clipped * advantage)
         clip = float(-clipped * advantage > -ratio * advantage)
         if args.eps_clip_c is not None and advantage < 0:
             pg = torch.minimum(pg, torch.tensor(-args.eps_clip_c * advantage))
+        masked = args.use_opsm and advantage < 0 and float(mean.detach()) > args.opsm_delta
+        pg = pg * 0.0 if masked else pg
+        if args.use_tis:
+            weight = math.exp(data["log_probs"][i][t] - data["rollout_log_probs"][i][t])
+            pg = pg * min(max(weight, args.tis_clip_low), args.tis_clip)
         kl = _kl(args.kl_loss_type, log_prob - ref)
         loss = pg - args.entropy_coef * entropy + (args.kl_loss_coef * kl if args.use_kl_loss else 0.0)
         yield {
@@ -124,8 +145,14 @@ def _tokens(args, model, data, i):
             "entropy_loss": entropy,
             "kl_loss": kl,
             "pg_clipfrac": clip,
-            "ppo_kl": old - log_prob,
-        }
+            "ppo_kl": mean if args.advantage_estimator == "gspo" else old - log_prob,
+        } | ({"opsm_clipfrac": float(masked)} if args.use_opsm else {})
+
+
+def _mean_log_ratio(log_probs, olds, mask):
+    """Of old over new, over the trained tokens of a response."""
+    kept = [old - new for new, old, m in zip(log_probs, olds, mask, strict=True) if m]
+    return sum(kept) / max(len(kept), 1) if kept else torch.zeros(())
 
 
 def _kl(kind, d):

@@ -19,11 +19,21 @@ from miles.backends.training_utils.data import StepPlan, pieces, response_rows, 
 from miles.backends.training_utils.loss_hub.corrections import vanilla_tis_function
 from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl, log_probs_and_entropy
 from miles.backends.training_utils.loss_hub.reduction import Reducer
+from miles.backends.training_utils.loss_hub.sequence_level import gspo_kl, opsm_mask
 from miles.backends.training_utils.loss_hub.settings import LossSettings
 from miles_agents.errors import UserCodeError
 
 MAX_LOG_RATIO = 20.0
-LOSS_COLUMNS = ("rollout_mask_sums", "advantages", "returns", "log_probs", "ref_log_probs", "rollout_log_probs")
+LOSS_COLUMNS = (
+    "rollout_mask_sums",
+    "advantages",
+    "returns",
+    "values",
+    "log_probs",
+    "ref_log_probs",
+    "rollout_log_probs",
+    "opd_reverse_kl",
+)
 """What a micro-batch of a training step carries; for a custom loss, everything there is."""
 
 Metrics = dict[str, torch.Tensor]
@@ -116,16 +126,28 @@ class Losses:
         """Clipped policy gradient - entropy_coef * H + kl_loss_coef * KL(policy || reference).
 
         Sources: Schulman et al., Proximal policy optimization (2017); Ye et al., dual clip (2020); Shao et al.,
-        DeepSeekMath (2024) for GRPO.
+        DeepSeekMath (2024) for GRPO; Zheng et al., GSPO (2025), whose ratio is one per sequence.
         """
         settings = self.settings
         log_probs, entropy = self.log_probs(logits, batch, with_entropy=True)
         assert entropy is not None
         old = self._old_log_probs(batch, log_probs)
-        ppo_kl = _trained_and_finite(old - log_probs, reduce)
+        log_ratio = _trained_and_finite(old - log_probs, reduce)
+        ppo_kl = log_ratio
+        if settings.per_sequence:
+            ppo_kl = gspo_kl(reduce.split(log_ratio), batch.loss_masks, log_ratio)
+            ppo_kl = _trained_and_finite(ppo_kl, reduce)
         advantages = _trained_and_finite(_column(batch, "advantages", log_probs), reduce)
         per_token, clipped, ratio = clipped_policy_loss(ppo_kl, advantages, settings)
+        masked: Metrics = {}
+        if settings.use_opsm:
+            kept = opsm_mask(
+                reduce.split(log_ratio), reduce.split(advantages), batch.loss_masks,
+                delta=settings.opsm_delta, like=log_ratio,
+            )  # fmt: skip
+            per_token, masked = per_token * kept, {"opsm_clipfrac": reduce(1.0 - kept)}
         pg_loss, metrics = self._corrected(per_token, ppo_kl, log_probs, batch, reduce)
+        metrics |= masked
         entropy_loss = reduce(entropy if settings.entropy_coef else entropy.detach())
         loss = pg_loss - settings.entropy_coef * entropy_loss if settings.entropy_coef else pg_loss
         if settings.use_kl_loss:
@@ -140,6 +162,8 @@ class Losses:
             "ppo_kl": reduce(ppo_kl.detach()),
             "ess_ratio": _effective_sample_size(ratio.detach(), reduce),
         }
+        if "opd_reverse_kl" in batch.columns:
+            metrics["opd_reverse_kl"] = reduce(_column(batch, "opd_reverse_kl", log_probs))
         return LossOutput(loss, metrics | _distance_to_engine(batch, log_probs, reduce))
 
     def _old_log_probs(self, batch: MicroBatch, log_probs: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,14 @@ from miles.backends.training_utils.loss_hub.math_utils import KL_TYPES
 from miles_agents.errors import ConfigError
 
 LOSS_TYPES = ("policy_loss", "sft_loss", "custom_loss")
-ESTIMATORS = ("grpo",)
+ESTIMATORS = (
+    "grpo",
+    "gspo",
+    "ppo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "on_policy_distillation",
+)
 
 
 class UnsupportedLoss(ConfigError):
@@ -40,6 +47,10 @@ class LossSettings:
     skip_actor_forward_only: bool
     use_tis: bool
     get_mismatch_metrics: bool
+    per_sequence: bool
+    use_opsm: bool
+    opsm_delta: float
+    value_clip: float
 
     @classmethod
     def from_args(cls, args: Any) -> LossSettings:
@@ -70,12 +81,51 @@ class LossSettings:
             skip_actor_forward_only=_flag(args, "skip_actor_forward_only"),
             use_tis=_flag(args, "use_tis"),
             get_mismatch_metrics=_flag(args, "get_mismatch_metrics"),
+            per_sequence=getattr(args, "advantage_estimator", "grpo") == "gspo",
+            use_opsm=_flag(args, "use_opsm"),
+            opsm_delta=float(getattr(args, "opsm_delta", None) or 0.0),
+            value_clip=float(getattr(args, "value_clip", 0.2)),
         )
 
     @property
     def needs_old_log_probs(self) -> bool:
         """A pass without gradient before training: the denominator of the ratio, and the distance to the engine."""
         return self.loss_type != "sft_loss" and not self.use_rollout_log_probs and not self.skip_actor_forward_only
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """The flags of these names; ``old_column``: log-probs of the policy that generated."""
+
+    estimator: str
+    kl_coef: float
+    kl_loss_type: str
+    gamma: float
+    lambd: float
+    use_opd: bool
+    opd_kl_coef: float
+    old_column: str
+
+    @classmethod
+    def from_args(cls, args: Any) -> AdvantageSettings:
+        """Read."""
+        estimator = getattr(args, "advantage_estimator", "grpo")
+        coef = getattr(args, "opd_kl_coef", None)
+        return cls(
+            estimator=estimator,
+            kl_coef=float(getattr(args, "kl_coef", 0.0) or 0.0),
+            kl_loss_type=getattr(args, "kl_loss_type", "k1"),
+            gamma=_number(args, "gamma"),
+            lambd=_number(args, "lambd"),
+            use_opd=_flag(args, "use_opd") or estimator == "on_policy_distillation",
+            opd_kl_coef=1.0 if coef is None else float(coef),
+            old_column="rollout_log_probs" if _flag(args, "use_rollout_logprobs") else "log_probs",
+        )
+
+
+def _number(args: Any, name: str) -> float:
+    value = getattr(args, name, None)
+    return 1.0 if value is None else float(value)
 
 
 def needs_reference(args: Any) -> bool:
@@ -99,9 +149,6 @@ def _refuse(args: Any) -> None:
     kl_type = getattr(args, "kl_loss_type", "k1")
     if kl_type not in KL_TYPES:
         raise _unsupported("--kl-loss-type", kl_type, f"Choose one of {', '.join(KL_TYPES)}.")
-    for flag in ("use_opd", "use_opsm"):
-        if _flag(args, flag):
-            raise _unsupported("--" + flag.replace("_", "-"), True, "Leave it out: it is not built.")
     constant = getattr(args, "eps_clip_c", None)
     if constant is not None and constant <= 1:
         raise _unsupported("--eps-clip-c", constant, "Give a number above 1, or leave it out.")
