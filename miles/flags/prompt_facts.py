@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from miles.utils.prompt_columns import Columns, Fault, without_nulls
-from miles.utils.prompt_files import EmptyDataset, buffered, decode, kind_of, parquet_library, parse_path, read_lines, sliced
+from miles.utils.prompt_files import (
+    EmptyDataset,
+    buffered,
+    decode,
+    kind_of,
+    parquet_library,
+    parse_path,
+    read_lines,
+    sliced,
+)
 from miles.utils.prompt_store import parquet_batches
 from miles_agents.errors import MilesError
 

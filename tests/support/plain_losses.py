@@ -1,5 +1,5 @@
-"""Policy losses and supervised fine-tuning written from their formulas: one process, one sample at a time, nothing shared with
-what is tested but the model."""
+"""Policy losses and supervised fine-tuning written from their formulas: one process, one sample at a time, nothing
+shared with what is tested but the model."""
 
 from __future__ import annotations
 

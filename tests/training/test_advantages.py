@@ -32,7 +32,10 @@ def rank_data(*, without=()):
     )
 
 
-def advantages(estimator, data, *, parallel=ParallelState(), **changed):
+ONE_RANK = ParallelState()
+
+
+def advantages(estimator, data, *, parallel=ONE_RANK, **changed):
     compute_advantages_and_returns(SimpleNamespace(advantage_estimator=estimator, **changed), parallel, data)
     return data.columns.get("advantages"), data.columns.get("returns")
 
