@@ -1,4 +1,4 @@
-"""``miles flags [--json] [WORD ...]``: all flags of ``train.py``, or those whose name has one of the words in it."""
+"""``miles flags [--json | --markdown] [WORD ...]``: the flags of ``train.py``, or those with a word in name or group."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from miles.flags.flag import Flag
 from miles.flags.help import render_list
@@ -17,19 +17,25 @@ from miles_agents.errors import MilesError
 def main(argv: Sequence[str]) -> int:
     """Write the list; returns 0, or 1 if no flag has such a name."""
     parser = argparse.ArgumentParser(prog="miles flags", allow_abbrev=False, description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="WORD", help="part of a name, such as sglang or clip")
-    parser.add_argument("--json", action="store_true", help="as JSON, with status and source")
-    own = {"--json", "-h", "--help"}
+    parser.add_argument("words", nargs="*", metavar="WORD", help="part of a name, such as sglang or clip, or a group")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON, with status and source: docs/flags.md has the keys")
+    form.add_argument("--markdown", action="store_true", help="the reference page, docs/flags.md")
+    own = {"--json", "--markdown", "-h", "--help"}
     options = parser.parse_args([word if word in own else word.lstrip("-") for word in argv])
+    if options.markdown:
+        from miles.flags.document import page
+
+        sys.stdout.write(page(table()))
+        return 0
     words = options.words
     try:
-        flags = [flag for flag in _all(words) if not words or any(_has(flag, word) for word in words)]
+        flags = [flag for flag in _all(words, options.json) if not words or any(_has(flag, word) for word in words)]
     except MilesError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     if options.json:
-        rows = [flag.as_dict() for flag in flags]
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        sys.stdout.write(json.dumps([flag.as_dict() for flag in flags], indent=1) + "\n")
     else:
         sys.stdout.write(render_list(flags, shutil.get_terminal_size((120, 40)).columns))
     if not flags:
@@ -41,16 +47,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _has(flag: Flag, word: str) -> bool:
-    return any(word in name for name in spellings(flag))
+    return word == flag.group or any(word in name for name in spellings(flag))
 
 
-def _all(words: Sequence[str]) -> tuple[Flag, ...]:
-    """The installed packages' flags only where they are asked for: reading SGLang's takes seconds the first time."""
-    from miles.flags.passthrough import router_flags, sglang_flags
+def _all(words: Sequence[str], everything: bool) -> tuple[Flag, ...]:
+    """The installed packages' flags where they are asked for: reading SGLang's takes seconds the first time.
+
+    ``everything``: without words, those of all packages that are installed.
+    """
+    from miles.flags.passthrough import Package, is_installed, router_flags, sglang_flags
 
     flags = table()
-    if any(word.startswith("sglang") for word in words):
-        flags = flags.extended(sglang_flags())
-    if any(word.startswith("router") for word in words):
-        flags = flags.extended(router_flags())
+    packages: dict[Package, Callable[[], tuple[Flag, ...]]] = {"sglang": sglang_flags, "router": router_flags}
+    for package, read in packages.items():
+        is_named = any(word.startswith(package) for word in words)
+        if is_named or (everything and not words and is_installed(package)):
+            flags = flags.extended(read())
     return flags.flags

@@ -30,27 +30,28 @@ RESOLVE_S = 300.0
 """Deadline of the process that resolves flags. Most of it is for SGLang's parser, which is read once per version."""
 
 _TAIL_LINES = 30
+_ADD_FLAGS = ("--rollout-function-path", "--custom-generate-function-path")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the resolving process found. ``config`` is None if ``problems`` or ``error`` says why."""
+    """What the resolving process found. ``config`` is None if ``problems`` or ``error`` says why.
+
+    ``help``: about the flags that user code adds, where that was asked for.
+    """
 
     config: dict[str, Any] | None = None
     problems: tuple[Problem, ...] = ()
     notices: tuple[str, ...] = ()
     error: Mapping[str, Any] = field(default_factory=dict)
+    help: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line to its end; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
-        from miles.flags.help import render_help
-        from miles.flags.table import table
-
-        sys.stdout.write(render_help(table(), shutil.get_terminal_size((120, 40)).columns))
-        return EXIT_OK
+        return show_help(arguments)
     _find_user_code()
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -69,6 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return show_plan(config, out)
     return start(config)
+
+
+def show_help(arguments: Sequence[str]) -> int:
+    """All flags; where user code is named that may add some, those too, which a process of its own asks for."""
+    from miles.flags.help import render_help
+    from miles.flags.table import table
+
+    width = shutil.get_terminal_size((120, 40)).columns
+    sys.stdout.write(render_help(table(), width))
+    if not any(word.partition("=")[0] in _ADD_FLAGS for word in arguments):
+        return EXIT_OK
+    sys.stdout.flush()
+    os.environ["COLUMNS"] = str(width)
+    try:
+        answer = resolve(["--help", *(word for word in arguments if word not in {"-h", "--help"})])
+    except MilesError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
+    if answer.error:
+        sys.stderr.write(f"{answer.error['text']}\n")
+        return int(answer.error["exit_code"])
+    sys.stdout.write(f"\n{answer.help}\n" if answer.help else "")
+    return EXIT_OK
 
 
 def _find_user_code() -> None:
@@ -120,6 +144,7 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
         problems=tuple(Problem.from_dict(problem) for problem in values.get("problems", ())),
         notices=tuple(values.get("notices", ())),
         error=values.get("error", {}),
+        help=values.get("help", ""),
     )
 
 

@@ -82,7 +82,7 @@ class Flag:
             "status": self.status,
             "values": None if self.only is None else list(self.only),
             "reason": self.reason or None,
-            "stands_for": list(self.older) or None,
+            "stands_for": [word for word in self.older if word] if self.older else None,
             "source": self.source,
         }
 

@@ -69,6 +69,15 @@ def router_flags() -> tuple[Flag, ...]:
     return tuple(_flag(row, tuple(row["names"]), row["dest"], "router") for row in rows)
 
 
+def is_installed(package: Package) -> bool:
+    """Whether SGLang, or sglang-router, is there. Nothing of it is imported."""
+    try:
+        importlib.metadata.version(_DISTRIBUTION[package])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _flag(row: dict[str, Any], names: tuple[str, ...], dest: str, source: Package) -> Flag:
     flag = Flag(
         names,

@@ -12,10 +12,11 @@ _ENGINE = "--rollout-num-gpus-per-engine"
 
 
 def _older(flag: Flag, *today: str) -> Flag:
-    return replace(flag, older=today, help=f"older spelling of {' '.join(today)}")
+    text = f"older spelling of {' '.join(today)}" if today != (_DEFAULT,) else "older spelling of what is the default"
+    return replace(flag, older=today, help=text)
 
 
-_DEFAULT = "nothing: it is the default"
+_DEFAULT = ""
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(

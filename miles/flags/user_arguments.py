@@ -41,6 +41,23 @@ def load_user_arguments(values: Mapping[str, Any]) -> list[UserArguments]:
     return found
 
 
+def user_help(values: Mapping[str, Any], width: int) -> str:
+    """What ``--help`` says about the flags of the code that these values name; empty: it adds none.
+
+    Raises:
+        UserArgumentsFailed: It could not be imported, or raised.
+    """
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        usage=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=width),
+    )
+    parser._optionals.title = f"of {' and '.join(values[dest] for dest in DESTS if values.get(dest))}"
+    for add_arguments in load_user_arguments(values):
+        add_arguments(parser)
+    return parser.format_help().strip("\n")
+
+
 def _named(add_arguments: UserArguments, what: str) -> UserArguments:
     def add(parser: argparse.ArgumentParser) -> None:
         try:
