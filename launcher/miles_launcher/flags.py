@@ -1,4 +1,4 @@
-"""``miles flags [--json | --markdown] [WORD ...]``: the flags of ``train.py``, or those with a word in name or group."""
+"""``miles flags [--json | --markdown] [WORD ...]``: flags of ``train.py``, or those with a word in name or group."""
 
 from __future__ import annotations
 
