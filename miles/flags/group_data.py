@@ -65,10 +65,7 @@ FLAGS: tuple[Flag, ...] = (
             "what happens to running requests in a weight update",
             choices=("abort", "retract", "in_place"),
         ),
-        refused(
-            switch("--mask-offpolicy-in-partial-rollout", "tokens of older weights do not count in the loss"),
-            "not built yet",
-        ),
+        switch("--mask-offpolicy-in-partial-rollout", "tokens of older weights do not count in the loss"),
         text("--rollout-all-samples-process-path", None, "function over all samples, dropped ones too"),
         switch("--disable-rollout-trim-samples", "keep samples beyond a multiple of the batch"),
         switch("--use-dynamic-global-batch-size", "the batch is as large as the rollout"),
@@ -90,10 +87,11 @@ FLAGS: tuple[Flag, ...] = (
             integer("--mooncake-replica-num", 1, "copies of each object"),
             "rollout data travels through the runtime's store",
         ),
-        refused(
-            text("--rollout-submission-granularity", None, "what frees capacity"),
-            "not built yet: refill by sample",
-            only=("group",),
+        text(
+            "--rollout-submission-granularity",
+            None,
+            "what makes room for another prompt: a group that is finished (unset), or so many samples",
+            choices=("group", "sample"),
         ),
         refused(switch("--fully-async", "generate all the time"), ASYNC),
         refused(integer("--max-weight-staleness", None, "how many versions a sample may lag"), ASYNC),

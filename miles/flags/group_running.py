@@ -122,7 +122,7 @@ _DEBUGGING: tuple[Flag, ...] = (
         number("--load-debug-rollout-data-subsample", None, "share of the loaded samples that is used"),
         integer("--debug-exit-after-rollout", None, "stop after that many rollouts; the schedule stays"),
         path("--save-debug-train-data", "file of each rank's train data; holds {rollout_id} and {rank}"),
-        path("--dump-details", "directory for both"),
+        path("--dump-details", "directory for rollout data, train data and trajectories"),
         switch("--check-weight-update-equal", "engines must hold exactly the trainer's weights after an update"),
         refused(switch("--debug-skip-weight-update", "send no weights"), "not built yet"),
         refused(switch("--debug-disable-optimizer", "no optimizer steps"), "not built yet"),
@@ -134,7 +134,11 @@ _DEBUGGING: tuple[Flag, ...] = (
         ),
         refused(switch("--check-weight-update-allow-quant-error", "tolerance"), "weights are compared bit by bit"),
         refused(switch("--check-lora-weight-equal", "adapters"), "not built yet: LoRA"),
-        *(refused(path(f"--save-debug-{name}-data", name), "not built yet") for name in ("trajectory", "event")),
+        path("--save-debug-trajectory-data", "file of each rollout's answers as text by role; holds {rollout_id}"),
+        refused(
+            path("--save-debug-event-data", "directory of the run's events"),
+            "events of a run are always in events.jsonl of its run directory",
+        ),
         *(
             refused(text(f"--dumper-{name}", None, name), DUMPER)
             for name in ("dir", "inference", "fwd-only", "fwd-bwd", "source-patcher-config-inference")

@@ -124,6 +124,7 @@ def _resolve_paths(draft: Draft) -> None:
             "save_debug_rollout_data",
             "load_debug_rollout_data",
             "save_debug_train_data",
+            "save_debug_trajectory_data",
             "chat_template_path",
         )
     ):

@@ -23,6 +23,7 @@ def resolve_parts(draft: Draft) -> None:
     for dest, name in (
         ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
         ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+        ("save_debug_trajectory_data", "trajectory/{rollout_id}.jsonl"),
     ):
         if draft["dump_details"] and not draft[dest]:
             draft[dest] = f"{draft['dump_details'].rstrip('/')}/{name}"

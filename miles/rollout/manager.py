@@ -32,6 +32,7 @@ from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
 from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub.grader_pool import close_grader_pool
 from miles.rollout.train_data import convert, trim, untrained
+from miles.rollout.trajectories import save_trajectories
 from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
@@ -262,11 +263,15 @@ class RolloutManager(Actor):
             output = await self._on_user_loop(self._call(loaded, rollout_id))
         loaded.source.select(output.samples)
         loaded.source.drop_unselected("not_returned")
-        if self.args.save_debug_rollout_data:
-            await asyncio.to_thread(
-                debug_data.save_rollout_data, self.args.save_debug_rollout_data, rollout_id, output.samples, {}
-            )
+        await asyncio.to_thread(self._dump, rollout_id, output.samples)
         return output
+
+    def _dump(self, rollout_id: int | str, groups: list[Group]) -> None:
+        """What ``--save-debug-rollout-data`` and ``--save-debug-trajectory-data`` ask for."""
+        if self.args.save_debug_rollout_data:
+            debug_data.save_rollout_data(self.args.save_debug_rollout_data, rollout_id, groups, {})
+        if self.args.save_debug_trajectory_data:
+            save_trajectories(self.args, rollout_id, groups)
 
     async def _call(self, loaded: Loaded, rollout_id: int) -> RolloutFnTrainOutput:
         hook = loaded.rollout_function
@@ -322,10 +327,8 @@ class RolloutManager(Actor):
         data = getattr(output, "data", None)
         if not isinstance(data, dict) or not all(isinstance(e, dict) and "rewards" in e for e in data.values()):
             raise hook.bad_result(data, "a dict of data sets, each with rewards, truncated and samples")
-        if self.args.save_debug_rollout_data:
-            groups = [list(entry.get("samples") or []) for entry in data.values()]
-            template = self.args.save_debug_rollout_data
-            await asyncio.to_thread(debug_data.save_rollout_data, template, f"eval_{rollout_id}", groups, {})
+        groups = [list(entry.get("samples") or []) for entry in data.values()]
+        await asyncio.to_thread(self._dump, f"eval_{rollout_id}", groups)
         extra = output.metrics or {}
         log = load_hook(self.args.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path")
         if log is not None and await log(rollout_id, self.args, data, extra):

@@ -309,7 +309,8 @@ def test_what_assistants_wrote_is_learnt(kind, learnt):
     masks = MultiTurnLossMaskGenerator(tokenizer(), kind)
     tokens, mask = masks.get_loss_mask(TALK)
     assert masks.get_text_from_loss_mask(tokens, mask) == learnt
-    assert tokens == tokenizer().apply_chat_template(TALK, tokenize=True, return_dict=False)
+    whole = tokenizer().apply_chat_template(TALK, tokenize=False)
+    assert tokenizer().decode(tokens) == (whole if kind != "distill_qwen" else whole.rstrip("\n"))
     assert len(tokens) == len(mask)
 
 

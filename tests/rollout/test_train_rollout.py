@@ -1,15 +1,20 @@
 """Dynamic sampling on engines: over-sampling, filters, stopping, partial rollouts, engines that fail."""
 
 import asyncio
+import json
+from collections import Counter
 
 import pytest
 from support.procs import eventually
-from support.rollout_cases import Answer, adds, make_config, manager, servers, sums, text_of
+from support.rollout_cases import Answer, adds, ids_of, make_args, make_config, manager, servers, sums, text_of
 
 from miles.rollout.engines import EnginesFail
 from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing
 from miles.rollout.journal import replay
+from miles.rollout.saved_state import CannotSave
+from miles.rollout.trajectories import save_trajectories
 from miles.utils.http_utils import RequestRefused
+from miles.utils.types import Sample
 
 FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 HOOKS = "support.rollout_hooks."
@@ -255,3 +260,92 @@ async def test_who_does_not_stop_in_time_is_left(tmp_path):
         assert rollout.ledger() == "5 taken = 0 trained + 0 filtered + 1 returned + 4 open"
         [group] = rollout._loaded.source.inner.buffer
         assert [s.response_length for s in group] == [0, 0]
+
+
+def resumed(rollout, index, made):
+    """A group of the data source of which one sample was stopped within its answer."""
+    [group] = rollout._loaded.source.inner.get_samples(1)
+    sample = group[index]
+    sample.tokens = ids_of(sample.prompt + made)
+    sample.response, sample.response_length = made, len(made)
+    sample.rollout_log_probs = [-1.0] * len(made)
+    sample.status, sample.weight_versions = Sample.Status.ABORTED, ["1"]
+    return group
+
+
+@pytest.mark.parametrize("masked", [False, True])
+async def test_what_older_weights_made_can_be_left_out_of_the_loss(tmp_path, masked):
+    config = config_of(tmp_path, partial_rollout=True, mask_offpolicy_in_partial_rollout=masked)
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        group = resumed(rollout, 1, "so")
+        rollout._loaded.source.inner.add_samples([group])
+        [ref] = (await rollout.generate(0)).refs
+        part = rollout.shipped[ref]
+    place = part["per_sample"]["sample_indices"].tolist().index(group[1].index)
+    start = part["response_lengths"][:place].sum()
+    mask = part["loss_masks"][start : start + part["response_lengths"][place]].tolist()
+    new = len("\\boxed{1}") + 1  # and the token that ends it
+    assert mask == [int(not masked)] * 2 + [1] * new
+    assert part["loss_masks"].sum() == len(part["loss_masks"]) - 2 * masked
+
+
+async def test_samples_that_are_finished_make_room_for_other_prompts(tmp_path):
+    """Of two prompts one sample does not end before a fourth prompt is asked for."""
+    seen = Counter()
+
+    def script(payload, prompt):
+        seen[prompt[0]] += 1
+        if prompt[0] in "01" and seen[prompt[0]] == 2 and not seen["3"]:
+            return Answer(WAITS, hangs_after=3)
+        if prompt[0] == "3":
+            for event in fake.engines[0].running.values():
+                event.set()
+        return adds(payload, prompt)
+
+    config = config_of(
+        tmp_path, rollout_batch_size=3, over_sampling_batch_size=3, global_batch_size=6,
+        rollout_submission_granularity="sample",
+    )  # fmt: skip
+    with servers(script) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        async with asyncio.timeout(20):
+            batch = await rollout.generate(0)
+        assert batch.num_samples == 6
+        assert seen["3"] == 2
+        source = rollout._loaded.source
+        assert rollout.ledger() == f"{source.ledger.num_taken} taken = 0 trained + 0 filtered + 1 returned + 3 open"
+
+
+async def test_trajectories_are_text_by_role(tmp_path):
+    template = str(tmp_path / "t" / "{rollout_id}.jsonl")
+    evaluated = ["sums", sums(tmp_path / "e.jsonl", 1)]
+    config = config_of(tmp_path, save_debug_trajectory_data=template, eval_prompt_data=evaluated, eval_interval=1)
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        await rollout.generate(0)
+        await rollout.evaluate(0)
+    rows = [json.loads(line) for line in (tmp_path / "t" / "0.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(8))
+    assert rows[2]["messages"] == [
+        {"role": "prompt", "content": "1+1="}, {"role": "assistant", "content": "\\boxed{2}<|im_end|>"},
+    ]  # fmt: skip
+    assert (rows[2]["reward"], rows[2]["status"], rows[2]["label"]) == (1, "completed", "2")
+    [row] = map(json.loads, (tmp_path / "t" / "eval_0.jsonl").read_text().splitlines())
+    assert row["rollout_id"] == "eval_0"
+
+
+def test_trajectories_tell_what_does_not_count(tmp_path):
+    talk = Sample(
+        prompt=[{"role": "user", "content": "hi"}], tokens=ids_of("hiabc"), response="abc", response_length=3,
+        loss_mask=[1, 0, 1], metadata={"odd": {1}},
+    )  # fmt: skip
+    args = make_args(save_debug_trajectory_data=str(tmp_path / "{rollout_id}.jsonl"))
+    row = json.loads(save_trajectories(args, 3, [[talk]]).read_text())
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [
+        ("user", "hi"), ("assistant", "a"), ("masked", "b"), ("assistant", "c"),
+    ]  # fmt: skip
+    assert row["metadata"] == {"odd": "{1}"}
+    args.save_debug_trajectory_data = "/dev/null/{rollout_id}.jsonl"
+    with pytest.raises(CannotSave, match="cannot be written"):
+        save_trajectories(args, 3, [[talk]])

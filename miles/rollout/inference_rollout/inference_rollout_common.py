@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,9 +181,16 @@ async def _reward(args: Any, samples: Sample | list[Sample]) -> None:
 
 
 async def generate_and_rm_group(
-    state: GenerateState, group: Group, sampling_params: dict[str, Any], evaluation: bool = False
+    state: GenerateState,
+    group: Group,
+    sampling_params: dict[str, Any],
+    evaluation: bool = False,
+    *,
+    on_entry: Callable[[], None] | None = None,
 ) -> Group:
     """Complete the samples of a prompt, side by side. With ``--group-rm`` they get their rewards together.
+
+    ``on_entry`` is called as each of its entries is there.
 
     Raises:
         HookFailed, RequestFailed: Of the first sample that failed; the others are cancelled.
@@ -193,6 +201,8 @@ async def generate_and_rm_group(
             running = [
                 tasks.create_task(_entry(state, entry, p, evaluation)) for entry, p in zip(group, params, strict=True)
             ]
+            for task in running:
+                task.add_done_callback(lambda _: on_entry() if on_entry is not None else None)
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
     done: Group = [task.result() for task in running]

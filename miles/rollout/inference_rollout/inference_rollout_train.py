@@ -30,6 +30,7 @@ from miles.utils.types import SampleStatus
 from miles_agents.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+_FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED)
 CLEAN_UP_S = 5.0
 ABORTED_TRIES = 3
 FRUITLESS_GROUPS = 1000
@@ -65,7 +66,11 @@ class TrainRollout:
         self.returned: Counter[str] = Counter()
         self._pending: dict[asyncio.Task[Group], Group] = {}
         self._order: dict[asyncio.Task[Group], int] = {}
+        self._started = 0
         self._aborts: Counter[int] = Counter()
+        self._by_sample = self.args.rollout_submission_granularity == "sample"
+        self._entries_under_way: dict[int, int] = {}
+        self._entry_finished = asyncio.Event()
 
     async def run(self) -> RolloutFnTrainOutput:
         """Collect the rollout.
@@ -94,9 +99,20 @@ class TrainRollout:
 
     async def _submit(self) -> None:
         size = self.args.over_sampling_batch_size or self.target
-        while len(self._pending) + len(self.accepted) < self.target:
-            for group in await asyncio.to_thread(self._take, size):
+        while (room := self._room()) > 0:
+            for group in await asyncio.to_thread(self._take, room if self._by_sample and self._started else size):
                 self._start(group)
+
+    def _room(self) -> int:
+        """Prompt groups that are missing: they are neither accepted nor under way.
+
+        With ``--rollout-submission-granularity sample``, of a group under way only samples that are not finished count.
+        """
+        missing = self.target - len(self.accepted)
+        if not self._by_sample:
+            return missing - len(self._pending)
+        size = int(self.args.n_samples_per_prompt)
+        return (missing * size - sum(self._entries_under_way.values())) // size
 
     def _take(self, size: int) -> list[Group]:
         groups = self.source.get_samples(size)
@@ -112,9 +128,22 @@ class TrainRollout:
         if self.args.true_on_policy_mode and self._is_stale(group):
             group = reset_group(group)
             self.returned["regenerated"] += 1
-        task = asyncio.ensure_future(generate_and_rm_group(self.state, group, self.state.sampling_params))
+        if self.args.partial_rollout and self.args.mask_offpolicy_in_partial_rollout:
+            _mask_what_is_there(group)
+        number = id(group)
+        self._entries_under_way[number] = len(group)
+
+        def finished() -> None:
+            if number in self._entries_under_way:
+                self._entries_under_way[number] -= 1
+            self._entry_finished.set()
+
+        task = asyncio.ensure_future(
+            generate_and_rm_group(self.state, group, self.state.sampling_params, on_entry=finished)
+        )
         self._pending[task] = group
-        self._order[task] = len(self._order)
+        self._order[task] = self._started
+        self._started += 1
         self.state.pendings.add(task)
 
     def _is_stale(self, group: Group) -> bool:
@@ -125,7 +154,7 @@ class TrainRollout:
         return any(not _same_version(v, version) for sample in flat(group) for v in sample.weight_versions)
 
     async def _take_finished(self) -> None:
-        done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
+        done = await self._wait()
         for task in sorted(done, key=self._order.__getitem__):
             group = self._forget(task)
             error = _error_of(task)
@@ -136,10 +165,24 @@ class TrainRollout:
             else:
                 raise error
 
+    async def _wait(self) -> set[asyncio.Task[Group]]:
+        """Groups that are finished; none, if a sample is where that makes room."""
+        if not self._by_sample:
+            return (await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED))[0]
+        self._entry_finished.clear()
+        room = asyncio.ensure_future(self._entry_finished.wait())
+        try:
+            done, _ = await asyncio.wait({*self._pending, room}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            room.cancel()
+        return {task for task in self._pending if task in done}
+
     def _forget(self, task: asyncio.Task[Group]) -> Group:
         self.state.pendings.discard(task)
         del self._order[task]
-        return self._pending.pop(task)
+        group = self._pending.pop(task)
+        self._entries_under_way.pop(id(group), None)
+        return group
 
     async def _judge(self, made: Group, original: Group) -> None:
         """A group came back from generation: it is accepted, filtered, or goes back."""
@@ -273,6 +316,13 @@ class TrainRollout:
         if self.state.engine_errors:
             metrics["rollout/engine_errors"] = self.state.engine_errors
         return metrics
+
+
+def _mask_what_is_there(group: Group) -> None:
+    """Tokens of an answer that goes on do not count for the loss: other weights made them."""
+    for sample in group:
+        if not isinstance(sample, list) and sample.response_length and sample.status not in _FINISHED:
+            sample.loss_mask = [0] * sample.response_length
 
 
 def _error_of(task: asyncio.Task[Group]) -> BaseException | None:
