@@ -63,7 +63,7 @@ FLAGS: tuple[Flag, ...] = grouped(
     ),
     refused(
         switch("--trust-remote-code", "run code of the model directory"),
-        "not built yet: code of model directories, which nothing here runs",
+        "not built yet: code of model directories in the trainer",
     ),
     *(
         refused(switch(name, "norm of Megatron forks for GLM-4"), FAMILY + " (norms after attention and MLP)")

@@ -14,6 +14,7 @@ from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
 from miles.flags.rules_effect import tell_without_effect
+from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_training import resolve_training
@@ -25,6 +26,7 @@ RULES = (
     resolve_backend,
     resolve_model,
     resolve_cluster,
+    resolve_engines,
     resolve_batch,
     resolve_data,
     resolve_lengths,
