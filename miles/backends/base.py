@@ -127,6 +127,21 @@ class StepOutcome:
     stepped: bool = True
 
 
+@dataclass(frozen=True)
+class TrainedObjects:
+    """What hooks of users get to see.
+
+    Attributes:
+        model: The model's parts on this rank as they are called: Megatron's data-parallel wrappers, or FSDP's module.
+        optimizer: Its ``param_groups`` are those of torch.
+        scheduler: Of learning rate and weight decay.
+    """
+
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+
+
 class TrainBackend(ABC):
     """See the module's docstring. Made in the rank's process once ``torch.distributed`` is initialised."""
 
@@ -148,6 +163,14 @@ class TrainBackend(ABC):
     @abstractmethod
     def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:
         """Gradients of all micro-batches, clipping, one optimizer step, one step of the schedule."""
+
+    @abstractmethod
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and its count of steps. The schedule goes on."""
+
+    @abstractmethod
+    def objects(self, model: ModelTag = "actor") -> TrainedObjects:
+        """For hooks of users, which may look and change."""
 
     @abstractmethod
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

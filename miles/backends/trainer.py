@@ -4,9 +4,9 @@ Consumes: the config; batches by reference from the store; weight updates, sleep
 Produces: metrics, checkpoints, weights for engines. Waits for: the other ranks, in collectives, each with the timeout
 of ``--distributed-timeout-minutes``; the store, with the deadline of the call.
 
-Invariants: every endpoint but ``rendezvous`` and ``progress`` is collective: all ranks are called, in the same order,
-and run it on their main thread. After ``train`` returns, the weights are those of the whole rollout. A checkpoint
-either counts, complete, or has left no trace.
+Invariants: every endpoint but ``rendezvous``, ``progress`` and ``after_save`` is collective: all ranks are called, in
+the same order, and run it on their main thread. After ``train`` returns, the weights are those of the whole rollout. A
+checkpoint either counts, complete, or has left no trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ import torch
 
 from miles.backends.base import TrainBackend
 from miles.backends.training_utils.checkpoints import commit_checkpoint
+from miles.backends.training_utils.hooks import TrainerHooks
 from miles.backends.training_utils.loss_hub.settings import LossSettings
+from miles.backends.training_utils.profiling import MemoryRecorder
 from miles.backends.training_utils.rendezvous import Rendezvous
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
@@ -71,6 +73,7 @@ class Trainer(Actor):
         self._trainer: RolloutTrainer | None = None
         self._senders: dict[str, Any] = {}
         self._timers = Timers(torch.device("cpu"))
+        self._recorder: MemoryRecorder | None = None
         self._asleep = 0
         self._rollout_id = -1
 
@@ -91,11 +94,15 @@ class Trainer(Actor):
 
         Raises:
             UnsupportedLoss: A flag asks for what there is not.
+            CannotLoad, ImportFailed: A function of the user's cannot be had.
+            NoMemoryRecorder, CannotProfile: Memory cannot be recorded.
             NoRendezvous: The ranks do not find each other.
         """
         LossSettings.from_args(self.args)
+        TrainerHooks.of(self.args)  # before anything is waited for
         if self.args.device == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self._recorder = MemoryRecorder(self.args, int(os.environ.get("RANK", "0")))
         _seed(int(self.args.seed))
         self._rendezvous.join(host, port, self.args)
         backend = self.make_backend()
@@ -126,7 +133,10 @@ class Trainer(Actor):
         self._wake(backend)
         self._rollout_id = rollout_id
         ref = refs[backend.parallel.dp_rank]
-        return trainer.train(rollout_id, lambda: store.get(ref))
+        metrics = trainer.train(rollout_id, lambda: store.get(ref))
+        if self._recorder is not None:
+            self._recorder.rollout_done()
+        return metrics
 
     @endpoint
     def save(self, rollout_id: int) -> str:
@@ -157,6 +167,18 @@ class Trainer(Actor):
         self._wake(backend)
         with self._timers.measure("export_hf"):
             export_hf(backend, self.args, Path(path))
+
+    @endpoint
+    def after_save(self, rollout_id: int, path: str, hf_path: str | None) -> None:
+        """``--custom-megatron-post-save-hook-path``: called on rank 0 when checkpoint and export are on disk.
+
+        Raises:
+            HookFailed: It raised.
+        """
+        _, trainer = self._ready()
+        if trainer.hooks.after_save is not None:
+            with self._timers.measure("post_save_hook"):
+                trainer.hooks.after_save.call(self.args, rollout_id, path, hf_path)
 
     @endpoint
     def update_weights(self, update: WeightUpdate) -> dict[str, float]:
@@ -200,6 +222,8 @@ class Trainer(Actor):
             sender.close()
         if self._backend is not None:
             self._backend.close()
+        if self._recorder is not None:
+            self._recorder.close()
         self._rendezvous.leave()
 
     def _ready(self) -> tuple[TrainBackend, RolloutTrainer]:

@@ -112,6 +112,19 @@ class Hook:
         except (Exception, SystemExit) as error:  # the exit of a hook is not that of the rollout manager
             raise self.failed(error) from error
 
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it here and now, where there is no loop: in the trainer, on the thread of its passes.
+
+        Raises:
+            HookFailed: It raised. Errors of the runtime inside it come as they are.
+        """
+        try:
+            return self.function(*args, **kwargs)
+        except MilesError:
+            raise
+        except (Exception, SystemExit) as error:  # the exit of a hook is not that of the rank
+            raise self.failed(error) from error
+
     def failed(self, error: BaseException) -> HookFailed:
         """The error for an exception of the function."""
         return HookFailed(

@@ -128,9 +128,12 @@ class TrainingLoop:
         if self.trainer is not None:
             metrics.update(await self._train(rollout_id, batch.refs, watch))
         await self.rollout.trained.call_one(rollout_id)
-        if iteration.save:
+        asked = self._is_save_asked_for()
+        if iteration.save or asked:
             with watch.measure("save"), self.console.phase("save"):
                 await self._save(rollout_id)
+            if asked:
+                await asyncio.to_thread(Path(self.config["save_trigger_sentinel"]).unlink, missing_ok=True)
         if self.trainer is not None and parts.fleet is not None:
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
@@ -139,6 +142,11 @@ class TrainingLoop:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
             await self._evaluate(rollout_id, rollout_id + 1)
+
+    def _is_save_asked_for(self) -> bool:
+        """``--save-trigger-sentinel``: somebody has put the file there. It goes when the checkpoint is complete."""
+        path: str | None = self.config.get("save_trigger_sentinel")
+        return path is not None and self.trainer is not None and Path(path).exists()
 
     async def _generate(self, rollout_id: int) -> RolloutBatchRefs:
         batch: RolloutBatchRefs = await self._shown("generate", self.rollout.generate.call_one(rollout_id))
@@ -203,7 +211,7 @@ class TrainingLoop:
             answers = await trainer.update_weights.call(update)
             timings.update(answers.at(gpus=0))
 
-        if fleet is not None:
+        if fleet is not None and not self.config.get("debug_skip_weight_update"):
             before = fleet.targets
             version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
             await self.rollout.set_weight_version.call_one(version)
@@ -244,10 +252,13 @@ class TrainingLoop:
         paths = await trainer.save.call(rollout_id)
         await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
+        export = None
         if self.config["save_hf"]:
-            path = self.config["save_hf"].format(rollout_id=rollout_id)
-            await trainer.export_hf.call(path)
-            self.console.say(f"exported {path}")
+            export = self.config["save_hf"].format(rollout_id=rollout_id)
+            await trainer.export_hf.call(export)
+            self.console.say(f"exported {export}")
+        if self.config.get("custom_megatron_post_save_hook_path"):
+            await trainer.slice(gpus=0).after_save.call_one(rollout_id, paths.at(gpus=0), export)
 
     async def _evaluate(self, rollout_id: int, rollouts_done: int) -> None:
         began = time.perf_counter()

@@ -25,6 +25,7 @@ from miles.backends.base import (
     ParallelState,
     StepOutcome,
     TrainBackend,
+    TrainedObjects,
 )
 from miles.backends.trainer import Trainer
 from miles_agents import endpoint
@@ -115,6 +116,12 @@ class TinyBackend(TrainBackend):
         if finite:
             self.optimizer.step()
         return StepOutcome(metrics, float(squares.sqrt()), self.args.lr, finite)
+
+    def reset_optimizer(self) -> None:
+        self.optimizer.state.clear()
+
+    def objects(self, model: ModelTag = "actor") -> TrainedObjects:
+        return TrainedObjects([self.reference if model == "ref" else self.parameters], self.optimizer, None)
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         raise NotImplementedError("nothing asks this backend for its weights")

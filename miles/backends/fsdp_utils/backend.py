@@ -30,6 +30,7 @@ from miles.backends.base import (
     ParallelState,
     StepOutcome,
     TrainBackend,
+    TrainedObjects,
 )
 from miles.backends.checkpoint_layout import TRACKER
 from miles.backends.fsdp_utils.checkpoint import (
@@ -46,6 +47,7 @@ from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 from miles.backends.fsdp_utils.packing import packed_layout
 from miles.backends.fsdp_utils.settings import settings_of
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
+from miles.backends.training_utils.hooks import call_init_hook
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class FSDPBackend(TrainBackend):
                 evidence="it trains the actor only",
                 advice="Use --train-backend megatron, or an --advantage-estimator without a critic.",
             )
+        self.args = args
         self.settings = settings_of(args)
         self.device = _device(self.settings.device)
         self._mesh = init_device_mesh(self.settings.device, (dist.get_world_size(),), mesh_dim_names=("dp",))
@@ -88,6 +91,7 @@ class FSDPBackend(TrainBackend):
         if settings.deterministic:
             torch.use_deterministic_algorithms(True)
         self._seed(settings.seed)
+        call_init_hook(self.args)
         self._model = build_model(settings.loads.hf_checkpoint, self._mesh, self.device, self._options(trained=True))
         self._optimizer = ShardedOptimizer(self._model, settings.optimizer, settings.schedule, self._group)
         start = self._load()
@@ -100,8 +104,7 @@ class FSDPBackend(TrainBackend):
     ) -> list[Any]:
         """As the contract says."""
         self._sleeper.check_awake("compute", level=2)
-        network = self._reference if model == "ref" else self._model
-        assert network is not None, "a reference is there only if init was told that one is needed"
+        network = self._network(model)
         network.eval()
         with torch.no_grad():
             results = [function(self._logits(network, batch), batch) for batch in batches]
@@ -131,6 +134,16 @@ class FSDPBackend(TrainBackend):
         if self.settings.optimizer.check_finite:
             raise self._not_finite(norm)
         return StepOutcome(metrics, norm, rate, stepped=False)
+
+    def reset_optimizer(self) -> None:
+        """As the contract says."""
+        self._sleeper.check_awake("reset the optimizer")
+        self._trained().reset()
+
+    def objects(self, model: ModelTag = "actor") -> TrainedObjects:
+        """As the contract says. The optimizer works on this rank's rows of each parameter."""
+        optimizer = self._trained()
+        return TrainedObjects([self._network(model)], optimizer.torch_optimizer, optimizer.schedule)
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the contract says; a tied output layer is left out, as in the files."""
@@ -170,6 +183,11 @@ class FSDPBackend(TrainBackend):
     def close(self) -> None:
         """Leave no file of a sleep behind."""
         self._sleeper.close()
+
+    def _network(self, tag: ModelTag) -> Any:
+        network = self._reference if tag == "ref" else self._model
+        assert network is not None, "a reference is there only if init was told that one is needed"
+        return network
 
     def _trained(self) -> ShardedOptimizer:
         assert self._optimizer is not None, "init comes first"

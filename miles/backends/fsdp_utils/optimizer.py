@@ -48,6 +48,11 @@ class ShardedOptimizer:
         """Of the next step."""
         return self.schedule.learning_rate(self.steps)
 
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """Of ``local`` of each shard. Rates and decay of its groups are set anew at each step."""
+        return self._optimizer
+
     def take_gradients(self) -> float:
         """Take the model's gradients over. Returns their global norm."""
         for shard in self.shards:
@@ -100,6 +105,13 @@ class ShardedOptimizer:
             self.state(shard)
             if self.settings.name == "adam":
                 self._optimizer.state[shard.local]["step"].fill_(float(steps))
+
+    def reset(self) -> None:
+        """States are zero and no step has been counted in them; the schedule's count stays."""
+        for state in self._optimizer.state.values():
+            for name in ("step", *STATES[self.settings.name]):
+                if state.get(name) is not None:
+                    state[name].zero_()
 
     def tensors(self) -> list[torch.Tensor]:
         """What takes memory: the states that there are."""

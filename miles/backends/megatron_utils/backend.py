@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from miles.backends.base import LogitsFunction, LossFunction, MicroBatch, ModelTag, StepOutcome, TrainBackend
+from miles.backends.base import (
+    LogitsFunction,
+    LossFunction,
+    MicroBatch,
+    ModelTag,
+    StepOutcome,
+    TrainBackend,
+    TrainedObjects,
+)
 from miles.backends.checkpoint_layout import FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils import passes
@@ -25,12 +33,19 @@ from miles.backends.megatron_utils.errors import NonFiniteGradients, Unsupported
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
-from miles.backends.megatron_utils.optimizer import build_optimizer, build_scheduler, clip_gradients, wrap_data_parallel
+from miles.backends.megatron_utils.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    reset_optimizer,
+    wrap_data_parallel,
+)
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import SleepingMemory
 from miles.backends.megatron_utils.sources import choose_source, reference_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
+from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import needs_reference
 
 logger = logging.getLogger(__name__)
@@ -68,6 +83,7 @@ class MegatronBackend(TrainBackend):
             self.device, self.shape.vocab, self.parallel, sequence_parallel=sequence_parallel
         )
         self._memory = SleepingMemory(args)
+        call_init_hook(args)
         source = choose_source(args)
         self.config = transformer_config(args, self.shape, self.dtype)
         self.stage = Stage.of(self.config, self.shape, self.parallel)
@@ -148,15 +164,21 @@ class MegatronBackend(TrainBackend):
         if stepped:
             clip_gradients(self.optimizer, grad_norm)
             self.optimizer.step_with_ready_grads()
+            self.scheduler.step(1)  # counts the steps that were taken, as Megatron-LM does
         else:
             self._report_non_finite(grad_norm)
-        self.scheduler.step(1)
         return StepOutcome(metrics, grad_norm, learning_rate, stepped)
+
+    def reset_optimizer(self) -> None:
+        """See ``TrainBackend.reset_optimizer``."""
+        self._memory.check_awake("reset the optimizer")
+        reset_optimizer(self.optimizer)
 
     def _report_non_finite(self, grad_norm: float) -> None:
         """The norm is the same on all ranks, and so is what they do about it."""
         parameters = self.model.module.named_parameters()
-        bad = [name for name, parameter in parameters if not parameter.main_grad.isfinite().all()]
+        trained = ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
+        bad = [name for name, parameter in trained if not parameter.main_grad.isfinite().all()]
         evidence = f"global norm: {grad_norm}; on this rank in {len(bad)} parameters: {', '.join(bad[:5]) or 'none'}"
         if getattr(self.args, "check_for_nan_in_loss_and_grad", True):
             raise NonFiniteGradients(
@@ -169,6 +191,10 @@ class MegatronBackend(TrainBackend):
         logger.warning("a step is left out, its gradients are not finite: %s", evidence)
 
     # Weights and checkpoints
+
+    def objects(self, model: ModelTag = "actor") -> TrainedObjects:
+        """See ``TrainBackend.objects``."""
+        return TrainedObjects([self._model(model)], self.optimizer, self.scheduler)
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``TrainBackend.hf_weights``. Works while asleep at level 1."""

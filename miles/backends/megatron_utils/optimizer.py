@@ -84,6 +84,18 @@ def _init_sgd(optimizer: torch.optim.Optimizer, _config: OptimizerConfig) -> Non
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
+def reset_optimizer(optimizer: Any) -> None:
+    """Moments are zero and no step has been counted, as before the first one."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0
+        for state in part.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                if state.get(name) is not None:
+                    state[name].zero_()
+
+
 def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:
     """Counts optimizer steps. Warm-up and decay that the flags do not bound end with the run."""
     total = train_steps(args)

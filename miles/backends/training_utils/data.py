@@ -84,6 +84,37 @@ class RankData:
             dp_size=int(part["dp_size"]),
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """As users see it: lists with an entry per sample, by name. Tensors are copies."""
+        return {
+            "tokens": [tokens.clone() for tokens in self.tokens],
+            "loss_masks": [mask.clone() for mask in self.loss_masks],
+            "response_lengths": list(self.response_lengths),
+            "total_lengths": list(self.total_lengths),
+            "partition": list(self.partition),
+            **{name: [_copy(value) for value in values] for name, values in self.columns.items()},
+        }
+
+    def take_over(self, changed: Mapping[str, Any]) -> None:
+        """What ``as_dict`` gave, after a user has changed values or added columns. Samples, their tokens and the steps
+        they are in stay.
+
+        Raises:
+            ValueError: A list of another length, or a tensor of one; the message says which.
+        """
+        fixed = {"tokens", "response_lengths", "total_lengths", "partition"}
+        for name, values in changed.items():
+            if name in fixed:
+                continue
+            if len(values) != len(self):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self)} samples")
+            per_token = name == "loss_masks" or any(isinstance(v, torch.Tensor) for v in self.columns.get(name, ()))
+            wrong = [i for i, r in enumerate(self.response_lengths) if per_token and len(values[i]) != r]
+            if wrong:
+                raise ValueError(f"{name} of sample {wrong[0]} has not as many entries as its response has tokens")
+        self.loss_masks = [torch.as_tensor(mask).float() for mask in changed["loss_masks"]]
+        self.columns = {name: list(v) for name, v in changed.items() if name not in fixed | {"loss_masks"}}
+
     def micro_batch(self, samples: Sequence[int], device: torch.device, names: Iterable[str] = ()) -> MicroBatch:
         """Pack samples. None at all gives one token that nothing is computed of: ranks must stay in step.
 
@@ -135,6 +166,10 @@ def pieces(flat: Any, lengths: Iterable[Any]) -> list[torch.Tensor]:
     if isinstance(flat, np.ndarray):
         flat = torch.from_numpy(flat if flat.flags.writeable else flat.copy())
     return list(torch.split(flat, [int(length) for length in lengths]))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _on(value: Any, device: torch.device) -> Any:

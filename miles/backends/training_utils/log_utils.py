@@ -85,22 +85,52 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
+PASSES = {"log_probs": 1.0, "ref_log_probs": 1.0, "actor_train": 3.0}
+"""Timers in which all samples go through a model, and how many forward passes that is worth."""
+
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0,
+    "L40S": 362.0, "L20": 119.5, "RTX 4090": 165.0,
+}  # fmt: skip
+"""Of devices by a part of their name: dense bfloat16, from the makers' data sheets. Longer names stand first."""
+
+
 def speed_metrics(
     args: Any, data: RankData, parallel: ParallelState, device: torch.device, seconds: dict[str, float]
 ) -> dict[str, float]:
-    """``perf/...``: tokens per second and TFLOP/s per rank of the training steps. Collective over all ranks."""
+    """``perf/...``: tokens per second of the training steps; TFLOP/s per rank of each timer in which samples go through
+    a model (``{timer}_tflops``), and of the training steps as a share of the device's peak (``actor_train_mfu``), where
+    ``--mfu-peak-tflops`` gives it or the device is known. Collective over all ranks."""
     own: dict[str, float] = {}
     if speaks(parallel):
         own["tokens"] = float(sum(data.total_lengths))
         config = getattr(args, "hf_config", None) or {}
         if {"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"} <= config.keys():
-            own["flops"] = sum(3.0 * forward_flops(config, length) for length in data.total_lengths)
+            own["flops"] = sum(forward_flops(config, length) for length in data.total_lengths)
     totals = sum_by_name(own, device)
     elapsed = max(seconds.get("perf/actor_train_time", 0.0), 1e-9)
     metrics = {"perf/actor_train_tok_per_s": totals["tokens"] / elapsed}
-    if "flops" in totals:
-        metrics["perf/actor_train_tflops"] = totals["flops"] / elapsed / parallel.world_size / 1e12
+    if "flops" not in totals:
+        return metrics
+    for timer, passes in PASSES.items():
+        took = seconds.get(f"perf/{timer}_time", 0.0)
+        if took > 0:
+            metrics[f"perf/{timer}_tflops"] = passes * totals["flops"] / took / parallel.world_size / 1e12
+    peak = peak_tflops(args, device)
+    if peak and "perf/actor_train_tflops" in metrics:
+        metrics["perf/actor_train_mfu"] = metrics["perf/actor_train_tflops"] / peak
     return metrics
+
+
+def peak_tflops(args: Any, device: torch.device) -> float | None:
+    """``--mfu-peak-tflops``, or that of the GPU if it is one of ``PEAK_TFLOPS``."""
+    typed = getattr(args, "mfu_peak_tflops", None)
+    if typed:
+        return float(typed)
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,14 @@ import torch
 from miles.backends.base import ModelTag, TrainBackend
 from miles.backends.training_utils import log_utils
 from miles.backends.training_utils.data import RankData
+from miles.backends.training_utils.debug_files import dump_train_data, write_checksums
+from miles.backends.training_utils.hooks import TrainerHooks, takes
 from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, LogProbOutput, Losses
 from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.profiling import StepProfiler
 from miles.backends.training_utils.timers import Timers
+from miles.rollout.hooks import BadHookResult, Hook
 
 
 class RolloutTrainer:
@@ -29,6 +32,8 @@ class RolloutTrainer:
         self.backend = backend
         self.timers = timers
         self.losses = Losses(args, backend.parallel)
+        self.hooks = TrainerHooks.of(args)
+        self.profiler = StepProfiler(args, backend.parallel.rank)
         self.step_of = (0, 0)
         """Step that is running and steps of this rollout; may be read from another thread."""
 
@@ -36,15 +41,20 @@ class RolloutTrainer:
         """Train on what ``fetch`` gives (this rank's part). Returns metrics, complete on every rank."""
         args, backend = self.args, self.backend
         parallel, device = backend.parallel, backend.device
-        with self.timers.measure("train"):
+        with self.profiler.step("train_overall"), self.timers.measure("train"):
             with self.timers.measure("data_preprocess"):
                 data = RankData.from_wire(fetch())
+            if getattr(args, "reset_optimizer_states", False):
+                backend.reset_optimizer()
             self._forward_passes(data)
             compute_advantages_and_returns(args, parallel, data, device)
+            if self.hooks.postprocess is not None:
+                postprocess(self.hooks.postprocess, args, data)
             metrics = log_utils.rollout_metrics(data, parallel, device)
-            self._dump(rollout_id, data)
+            dump_train_data(args, rollout_id, data, parallel)
             with self.timers.measure("actor_train"):
                 steps = self._steps(rollout_id, data)
+        write_checksums(args, rollout_id, parallel.rank, backend.objects().model)
         metrics |= log_utils.mean_over_steps(steps)
         metrics["train/step"] = float((rollout_id + 1) * len(steps) - 1)
         seconds = self.timers.take()
@@ -62,9 +72,13 @@ class RolloutTrainer:
 
     def _log_probs(self, data: RankData, model: ModelTag, name: str, *, with_entropy: bool = False) -> None:
         """Fill a column (ranks without logits get none: they compute no loss)."""
+        if self.hooks.before_log_prob is not None:
+            prefix = "" if model == "actor" else f"{model}_"
+            self.hooks.before_log_prob.call(self.args, self.backend.objects(model).model, prefix)
         batches = [data.micro_batch(samples, self.backend.device) for samples in data.forward]
         function = self.losses.log_prob_function(with_entropy=with_entropy)
-        outputs = self.backend.forward_only(batches, function, model=model)
+        with self.profiler.step("train_log_probs"):
+            outputs = self.backend.forward_only(batches, function, model=model)
         found: dict[str, dict[int, torch.Tensor]] = {name: {}, "entropy": {}}
         for batch, output in zip(batches, outputs, strict=False):
             if isinstance(output, LogProbOutput):
@@ -81,25 +95,34 @@ class RolloutTrainer:
         for number, step in enumerate(data.steps):
             self.step_of = (number, len(data.steps))
             batches = [data.micro_batch(samples, backend.device, names) for samples in step.micro_batches]
-            outcome = backend.train_step(batches, self.losses.for_step(step))
+            if self.hooks.before_train_step is not None:
+                seen = backend.objects()
+                self.hooks.before_train_step.call(
+                    self.args, rollout_id, number, seen.model, seen.optimizer, seen.scheduler
+                )
+            with self.profiler.step("train_actor"):
+                outcome = backend.train_step(batches, self.losses.for_step(step))
             found = log_utils.step_metrics(outcome, backend.parallel, backend.device)
             log_utils.check_finite(self.args, found, f"rollout {rollout_id}, step {number}")
             metrics.append(found | {"skipped": float(not outcome.stepped)})
         return metrics
 
-    def _dump(self, rollout_id: int, data: RankData) -> None:
-        """``--save-debug-train-data``, a template with ``{rollout_id}`` and ``{rank}``."""
-        template = getattr(self.args, "save_debug_train_data", None)
-        if not template:
-            return
-        rank = self.backend.parallel.rank
-        path = Path(template.format(rollout_id=rollout_id, rank=rank))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lists = {
-            "tokens": [tokens.clone() for tokens in data.tokens],
-            "loss_masks": [mask.clone() for mask in data.loss_masks],
-            "response_lengths": data.response_lengths,
-            "total_lengths": data.total_lengths,
-            "partition": data.partition,
-        }
-        torch.save({"rollout_id": rollout_id, "rank": rank, "rollout_data": {**lists, **data.columns}}, path)
+
+def postprocess(hook: Hook, args: Any, data: RankData) -> None:
+    """``--rollout-data-postprocess-path``: ``fn(args)``, or ``fn(args, rollout_data)`` if it can take two. The latter
+    gets this rank's samples as a dict of lists (``RankData.as_dict``) and changes them there: loss masks, advantages,
+    whatever else is per sample. Steps, and what losses are divided by, stay."""
+    if not takes(hook.function, args, {}):
+        hook.call(args)
+        return
+    seen = data.as_dict()
+    hook.call(args, seen)
+    try:
+        data.take_over(seen)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadHookResult(
+            f"{hook.flag} {hook.path} left rollout data that cannot be trained on",
+            evidence=str(error),
+            advice="Leave lists of as many entries as there are samples, and tensors of as many as there were.",
+            flag=hook.flag,
+        ) from error

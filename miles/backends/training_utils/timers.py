@@ -19,13 +19,14 @@ class Timers:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Count what happens inside for ``name``; on a GPU, until it is done."""
+        """Count what happens inside for ``name``; on a GPU, until it is done. In a trace it is a span of that name."""
         outer, self.phase = self.phase, name
         began = time.perf_counter()
         try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            with torch.profiler.record_function(name):
+                yield
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             self.phase = outer
