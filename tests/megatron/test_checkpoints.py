@@ -9,6 +9,8 @@ from support.megatron_cases import make_backend, save_backend, train_one, weight
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
+from miles.backends.megatron_utils.errors import CheckpointMismatch
+
 WARM_UP = {"lr_decay_style": "cosine", "lr_warmup_iters": 2, "min_lr": 1e-5}
 
 
@@ -69,11 +71,16 @@ def assert_same(ours, theirs):
         (2, {}),
         (2, {"tensor_model_parallel_size": 2}),
         pytest.param(2, {"tensor_model_parallel_size": 2, "params_dtype": "bfloat16"}, marks=pytest.mark.full),
+        pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, marks=pytest.mark.full),
+        pytest.param(2, {"pipeline_model_parallel_size": 2}, marks=pytest.mark.full),
+        pytest.param(2, {"context_parallel_size": 2}, marks=pytest.mark.full),
+        pytest.param(2, {"expert_model_parallel_size": 2}, marks=pytest.mark.full),
     ],
     ids=str,
 )
 def test_two_steps_save_load_two_steps_equal_four(tmp_path, world, changed):
-    path = tiny_model("qwen3", tied=False)
+    experts = "expert_model_parallel_size" in changed
+    path = tiny_model("qwen3_moe" if experts else "qwen3", tied="pipeline_model_parallel_size" in changed)
     expected = run_ranks(world, whole_run, path, changed, 4)
     run_ranks(world, run_and_save, path, tmp_path, changed, 2)
     for (start, ours), theirs in zip(run_ranks(world, resumed_run, path, tmp_path, changed, 4), expected, strict=True):
@@ -100,3 +107,61 @@ def test_a_checkpoint_goes_on_with_another_tensor_parallel_size(tmp_path, tp_bef
         for name, value in expected[0].items():
             # Adam makes much of gradients that are zero but for rounding: those of key biases.
             torch.testing.assert_close(weights[name], value, atol=5e-5, rtol=1e-4)
+
+
+LAYOUTS = {
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+    "CP 2": {"context_parallel_size": 2},
+    "DP 2": {},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "after"), [("PP 2", "TP 2"), ("TP 2", "CP 2"), ("CP 2", "PP 2"), ("PP 2", "DP 2")])
+def test_a_checkpoint_goes_on_with_another_layout(tmp_path, before, after):
+    path = tiny_model("qwen3", vocab=300)
+    run_ranks(2, run_and_save, path, tmp_path, LAYOUTS[before], 2)
+    expected = run_ranks(2, loaded_state, path, tmp_path, LAYOUTS[before])[0]
+    for weights, steps in run_ranks(2, loaded_state, path, tmp_path, LAYOUTS[after]):
+        assert steps == expected[1]
+        for name, value in expected[0].items():
+            torch.testing.assert_close(weights[name], value, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.full
+def test_experts_go_on_on_more_ranks(tmp_path):
+    path = tiny_model("qwen3_moe")
+    run_ranks(2, run_and_save, path, tmp_path, {"expert_model_parallel_size": 2}, 2)
+    expected = run_ranks(2, loaded_state, path, tmp_path, {"expert_model_parallel_size": 2})[0]
+    for weights, steps in run_ranks(4, loaded_state, path, tmp_path, {"expert_model_parallel_size": 4}):
+        assert steps == expected[1]
+        for name, value in expected[0].items():
+            torch.testing.assert_close(weights[name], value, atol=5e-5, rtol=1e-4)
+
+
+def refused(path, root, changed):
+    try:
+        make_backend(path, load=str(root), **changed)
+    except CheckpointMismatch as error:
+        return str(error)
+    return "loaded"
+
+
+def weights_alone(path, root, changed):
+    return weights_of(make_backend(path, load=str(root), no_load_optim=True, **changed))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_between_one_and_more_expert_ranks_only_weights_go_on(tmp_path, before, after):
+    path = tiny_model("qwen3_moe")
+    sizes = {"expert_model_parallel_size": before}, {"expert_model_parallel_size": after}
+    run_ranks(before, run_and_save, path, tmp_path, sizes[0], 2)
+    for text in run_ranks(after, refused, path, tmp_path, sizes[1]):
+        assert f"saved with --expert-model-parallel-size {before}" in text
+        assert "--no-load-optim" in text
+    expected = run_ranks(before, weights_alone, path, tmp_path, sizes[0])[0]
+    for weights in run_ranks(after, weights_alone, path, tmp_path, sizes[1]):
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value)

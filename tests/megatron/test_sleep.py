@@ -86,12 +86,13 @@ def never_sleeps(path, changed):
 SGD = {"optimizer": "sgd", "lr": 1e-2}
 BF16 = {"params_dtype": "bfloat16", "use_kl_loss": True}
 CASES = [(1, {}, 1), (1, {}, 2), (1, BF16, 3), (1, SGD, 3)]
-CASES += [pytest.param(2, changed, 3, marks=pytest.mark.full) for changed in ({}, {"tensor_model_parallel_size": 2})]
+SPREAD = ({}, {"tensor_model_parallel_size": 2}, {"expert_model_parallel_size": 2})
+CASES += [pytest.param(2, changed, 3, marks=pytest.mark.full) for changed in SPREAD]
 
 
 @pytest.mark.parametrize(("world", "changed", "level"), CASES, ids=str)
 def test_it_wakes_up_bit_for_bit_and_trains_on(tmp_path, world, changed, level):
-    path = tiny_model("qwen3")
+    path = tiny_model("qwen3_moe" if "expert_model_parallel_size" in changed else "qwen3")
     expected = run_ranks(world, never_sleeps, path, changed)[0]
     for result in run_ranks(world, sleep_and_wake, path, tmp_path / "away", changed, level):
         assert_same(result[0], expected)

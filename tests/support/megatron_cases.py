@@ -16,6 +16,8 @@ import torch.distributed as dist
 from miles.backends.base import LossOutput, MicroBatch, ParallelState, StepOutcome
 from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.megatron_utils.backend import MegatronBackend
+from miles.backends.training_utils.collectives import share_places
+from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 
 def backend_args(model: Path, **changed: Any) -> Namespace:
@@ -110,10 +112,13 @@ class TokenLogProbs:
         """float32 ``[length - 1]`` each."""
         whole = self._gather(logits).log_softmax(-1)
         bounds = batch.cu_seqlens.tolist()
-        return [
-            whole[start : end - 1].gather(-1, batch.tokens[start + 1 : end, None]).squeeze(-1)
-            for start, end in itertools.pairwise(bounds)
-        ]
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        targets = torch.cat([batch.tokens[start + 1 : end] for start, end in itertools.pairwise(bounds)])
+        layout = batch.layout or SequenceLayout(tuple(lengths))
+        rows, places = layout.predicting_rows([length - 1 for length in lengths])
+        values = whole[rows].gather(-1, targets[places, None]).squeeze(-1)
+        shared = share_places(values, places, len(targets), self._parallel.cp_group)
+        return list(shared.split([length - 1 for length in lengths]))
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
         """Of all ranks; the gradient of this rank's part flows."""

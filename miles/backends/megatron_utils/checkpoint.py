@@ -74,7 +74,7 @@ def save_checkpoint(directory: Path, state: TrainState, *, rollout_id: int | Non
         "shape": asdict(state.shape),
         "optimizer_kind": _kind(state.optimizer),
         "world_size": state.parallel.world_size,
-        "tp_size": state.parallel.tp_size,
+        **_sizes(state.parallel),
     }
     _check_space(directory, tree)
     try:
@@ -93,9 +93,9 @@ def load_checkpoint(directory: Path, state: TrainState, *, generators: bool = Tr
     index = check_complete(directory)
     common = _load_common(directory)
     _check_fit(directory, common, index, state)
-    same_ranks = (common.get("world_size"), common.get("tp_size")) == (
-        state.parallel.world_size,
-        state.parallel.tp_size,
+    sizes = _sizes(state.parallel)
+    same_ranks = common.get("world_size") == state.parallel.world_size and all(
+        common.get(name, 1) == size for name, size in sizes.items()
     )
     generators = generators and same_ranks and any(key.startswith("rng_state/") for key in index.state_dict_metadata)
     tree = _tree(state, loading=True, generators=generators)
@@ -133,6 +133,12 @@ def _tree(state: TrainState, *, loading: bool, generators: bool) -> dict[str, An
             "rng_state", None if loading else _generators(), (parallel.world_size,), (parallel.rank,), replica_id=0
         )
     return tree
+
+
+def _sizes(parallel: ParallelState) -> dict[str, int]:
+    """How the model is spread over ranks."""
+    names = ("tp_size", "pp_size", "cp_size", "ep_size", "etp_size")
+    return {name: getattr(parallel, name) for name in names}
 
 
 def _kind(optimizer: Any) -> str | None:
@@ -227,6 +233,7 @@ def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: 
         )
     if state.optimizer is None:
         return
+    _check_experts(directory, common, state)
     kind, wanted_kind = common.get("optimizer_kind"), _kind(state.optimizer)
     if kind != wanted_kind or not any(key.startswith("optimizer.") for key in index.state_dict_metadata):
         raise CheckpointMismatch(
@@ -235,6 +242,19 @@ def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: 
             advice="Pass --no-load-optim to begin with a fresh optimizer.",
             path=str(directory),
         )
+
+
+def _check_experts(directory: Path, common: dict[str, Any], state: TrainState) -> None:
+    """megatron.core has one optimizer for a model whose experts are all on each rank, and two where they are spread."""
+    before, now = int(common.get("ep_size", 1)), state.parallel.ep_size
+    if state.shape.experts is None or (before == 1) == (now == 1):
+        return
+    raise CheckpointMismatch(
+        f"the optimizer's state in {directory} cannot be loaded with --expert-model-parallel-size {now}",
+        evidence=f"it was saved with --expert-model-parallel-size {before}; between 1 and more, megatron.core cannot",
+        advice="Keep the size (from 2 on any other will do), or pass --no-load-optim to take over weights alone.",
+        path=str(directory),
+    )
 
 
 def _cannot_write(directory: Path, evidence: str) -> CannotWriteCheckpoint:
