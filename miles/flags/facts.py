@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +22,7 @@ from miles.backends.checkpoint_layout import (
     rollout_of,
 )
 from miles.flags.prompt_facts import DataFacts, read_data
-from miles.utils.eval_config import BadEvalConfig, eval_datasets
+from miles.utils.eval_config import BadEvalConfig, Entries, read_entries, resolve_entries
 from miles.utils.misc import not_built
 from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
@@ -117,6 +116,7 @@ class Facts:
         directories: By path, as typed.
         data: By path, as typed, slice included.
         eval_sets: What is evaluated.
+        eval_file: What the file of ``--eval-config`` says: ``eval.defaults`` and ``eval.datasets``.
         eval_error: Why that cannot be told.
         export_error: Why no Hugging Face directory can be written to ``--save-hf``.
         unwritable: Why a path cannot be written to, by path; what is absent can be.
@@ -132,6 +132,7 @@ class Facts:
     directories: Mapping[str, DirectoryFacts] = field(default_factory=dict)
     data: Mapping[str, DataFacts] = field(default_factory=dict)
     eval_sets: tuple[EvalSet, ...] = ()
+    eval_file: Entries | None = None
     eval_error: str = ""
     export_error: str = ""
     unwritable: Mapping[str, str] = field(default_factory=dict)
@@ -149,7 +150,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     """Look at everything that these values name. ``run_dir``: where a run without ``--run-dir`` writes."""
     gpus, fault = _count_gpus()
     columns = [values.get("input_key"), values.get("label_key"), values.get("metadata_key")]
-    sets, error = _evaluated(values)
+    entries, sets, error = _evaluated(values)
     wanted: dict[str, list[Any]] = {}
     kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
@@ -165,6 +166,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         directories=directories,
         data={path: read_data(path, [str(key) for key in keys if key], kinds[path]) for path, keys in wanted.items()},
         eval_sets=tuple(sets),
+        eval_file=entries if values.get("eval_config") else None,
         eval_error=error,
         export_error=why_not_exported(values.get("save_hf") or ""),
         unwritable={path: reason for path in [*written, run_dir] if (reason := why_unwritable(Path(path)))},
@@ -278,9 +280,10 @@ def _torch_has_cuda() -> bool:
         return False
 
 
-def _evaluated(values: Mapping[str, Any]) -> tuple[list[EvalSet], str]:
+def _evaluated(values: Mapping[str, Any]) -> tuple[Entries | None, list[EvalSet], str]:
     try:
-        sets = eval_datasets(argparse.Namespace(**values))
+        entries = read_entries(values)
+        sets = resolve_entries(values, entries)
     except BadEvalConfig as error:
-        return [], f"{error.what}: {error.evidence}"
-    return [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key) for s in sets], ""
+        return None, [], f"{error.what}: {error.evidence}"
+    return entries, [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key) for s in sets], ""

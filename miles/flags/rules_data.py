@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import PurePosixPath
+
 from miles.flags.batch import solve
 from miles.flags.draft import Draft
 from miles.flags.facts import NAMED_FILES
 from miles.flags.group_reward import BUILT_REWARDS
 from miles.flags.problems import listed
 from miles.flags.prompt_facts import DataFacts
+from miles.utils.eval_config import read_entries, resolve_entries
 
 LABELLED = ("math",)
 """Rewards that compare with the label."""
@@ -275,7 +279,9 @@ def resolve_eval(draft: Draft) -> None:
 
 
 def _check_eval_sets(draft: Draft) -> None:
+    """Files and columns; and the settings of each data set, as the run uses them, become ``eval_datasets``."""
     dest = "eval_config" if draft["eval_config"] else "eval_prompt_data"
+    without_label: set[str] = set()
     for found in draft.facts.eval_sets:
         facts = draft.facts.data.get(found.path, DataFacts())
         if not _check_file(draft, dest, found.path, facts):
@@ -283,10 +289,19 @@ def _check_eval_sets(draft: Draft) -> None:
         key = found.label_key
         is_default = key == draft["eval_label_key"] and "eval_label_key" not in draft.typed
         if key in facts.absent and is_default and not _needs_label(draft):
-            draft["eval_label_key"] = key = None
+            without_label.add(found.path)
+            key = None
         for column, flag in ((found.input_key, "eval_input_key"), (key, "eval_label_key")):
             if column and column in facts.absent:
                 _missing_column(draft, flag, column, found.path, facts)
+    if draft.facts.eval_error or len(draft["eval_prompt_data"] or ()) % 2:
+        return
+    sets = resolve_entries(draft.values, draft.facts.eval_file or read_entries({**draft.values, "eval_config": None}))
+    for one in sets:
+        if one.path in without_label:
+            one.label_key = None
+        one.path = str(PurePosixPath(draft.facts.cwd) / one.path)
+    draft["eval_datasets"] = [asdict(one) for one in sets]
 
 
 def _check_eval(draft: Draft) -> None:

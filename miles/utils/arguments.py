@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from miles.utils.eval_config import EvalDatasetConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +62,10 @@ def _features_off() -> dict[str, Any]:
 
 def namespace(config: Mapping[str, Any]) -> Arguments:
     """``args`` of a config. It shares nothing with the config, which stays as it is."""
-    args = Arguments(**copy.deepcopy(dict(config)))
+    values = copy.deepcopy(dict(config))
+    if isinstance(values.get("eval_datasets"), list):  # user code reads attributes of each
+        values["eval_datasets"] = [EvalDatasetConfig(**entry) for entry in values["eval_datasets"]]
+    args = Arguments(**values)
     args._told = set()
     args._frozen = copy.deepcopy(dict(config))
     return args

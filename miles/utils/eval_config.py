@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from miles_agents.errors import ConfigError
 
@@ -71,17 +71,49 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+Entries: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]
+"""``eval.defaults`` and ``eval.datasets`` as they are written."""
+
+
 def eval_datasets(args: Any) -> list[EvalDatasetConfig]:
-    """The data sets that the flags name; none without a flag.
+    """The data sets that the flags name; none without a flag. Of a run: those that were checked at its start.
 
     Raises:
         BadEvalConfig: The file or the flag cannot be used.
     """
-    if getattr(args, "eval_config", None):
-        defaults, entries = _from_file(args.eval_config)
-    else:
-        defaults, entries = {}, _from_flag(getattr(args, "eval_prompt_data", None) or [])
-    return [_resolved(args, defaults, entry) for entry in entries]
+    known = vars(args).get("eval_datasets")
+    if known is not None:
+        return [entry if isinstance(entry, EvalDatasetConfig) else EvalDatasetConfig(**entry) for entry in known]
+    return resolve_entries(vars(args), read_entries(vars(args)))
+
+
+def read_entries(values: Mapping[str, Any]) -> Entries:
+    """What the file of ``--eval-config`` says, or ``--eval-prompt-data``.
+
+    Raises:
+        BadEvalConfig.
+    """
+    if values.get("eval_config"):
+        return _from_file(str(values["eval_config"]))
+    return {}, _from_flag(values.get("eval_prompt_data") or [])
+
+
+def resolve_entries(values: Mapping[str, Any], entries: Entries) -> list[EvalDatasetConfig]:
+    """The entries with all settings that they leave to defaults and flags. Pure.
+
+    Raises:
+        BadEvalConfig: A setting is unknown or of the wrong kind, or two data sets have one name.
+    """
+    defaults, found = entries
+    names = [str(entry["name"]) for entry in found]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise BadEvalConfig(
+            f"two evaluation data sets are called {double[0]}",
+            evidence=f"the names are: {', '.join(names)}",
+            advice="Give each a name of its own: metrics have it.",
+        )
+    return [_resolved(values, defaults, entry) for entry in found]
 
 
 def _from_flag(values: list[str]) -> list[dict[str, Any]]:
@@ -108,7 +140,10 @@ def _from_file(source: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             evidence=f"its eval.datasets is {str(entries)[:200]}",
             advice="Give eval.datasets a list of entries with name and path.",
         )
-    return section.get("defaults") or {}, entries
+    defaults = section.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise _unreadable(source, ValueError(f"eval.defaults is {str(defaults)[:200]}, not a mapping"))
+    return defaults, entries
 
 
 def _parse(source: str) -> dict[str, Any]:
@@ -140,19 +175,48 @@ def _unreadable(source: str, error: Exception) -> BadEvalConfig:
     )
 
 
-def _resolved(args: Any, defaults: dict[str, Any], entry: dict[str, Any]) -> EvalDatasetConfig:
-    known = {f.name for f in fields(EvalDatasetConfig)}
-    given = {**defaults, **entry}
-    unknown = sorted(set(given) - known)
+def _resolved(values: Mapping[str, Any], defaults: dict[str, Any], entry: dict[str, Any]) -> EvalDatasetConfig:
+    given = {**defaults, **{name: value for name, value in entry.items() if value is not None}}
+    unknown = sorted(set(given) - set(_KINDS))
     if unknown:
         raise BadEvalConfig(
             f"evaluation data set {entry['name']}: unknown settings {', '.join(unknown)}",
-            evidence=f"known are: {', '.join(sorted(known))}",
+            evidence=f"known are: {', '.join(sorted(_KINDS))}",
             advice="Correct the spelling.",
         )
+    for name, value in given.items():
+        if value is not None and not _is_of(_KINDS[name], value):
+            raise BadEvalConfig(
+                f"evaluation data set {entry['name']}: {name} is not {_KINDS[name]}",
+                evidence=f"it is {value!r}",
+                advice="Correct the value.",
+            )
     for name, flags in _FLAGS.items():
-        values = [getattr(args, flag, None) for flag in flags]
-        value = next((v for v in values if v is not None), None)
+        typed = [values.get(flag) for flag in flags]
+        value = next((v for v in typed if v is not None), None)
         if given.get(name) is None and value is not None:
             given[name] = value
-    return EvalDatasetConfig(**given)
+    return EvalDatasetConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+_TEXT, _COUNT, _NUMBER, _SWITCH = "a text", "a whole number", "a number", "true or false"
+_KINDS: Mapping[str, str] = {
+    **dict.fromkeys(("name", "path", "rm_type", "custom_generate_function_path"), _TEXT),
+    **dict.fromkeys(("input_key", "label_key", "tool_key", "metadata_key"), _TEXT),
+    **dict.fromkeys(("n_samples_per_eval_prompt", "top_k", "max_response_len", "min_new_tokens"), _COUNT),
+    **dict.fromkeys(("max_prompt_len", "max_context_len"), _COUNT),
+    **dict.fromkeys(("temperature", "top_p"), _NUMBER),
+    "apply_chat_template": _SWITCH,
+    "stop": "a list of texts",
+    "stop_token_ids": "a list of whole numbers",
+    "metadata_overrides": "a mapping",
+}
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    if kind == _SWITCH or isinstance(value, bool):
+        return kind == _SWITCH and isinstance(value, bool)
+    if kind.startswith("a list"):
+        inner = _TEXT if kind.endswith("texts") else _COUNT
+        return isinstance(value, list) and all(_is_of(inner, one) for one in value)
+    return isinstance(value, {_TEXT: str, _COUNT: int, _NUMBER: int | float}.get(kind, dict))

@@ -201,7 +201,9 @@ class TestEvaluation:
         bare = with_data("E", DataFacts(rows=1, columns=("prompt",), absent={"label": 1}))
         facts = replace(bare, eval_sets=(EvalSet("E", "prompt", "label"),))
         found = config("--eval-prompt-data t E --rm-type random", facts=facts)
-        assert (found["label_key"], found["eval_label_key"]) == ("label", None)
+        assert found["label_key"] == "label"
+        [one] = found["eval_datasets"]
+        assert (one["name"], one["path"], one["label_key"]) == ("t", "/home/me/E", None)
 
     def test_evaluations_keep_labels_that_training_lacks(self):
         bare = with_data("D", replace(DATA, columns=("prompt",), absent={"label": 1, "metadata": 1}))

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+from dataclasses import asdict, fields
 
 import pytest
 from support.rollout_cases import make_args, write_jsonl
@@ -12,7 +13,7 @@ from support.tiny_models import tiny_model
 from miles.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
 from miles.rollout.saved_state import CannotSave, NotSavable
 from miles.utils.data import AllPromptsTooLong, BrokenRow, Dataset, EmptyDataset, MissingColumn, NoDataset
-from miles.utils.eval_config import BadEvalConfig, eval_datasets
+from miles.utils.eval_config import BadEvalConfig, EvalDatasetConfig, eval_datasets
 from miles.utils.mask_utils import BadConversation, MultiTurnLossMaskGenerator
 from miles.utils.processing_utils import NoChatTemplate, NoTokenizer, load_tokenizer, shared_tokenizer
 
@@ -261,6 +262,56 @@ def test_settings_of_evaluations_come_from_the_nearest(tmp_path):
     assert [c.name for c in eval_datasets(args)] == ["a", "b"]
 
 
+NEAREST = [
+    # field, its flags from the nearest on, a value for each of: data set, defaults, first flag, second flag
+    ("input_key", ("eval_input_key", "input_key"), ("a", "b", "c", "d")),
+    ("label_key", ("eval_label_key", "label_key"), ("a", "b", "c", "d")),
+    ("tool_key", ("eval_tool_key", "tool_key"), ("a", "b", "c", "d")),
+    ("metadata_key", ("metadata_key",), ("a", "b", "c")),
+    ("n_samples_per_eval_prompt", ("n_samples_per_eval_prompt",), (1, 2, 3)),
+    ("temperature", ("eval_temperature", "rollout_temperature"), (0.0, 0.2, 0.3, 0.4)),
+    ("top_p", ("eval_top_p", "rollout_top_p"), (0.1, 0.2, 0.3, 0.4)),
+    ("top_k", ("eval_top_k", "rollout_top_k"), (1, 2, 3, 4)),
+    ("max_response_len", ("eval_max_response_len", "rollout_max_response_len"), (1, 2, 3, 4)),
+    ("min_new_tokens", ("eval_min_new_tokens",), (1, 2, 3)),
+    ("max_prompt_len", ("eval_max_prompt_len", "rollout_max_prompt_len"), (1, 2, 3, 4)),
+    ("max_context_len", ("eval_max_context_len", "rollout_max_context_len"), (1, 2, 3, 4)),
+    ("stop", ("rollout_stop",), (["a"], ["b"], ["c"])),
+    ("stop_token_ids", ("rollout_stop_token_ids",), ([1], [2], [3])),
+    ("rm_type", (), ("math", "f1")),
+    ("custom_generate_function_path", (), ("a.b", "c.d")),
+    ("apply_chat_template", (), (False, True)),
+    ("metadata_overrides", (), ({"a": 1}, {"b": 2})),
+]
+
+
+def test_each_setting_of_an_evaluation_has_its_place_in_the_table_below():
+    assert {name for name, _, _ in NEAREST} == {f.name for f in fields(EvalDatasetConfig)} - {"name", "path"}
+
+
+@pytest.mark.parametrize(("name", "flags", "values"), NEAREST, ids=[row[0] for row in NEAREST])
+def test_each_setting_comes_from_the_nearest(tmp_path, name, flags, values):
+    """The data set's, else the defaults', else the flag of evaluations, else that of rollouts."""
+    args = make_args(**dict(zip(flags, values[2:], strict=True)))
+    layers = [{"name": "a", "path": "x", name: values[0]}, {name: values[1]}]
+    for gone in range(2 + len(flags)):
+        section = {"datasets": [layers[0]], "defaults": layers[1]}
+        (tmp_path / "e.yaml").write_text(json.dumps({"eval": section}))
+        vars(args)["eval_config"] = str(tmp_path / "e.yaml")
+        assert getattr(eval_datasets(args)[0], name) == values[gone]
+        if gone < 2:
+            layers[gone] = {**layers[gone], name: None}
+        else:
+            vars(args)[flags[gone - 2]] = None
+
+
+def test_user_code_sees_the_data_sets_of_the_config():
+    """What was checked at the start is what is evaluated, whatever becomes of the file."""
+    [one] = eval_datasets(make_args(eval_prompt_data=["x", "x.jsonl"], eval_top_p=0.5))
+    args = make_args(eval_datasets=[asdict(one)], eval_config="/is/gone.yaml")
+    assert args.eval_datasets == [one] == eval_datasets(args)
+
+
 def test_evaluations_by_flag(tmp_path):
     assert eval_datasets(make_args()) == []
     [one] = eval_datasets(make_args(eval_prompt_data=["x.jsonl"]))
@@ -276,6 +327,11 @@ def test_evaluations_by_flag(tmp_path):
         ("{}", "names no data sets"),
         ('{"eval": {"datasets": [{"name": "a"}]}}', "names no data sets"),
         ('{"eval": {"datasets": [{"name": "a", "path": "b", "temprature": 1}]}}', "unknown settings temprature"),
+        ('{"eval": {"datasets": [{"name": "a", "path": "b", "temperature": "hot"}]}}', "temperature is not a number"),
+        ('{"eval": {"datasets": [{"name": "a", "path": "b", "stop": "x"}]}}', "stop is not a list of texts"),
+        ('{"eval": {"datasets": [{"name": "a", "path": "b", "top_k": true}]}}', "top_k is not a whole number"),
+        ('{"eval": {"datasets": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}}', "two .* are called a"),
+        ('{"eval": {"datasets": [{"name": "a", "path": "b"}], "defaults": [1]}}', "eval.defaults is"),
     ],
 )
 def test_descriptions_of_evaluations_that_cannot_be_used(tmp_path, text, told):
