@@ -44,7 +44,7 @@ run_pytest() {
     return "${PIPESTATUS[0]}"
 }
 
-stage install install_environment dev,demo || report
+stage install install_environment dev,demo,trackers || report
 pytest_log=$(mktemp)
 trap 'rm -f "$pytest_log"' EXIT
 stage ruff "$VENV/bin/ruff" check .

@@ -2,31 +2,38 @@
 
 Fields of a line: ``event`` (``rollout`` or ``eval``), ``rollout_id``, ``rollouts_done`` (iterations that the weights
 have seen), ``time`` (seconds since the epoch), and the metrics by their names (``rollout/...``, ``train/...``,
-``perf/...``, ``eval/...``). A number that is not finite is null.
+``perf/...``, ``eval/...``; docs/metrics.md has them all). A number that is not finite is null.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from miles_agents.run_files import UnusableRunDirectory
-
+logger = logging.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends lines; each is on disk (as far as a crash of this process goes) when ``write`` returns."""
+    """Appends lines; each is on disk (as far as a crash of this process goes) when ``write`` returns.
 
-    def __init__(self, run_dir: Path) -> None:
+    A disk that is full ends no run: what could not be written is told once, by ``say``, and waits for the next write.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = logger.warning) -> None:
         self.path = run_dir / FILE_NAME
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        if not _ends_with_a_whole_line(self.path):
-            self._file.write("\n")
+        self._say = say
+        self._has_told = False
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b"" if _ends_with_a_whole_line(self.path) else b"\n"
 
     def write(self, event: str, rollout_id: int, rollouts_done: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
@@ -34,10 +41,16 @@ class MetricsFile:
             "event": event, "rollout_id": rollout_id, "rollouts_done": rollouts_done, "time": time.time(),
         }  # fmt: skip
         line = json.dumps({**head, **{name: _plain(value) for name, value in metrics.items()}})
+        self._waiting += line.encode() + b"\n"
         try:
-            self._file.write(line + "\n")
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
-            raise UnusableRunDirectory.because(self.path, error) from None
+            if not self._has_told:
+                self._has_told = True
+                self._say(
+                    f"{self.path} cannot be written: {error}. The run goes on; make room, and it is written later"
+                )
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""

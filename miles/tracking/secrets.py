@@ -1,0 +1,86 @@
+"""Keys and passwords: where they are taken out, so that no file, log, title or command line has them. Pure but for
+``cover_argument``."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SECRET_FLAGS = {"--wandb-key": "wandb_key"}
+"""Flags whose value is a secret, with their keys in the config."""
+HIDDEN = "***"
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?$", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def take_secrets(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A copy of the config in which secrets are None, and the secrets by their keys."""
+    found = {key: str(config[key]) for key in SECRET_FLAGS.values() if config.get(key)}
+    return {**config, **dict.fromkeys(found)}, found
+
+
+def for_people(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as files and trackers show it: without secrets, passwords in URLs, and values of variables whose names
+    say that they are secret."""
+    return {key: _shown(key, value) for key, value in config.items()}
+
+
+def _shown(key: str, value: Any) -> Any:
+    if key in SECRET_FLAGS.values():
+        return None if value is None else HIDDEN
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, dict):
+        return {
+            name: HIDDEN if _SECRET_VARIABLE.search(str(name)) else _shown(name, one) for name, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_shown("", one) for one in value]
+    return value
+
+
+def without_credentials(text: str) -> str:
+    """The text with what stands before the @ of a URL hidden."""
+    return _CREDENTIALS.sub(f"{HIDDEN}@", text)
+
+
+def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line without secret flags, and their values by flag. Both forms: two words, or one with ``=``."""
+    words: list[str] = []
+    found: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in SECRET_FLAGS:
+            words.append(word)
+        elif equals:
+            found[name] = value
+        else:
+            following = next(rest, None)
+            if following is None:
+                words.append(word)  # the parser says what is missing
+            else:
+                found[name] = following
+    return words, found
+
+
+def cover_argument(secret: str, *, proc: Path = Path("/proc/self")) -> bool:
+    """Overwrite this word of the command line that this process was started with, which every user of the machine can
+    read. Whether it was found. What stands in the history of a shell stays."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # Fields of stat after the name in parentheses; arg_start and arg_end are numbers 48 and 49 (proc(5)).
+        fields = (proc / "stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+        line = (proc / "cmdline").read_bytes()
+        if not start or end - start != len(line) or ctypes.string_at(start, len(line)) != line:
+            return False
+        place = line.find(secret.encode())
+        if not secret or place < 0:
+            return False
+        ctypes.memset(start + place, ord("*"), len(secret.encode()))
+        return True
+    return False
