@@ -259,7 +259,7 @@ def why_not_found(dotted: str) -> str:
         return "it is not of the form module.name"
     try:
         found = importlib.util.find_spec(module)
-    except Exception as error:  # noqa: BLE001  # boundary: a package of the user's runs here
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: a package of the user's runs here
         if isinstance(error, ModuleNotFoundError) and (why := not_built(module)):
             return why
         return f"{type(error).__name__}: {error}"

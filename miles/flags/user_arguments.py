@@ -33,7 +33,7 @@ def load_user_arguments(values: Mapping[str, Any]) -> list[UserArguments]:
         flag = "--" + dest.replace("_", "-")
         try:
             function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # noqa: BLE001  # boundary: user code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: user code
             raise _failed(f"{flag} {path} cannot be imported", error) from None
         add_arguments = getattr(function, "add_arguments", None)
         if callable(add_arguments):
@@ -62,12 +62,12 @@ def _named(add_arguments: UserArguments, what: str) -> UserArguments:
     def add(parser: argparse.ArgumentParser) -> None:
         try:
             add_arguments(parser)
-        except Exception as error:  # noqa: BLE001  # boundary: user code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: user code
             raise _failed(what, error) from None
 
     return add
 
 
-def _failed(what: str, error: Exception) -> UserArgumentsFailed:
+def _failed(what: str, error: BaseException) -> UserArgumentsFailed:
     trace = "".join(traceback.format_exception(error))
     return UserArgumentsFailed(what, evidence=trace, advice="Repair the code; the traceback says where.")

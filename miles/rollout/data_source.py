@@ -178,12 +178,11 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
         if not self.buffer or num_samples == 0:
             return []
         before = list(self.buffer)
-        try:
-            groups = list(self.buffer_filter(self.args, None, self.buffer, num_samples))
-        except Exception as error:
-            raise Hook("--buffer-filter-path", str(self.args.buffer_filter_path), self.buffer_filter).failed(
-                error
-            ) from error
+        hook = Hook("--buffer-filter-path", str(self.args.buffer_filter_path), self.buffer_filter)
+        taken = hook.call(self.args, None, self.buffer, num_samples)
+        if not isinstance(taken, list | tuple) or not all(isinstance(group, list) and group for group in taken):
+            raise hook.bad_result(taken, "a list of groups out of the buffer")
+        groups = list(taken)
         known = {id(group) for group in (*groups, *self.buffer)}
         self.discarded += [group for group in before if id(group) not in known]
         return groups

@@ -21,7 +21,10 @@ from miles.utils.misc import load_function
 from miles_agents.errors import ConfigError, MilesError, UserCodeError
 
 logger = logging.getLogger(__name__)
-_PLUMBING = ("/asyncio/", "/concurrent/futures/", "/threading.py", "/contextlib.py", "miles/rollout/hooks.py")
+_PLUMBING = (
+    "/asyncio/", "/concurrent/futures/", "/threading.py", "/contextlib.py", "miles/rollout/hooks.py",
+    "miles/rollout/inference_rollout/compatibility.py",
+)  # fmt: skip
 POOL_THREADS = 32
 
 

@@ -75,10 +75,11 @@ def _data_source(args: Namespace) -> DataSource:
     if str(getattr(found, "__module__", "")).startswith("miles."):
         made: DataSource = found(args)
         return made
-    try:
-        made = found(args)
-    except Exception as error:
-        raise Hook("--data-source-path", path, found).failed(error) from error
+    made = Hook("--data-source-path", path, found).call(args)
+    if not callable(getattr(made, "get_samples", None)):
+        raise Hook("--data-source-path", path, found).bad_result(
+            made, "a data source, with get_samples and add_samples"
+        )
     return made
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from miles.rollout.base_types import Group
 from miles.rollout.data_source import DataSource, NoBuffer
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.hooks import Hook, HookFailed
 from miles.rollout.journal import Journal
 from miles.rollout.ledger import Ledger, Transition
-from miles.utils.types import SampleStatus
+from miles.utils.types import Sample, SampleStatus
 
 
 class TrackedDataSource(DataSource):
@@ -44,7 +45,7 @@ class TrackedDataSource(DataSource):
         with self._lock:
             groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
         if len(groups) < num_samples:
-            groups = groups + list(self.inner.get_samples(num_samples - len(groups)))
+            groups = groups + self._taken(num_samples - len(groups))
         with self._lock:
             steps = []
             for group in groups:
@@ -55,6 +56,25 @@ class TrackedDataSource(DataSource):
             steps += self._discarded()
             self._apply(steps)
         return groups
+
+    def _taken(self, count: int) -> list[Group]:
+        """Groups of the data source itself.
+
+        Raises:
+            HookFailed, BadHookResult: It is the user's.
+        """
+        groups = self._call(self.inner.get_samples, count)
+        if not isinstance(groups, list | tuple) or not all(_is_group(group) for group in groups):
+            wanted = "a list of groups, each a list of Sample, from get_samples"
+            raise self._hook(self.inner.get_samples).bad_result(groups, wanted)
+        return list(groups)
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        """A method of the data source. Only errors of the user's are told as such."""
+        return method(*args) if type(self.inner).__module__.startswith("miles.") else self._hook(method).call(*args)
+
+    def _hook(self, method: Callable[..., Any]) -> Hook:
+        return Hook("--data-source-path", f"{type(self.inner).__module__}.{type(self.inner).__qualname__}", method)
 
     def _discarded(self) -> list[Transition]:
         """Groups that a buffer filter took out of the buffer and did not give out."""
@@ -90,8 +110,13 @@ class TrackedDataSource(DataSource):
         if not groups:
             return
         try:
-            self.inner.add_samples(groups)
-        except (NoBuffer, NotImplementedError):
+            self._call(self.inner.add_samples, groups)
+        except NoBuffer:
+            with self._lock:
+                self.overflow += groups
+        except HookFailed as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
             with self._lock:
                 self.overflow += groups
 
@@ -241,6 +266,10 @@ def reset_group(group: Group) -> Group:
         sample.reset_for_retry()
         fresh.append(sample)
     return fresh
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, list) and bool(group) and all(isinstance(sample, Sample) for sample in flat(group))
 
 
 def is_complete(group: Group) -> bool:

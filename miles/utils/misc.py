@@ -34,9 +34,7 @@ NOT_BUILT = {
     "miles.rollout.generate_utils.tool_call_utils": "generation with tools",
     "miles.rollout.on_policy_distillation": "on-policy distillation",
     "miles.rollout.session": "the session server",
-    "miles.rollout.sleep_rollout": "a rollout that does nothing",
     "miles.rollout.rm_hub": "this reward",
-    "miles.backends.training_utils.cp_utils": "context parallelism",
     "miles.backends.training_utils.loss_hub.opd": "on-policy distillation",
     "miles.router": "a router other than SGLang's",
     "miles_plugins": "plugins",
@@ -137,7 +135,7 @@ def _import(path: str, flag: str) -> Any:
             else "Check the spelling, and that PYTHONPATH has the directory that the module is in.",
             flag=flag,
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that ends its process does not end ours
         raise _import_failed(path, flag, module_name, error) from error
     if not hasattr(module, name):
         there = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
@@ -150,7 +148,7 @@ def _import(path: str, flag: str) -> Any:
     return getattr(module, name)
 
 
-def _import_failed(path: str, flag: str, module: str, error: Exception) -> ImportFailed:
+def _import_failed(path: str, flag: str, module: str, error: BaseException) -> ImportFailed:
     import traceback
 
     # The first frames are those of the import machinery and this module.

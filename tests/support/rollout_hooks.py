@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 from miles.rollout.base_types import GenerateFnOutput, RolloutFnTrainOutput
 from miles.rollout.data_source import DataSource
@@ -303,3 +306,125 @@ async def careless_rm(args, sample, **kwargs):
     task = asyncio.ensure_future(leaving_rm(args, sample))
     await asyncio.wait({task}, timeout=0.2)
     return 1.0
+
+
+# -- user code that wants to end its process ------------------------------------------------------------------
+
+
+class Leaving:
+    """A data source, or rollout class, that leaves in the method that is named; else it works."""
+
+    where = ""
+
+    def __init__(self, input):
+        self.args = getattr(input, "args", input)
+        self.leave("__init__")
+
+    def leave(self, where):
+        if self.where == where:
+            raise SystemExit(3)
+
+    def __call__(self, input):
+        self.leave("__call__")
+
+    def get_samples(self, num_samples):
+        self.leave("get_samples")
+        return [[Sample(prompt="1+1=", label="2") for _ in range(self.args.n_samples_per_prompt)]
+                for _ in range(num_samples)]  # fmt: skip
+
+    def add_samples(self, samples):
+        self.leave("add_samples")
+
+    def save(self, rollout_id):
+        self.leave("save")
+
+    def load(self, rollout_id=None):
+        self.leave("load")
+
+    def get_buffer_length(self):
+        return None
+
+
+class LeavesAtOnce(Leaving):
+    where = "__init__"
+
+
+class LeavesWhenCalled(Leaving):
+    where = "__call__"
+
+
+class LeavesWhenAsked(Leaving):
+    where = "get_samples"
+
+
+class LeavesWhenGiven(Leaving):
+    where = "add_samples"
+
+
+class LeavesWhenSaved(Leaving):
+    where = "save"
+
+
+def leaves(*args, **kwargs):
+    raise SystemExit(3)
+
+
+class GivesNoGroups(Leaving):
+    def get_samples(self, num_samples):
+        return [Sample() for _ in range(num_samples)]
+
+
+class NotCallable:
+    def __init__(self, input):
+        pass
+
+
+async def large_rm(args, sample, **kwargs):
+    return len(bytearray(1 << 62))
+
+
+def naughty_rm(args, sample, **kwargs):
+    """Prints, leaves a thread and a process behind, in a session of its own."""
+    print("the user's own line")
+    threading.Thread(target=threading.Event().wait, name="left-behind").start()
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    Path(args.user_file).write_text(str(process.pid))
+    return 1.0
+
+
+async def slow_to_wake_rm(args, sample, **kwargs):
+    """Blocks the loop until a file is there."""
+    if sample.index == 0:
+        Path(args.user_file).write_text("blocked")
+        deadline = time.monotonic() + 30
+        while not Path(args.user_file + ".go").exists() and time.monotonic() < deadline:
+            pass
+    return 1.0
+
+
+async def killing_rm(args, sample, **kwargs):
+    print("about to leave", flush=True)
+    os._exit(7)
+
+
+def changing_rm(args, sample, **kwargs):
+    args.rollout_temperature = 0.25
+    args.mine = [sample.index]
+    return args.rollout_temperature
+
+
+def new_by_name(input, more=1, others=2):
+    return _with_id(input.sample, None)
+
+
+async def reads_flag(args, sample, **kwargs):
+    return float(args.user_weight)
+
+
+class FlaggedGenerate:
+    @staticmethod
+    def add_arguments(parser):
+        parser.add_argument("--user-weight", type=float, default=0.5)
+
+    async def __call__(self, input):
+        return _with_id(input.sample, None)

@@ -20,9 +20,8 @@ from miles.rollout.base_types import (
     as_output,
 )
 from miles.rollout.hooks import Hook
-from miles.utils.misc import load_function
+from miles.utils.misc import CannotLoad, load_function
 from miles.utils.types import Sample
-from miles_agents.errors import MilesError
 
 
 class LegacyRolloutFnAdapter:
@@ -51,12 +50,14 @@ def load_rollout_function(
     found: Any = load_function(path, flag=flag)
     if not inspect.isclass(found):
         return Hook(flag, path, LegacyRolloutFnAdapter(input, found), origin=found, may_block=True)
-    try:
-        made: Any = found(input)  # type: ignore[call-arg]
-    except MilesError:
-        raise
-    except Exception as error:
-        raise Hook(flag, path, found).failed(error) from error
+    made = Hook(flag, path, found).call(input)
+    if not callable(made):
+        raise CannotLoad(
+            f"{flag} {path} is a class whose objects cannot be called",
+            evidence=f"{found.__qualname__} has no __call__",
+            advice="Give it __call__(self, input), async or not.",
+            flag=flag,
+        )
     return Hook(flag, path, made, may_block=True)
 
 
@@ -92,10 +93,7 @@ def load_generate_function(path: str, flag: str = "--custom-generate-function-pa
     """
     found: Any = load_function(path, flag=flag)
     if inspect.isclass(found):
-        try:
-            found = found()
-        except Exception as error:
-            raise Hook(flag, path, found).failed(error) from error
+        found = Hook(flag, path, found).call()
     return Hook(flag, path, LegacyGenerateFnAdapter(found) if _is_legacy(found) else found, origin=found)
 
 
