@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from miles_agents.run_files import UnusableRunDirectory
+
 logger = logging.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 
@@ -25,15 +27,18 @@ class MetricsFile:
     A disk that is full ends no run: what could not be written is told once, by ``say``, and waits for the next write.
 
     Raises:
-        OSError: The file cannot be opened.
+        UnusableRunDirectory: The file cannot be opened.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = logger.warning) -> None:
         self.path = run_dir / FILE_NAME
         self._say = say
         self._has_told = False
-        self._file = self.path.open("ab", buffering=0)
-        self._waiting = b"" if _ends_with_a_whole_line(self.path) else b"\n"
+        try:
+            self._file = self.path.open("ab", buffering=0)
+            self._waiting = b"" if _ends_with_a_whole_line(self.path) else b"\n"
+        except OSError as error:
+            raise UnusableRunDirectory.because(self.path, error) from None
 
     def write(self, event: str, rollout_id: int, rollouts_done: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""

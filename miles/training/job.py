@@ -22,8 +22,9 @@ from typing import Any, TypeAlias
 import uvloop
 
 from miles.tracking.console import RunConsole
-from miles.tracking.metrics_file import MetricsFile
+from miles.tracking.hub import Tracking
 from miles.tracking.plot import PLOT_NAME
+from miles.tracking.secrets import for_people, take_secrets
 from miles.training.errors import exit_code, first_of, story
 from miles.training.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
 from miles.training.loop import Outcome, TrainingLoop
@@ -50,13 +51,14 @@ def run(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole 
     143: SIGTERM.
     """
     shown = console or RunConsole()
+    config, secrets = take_secrets(config)
     try:
         run_dir = _prepared_directory(config)
     except MilesError as error:
         shown.say(story(error))
         return exit_code(error)
     with _logging_to(run_dir / "logs" / "controller.log", shown):
-        return _run(config, start_nodes, shown, run_dir)
+        return _run(config, start_nodes, shown, run_dir, secrets)
 
 
 def _prepared_directory(config: dict[str, Any]) -> Path:
@@ -68,17 +70,21 @@ def _prepared_directory(config: dict[str, Any]) -> Path:
         if is_new:
             run_dir.chmod(0o700)  # prompts, answers, and what --env holds
         (run_dir / "logs").mkdir(exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written = json.dumps(for_people(config), indent=1, sort_keys=True)
+        (run_dir / "config.json").write_text(written + "\n", encoding="utf-8")
     except OSError as error:
         raise UnusableRunDirectory.because(run_dir, error) from None
     return run_dir
 
 
-def _run(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path) -> int:
+def _run(
+    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path, secrets: dict[str, str]
+) -> int:
     terminated: list[int] = []
     try:
+        tracking = Tracking(config, run_dir, shown.say, secrets)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            outcome = runner.run(_main(config, start_nodes, shown, run_dir, terminated))
+            outcome = runner.run(_main(config, start_nodes, shown, tracking, terminated))
     except KeyboardInterrupt:
         shown.say(f"interrupted; everything has ended. Logs: {run_dir / 'logs'}")
         return EXIT_INTERRUPTED
@@ -98,11 +104,13 @@ def _run(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run
 
 async def run_job(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole | None = None) -> Outcome:
     """The job as an awaitable, for callers that have an event loop. Raises what ended it."""
-    return await _job(config, start_nodes, console or RunConsole(), Path(config["run_dir"]))
+    config, secrets = take_secrets(config)
+    shown = console or RunConsole()
+    return await _job(config, start_nodes, shown, Tracking(config, Path(config["run_dir"]), shown.say, secrets))
 
 
 async def _main(
-    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path, terminated: list[int]
+    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, tracking: Tracking, terminated: list[int]
 ) -> Outcome:
     task = asyncio.current_task()
 
@@ -112,12 +120,13 @@ async def _main(
             task.cancel()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
-    return await _job(config, start_nodes, shown, run_dir)
+    return await _job(config, start_nodes, shown, tracking)
 
 
-async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path) -> Outcome:
-    metrics = MetricsFile(run_dir)
+async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, tracking: Tracking) -> Outcome:
+    run_dir, how = tracking.run_dir, "failed"
     try:
+        await tracking.open()
         options = ControllerConfig(nodes=NODES, run_dir=run_dir, env=config.get("env") or {})
         async with Controller(options) as controller, start_nodes(controller, run_dir):
             shown.say(f"run {controller.run_id}, directory {run_dir}")
@@ -125,13 +134,19 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
             parts = await start(controller, config)
             if parts.num_too_long:
                 shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")
+            tracking.begin(controller.run_id, parts.start_rollout_id)
             try:
-                return await run_watched(parts, TrainingLoop(parts, config, metrics, shown).run())
+                outcome = await run_watched(parts, TrainingLoop(parts, config, tracking, shown).run())
+                how = "finished"
+                return outcome
             finally:
                 if parts.fleet is not None:
                     await parts.fleet.stop()
+    except asyncio.CancelledError:
+        how = "interrupted"
+        raise
     finally:
-        metrics.close()
+        await tracking.close(how)
 
 
 class _Warnings(logging.Handler):

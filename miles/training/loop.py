@@ -25,7 +25,7 @@ from typing import Any
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
-from miles.tracking.metrics_file import MetricsFile
+from miles.tracking.hub import Tracking
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
 
@@ -60,19 +60,23 @@ class Stopwatch:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:
-        """``perf/{part}_time``, ``perf/step_time`` and what no part accounts for as ``perf/other_time``."""
+        """``perf/{part}_time``, ``perf/step_time`` and what no part accounts for as ``perf/other_time``; how long
+        the trainer waits for others is ``perf/train_wait_time``, and its share ``perf/wait_time_ratio``."""
         total = time.perf_counter() - self._began
         parts = {f"perf/{part}_time": seconds for part, seconds in self.seconds.items()}
+        if "train" in self.seconds and total > 0:
+            waits = total - self.seconds["train"]
+            parts |= {"perf/train_wait_time": waits, "perf/wait_time_ratio": waits / total}
         return {**parts, "perf/step_time": total, "perf/other_time": total - sum(self.seconds.values())}
 
 
 class TrainingLoop:
     """See the module's docstring."""
 
-    def __init__(self, parts: Parts, config: dict[str, Any], metrics: MetricsFile, console: RunConsole) -> None:
+    def __init__(self, parts: Parts, config: dict[str, Any], tracking: Tracking, console: RunConsole) -> None:
         self.parts = parts
         self.config = config
-        self.metrics = metrics
+        self.tracking = tracking
         self.console = console
         self.outcome = Outcome()
         self._noted: set[str] = set()
@@ -137,7 +141,7 @@ class TrainingLoop:
         if self.trainer is not None and parts.fleet is not None:
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
-        self.metrics.write("rollout", rollout_id, rollout_id + 1, metrics)
+        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics)
         if rollout_id % self.config["log_interval"] == 0 or iteration.is_last:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
@@ -251,6 +255,7 @@ class TrainingLoop:
         await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
         paths = await trainer.save.call(rollout_id)
         await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
+        self.tracking.saved(self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
         export = None
         if self.config["save_hf"]:
@@ -265,7 +270,8 @@ class TrainingLoop:
         call = self.rollout.evaluate.call_one(rollout_id)
         result: EvalResult = await self._shown("evaluate", call)
         metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
-        self.metrics.write("eval", rollout_id, rollouts_done, metrics)
+        self.tracking.write("eval", rollout_id, rollouts_done, metrics)
+        self.tracking.examples(rollout_id, result.examples)
         self.console.evaluated(rollouts_done, metrics)
         if not self.outcome.first_eval:
             self.outcome.first_eval = dict(metrics)
