@@ -24,6 +24,15 @@ ModelTag: TypeAlias = Literal["actor", "ref"]
 
 
 @dataclass(frozen=True)
+class GroupInfo:
+    """This rank's place in one kind of parallelism. ``group``: None where there is one rank."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
 class ParallelState:
     """This rank's place. A group of size 1 may be None.
 
@@ -53,6 +62,43 @@ class ParallelState:
     cp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     etp_group: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> GroupInfo:
+        """Data parallel. User code knows it as ``intra_dp`` and ``effective_dp``, too."""
+        return GroupInfo(self.dp_rank, self.dp_size, self.dp_group)
+
+    intra_dp = effective_dp = dp
+
+    @property
+    def tp(self) -> GroupInfo:
+        """Tensor parallel."""
+        return GroupInfo(self.tp_rank, self.tp_size, self.tp_group)
+
+    @property
+    def pp(self) -> GroupInfo:
+        """Pipeline parallel."""
+        return GroupInfo(self.pp_rank, self.pp_size, self.pp_group)
+
+    @property
+    def cp(self) -> GroupInfo:
+        """Context parallel."""
+        return GroupInfo(self.cp_rank, self.cp_size, self.cp_group)
+
+    @property
+    def ep(self) -> GroupInfo:
+        """Expert parallel."""
+        return GroupInfo(self.ep_rank, self.ep_size, self.ep_group)
+
+    @property
+    def etp(self) -> GroupInfo:
+        """Tensor parallel within experts."""
+        return GroupInfo(self.etp_rank, self.etp_size, self.etp_group)
+
+    @property
+    def is_pp_last_stage(self) -> bool:
+        """The same as ``has_logits``, by the name that user code knows."""
+        return self.has_logits
 
     @property
     def has_logits(self) -> bool:

@@ -193,7 +193,7 @@ def test_a_custom_loss_gets_what_the_reference_gives_it():
     wanted = 0.0
     for i in range(4):
         tokens, response, mask = torch.tensor(data["tokens"][i]), data["response_lengths"][i], data["loss_masks"][i]
-        logits = tiny_logits(parameters, tokens, torch.arange(len(tokens))) / args.rollout_temperature
+        logits = tiny_logits(parameters, tokens, torch.arange(len(tokens)))  # before the temperature
         rows = logits[len(tokens) - response - 1 : len(tokens) - 1].square().sum(-1)
         wanted += 3.0 * float((rows * torch.tensor(mask)).sum()) / max(sum(mask), 1) / 4
     assert_close(metrics, {"loss": wanted, "squares": wanted}, "custom")

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import functional
 
 from miles.backends.base import (
     LogitsFunction,
@@ -73,11 +74,10 @@ class FSDPBackend(TrainBackend):
         self.args = args
         self.settings = settings_of(args)
         self.device = _device(self.settings.device)
-        self._mesh = init_device_mesh(self.settings.device, (dist.get_world_size(),), mesh_dim_names=("dp",))
-        self._group = self._mesh.get_group()
         rank, size = dist.get_rank(), dist.get_world_size()
+        self._mesh = _mesh(self.settings.device, size, self.settings.replicas)
         self.parallel = ParallelState(
-            rank=rank, world_size=size, dp_rank=rank, dp_size=size, dp_group=self._group if size > 1 else None
+            rank=rank, world_size=size, dp_rank=rank, dp_size=size, dp_group=dist.group.WORLD if size > 1 else None
         )
         self._model: Any = None
         self._reference: Any = None
@@ -93,7 +93,9 @@ class FSDPBackend(TrainBackend):
         self._seed(settings.seed)
         call_init_hook(self.args)
         self._model = build_model(settings.loads.hf_checkpoint, self._mesh, self.device, self._options(trained=True))
-        self._optimizer = ShardedOptimizer(self._model, settings.optimizer, settings.schedule, self._group)
+        self._optimizer = ShardedOptimizer(
+            self._model, settings.optimizer, settings.schedule, _shards_group(self._mesh)
+        )
         start = self._load()
         if settings.needs_reference:
             self._reference = self._make_reference()
@@ -127,6 +129,9 @@ class FSDPBackend(TrainBackend):
             _add(metrics, output)
         norm = optimizer.take_gradients()
         rate = optimizer.learning_rate
+        if not self.settings.trains:
+            optimizer.drop_gradients()
+            return StepOutcome(metrics, norm, rate, stepped=False)
         if math.isfinite(norm):
             optimizer.step(norm)
             return StepOutcome(metrics, norm, rate)
@@ -143,6 +148,8 @@ class FSDPBackend(TrainBackend):
     def objects(self, model: ModelTag = "actor") -> TrainedObjects:
         """As the contract says. The optimizer works on this rank's rows of each parameter."""
         optimizer = self._trained()
+        if not self.settings.trains:
+            return TrainedObjects([self._network(model)], None, None)
         return TrainedObjects([self._network(model)], optimizer.torch_optimizer, optimizer.schedule)
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -196,7 +203,7 @@ class FSDPBackend(TrainBackend):
     def _options(self, *, trained: bool) -> ModelOptions:
         settings = self.settings
         return ModelOptions(
-            storage=torch.float32 if trained else settings.dtype,
+            storage=settings.storage if trained else settings.dtype,
             compute=settings.dtype,
             attention=settings.attention,
             gradient_checkpointing=settings.gradient_checkpointing,
@@ -206,22 +213,21 @@ class FSDPBackend(TrainBackend):
 
     def _logits(self, network: Any, batch: MicroBatch) -> torch.Tensor:
         """float32 ``[T, V]``."""
-        bounds = batch.cu_seqlens.tolist()
-        extra: dict[str, Any] = {"packed": packed_layout(bounds, len(batch.tokens), self.device)}
-        if self.settings.attention == "flash_attention_2":
-            extra = self._flash_arguments(batch, bounds)
-        output = network(
-            input_ids=batch.tokens.to(self.device)[None],
-            position_ids=batch.position_ids.to(self.device)[None],
-            use_cache=False,
-            **extra,
+        bounds, count = batch.cu_seqlens.tolist(), len(batch.tokens)
+        padding = -count % self.settings.pad_to
+        tokens, positions = (
+            functional.pad(part.to(self.device), (0, padding)) for part in (batch.tokens, batch.position_ids)
         )
-        return cast("torch.Tensor", output.logits[0].float())
+        extra: dict[str, Any] = {"packed": packed_layout(bounds, len(tokens), self.device)}
+        if self.settings.attention == "flash_attention_2":
+            extra = self._flash_arguments(bounds, len(tokens))
+        output = network(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **extra)
+        return cast("torch.Tensor", output.logits[0, :count].float())
 
-    def _flash_arguments(self, batch: MicroBatch, bounds: list[int]) -> dict[str, Any]:
+    def _flash_arguments(self, bounds: list[int], count: int) -> dict[str, Any]:
         """Those by which transformers tells flash attention where samples begin; padding is a sample of its own."""
-        if bounds[-1] < len(batch.tokens):
-            bounds = [*bounds, len(batch.tokens)]
+        if bounds[-1] < count:
+            bounds = [*bounds, count]
         starts = torch.tensor(bounds, dtype=torch.int32, device=self.device)
         longest = max(end - start for start, end in itertools.pairwise(bounds))
         return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
@@ -282,6 +288,24 @@ def _device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _mesh(device: str, world: int, replicas: int) -> DeviceMesh:
+    """Shards over all ranks, or over those of each replica (``--dp-replicate-size``): ranks next to each other."""
+    if replicas == 1:
+        return init_device_mesh(device, (world,), mesh_dim_names=("dp",))
+    if world % replicas:
+        raise FsdpFlagRefused(
+            f"--dp-replicate-size {replicas} does not divide the {world} ranks",
+            evidence="each replica has as many ranks",
+            advice="Give a divisor of the number of ranks.",
+        )
+    return init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "dp"))
+
+
+def _shards_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Ranks that together have each number once."""
+    return mesh.get_group("dp")
 
 
 def _add(sums: dict[str, torch.Tensor], output: LossOutput) -> None:

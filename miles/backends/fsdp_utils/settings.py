@@ -67,13 +67,18 @@ class OffloadSettings:
 
 @dataclass(frozen=True)
 class FsdpSettings:
-    """All of it. ``dtype`` is that of computing and of the weights that engines get."""
+    """All of it. ``dtype`` is that of computing and of what engines get, ``storage`` that of trained shards.
+    ``pad_to``: micro-batches have a multiple of so many tokens. ``replicas``: of the whole set of shards."""
 
     device: str
     dtype: torch.dtype
+    storage: torch.dtype
     attention: str
     gradient_checkpointing: bool
     cpu_offload: bool
+    pad_to: int
+    replicas: int
+    trains: bool
     seed: int
     deterministic: bool
     needs_reference: bool
@@ -93,16 +98,21 @@ def settings_of(args: Any) -> FsdpSettings:
     """
     _refuse_other_parallelism(args)
     device = args.device
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.params_dtype]
     return FsdpSettings(
         device=device,
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[args.params_dtype],
+        dtype=dtype,
+        storage=torch.float32 if getattr(args, "keep_fp32_master", True) in (True, None) else dtype,
         attention=_attention(args, device),
         gradient_checkpointing=bool(getattr(args, "gradient_checkpointing", False)),
         cpu_offload=_cpu_offload(args, device),
+        pad_to=int(getattr(args, "data_pad_size_multiplier", None) or 1),
+        replicas=int(getattr(args, "dp_replicate_size", None) or 1),
+        trains=not getattr(args, "debug_disable_optimizer", False),
         seed=args.seed,
         deterministic=bool(getattr(args, "deterministic_mode", False)),
         needs_reference=needs_reference(args),
-        save_optimizer=not getattr(args, "no_save_optim", False),
+        save_optimizer=not (getattr(args, "no_save_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         save_rng=not getattr(args, "no_save_rng", False),
         optimizer=_optimizer(args),
         schedule=schedule_of(args),
@@ -201,7 +211,7 @@ def _loads(args: Any) -> LoadSettings:
         ref_load=path("ref_load"),
         step=getattr(args, "ckpt_step", None),
         ref_step=getattr(args, "ref_ckpt_step", None),
-        optimizer=not getattr(args, "no_load_optim", False),
+        optimizer=not (getattr(args, "no_load_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         rng=not getattr(args, "no_load_rng", False),
         finetune=bool(getattr(args, "finetune", False)),
     )

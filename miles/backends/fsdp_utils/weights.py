@@ -47,10 +47,12 @@ def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 
 def first_row(shard: DTensor) -> int:
-    """Where this rank's rows begin in the whole: FSDP2 cuts dimension 0 into equal parts, the last ones shorter."""
+    """Where this rank's rows begin in the whole: FSDP2 cuts dimension 0 into equal parts, the last ones shorter. Ranks
+    of the mesh's last dimension have different ones."""
     mesh = shard.device_mesh
-    rows = -(-shard.shape[0] // mesh.size())
-    return min(rows * mesh.get_local_rank(), shard.shape[0])
+    last = mesh.ndim - 1
+    rows = -(-shard.shape[0] // mesh.size(last))
+    return min(rows * mesh.get_local_rank(last), shard.shape[0])
 
 
 def _fill(shard: DTensor, whole: torch.Tensor, path: Path, name: str) -> None:

@@ -37,6 +37,8 @@ from miles.backends.megatron_utils.optimizer import (
     build_optimizer,
     build_scheduler,
     clip_gradients,
+    gradient_norm,
+    has_optimizer,
     reset_optimizer,
     wrap_data_parallel,
 )
@@ -76,11 +78,17 @@ class MegatronBackend(TrainBackend):
         """See ``TrainBackend.init``."""
         args = self.args
         provide_get_args(args)
+        if getattr(args, "deterministic_mode", False):
+            torch.use_deterministic_algorithms(True)
         self.parallel = init_parallel(args)
         sequence_parallel = bool(getattr(args, "sequence_parallel", False))
         check_experts(self.shape, self.parallel, sequence_parallel=sequence_parallel)
         self._logits_of = passes.make_logits_of(
-            self.device, self.shape.vocab, self.parallel, sequence_parallel=sequence_parallel
+            self.device,
+            self.shape.vocab,
+            self.parallel,
+            multiple=passes.row_multiple(args, self.parallel),
+            padded=getattr(args, "qkv_format", None) == "bshd",
         )
         self._memory = SleepingMemory(args)
         call_init_hook(args)
@@ -91,8 +99,8 @@ class MegatronBackend(TrainBackend):
         if source.resumes is None:
             self._load_weights(model, source.weights)
         self.model = wrap_data_parallel(args, model)
-        self.optimizer = build_optimizer(args, self.model)
-        self.scheduler = build_scheduler(args, self.optimizer)
+        self.optimizer = build_optimizer(args, self.model) if has_optimizer(args) else None
+        self.scheduler = build_scheduler(args, self.optimizer) if self.optimizer is not None else None
         start = 0 if source.resumes is None else self._resume(source.resumes)
         self.reference = self._build_reference() if needs_reference(args) else None
         return start
@@ -115,10 +123,10 @@ class MegatronBackend(TrainBackend):
 
     def _resume(self, found: FoundCheckpoint) -> int:
         args = self.args
-        with_optimizer = not getattr(args, "no_load_optim", False)
+        with_optimizer = self.optimizer is not None and not getattr(args, "no_load_optim", False)
         state = self._state(self.model.module, with_optimizer=with_optimizer)
         loaded = load_checkpoint(found.directory, state, generators=not getattr(args, "no_load_rng", False))
-        if not with_optimizer:
+        if not with_optimizer and self.optimizer is not None:
             # Parameters that the optimizer keeps in float32 are still those from before.
             self.optimizer.reload_model_params()
         if not loaded.generators:
@@ -155,8 +163,11 @@ class MegatronBackend(TrainBackend):
         """
         self._memory.check_awake("train")
         self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         metrics = passes.forward_backward(self.model, batches, loss_function, self._logits_of)
+        if self.optimizer is None or self.scheduler is None:
+            return StepOutcome(metrics, gradient_norm(self.model), 0.0, stepped=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -172,7 +183,8 @@ class MegatronBackend(TrainBackend):
     def reset_optimizer(self) -> None:
         """See ``TrainBackend.reset_optimizer``."""
         self._memory.check_awake("reset the optimizer")
-        reset_optimizer(self.optimizer)
+        if self.optimizer is not None:
+            reset_optimizer(self.optimizer)
 
     def _report_non_finite(self, grad_norm: float) -> None:
         """The norm is the same on all ranks, and so is what they do about it."""
@@ -208,7 +220,8 @@ class MegatronBackend(TrainBackend):
             CannotWriteCheckpoint: The disk is full, or forbids it.
         """
         self._memory.check_awake("save")
-        state = self._state(self.model.module, with_optimizer=not getattr(self.args, "no_save_optim", False))
+        with_optimizer = self.optimizer is not None and not getattr(self.args, "no_save_optim", False)
+        state = self._state(self.model.module, with_optimizer=with_optimizer)
         generators = not getattr(self.args, "no_save_rng", False)
         save_checkpoint(directory, state, rollout_id=rollout_id, generators=generators)
 

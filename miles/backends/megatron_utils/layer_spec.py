@@ -88,11 +88,12 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """``[rows, heads, d]``, ``[rows, kv heads, d]`` twice -> ``[rows, heads * d]``. There is no other mask than
-        causal."""
-        assert packed_seq_params is not None, "batches are packed"
-        layout: SequenceLayout = packed_seq_params.layout
+        """``[rows, heads, d]``, ``[rows, kv heads, d]`` twice -> ``[rows, heads * d]``; padded ``[P, B, ...]`` each.
+        There is no other mask than causal: padding is at the end of a row, and no token looks there."""
         dropout = self.dropout if self.training else 0.0
+        if packed_seq_params is None:
+            return self._padded(query, key, value, dropout)
+        layout: SequenceLayout = packed_seq_params.layout
         queries = iter(torch.split(query, [len(p) for chunks in layout.rows_of_chunks for _, p in chunks]))
         keys, values = (_whole_sequences(part, layout) for part in (key, value))
         outputs = []
@@ -101,6 +102,14 @@ class PackedAttention(torch.nn.Module):
             for chunks, k, v in zip(layout.rows_of_chunks, keys, values, strict=True):
                 outputs += [self._attend(next(queries), k[: p.stop], v[: p.stop], dropout) for _, p in chunks]
         return torch.cat(outputs).flatten(1)
+
+    def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            output = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+        return output.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
         """The queries are those of the last positions of the keys."""

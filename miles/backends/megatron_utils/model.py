@@ -10,13 +10,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
 from miles.backends.megatron_utils.flag_fields import EXPERTS, TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
+from miles.backends.training_utils.hooks import takes, trainer_hook
 from miles.backends.training_utils.sequence_layout import SequenceLayout
+from miles.rollout.hooks import Hook
+from miles.utils.misc import load_function
 
 PADDED_LOGIT = -1e30
 """Of rows that only pad the vocabulary: no probability, and finite, so that 0 times it is 0."""
@@ -82,16 +88,36 @@ def _experts(args: Namespace, shape: Shape) -> dict[str, Any]:
     }
 
 
-def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPTModel:
-    """This pipeline stage's part, without weights: parameters hold whatever memory held."""
+def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> Any:
+    """This pipeline stage's part, without weights: parameters hold whatever memory held. Built by
+    ``--custom-model-provider-path`` if that is given.
+
+    Raises:
+        HookFailed, BadHookResult: Of the user's function.
+    """
+    first, last = is_pipeline_first_stage(), is_pipeline_last_stage()
+    provider = trainer_hook(args, "custom_model_provider_path")
+    if provider is None:
+        return default_model(args, shape, config, pre_process=first, post_process=last)
+    more = {"vp_stage": None} if takes(provider.function, pre_process=first, post_process=last, vp_stage=None) else {}
+    model = provider.call(pre_process=first, post_process=last, **more)
+    if not isinstance(model, MegatronModule):
+        raise provider.bad_result(model, "a model of megatron-core")
+    return model
+
+
+def default_model(
+    args: Namespace, shape: Shape, config: TransformerConfig, *, pre_process: bool, post_process: bool
+) -> GPTModel:
+    """What is built without a function of the user's."""
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=layer_spec_of(args, config),
         vocab_size=padded_vocab(args, shape.vocab),
         max_sequence_length=shape.max_positions,
         parallel_output=True,
-        pre_process=is_pipeline_first_stage(),
-        post_process=is_pipeline_last_stage(),
+        pre_process=pre_process,
+        post_process=post_process,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope.base,
@@ -101,6 +127,26 @@ def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> GPT
     return model
 
 
+def layer_spec_of(args: Namespace, config: TransformerConfig) -> Any:
+    """``--spec module function``: what the function makes of (args, config, vp_stage), or the spec that is under that
+    name; without it, ours.
+
+    Raises:
+        CannotLoad, ImportFailed, HookFailed, BadHookResult: Of the user's module.
+    """
+    named = getattr(args, "spec", None)
+    if not named:
+        return block_spec(config)
+    path = ".".join(named)
+    hook = Hook("--spec", " ".join(named), load_function(path, sync_required=True, flag="--spec"))
+    spec = hook.function
+    if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules):
+        spec = hook.call(args, config, None)
+    if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules):
+        raise hook.bad_result(spec, "a ModuleSpec, or TransformerBlockSubmodules")
+    return spec
+
+
 def padded_vocab(args: Namespace, vocab: int) -> int:
     """Rows of the embedding: a multiple of ``--make-vocab-size-divisible-by`` on each tensor-parallel rank."""
     multiple = int((getattr(args, "make_vocab_size_divisible_by", None) or 1) * args.tensor_model_parallel_size)
@@ -108,17 +154,19 @@ def padded_vocab(args: Namespace, vocab: int) -> int:
 
 
 def output_of(model: Any, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    """Of this rank's row of packed sequences, through whatever wraps the model: on the last pipeline stage logits
-    ``[1, rows, V / tp]`` in the model's dtype, on others what the next one goes on with.
+    """Of this rank's row of packed sequences, or of rows of one sequence each, through whatever wraps the model: on the
+    last pipeline stage logits ``[1, rows, V / tp]``, or ``[B, P, V / tp]``, in the model's dtype, on others what the
+    next one goes on with.
 
     ``tokens``: int64 ``[rows]``.
     """
-    # Rotary positions come from `packed`; the embedding has none of its own.
+    # Rotary positions come from `packed`, or are 0 to P - 1; the embedding has none of its own.
+    padded = layout.width is not None
     output: torch.Tensor = model(
-        input_ids=tokens.unsqueeze(0),
+        input_ids=tokens.view(len(layout.lengths) if padded else 1, -1),
         position_ids=None,
         attention_mask=None,
-        packed_seq_params=packed(layout, tokens.device),
+        packed_seq_params=None if padded else packed(layout, tokens.device),
     )
     return output
 

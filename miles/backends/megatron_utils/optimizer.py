@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
@@ -14,8 +15,10 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from miles.backends.megatron_utils.adam import use_in_megatron
 from miles.backends.megatron_utils.errors import UnsupportedSetting
@@ -28,6 +31,11 @@ _REFUSED = {
 }
 
 
+def has_optimizer(args: Namespace) -> bool:
+    """Not with ``--debug-disable-optimizer``."""
+    return not getattr(args, "debug_disable_optimizer", False)
+
+
 def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParallel:
     """The model with its gradient buffers (and, for Adam, parameter buffers), reduced over data-parallel ranks."""
     bf16 = model.config.params_dtype == torch.bfloat16
@@ -35,7 +43,7 @@ def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParal
         **fields(args, DATA_PARALLEL),
         # In 16 bits, sums over micro-batches and ranks lose what they are for.
         grad_reduce_in_fp32=bf16 and not getattr(args, "grad_reduce_in_bf16", False),
-        use_distributed_optimizer=args.optimizer == "adam",
+        use_distributed_optimizer=args.optimizer == "adam" and has_optimizer(args),
     )
     if buckets := getattr(args, "ddp_num_buckets", None):
         config.bucket_size = math.ceil(sum(parameter.numel() for parameter in model.parameters()) / buckets)
@@ -148,6 +156,19 @@ def train_steps(args: Namespace) -> int:
     """Optimizer steps of the whole run; at least 1."""
     rollouts = getattr(args, "num_rollout", None) or 1
     return max(int(rollouts * (getattr(args, "num_steps_per_rollout", None) or 1)), 1)
+
+
+def gradient_norm(model: DistributedDataParallel) -> float:
+    """Global norm of what is in the buffers, where there is no optimizer to ask (``--debug-disable-optimizer``)."""
+    gradients = [
+        parameter.main_grad
+        for parameter in model.parameters()
+        if parameter.requires_grad
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    group = parallel_state.get_model_parallel_group()
+    return float(get_grad_norm_fp32(gradients, grad_stats_parallel_group=group))
 
 
 def clip_gradients(optimizer: Any, total_norm: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,18 +19,38 @@ from miles.backends.training_utils.sequence_layout import SequenceLayout
 LogitsOf = Callable[[Any, MicroBatch], torch.Tensor]
 
 
-def make_logits_of(device: torch.device, vocab: int, parallel: ParallelState, *, sequence_parallel: bool) -> LogitsOf:
+def make_logits_of(
+    device: torch.device, vocab: int, parallel: ParallelState, *, multiple: int, padded: bool = False
+) -> LogitsOf:
     """A function of model and micro-batch that gives float32 logits ``[rows, V / tp]``, and what the next pipeline
-    stage takes before the last one."""
-    multiple = parallel.tp_size if sequence_parallel else 1
+    stage takes before the last one.
+
+    Args:
+        multiple: Of what a rank's row has tokens; of a padded batch, each row.
+        padded: ``--qkv-format bshd``: a row for each sample, all as long as the longest.
+    """
 
     def compute(model: Any, batch: MicroBatch) -> torch.Tensor:
-        layout = SequenceLayout(_lengths(batch), parallel.cp_size, parallel.cp_rank, multiple)
+        lengths = _lengths(batch)
+        if padded:
+            layout = SequenceLayout.padded(lengths, multiple)
+        else:
+            layout = SequenceLayout(lengths, parallel.cp_size, parallel.cp_rank, multiple)
         batch.layout = None if layout.is_whole else layout
         output = output_of(model, layout.local_tokens(batch.tokens.to(device)), layout)
-        return hide_padding(output.squeeze(0).float(), vocab, parallel.tp_rank) if parallel.has_logits else output
+        if not parallel.has_logits:
+            return output
+        return hide_padding(output.flatten(0, 1).float(), vocab, parallel.tp_rank)
 
     return compute
+
+
+def row_multiple(args: Namespace, parallel: ParallelState) -> int:
+    """``--data-pad-size-multiplier`` on each tensor-parallel rank; without it, what sequence parallelism needs."""
+    size = int(getattr(args, "data_pad_size_multiplier", None) or 1)
+    if size > 1 or getattr(args, "sequence_parallel", False):
+        return parallel.tp_size * size
+    return 1
 
 
 def _lengths(batch: MicroBatch) -> tuple[int, ...]:

@@ -36,9 +36,10 @@ class SleepingMemory:
         assert level in (1, 2), level
         with torch.no_grad():
             if self.level < 1:
-                optimizer.zero_grad()
-                parameters = _parameters(model, reference)
-                self._put_away(_without(distinct_storages(_optimizer_tensors(optimizer)), parameters))
+                if optimizer is not None:
+                    optimizer.zero_grad()
+                    parameters = _parameters(model, reference)
+                    self._put_away(_without(distinct_storages(_optimizer_tensors(optimizer)), parameters))
                 self._away.append(Dropped(distinct_storages(_gradients(model))))
                 self.level = 1
             if self.level < level:

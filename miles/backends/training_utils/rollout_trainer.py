@@ -15,6 +15,7 @@ from miles.backends.training_utils.hooks import TrainerHooks, takes
 from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, LogProbOutput, Losses
 from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.parallel import set_parallel_state
 from miles.backends.training_utils.profiling import StepProfiler
 from miles.backends.training_utils.timers import Timers
 from miles.rollout.hooks import BadHookResult, Hook
@@ -31,6 +32,7 @@ class RolloutTrainer:
         self.args = args
         self.backend = backend
         self.timers = timers
+        set_parallel_state(backend.parallel)
         self.losses = Losses(args, backend.parallel)
         self.hooks = TrainerHooks.of(args)
         self.profiler = StepProfiler(args, backend.parallel.rank)

@@ -26,16 +26,26 @@ class SequenceLayout:
         cp_size: Ranks that share the samples.
         cp_rank: This one.
         multiple: Of what the length of a rank's row is.
+        width: Of a padded batch ("bshd"): each sample is filled up to so many tokens, and there is no tail. Rows are
+            those of the samples one after the other. Without context parallelism only. None: packed.
     """
 
     lengths: tuple[int, ...]
     cp_size: int = 1
     cp_rank: int = 0
     multiple: int = 1
+    width: int | None = None
+
+    @classmethod
+    def padded(cls, lengths: tuple[int, ...], multiple: int = 1) -> SequenceLayout:
+        """All samples as long as the longest, and that a multiple."""
+        return cls(lengths, multiple=multiple, width=-(-max(lengths) // multiple) * multiple)
 
     @cached_property
     def padded_lengths(self) -> list[int]:
         """Of the samples, and of the tail if there is one; over all ranks."""
+        if self.width is not None:
+            return [self.width] * len(self.lengths)
         unit = 2 * self.cp_size if self.cp_size > 1 else 1
         padded = [-(-length // unit) * unit for length in self.lengths]
         tail = -(sum(padded) // self.cp_size) % self.multiple
@@ -102,7 +112,7 @@ class SequenceLayout:
     @property
     def is_whole(self) -> bool:
         """Rows are the packed tokens as they are."""
-        return self.cp_size == 1 and len(self.padded_lengths) == len(self.lengths)
+        return self.width is None and self.cp_size == 1 and len(self.padded_lengths) == len(self.lengths)
 
     def predicting_rows(self, response_lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of this rank whose logits predict response tokens, and the places of these tokens. int64, as many each.

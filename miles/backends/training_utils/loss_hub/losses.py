@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from miles.backends.base import LossFunction, LossOutput, MicroBatch, ParallelState
 from miles.backends.training_utils.collectives import share_places
 from miles.backends.training_utils.data import StepPlan, pieces, response_rows, response_tokens
-from miles.backends.training_utils.loss_hub.corrections import vanilla_tis_function
 from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl, log_probs_and_entropy
 from miles.backends.training_utils.loss_hub.reduction import Reducer
 from miles.backends.training_utils.loss_hub.sequence_level import gspo_kl, opsm_mask
 from miles.backends.training_utils.loss_hub.settings import LossSettings
-from miles_agents.errors import UserCodeError
+from miles.backends.training_utils.loss_hub.user_functions import BadLossFunction, UserFunctions
 
 MAX_LOG_RATIO = 20.0
 LOSS_COLUMNS = (
@@ -39,12 +38,6 @@ LOSS_COLUMNS = (
 Metrics = dict[str, torch.Tensor]
 
 
-class BadLossFunction(UserCodeError):
-    """A custom loss, correction or reducer returned something else than it should."""
-
-    code = "E-TRAIN-004"
-
-
 @dataclass
 class LogProbOutput:
     """Of a pass without gradient: float32 ``[R_i]`` for each sample of a micro-batch, on the device."""
@@ -60,9 +53,7 @@ class Losses:
         self.args = args
         self.settings = LossSettings.from_args(args)
         self.parallel = parallel
-        self._custom_loss = _load(args, "custom_loss_function_path")
-        self._correction = _load(args, "custom_tis_function_path") or vanilla_tis_function
-        self._pg_reducer = _load(args, "custom_pg_loss_reducer_function_path")
+        self._users = UserFunctions(args, parallel)
 
     def for_step(self, step: StepPlan) -> LossFunction:
         """The loss of one optimizer step's micro-batches."""
@@ -76,7 +67,7 @@ class Losses:
         def loss(logits: torch.Tensor, batch: MicroBatch) -> LossOutput:
             return kind(logits, batch, Reducer(batch, step, per_token=self.settings.per_token))
 
-        return loss
+        return _computed_twice(loss) if self.settings.recompute else loss
 
     def log_prob_function(self, *, with_entropy: bool) -> Callable[[torch.Tensor, MicroBatch], LogProbOutput]:
         """For ``forward_only``."""
@@ -118,9 +109,10 @@ class Losses:
 
     def _sft_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
         """-log p of the response tokens."""
-        log_probs, _ = self.log_probs(logits, batch, with_entropy=False)
+        log_probs, entropy = self.log_probs(logits, batch, with_entropy=self.settings.observe_entropy)
         loss = reduce(-log_probs)
-        return LossOutput(loss, {"loss": loss.detach()})
+        watched = {} if entropy is None else {"entropy_loss": reduce(entropy.detach())}
+        return LossOutput(loss, {"loss": loss.detach()} | watched)
 
     def _policy_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
         """Clipped policy gradient - entropy_coef * H + kl_loss_coef * KL(policy || reference).
@@ -192,45 +184,40 @@ class Losses:
         wanted = settings.use_tis or settings.get_mismatch_metrics
         if wanted and batch.sample_positions:
             trained = batch.columns.get("log_probs") or pieces(log_probs.detach(), batch.response_lengths)
-            per_token, masks, found = self._correction(
-                args=self.args,
-                pg_loss=per_token,
-                train_log_probs=trained,
-                rollout_log_probs=_present(batch, "rollout_log_probs"),
-                loss_masks=batch.loss_masks,
-                total_lengths=batch.total_lengths,
-                response_lengths=batch.response_lengths,
-                parallel_state=self.parallel,
-                max_seq_lens=None,
-            )
+            engine = _present(batch, "rollout_log_probs")
+            per_token, masks, found = self._users.corrected(per_token, batch, trained, engine)
             metrics = {name: reduce(value.detach()) for name, value in found.items()}
             metrics["ois"] = reduce((-ppo_kl).detach().exp())
-        if self._pg_reducer is not None and batch.sample_positions:
-            reducer = self._pg_reducer(batch.total_lengths, batch.response_lengths, masks, settings.per_token)
-            return reducer(per_token) / reduce.divisor, metrics
+        users = self._users.reducer(batch, masks, per_token=settings.per_token) if batch.sample_positions else None
+        if users is not None:
+            return users(per_token) / reduce.divisor, metrics
         return reduce.with_masks(per_token, masks), metrics
 
     def _users_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
-        """``--custom-loss-function-path``: the reference's signature, so logits are ``[1, T, V / tp]`` divided by the
-        temperature, and the batch is a dict. ``sum_of_sample_mean`` and the result are before the division by the
-        step's samples (or tokens)."""
+        """``--custom-loss-function-path``. ``sum_of_sample_mean`` and the result are before the division by the step's
+        samples (or tokens)."""
         if not batch.sample_positions:
             return LossOutput(0.0 * logits.sum(), {})
-        assert self._custom_loss is not None
-        scaled = logits / self.settings.temperature if self.settings.temperature not in (0.0, 1.0) else logits
-        result = self._custom_loss(
-            self.args, _as_dict(batch), scaled.unsqueeze(0), lambda values: reduce(values) * reduce.divisor
-        )
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)):
-            raise BadLossFunction(
-                "the custom loss returned something else than a loss and metrics",
-                evidence=f"it returned {type(result).__name__}",
-                advice="Return (0-d tensor, dict of 0-d tensors) from --custom-loss-function-path.",
-            )
-        loss, metrics = result
-        found = {name: torch.as_tensor(value).detach() / reduce.divisor for name, value in metrics.items()}
+        loss, metrics = self._users.loss(batch, logits, lambda values: reduce(values) * reduce.divisor)
         loss = loss / reduce.divisor
-        return LossOutput(loss, {"loss": loss.detach()} | found)
+        return LossOutput(loss, {"loss": loss.detach()} | {n: value / reduce.divisor for n, value in metrics.items()})
+
+
+def _computed_twice(loss: LossFunction) -> LossFunction:
+    """``--recompute-loss-function``: what the loss would keep for its gradient is computed again then."""
+
+    def wrapped(logits: torch.Tensor, batch: MicroBatch) -> LossOutput:
+        found: dict[str, torch.Tensor] = {}
+
+        def compute(logits: torch.Tensor) -> torch.Tensor:
+            output = loss(logits, batch)
+            found.update({name: value.detach() for name, value in output.metrics.items()})
+            return output.loss
+
+        result: torch.Tensor = checkpoint(compute, logits, use_reentrant=False)
+        return LossOutput(result, dict(found))
+
+    return wrapped
 
 
 def clipped_policy_loss(
@@ -289,27 +276,3 @@ def _column(batch: MicroBatch, name: str, like: torch.Tensor) -> torch.Tensor:
     if not batch.sample_positions:
         return torch.zeros_like(like)
     return torch.cat([values.to(like.dtype) for values in _present(batch, name)])
-
-
-def _as_dict(batch: MicroBatch) -> dict[str, Any]:
-    """As the reference's hooks see a batch."""
-    bounds = batch.cu_seqlens.tolist()
-    samples = [batch.tokens[a:b] for a, b in pairwise(bounds)]
-    return {
-        **batch.columns,
-        "tokens": batch.tokens.unsqueeze(0),
-        "unconcat_tokens": samples[: len(batch.total_lengths)],
-        "total_lengths": batch.total_lengths,
-        "response_lengths": batch.response_lengths,
-        "loss_masks": batch.loss_masks,
-    }
-
-
-def _load(args: Any, name: str) -> Callable[..., Any] | None:
-    path = getattr(args, name, None)
-    if not path:
-        return None
-    from miles.utils.misc import load_function
-
-    function: Callable[..., Any] = load_function(path)
-    return function

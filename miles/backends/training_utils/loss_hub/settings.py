@@ -47,6 +47,8 @@ class LossSettings:
     skip_actor_forward_only: bool
     use_tis: bool
     get_mismatch_metrics: bool
+    recompute: bool
+    observe_entropy: bool
     per_sequence: bool
     use_opsm: bool
     opsm_delta: float
@@ -81,6 +83,8 @@ class LossSettings:
             skip_actor_forward_only=_flag(args, "skip_actor_forward_only"),
             use_tis=_flag(args, "use_tis"),
             get_mismatch_metrics=_flag(args, "get_mismatch_metrics"),
+            recompute=_flag(args, "recompute_loss_function"),
+            observe_entropy=_flag(args, "observe_training_entropy"),
             per_sequence=getattr(args, "advantage_estimator", "grpo") == "gspo",
             use_opsm=_flag(args, "use_opsm"),
             opsm_delta=float(getattr(args, "opsm_delta", None) or 0.0),
