@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from support import rollout_hooks
 from support.cluster import real_cluster
 from support.procs import eventually
 from support.rollout_cases import KEY, adds, make_config, manager, servers, sums
@@ -134,6 +133,7 @@ def test_the_number_of_parameters_and_the_name_of_the_first_tell_the_generation(
 async def test_a_real_process_answers_while_user_code_blocks_and_leaves_nothing_behind(tmp_path):
     """It blocks its loop; then it prints, and leaves a thread and a process behind; then it ends its process."""
     file = tmp_path / "said"
+    go_on = tmp_path / "said.go"
     values = {"user_file": str(file)}
     blocking = config_of(tmp_path, custom_rm_path=HOOKS + "slow_to_wake_rm", **values)
     naughty = blocking | {"custom_rm_path": HOOKS + "naughty_rm", "rollout_batch_size": 1, "n_samples_per_prompt": 1}
@@ -154,7 +154,7 @@ async def test_a_real_process_answers_while_user_code_blocks_and_leaves_nothing_
             assert (await rollout.progress.call_one())["phase"] == "generate"
             assert (await rollout.ledger.call_one()).startswith("4 taken")
             assert time.monotonic() - asked < 2.0
-            Path(f"{file}.go").touch()
+            go_on.touch()
             assert (await call).num_samples == 8
             await rollout.stop()
 

@@ -7,6 +7,7 @@ import asyncio
 import copy
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -385,7 +386,7 @@ async def large_rm(args, sample, **kwargs):
 
 def naughty_rm(args, sample, **kwargs):
     """Prints, leaves a thread and a process behind, in a session of its own."""
-    print("the user's own line")
+    sys.stdout.write("the user's own line\n")
     threading.Thread(target=threading.Event().wait, name="left-behind").start()
     process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     Path(args.user_file).write_text(str(process.pid))
@@ -395,15 +396,20 @@ def naughty_rm(args, sample, **kwargs):
 async def slow_to_wake_rm(args, sample, **kwargs):
     """Blocks the loop until a file is there."""
     if sample.index == 0:
-        Path(args.user_file).write_text("blocked")
-        deadline = time.monotonic() + 30
-        while not Path(args.user_file + ".go").exists() and time.monotonic() < deadline:
-            pass
+        _wait_for_file(args.user_file)
     return 1.0
 
 
+def _wait_for_file(path):
+    Path(path).write_text("blocked")
+    deadline = time.monotonic() + 30
+    while not Path(path + ".go").exists() and time.monotonic() < deadline:
+        pass
+
+
 async def killing_rm(args, sample, **kwargs):
-    print("about to leave", flush=True)
+    sys.stdout.write("about to leave\n")
+    sys.stdout.flush()
     os._exit(7)
 
 
