@@ -22,6 +22,7 @@ from miles.backends.checkpoint_layout import (
     rollout_of,
 )
 from miles.flags.prompt_facts import DataFacts, read_data
+from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
 from miles.utils.eval_config import BadEvalConfig, Entries, read_entries, resolve_entries
 from miles.utils.misc import not_built
 from miles.utils.prompt_columns import Columns
@@ -29,7 +30,7 @@ from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
 
 MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
-WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir")
+WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir", "tensorboard_dir", "wandb_dir")
 NAMED_FILES = ("chat_template_path",)
 HOOKS = (
     "rollout_function_path",
@@ -125,6 +126,7 @@ class Facts:
         gpus: GPUs that this process may use.
         torch_has_cuda: The installed torch is not the CPU build.
         cores: CPU cores that this process may use.
+        tracking: What trackers find.
         default_run_dir: Where a run without ``--run-dir`` writes.
         cwd: What relative paths are relative to.
     """
@@ -142,6 +144,7 @@ class Facts:
     gpu_fault: str = ""
     torch_has_cuda: bool = False
     cores: int = 1
+    tracking: TrackingFacts = field(default_factory=TrackingFacts)
     default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
     cwd: str = "/"
 
@@ -176,6 +179,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         gpu_fault=fault,
         torch_has_cuda=_torch_has_cuda(),
         cores=usable_cores(),
+        tracking=look_at_tracking(values),
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )

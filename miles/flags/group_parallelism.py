@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.flags.flag import Flag, grouped, integer, number, off, refused, switch, text
+from miles.flags.flag import Flag, grouped, integer, off, refused, switch, text
 
 GROUP = "parallelism and memory"
 RECOMPUTE = "not built yet: recomputing the loss"
@@ -147,7 +147,6 @@ FLAGS: tuple[Flag, ...] = (
             text("--extra-high-precision-layers-megatron", [], "layers not quantised", nargs="*"),
             "not built yet: quantised export",
         ),
-        refused(number("--mfu-peak-tflops", None, "peak of the device"), "not built yet: model FLOPs utilisation"),
         refused(
             switch("--fsdp-state-dict-cpu-offload", "gather weights on the CPU"), "weights are gathered one by one"
         ),

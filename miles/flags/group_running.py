@@ -5,7 +5,6 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, path, refused, switch, text
 
 FAULTS = "not built yet: recovery of ranks and engines (--use-fault-tolerance)"
-TRACKERS = "not built yet: trackers other than metrics.jsonl and the console"
 PROFILER = "not built yet: profiling"
 DUMPER = "not built yet: the tensor dumper"
 DASHBOARD = "not built yet: the dashboard"
@@ -38,49 +37,16 @@ _FAULTS: tuple[Flag, ...] = (
     ),
 )
 
-_LOGGING: tuple[Flag, ...] = (
-    *grouped(
-        "logging",
-        "contract",
-        refused(switch("--use-wandb", "Weights and Biases"), TRACKERS),
-        refused(text("--wandb-project", None, "project"), TRACKERS),
-        refused(text("--wandb-group", None, "group"), TRACKERS),
-        integer("--log-interval", 1, "rollouts between lines on the console"),
-        text("--custom-rollout-log-function-path", None, "function that logs rollouts"),
-        text("--custom-eval-rollout-log-function-path", None, "function that logs evaluations"),
-    ),
-    *grouped(
-        "logging",
-        "reference",
-        *(
-            refused(text(f"--wandb-{name}", None, name), TRACKERS)
-            for name in ("mode", "dir", "key", "host", "team", "run-id", "run-name")
-        ),
-        refused(switch("--disable-wandb-random-suffix", "stable name"), TRACKERS),
-        refused(switch("--wandb-always-use-train-step", "axis"), TRACKERS),
-        refused(switch("--log-multi-turn", "statistics of turns"), "not built yet"),
-        switch("--log-passrate", "also measure pass@k"),
-        text("--log-reward-category", None, "shares of the values of this key of dict rewards"),
-        refused(switch("--log-correct-samples", "statistics of correct samples"), "not built yet"),
-        refused(switch("--use-mlflow", "MLflow"), TRACKERS),
-        *(
-            refused(text(f"--mlflow-{name}", None, name), TRACKERS)
-            for name in ("tracking-uri", "experiment-name", "run-name", "run-id")
-        ),
-        refused(switch("--use-tensorboard", "TensorBoard"), TRACKERS),
-        refused(text("--tb-project-name", None, "project"), TRACKERS),
-        refused(text("--tb-experiment-name", None, "experiment"), TRACKERS),
-        refused(switch("--use-prometheus", "Prometheus"), TRACKERS),
-        refused(integer("--prometheus-port", 9090, "port"), TRACKERS),
-        refused(text("--prometheus-run-name", None, "label"), TRACKERS),
-        refused(switch("--use-miles-dashboard", "dashboard"), DASHBOARD),
-        refused(number("--dashboard-flush-interval", 5.0, "seconds"), DASHBOARD),
-        refused(number("--dashboard-gpu-sample-interval", 1.0, "seconds"), DASHBOARD),
-        refused(number("--dashboard-sglang-scrape-interval", 2.0, "seconds"), DASHBOARD),
-        refused(text("--dashboard-sglang-scrape-mode", "auto", "source"), DASHBOARD),
-        refused(text("--dashboard-sglang-metrics", None, "which"), DASHBOARD),
-        refused(switch("--dashboard-forward-prometheus", "push"), DASHBOARD),
-    ),
+_DASHBOARD: tuple[Flag, ...] = grouped(
+    "dashboard",
+    "reference",
+    refused(switch("--use-miles-dashboard", "dashboard"), DASHBOARD),
+    refused(number("--dashboard-flush-interval", 5.0, "seconds"), DASHBOARD),
+    refused(number("--dashboard-gpu-sample-interval", 1.0, "seconds"), DASHBOARD),
+    refused(number("--dashboard-sglang-scrape-interval", 2.0, "seconds"), DASHBOARD),
+    refused(text("--dashboard-sglang-scrape-mode", "auto", "source"), DASHBOARD),
+    refused(text("--dashboard-sglang-metrics", None, "which"), DASHBOARD),
+    refused(switch("--dashboard-forward-prometheus", "push"), DASHBOARD),
 )
 
 _PROFILING: tuple[Flag, ...] = (
@@ -94,7 +60,6 @@ _PROFILING: tuple[Flag, ...] = (
         refused(integer("--profile-step-start", 10, "first step"), PROFILER),
         refused(integer("--profile-step-end", 12, "last step"), PROFILER),
         refused(path("--memory-snapshot-path", "file of the snapshot", default="snapshot.pickle"), PROFILER),
-        refused(path("--tensorboard-dir", "directory of TensorBoard"), TRACKERS),
     ),
     *grouped(
         "profiling",
@@ -172,8 +137,6 @@ _DEBUGGING: tuple[Flag, ...] = (
                 "inject-rollout-data-path",
                 "inject-rollout-data-start-rollout-id",
                 "inject-rollout-data-min-match-ratio",
-                "metric-checker-key",
-                "metric-checker-threshold",
                 "save-grad-norm",
                 "load-grad-norm",
             )
@@ -211,4 +174,4 @@ _OURS: tuple[Flag, ...] = grouped(
     refused(path("--hostfile", "file of machines"), HOSTS),
 )
 
-FLAGS: tuple[Flag, ...] = (*_FAULTS, *_LOGGING, *_PROFILING, *_DEBUGGING, *_HOOKS, *_OURS)
+FLAGS: tuple[Flag, ...] = (*_FAULTS, *_DASHBOARD, *_PROFILING, *_DEBUGGING, *_HOOKS, *_OURS)

@@ -297,9 +297,8 @@ _WORDS: tuple[tuple[str, str], ...] = (
     ("--distributed-timeout-minutes is the deadline of every collective", "distributed-timeout-seconds-after-init"),
     (
         OWN_LOG,
-        "log-params-norm log-throughput log-progress timing-log-level timing-log-option tensorboard-log-interval "
-        "tensorboard-queue-size log-timers-to-tensorboard log-validation-ppl-to-tensorboard "
-        "log-memory-to-tensorboard log-memory-interval log-device-memory-used log-num-zeros-in-grad "
+        "log-params-norm log-progress timing-log-level timing-log-option log-validation-ppl-to-tensorboard "
+        "log-memory-interval log-device-memory-used log-num-zeros-in-grad "
         "no-barrier-with-level-1-timing log-world-size-to-tensorboard logging-level log-energy "
         "run-workload-inspector-server app-tag-run-name app-tag-run-version",
     ),
@@ -307,9 +306,6 @@ _WORDS: tuple[tuple[str, str], ...] = (
         OWN_LOG + " (NVIDIA's one_logger is not among them)",
         "no-one-logger one-logger-project one-logger-run-name one-logger-async",
     ),
-    ("use --wandb-run-name", "wandb-exp-name"),
-    ("use --wandb-dir", "wandb-save-dir"),
-    ("use --wandb-team", "wandb-entity"),
     ("use --use-pytorch-profiler and --profile-target", "profile"),
     ("each rank that --profile-target names is profiled", "profile-ranks"),
     (STRAGGLER, "log-straggler straggler-ctrlr-port straggler-minmax-count disable-straggler-on-startup"),

@@ -41,6 +41,8 @@ _AT_LEAST_1 = (
     "sglang_server_concurrency",
     "sglang_router_request_timeout_secs",
     "log_interval",
+    "tensorboard_log_interval",
+    "tensorboard_queue_size",
     "debug_exit_after_rollout",
     "lr_decay_iters",
     "lr_wsd_decay_iters",
@@ -70,6 +72,7 @@ _AT_LEAST_0 = (
     "eps_clip_high",
     "decoupled_lr",
     "decoupled_min_lr",
+    "prometheus_port",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -81,6 +84,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "adam_beta2": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "attention_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "hidden_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
+    "mfu_peak_tflops": (math.ulp(0.0), _INF, "above 0"),
     "sgd_momentum": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "lr_warmup_fraction": (0, 1, "0 to 1"),
     "load_debug_rollout_data_subsample": (math.ulp(0.0), 1, "above 0, up to 1"),

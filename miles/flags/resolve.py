@@ -17,6 +17,7 @@ from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
+from miles.flags.rules_tracking import resolve_tracking
 from miles.flags.rules_training import resolve_training
 from miles.flags.table import Table
 
@@ -34,6 +35,7 @@ RULES = (
     resolve_eval,
     resolve_checkpoints,
     resolve_training,
+    resolve_tracking,
 )
 """In this order: each reads what those before it wrote."""
 

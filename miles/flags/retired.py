@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from miles.flags.flag import Flag, grouped, integer, number, switch
+from miles.flags.flag import Flag, grouped, integer, number, switch, text
 
 GROUP = "older spellings"
 _ENGINE = "--rollout-num-gpus-per-engine"
@@ -43,6 +43,9 @@ FLAGS: tuple[Flag, ...] = (
         _older(number("--warmup-ratio", None, ""), "--lr-warmup-fraction"),
         _older(integer("--warmup", None, ""), "--lr-warmup-fraction"),
         _older(integer("--batch-size", None, ""), "--micro-batch-size"),
+        _older(text("--wandb-exp-name", None, ""), "--wandb-run-name"),
+        _older(text("--wandb-save-dir", None, ""), "--wandb-dir"),
+        _older(text("--wandb-entity", None, ""), "--wandb-team"),
         _older(integer("--model-parallel-size", None, ""), "--tensor-model-parallel-size"),
     ),
 )

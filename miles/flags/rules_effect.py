@@ -60,7 +60,7 @@ def _asks_remote(draft: Draft) -> bool:
 POLICY = "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path"
 WANDB = (
     "wandb_project wandb_group wandb_mode wandb_dir wandb_key wandb_host wandb_team wandb_run_id wandb_run_name "
-    "disable_wandb_random_suffix"
+    "wandb_random_suffix"
 )
 
 EFFECTS: tuple[Effect, ...] = (
@@ -155,8 +155,19 @@ EFFECTS: tuple[Effect, ...] = (
         _is_set("use_mlflow"),
         "without --use-mlflow",
     ),
-    _needs("tb_project_name tb_experiment_name", _is_set("use_tensorboard"), "without --use-tensorboard"),
-    _needs("prometheus_port prometheus_run_name", _is_set("use_prometheus"), "without --use-prometheus"),
+    _needs(
+        "tb_project_name tb_experiment_name tensorboard_queue_size",
+        _is_set("use_tensorboard"),
+        "without --use-tensorboard",
+    ),
+    _needs(
+        "tensorboard_log_interval",
+        _is_set("use_tensorboard", "use_wandb", "use_mlflow", "use_prometheus"),
+        "without a tracker, such as --use-tensorboard",
+    ),
+    _needs(
+        "prometheus_port prometheus_address prometheus_run_name", _is_set("use_prometheus"), "without --use-prometheus"
+    ),
     _needs("mask_offpolicy_in_partial_rollout", _is_set("partial_rollout"), "without --partial-rollout"),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )

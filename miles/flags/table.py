@@ -18,6 +18,7 @@ from miles.flags import (
     group_reward,
     group_running,
     group_sampling,
+    group_tracking,
     retired,
 )
 from miles.flags.flag import Flag, Plain
@@ -34,6 +35,7 @@ OUR_GROUPS = (
     group_reward,
     group_engines,
     group_running,
+    group_tracking,
     group_architecture,
     retired,
 )

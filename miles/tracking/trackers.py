@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from miles.tracking.tracker import Tracker, TrackerUnusable
+from miles.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,23 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get(key) for name in chosen(config) for key in KINDS[name].settings}
 
 
-def make(name: str) -> Tracker:
-    """The tracker of this name.
+def missing_packages(name: str, config: Mapping[str, Any], variables: Mapping[str, str]) -> list[str]:
+    """What a tracker would import and is not installed; found without importing it."""
+    needed = dict(KINDS[name].packages)
+    uri = config.get("mlflow_tracking_uri") or variables.get("MLFLOW_TRACKING_URI") or "sqlite:"
+    if name == "mlflow" and not str(uri).startswith(("http://", "https://", "databricks")):
+        needed |= DATABASE_PACKAGES
+    return [package for module, package in needed.items() if not is_installed(module)]
 
-    Raises:
-        TrackerUnusable: A package is missing.
-    """
+
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported. A directory that happens to have its name (``wandb`` makes one) is none."""
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
+
+
+def make(name: str) -> Tracker:
+    """The tracker of this name."""
     kind = KINDS[name]
     tracker: Tracker = getattr(importlib.import_module(kind.module), kind.cls)()
-    missing = [package for module, package in kind.packages.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise TrackerUnusable(
-            f"{kind.flag} needs {', '.join(missing)}", advice=f"Install it: pip install 'miles[{kind.extra}]'"
-        )
     return tracker

@@ -47,6 +47,7 @@ READ = {
     "wandb_project": "--use-wandb",
     "mlflow_tracking_uri": "--use-mlflow",
     "tb_project_name": "--use-tensorboard",
+    "tensorboard_log_interval": "--use-tensorboard",
     "prometheus_port": "--use-prometheus",
     "rollout_external_engine_addrs": "--rollout-external",
     "loss_mask_type": "--loss-type sft_loss",

@@ -28,7 +28,7 @@ ON_OR_OFF_ANYWAY = (
     "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion "
     "--no-persist-layer-norm --no-gradient-accumulation-fusion --use-mcore-models --override-opt_param-scheduler "
     "--auto-detect-ckpt-format --use-dist-ckpt --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 "
-    "--use-distributed-optimizer"
+    "--use-distributed-optimizer --log-throughput --log-timers-to-tensorboard --log-memory-to-tensorboard"
 )
 """Taken, because it is what is done."""
 NO_DROPOUT = ["--hidden-dropout", "--attention-dropout"]

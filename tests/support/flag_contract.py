@@ -155,15 +155,11 @@ NOT_BUILT = """\
 --rollout-health-check-first-wait
 --rollout-health-check-interval
 --rollout-health-check-timeout
---use-wandb
---wandb-project
---wandb-group
 --profile-target
 --use-pytorch-profiler
 --profile-step-start
 --profile-step-end
 --memory-snapshot-path
---tensorboard-dir
 """.splitlines()
 """Flags of the contract that are refused for now, or taken with the value that is what is done."""
 
