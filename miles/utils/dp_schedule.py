@@ -108,6 +108,7 @@ def build_dp_schedule(
     """
     cfg = cfg if isinstance(cfg, ScheduleConfig) else _config(cfg)
     steps, num_rollouts, dropped = _steps(args, global_batch_size, rollout_indices)
+    packer = _Packer(args, cfg, by_cost=weights is not None)
     lengths = np.asarray(total_lengths, np.int64)
     costs = lengths if weights is None else np.asarray(weights, np.float64)
     partitions: list[list[int]] = [[] for _ in range(cfg.dp_size)]
@@ -115,30 +116,42 @@ def build_dp_schedule(
     num_microbatches = []
     for samples in steps:
         places = np.array(samples, np.int64)
-        labels, count = _micro_batches(args, cfg, lengths[places], None if weights is None else costs[places])
-        micro_batches = packing.members(labels, count)
-        ranks = _deal(labels, costs[places], count, cfg.dp_size, even=weights is not None or args.balance_data)
-        num_microbatches.append(count // cfg.dp_size)
+        ranks = packer.step(lengths[places], costs[places])
+        num_microbatches.append(len(ranks[0]))
         for rank, mine in enumerate(ranks):
-            for number in mine:
+            for micro_batch in mine:
                 begin = len(partitions[rank])
-                partitions[rank] += [samples[i] for i in micro_batches[number]]
+                partitions[rank] += [samples[i] for i in micro_batch]
                 indices[rank].append(list(range(begin, len(partitions[rank]))))
     return DpSchedule(partitions, indices, num_microbatches, num_rollouts, dropped)
 
 
-def build_forward_schedule(lengths_by_rank: Sequence[Sequence[int]], max_tokens: int, group: int = 1) -> list[Bins]:
+def build_forward_schedule(
+    lengths_by_rank: Sequence[Sequence[int]], max_tokens: int, group: int = 1, like: Sequence[Bins] | None = None
+) -> list[Bins]:
     """Micro-batches of passes without gradient, where steps do not matter: by rank, as places in its partition.
 
-    The same number for all ranks, a multiple of ``group``.
+    The same number for all ranks, a multiple of ``group``. ``like``: those of training, taken if none can be fewer.
     """
     arrays = [np.asarray(lengths, np.int64) for lengths in lengths_by_rank]
+    if like is not None and _fits(like, arrays, max_tokens):
+        fewest = max(packing.fewest_bins(lengths, max_tokens) for lengths in arrays)
+        if len(like[0]) == _round_up(fewest, group):
+            return [[list(micro_batch) for micro_batch in mine] for mine in like]
     found = [packing.pack(lengths, max_tokens, group, at_least=0) for lengths in arrays]
     count = max(number for _, number in found)
     for rank, (lengths, (_, number)) in enumerate(zip(arrays, found, strict=True)):
         if number < count:
             found[rank] = packing.pack(lengths, max_tokens, group, at_least=count)
     return [packing.members(labels, count) for labels, _ in found]
+
+
+def _fits(by_rank: Sequence[Bins], arrays: Sequence[packing.Lengths], max_tokens: int) -> bool:
+    return all(
+        len(micro_batch) <= 1 or lengths[micro_batch].sum() <= max_tokens
+        for mine, lengths in zip(by_rank, arrays, strict=True)
+        for micro_batch in mine
+    )
 
 
 def _config(sizes: Mapping[str, Any]) -> ScheduleConfig:
@@ -165,25 +178,6 @@ def _steps(
     return [[place for rollout in chunk for place in rollout] for chunk in chunks], [len(c) for c in chunks], left
 
 
-def _micro_batches(
-    args: ScheduleArgs, cfg: ScheduleConfig, lengths: packing.Lengths, costs: packing.Weights | None
-) -> tuple[packing.Labels, int]:
-    """Micro-batches of one step over all ranks, a multiple of ``dp_size * group``: which one each sample is in."""
-    align = cfg.dp_size * cfg.group
-    if args.use_dynamic_batch_size:
-        capacity = _capacity(args, cfg)
-        if costs is None:
-            return packing.pack(lengths, capacity, align)
-        count = _round_up(-(-int(lengths.sum()) // capacity), align)
-        return packing.balanced(costs, count), count
-    count = _round_up(-(-len(lengths) // args.micro_batch_size), align)
-    if args.balance_data:
-        return packing.balanced(lengths, count, limit=-(-len(lengths) // count)), count
-    # Consecutive samples, the larger chunks first.
-    size, larger = divmod(len(lengths), count)
-    return np.repeat(np.arange(count), [size + 1] * larger + [size] * (count - larger)), count
-
-
 def _capacity(args: ScheduleArgs, cfg: ScheduleConfig) -> int:
     if not args.max_tokens_per_gpu or args.max_tokens_per_gpu < 1:
         raise BadBatchSizes(
@@ -194,16 +188,76 @@ def _capacity(args: ScheduleArgs, cfg: ScheduleConfig) -> int:
     return args.max_tokens_per_gpu * cfg.cp_size
 
 
-def _deal(labels: packing.Labels, costs: packing.Weights, count: int, dp_size: int, *, even: bool) -> list[list[int]]:
-    """Each rank the same number of micro-batches: every ``dp_size``-th, or such that the costs are even.
+class _Packer:
+    """Packs the samples of a step into micro-batches and deals these to the ranks."""
 
-    Then the costly ones come first on all ranks, so that those that run at the same time are alike.
-    """
-    if not even:
-        return [list(range(rank, count, dp_size)) for rank in range(dp_size)]
-    sums = packing.sums(labels, costs, count)
-    by_rank = packing.members(packing.balanced(sums, dp_size, limit=count // dp_size), dp_size)
-    return [sorted(mine, key=lambda number: (-sums[number], number)) for mine in by_rank]
+    def __init__(self, args: ScheduleArgs, cfg: ScheduleConfig, *, by_cost: bool) -> None:
+        self.dp_size, self.group = cfg.dp_size, cfg.group
+        self.by_cost, self.balance = by_cost, args.balance_data
+        self.capacity = _capacity(args, cfg) if args.use_dynamic_batch_size else None
+        self.micro_batch_size = args.micro_batch_size
+
+    def step(self, lengths: packing.Lengths, costs: packing.Weights) -> list[Bins]:
+        """Each rank's micro-batches, as places in the step: the same number for all, a multiple of the group."""
+        micro_batches, kept = self.pack(lengths, costs, self.dp_size * self.group)
+        if not (self.by_cost or self.balance):
+            return [micro_batches[rank :: self.dp_size] for rank in range(self.dp_size)]
+        sums = np.array([costs[micro_batch].sum() for micro_batch in micro_batches], np.float64)
+        each = len(micro_batches) // self.dp_size
+        labels = packing.balanced(sums, self.dp_size, limit=each)
+        heaviest = float(packing.sums(labels, sums, self.dp_size).max())
+        if ranks := self.ranks_first(lengths, costs, each, heaviest, keep=kept):
+            return ranks
+        # The costly ones first on all ranks, so that those that run at the same time are alike.
+        return [
+            [micro_batches[number] for number in sorted(mine, key=lambda number: -sums[number])]
+            for mine in packing.members(labels, self.dp_size)
+        ]
+
+    def ranks_first(
+        self, lengths: packing.Lengths, costs: packing.Weights, each: int, heaviest: float, *, keep: bool
+    ) -> list[Bins] | None:
+        """The other way around, samples to ranks and then each rank's into ``each`` micro-batches: if ranks come out
+        clearly more even than ``heaviest`` by that, within the budget if that is to be kept. One
+        sample that is like many others asks for that.
+        """
+        slack = packing.TIES * float(costs.sum()) / self.dp_size
+        if heaviest <= max(float(costs.sum()) / self.dp_size, float(costs.max())) + slack:
+            return None  # no way to be better
+        limit = None if self.capacity else self.micro_batch_size * each
+        labels = packing.balanced(costs, self.dp_size, limit)
+        if packing.sums(labels, costs, self.dp_size).max() > heaviest - slack:
+            return None
+        ranks = []
+        for mine in packing.members(labels, self.dp_size):
+            micro_batches, kept = self.pack(lengths[mine], costs[mine], self.group, at_least=each)
+            if len(micro_batches) > each or (keep and not kept):
+                return None
+            micro_batches.sort(key=lambda micro_batch: -float(costs[mine][micro_batch].sum()))
+            ranks.append([[mine[i] for i in micro_batch] for micro_batch in micro_batches])
+        return ranks
+
+    def pack(
+        self, lengths: packing.Lengths, costs: packing.Weights, multiple: int, at_least: int = 1
+    ) -> tuple[Bins, bool]:
+        """Micro-batches, a multiple of ``multiple`` and at least so many, some of them empty if samples are few; and
+        whether they are within the budget."""
+        if self.capacity is None:
+            count = _round_up(max(-(-len(lengths) // self.micro_batch_size), at_least), multiple)
+            return packing.members(self.fixed(lengths, count), count), True
+        if not self.by_cost:
+            return packing.members(*packing.pack(lengths, self.capacity, multiple, at_least)), True
+        count = _round_up(max(-(-int(lengths.sum()) // self.capacity), at_least), multiple)
+        within = packing.heaviest_first_within(costs, lengths, count, self.capacity)
+        labels = packing.heaviest_first(costs, count) if within is None else within
+        return packing.members(labels, count), within is not None
+
+    def fixed(self, lengths: packing.Lengths, count: int) -> packing.Labels:
+        """Equal numbers of samples: consecutive ones, or such that tokens are even."""
+        if self.balance:
+            return packing.balanced(lengths, count, limit=-(-len(lengths) // count))
+        size, larger = divmod(len(lengths), count)
+        return np.repeat(np.arange(count), [size + 1] * larger + [size] * (count - larger))
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -250,21 +250,20 @@ def _schedules(
         return schedule, schedule.micro_batch_indices
     budget = getattr(args, "log_probs_max_tokens_per_gpu", None) or args.max_tokens_per_gpu
     by_rank = [lengths[partition].tolist() for partition in schedule.partitions]
-    return schedule, build_forward_schedule(by_rank, budget * cfg.cp_size, cfg.group)
+    forward = build_forward_schedule(by_rank, budget * cfg.cp_size, cfg.group, like=schedule.micro_batch_indices)
+    return schedule, forward
 
 
 def _tokens_by_step(schedule: DpSchedule, mask_tokens: npt.NDArray[np.float64]) -> list[float]:
     """What per-token losses of each step are divided by. A sample without any trained token counts as one token."""
-    totals = []
-    first = 0
-    for count in schedule.num_microbatches:
-        total = 0.0
-        for partition, micro_batches in zip(schedule.partitions, schedule.micro_batch_indices, strict=True):
-            for micro_batch in micro_batches[first : first + count]:
-                total += float(sum(mask_tokens[partition[i]] for i in micro_batch))
-        totals.append(total)
-        first += count
-    return totals
+    totals = np.zeros(len(schedule.num_microbatches))
+    step_of = np.repeat(np.arange(len(totals)), schedule.num_microbatches)  # of each micro-batch of a rank
+    for partition, micro_batches in zip(schedule.partitions, schedule.micro_batch_indices, strict=True):
+        steps = np.repeat(step_of, [len(micro_batch) for micro_batch in micro_batches])
+        places = [partition[i] for micro_batch in micro_batches for i in micro_batch]
+        totals += np.bincount(steps, weights=mask_tokens[places], minlength=len(totals))
+    as_list: list[float] = totals.tolist()
+    return as_list
 
 
 def _steps(schedule: DpSchedule, rank: int, num_tokens: list[float]) -> list[dict[str, Any]]:

@@ -120,6 +120,14 @@ def test_forward_passes_have_each_sample_once_and_ranks_in_step(lengths, budget,
         assert all(len(m) <= 1 or sum(own[i] for i in m) <= budget for m in mine)
 
 
+def test_forward_passes_take_the_micro_batches_of_training_unless_fewer_would_do():
+    lengths = [[6, 4, 5, 5], [9, 9]]
+    training = [[[0, 2], [1, 3]], [[0], [1]]]
+    assert build_forward_schedule(lengths, 11, like=training) == training
+    assert build_forward_schedule(lengths, 10, like=training) == [[[0, 1], [2, 3]], [[0], [1]]]  # 11 would be too many
+    assert build_forward_schedule(lengths, 20, like=training) == [[[0, 1, 2, 3]], [[0, 1]]]
+
+
 def test_rollouts_that_do_not_fill_a_step_are_named():
     schedule = build_dp_schedule(
         flags(), ScheduleConfig(dp_size=1), [5] * 5, global_batch_size=2, rollout_indices=[0, 1, 2, 3, 4]
@@ -236,17 +244,38 @@ def test_static_micro_batches_are_even_when_balanced_and_consecutive_else():
     assert [sum(lengths[i] for i in micro_batch) for micro_batch in found[True]] == [11] * 4
 
 
-def test_costs_rule_instead_of_tokens_when_given():
-    lengths, costs = [10, 10, 10, 10], [100.0, 1.0, 1.0, 98.0]
+@pytest.mark.parametrize(
+    ("lengths", "costs", "budget", "ranks", "fullest"),
+    [
+        ([10, 10, 10, 10], [100.0, 1.0, 1.0, 98.0], 30, [100.0, 100.0], 30),
+        ([10, 10, 10, 10], [100.0, 1.0, 1.0, 98.0], 20, [99.0, 101.0], 20),  # three together are over the budget
+        ([20, 20, 20], [100.0, 50.0, 50.0], 30, [100.0, 100.0], 40),  # two micro-batches cannot keep to it
+    ],
+)
+def test_costs_rule_within_the_token_budget_if_they_can(lengths, costs, budget, ranks, fullest):
     schedule = build_dp_schedule(
-        flags(max_tokens_per_gpu=20),
+        flags(max_tokens_per_gpu=budget),
         ScheduleConfig(dp_size=2),
         lengths,
-        global_batch_size=4,
-        rollout_indices=list(range(4)),
+        global_batch_size=len(lengths),
+        rollout_indices=list(range(len(lengths))),
         weights=costs,
     )
-    assert sorted(sum(costs[i] for i in partition) for partition in schedule.partitions) == [100.0, 100.0]
+    assert sorted(sum(costs[i] for i in partition) for partition in schedule.partitions) == ranks
+    assert max(len(m) * lengths[0] for mine in schedule.micro_batch_indices for m in mine) == fullest
+
+
+def test_one_giant_has_a_rank_that_is_otherwise_nearly_idle():
+    lengths = [100, *[10] * 30]
+    schedule = build_dp_schedule(
+        flags(balance_data=True, max_tokens_per_gpu=40),
+        ScheduleConfig(dp_size=4),
+        lengths,
+        global_batch_size=31,
+        rollout_indices=list(range(31)),
+    )
+    assert sorted(sum(lengths[i] for i in partition) for partition in schedule.partitions) == [100, 100, 100, 100]
+    assert schedule.num_microbatches == [3]
 
 
 def test_a_schedule_unpacks_and_takes_sizes_as_a_mapping():
