@@ -9,7 +9,6 @@ Who is not installed is named and left out. The exit code says whether all sched
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +61,6 @@ def _run(make: Callable[[Lengths, Size], Schedule], given: Lengths, size: Size, 
     seconds = []
     schedule: Schedule = []
     for _ in range(rounds):
-        gc.collect()
         began = time.perf_counter()
         schedule = make(given, size)
         seconds.append(time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""The packing benchmark on few samples: its figures on schedules that were worked out by hand, its tables, its command."""
+"""The packing benchmark on few samples: its figures on schedules worked out by hand, its tables, its command."""
 
 import numpy as np
 import pytest
