@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.flags.problems import FlagProblems, Problem, ResolverFailed
+from miles.tracking.secrets import as_variables, cover_argument, split_argv
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from miles_agents.errors import MilesError
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         return show_help(arguments)
+    for secret in split_argv(arguments)[1].values():
+        cover_argument(secret)
     _find_user_code()
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -128,11 +131,11 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
     Raises:
         ResolverFailed: It crashed, or did not answer in time.
     """
-    command = [sys.executable, "-m", "miles.flags", *argv]
+    words, secrets = split_argv(argv)
+    command = [sys.executable, "-m", "miles.flags", *words]
+    env = {**_environment(), **as_variables(secrets)}
     try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=timeout_s, env=_environment()
-        )
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s, env=env)
     except subprocess.TimeoutExpired as late:
         raise _failed(f"it did not answer in {timeout_s:g} s", late.stderr) from None
     try:

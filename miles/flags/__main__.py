@@ -18,6 +18,7 @@ from miles.flags.parse import parse
 from miles.flags.resolve import with_defaults
 from miles.flags.table import table
 from miles.flags.user_arguments import user_help
+from miles.tracking.secrets import take_variables
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED
 from miles_agents.errors import ConfigError, MilesError, UserCodeError
 
@@ -54,7 +55,7 @@ def main() -> None:
     """Answer on the real stdout; whatever user code prints goes to stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
-        out.write(json.dumps(answer(sys.argv[1:])) + "\n")
+        out.write(json.dumps(answer([*sys.argv[1:], *take_variables(os.environ)])) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,21 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             else:
                 found[name] = following
     return words, found
+
+
+def as_variables(found: Mapping[str, str]) -> dict[str, str]:
+    """Secrets by flag as variables for a process of ours: unlike command lines, only their user can read them."""
+    return {_variable(flag): value for flag, value in found.items()}
+
+
+def take_variables(environment: MutableMapping[str, str]) -> list[str]:
+    """Inverse of ``as_variables``, as words of a command line. The variables are gone afterwards."""
+    found = [(flag, environment.pop(_variable(flag), None)) for flag in SECRET_FLAGS]
+    return [f"{flag}={value}" for flag, value in found if value is not None]
+
+
+def _variable(flag: str) -> str:
+    return "MILES_SECRET_" + flag.strip("-").replace("-", "_").upper()
 
 
 def cover_argument(secret: str, *, proc: Path = Path("/proc/self")) -> bool:
