@@ -91,11 +91,10 @@ class TrainingLoop:
 
     async def _run(self) -> Outcome:
         config, parts = self.config, self.parts
-        cadence = Cadence(
-            eval_interval=config["eval_interval"] if parts.fleet is not None else None,
-            save_interval=config["save_interval"] if self.trainer is not None else None,
-            saves_last=bool(config["save"]) and self.trainer is not None,
-            eval_before_train=not config["skip_eval_before_train"],
+        cadence = Cadence.of(
+            config,
+            trains=self.trainer is not None,
+            generates=parts.fleet is not None,
             num_rollout_per_epoch=parts.num_rollout_per_epoch,
         )
         if self.trainer is not None and parts.fleet is not None:
@@ -142,7 +141,7 @@ class TrainingLoop:
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
         self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics)
-        if rollout_id % self.config["log_interval"] == 0 or iteration.is_last:
+        if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
             await self._evaluate(rollout_id, rollout_id + 1)

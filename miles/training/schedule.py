@@ -7,19 +7,35 @@ the last iteration. ``--save`` without an interval saves the last one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often, in iterations. None: never, but for ``saves_last``."""
+    """How often, in iterations. None: never, but for ``saves_last``. ``log_interval`` is for lines on the console."""
 
     eval_interval: int | None = None
     save_interval: int | None = None
     saves_last: bool = False
     eval_before_train: bool = True
     num_rollout_per_epoch: int | None = None
+    log_interval: int = 1
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], *, trains: bool, generates: bool, num_rollout_per_epoch: int | None = None
+    ) -> Cadence:
+        """What the flags ask for, of a run that has a trainer, engines, or both."""
+        return cls(
+            eval_interval=config["eval_interval"] if generates else None,
+            save_interval=config["save_interval"] if trains else None,
+            saves_last=bool(config["save"]) and trains,
+            eval_before_train=not config["skip_eval_before_train"],
+            num_rollout_per_epoch=num_rollout_per_epoch,
+            log_interval=config["log_interval"],
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Iteration:
     save: bool
     evaluate_after: bool
     is_last: bool
+    is_told: bool = True
 
 
 def iterations(cadence: Cadence, *, start: int, num_rollout: int, stop_after: int | None = None) -> Iterator[Iteration]:
@@ -53,6 +70,7 @@ def iterations(cadence: Cadence, *, start: int, num_rollout: int, stop_after: in
             or (cadence.saves_last and is_last),
             evaluate_after=_is_due(cadence.eval_interval, rollout_id, cadence.num_rollout_per_epoch, is_last),
             is_last=is_last,
+            is_told=is_last or rollout_id % cadence.log_interval == 0,
         )
 
 

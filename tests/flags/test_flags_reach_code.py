@@ -36,12 +36,14 @@ def ranks():
         yield
 
 
-def count_layers(path, kind, changed):
-    """How often layers ran forward in one training step, and the weights after it."""
+def build(path, kind, changed):
+    """Flags, backend, and the train data of its only rank."""
     cases = megatron_cases if kind == "megatron" else backend_cases
     args = cases.backend_args(path)
-    vars(args).update(vars(flags()), **changed, use_kl_loss=False, skip_actor_forward_only=True, seed=1)
-    vars(args).update(optimizer="sgd", sgd_momentum=0.0, lr=0.1, global_batch_size=8, num_steps_per_rollout=1)
+    vars(args).update(vars(flags()), use_kl_loss=False, skip_actor_forward_only=True, seed=1)
+    vars(args).update(
+        **changed, optimizer="sgd", sgd_momentum=0.0, lr=0.1, global_batch_size=8, num_steps_per_rollout=1
+    )
     if kind == "megatron":
         backend = megatron_cases.MegatronBackend(args)
     else:
@@ -50,11 +52,16 @@ def count_layers(path, kind, changed):
         backend = FSDPBackend(args)
     backend.init()
     data = {name: column for name, column in random_train_data(3, vocab=300).items() if "log_probs" not in name}
+    return args, backend, split_train_data(args, data)[0]
+
+
+def count_layers(path, kind, changed):
+    """How often layers ran forward in one training step, and the weights after it."""
+    args, backend, part = build(path, kind, changed)
     ran = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: ran.append(1) if type(module).__name__ in {"MLP", "Qwen3MLP"} else None
     )
-    part = split_train_data(args, data)[0]
     RolloutTrainer(args, backend, Timers(backend.device)).train(0, lambda: part)
     handle.remove()
     return len(ran), {name: tensor.clone() for name, tensor in backend.hf_weights()}
@@ -75,3 +82,16 @@ def test_recomputation_runs_layers_twice_and_changes_no_number(ranks, kind, chan
     assert twice == 2 * once
     for name, tensor in weights.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def metrics_of(path, changed):
+    args, backend, part = build(path, "megatron", {"skip_actor_forward_only": False, **changed})
+    return RolloutTrainer(args, backend, Timers(backend.device)).train(0, lambda: part)
+
+
+@pytest.mark.full
+def test_entropy_is_measured_before_training_on_request(ranks):
+    path = tiny_model("qwen3")
+    without, found = (run_ranks(1, metrics_of, path, {"use_rollout_entropy": wanted})[0] for wanted in (False, True))
+    assert "rollout/entropy" not in without
+    assert 0 < found["rollout/entropy"] < 10

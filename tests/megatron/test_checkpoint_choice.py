@@ -213,3 +213,17 @@ def test_a_write_that_fails_on_one_rank_is_told_on_all(model, tmp_path, limited_
     assert all("could not be written" in text and "E-CKPT-004" in text for text in told)
     assert "File too large" in told[0], told[0]
     assert not (tmp_path / TRACKER).exists()
+
+
+def next_random(path, changed):
+    make_backend(path, **changed)
+    return torch.rand(3)
+
+
+def test_generators_are_taken_over_unless_told(model, tmp_path):
+    run_ranks(1, saved_run, model, tmp_path, {}, [0])
+    fresh = run_ranks(1, next_random, model, {})[0]
+    taken = run_ranks(1, next_random, model, {"load": str(tmp_path)})[0]
+    left = run_ranks(1, next_random, model, {"load": str(tmp_path), "no_load_rng": True})[0]
+    assert torch.equal(left, fresh)
+    assert not torch.equal(taken, fresh)
