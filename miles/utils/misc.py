@@ -34,7 +34,6 @@ NOT_BUILT = {
     "miles.rollout.generate_utils.tool_call_utils": "generation with tools",
     "miles.rollout.on_policy_distillation": "on-policy distillation",
     "miles.rollout.session": "the session server",
-    "miles.rollout.rm_hub": "this reward",
     "miles.backends.training_utils.loss_hub.opd": "on-policy distillation",
     "miles.router": "a router other than SGLang's",
     "miles_plugins": "plugins",

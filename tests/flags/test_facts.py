@@ -168,7 +168,6 @@ class TestHooks:
             ("nowhere_at_all.x", "no module"),
             ("json.none.x", ""),
             ("miles.rollout.generate_hub.multi_turn.generate", "not built yet: generation in several turns"),
-            ("miles.rollout.rm_hub.gpqa.reward", "not built yet: this reward"),
             ("miles.router.router.MilesRouter", "not built yet"),
             ("miles_plugins.models.x", "not built yet"),
             ("miles.rollout.nonsense.x", "no module"),

@@ -106,8 +106,7 @@ async def test_an_evaluation_by_the_users_function(tmp_path):
         ({"dynamic_sampling_filter_path": HOOKS + "failing_filter"}, HookFailed, "no filter today"),
         ({"custom_rm_path": HOOKS + "leaving_rm"}, HookFailed, "raised SystemExit: 3"),
         ({"custom_rm_path": HOOKS + "cancelled_rm"}, BadHookResult, "was cancelled by code in it"),
-        ({"rm_type": "dapo"}, NoReward, "not built yet"),
-        ({"rm_type": "maths"}, NoReward, "is no reward"),
+        ({"rm_type": "maths"}, NoReward, "Did you mean math"),
         ({"rm_type": None}, NoReward, "neither --rm-type nor --custom-rm-path"),
     ],
 )

@@ -1,68 +1,168 @@
-"""Rewards: ``async_rm`` for a sample, ``batched_async_rm`` for several; ``--rm-type``, ``--custom-rm-path`` choose."""
+"""Rewards: ``async_rm`` for a sample, ``batched_async_rm`` for several; ``--rm-type``, ``--custom-rm-path`` choose.
+
+docs/rewards.md says what each of them reads, compares and returns.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from miles.rollout.hooks import Hook, load_hook
-from miles.rollout.rm_hub.math_text import last_boxed
-from miles.rollout.rm_hub.math_utils import math_reward
-from miles.utils.http_utils import http_client
+from miles.rollout.rm_hub.deepscaler import deepscaler_reward, gemma_math_reward
+from miles.rollout.rm_hub.f1 import f1_score
+from miles.rollout.rm_hub.gpqa import compute_gpqa_reward
+from miles.rollout.rm_hub.math_dapo_utils import compute_score
+from miles.rollout.rm_hub.math_utils import extract_answer, math_reward
+from miles.rollout.rm_hub.remote import ask, budget_of, remote_rm
 from miles.utils.types import Sample
 from miles_agents.errors import ConfigError
 
-BUILT = ("math", "random", "deterministic_random", "remote_rm")
-NOT_BUILT = ("dapo", "deepscaler", "gemma_math", "f1", "gpqa", "ifbench")
-REMOTE_RETRIES = 10
-REMOTE_DEADLINE_S = 600.0
+__all__ = ["BadLabel", "NoReward", "async_rm", "batched_async_rm", "deterministic_random", "remote_rm"]
 
 
-class NoReward(ConfigError):
+class NoReward(ConfigError, NotImplementedError):
     """No reward is chosen, or one that there is not."""
 
     code = "E-ROLL-009"
 
 
+class BadLabel(ConfigError, ValueError):
+    """A row of the data has a label that its reward cannot use."""
+
+    code = "E-ROLL-020"
+
+
 async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Any:
     """The reward of a sample: a number, or a dict of them.
 
-    The sample's ``reward_spec`` comes first, then ``--custom-rm-path``, ``metadata["rm_type"]`` and ``--rm-type``.
+    A custom function comes first: that of the sample's ``reward_spec``, or ``--custom-rm-path``. Else the type is that
+    of ``reward_spec``, or of ``metadata["rm_type"]``, or ``--rm-type``. With ``boxed_`` before a type, the response is
+    what its last box holds.
 
     Raises:
-        NoReward: None is chosen, or one that is not built.
+        NoReward: None is chosen, or one that there is not.
+        BadLabel: The label cannot be compared with.
+        NoRemoteReward, RequestRefused: Of ``remote_rm``.
+        NoGrader: Processes cannot be started.
         HookFailed: The user's function raised.
     """
     spec = sample.reward_spec
     path = (spec.custom_rm_path if spec else None) or args.custom_rm_path
     if path:
         return await _custom(path)(args, sample, **kwargs)
-    kind = ((spec.rm_type if spec else None) or sample.metadata.get("rm_type") or args.rm_type or "").strip()
+    kind, origin = _kind_of(args, sample)
     response = sample.response
-    if kind.startswith("boxed_"):
-        response, kind = last_boxed(response) or "", kind.removeprefix("boxed_")
-    return await _built_in(args, kind, sample, response)
+    reward = kind.removeprefix("boxed_")
+    if reward != kind:
+        response = extract_answer(response) or ""
+    if reward not in REWARDS:
+        raise _no_such(kind, origin, sample)
+    try:
+        return await REWARDS[reward](args, sample, response)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _bad_label(kind, origin, sample, error) from error
 
 
-async def _built_in(args: Any, kind: str, sample: Sample, response: str) -> Any:
-    if kind == "math":
-        return await math_reward(response, sample.label)
-    if kind == "random":
-        return random.randint(0, 1)  # noqa: S311
-    if kind == "deterministic_random":
-        return deterministic_random(sample, response)
-    if kind == "remote_rm":
-        return await remote_rm(args, sample)
-    raise NoReward(
-        f"--rm-type {kind} is not built yet" if kind in NOT_BUILT else f"--rm-type {kind!r} is no reward",
-        evidence=f"built are: {', '.join(BUILT)}"
-        + ("" if kind else "; neither --rm-type nor --custom-rm-path is given"),
-        advice="Choose one of them, or give --custom-rm-path a function of your own.",
+def _kind_of(args: Any, sample: Sample) -> tuple[str, str]:
+    """The type of a sample's reward, and who says so."""
+    metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
+    found = (
+        (sample.reward_spec.rm_type if sample.reward_spec else None, "Sample.reward_spec.rm_type"),
+        (metadata.get("rm_type"), 'metadata["rm_type"]'),
+        (args.rm_type, "--rm-type"),
+    )
+    kind, origin = next(((kind, origin) for kind, origin in found if kind), ("", "--rm-type"))
+    return str(kind).strip(), origin
+
+
+async def _math(args: Any, sample: Sample, response: str) -> int:
+    return await math_reward(response, sample.label)
+
+
+async def _deepscaler(args: Any, sample: Sample, response: str) -> int:
+    return await deepscaler_reward(response, sample.label)
+
+
+async def _gemma_math(args: Any, sample: Sample, response: str) -> int:
+    return await gemma_math_reward(response, sample.label)
+
+
+async def _dapo(args: Any, sample: Sample, response: str) -> dict[str, Any]:
+    return compute_score(response, sample.label)
+
+
+async def _f1(args: Any, sample: Sample, response: str) -> float:
+    return f1_score(response, sample.label)[0]
+
+
+async def _gpqa(args: Any, sample: Sample, response: str) -> float:
+    return compute_gpqa_reward(response, sample.label, sample.metadata)
+
+
+async def _remote(args: Any, sample: Sample, response: str) -> Any:
+    return await ask(args.rm_url, sample, response, budget_of(args))
+
+
+async def _random(args: Any, sample: Sample, response: str) -> int:
+    return random.randint(0, 1)  # noqa: S311
+
+
+async def _deterministic_random(args: Any, sample: Sample, response: str) -> int:
+    return deterministic_random(sample, response)
+
+
+REWARDS: dict[str, Callable[[Any, Sample, str], Awaitable[Any]]] = {
+    "math": _math,
+    "deepscaler": _deepscaler,
+    "gemma_math": _gemma_math,
+    "dapo": _dapo,
+    "f1": _f1,
+    "gpqa": _gpqa,
+    "remote_rm": _remote,
+    "random": _random,
+    "deterministic_random": _deterministic_random,
+}
+"""By ``--rm-type``: what is called with args, sample, and the response or what its last box holds. The same names as in
+``miles.flags.group_reward``, where flags are checked."""
+
+
+def _no_such(kind: str, origin: str, sample: Sample) -> NoReward:
+    near = difflib.get_close_matches(kind.removeprefix("boxed_"), REWARDS, 1, 0.5)
+    where = "" if origin == "--rm-type" else f" of {_which(sample)}"
+    return NoReward(
+        f"{origin} {kind!r}{where} is no reward" if kind else "no reward is chosen",
+        evidence=f"there are: {', '.join(REWARDS)}; also with boxed_ before it"
+        + ("" if kind else "; neither --rm-type nor --custom-rm-path is given, nor an rm_type in the row's metadata"),
+        advice=f"Did you mean {near[0]}? Or give --custom-rm-path a function of your own."
+        if near
+        else "Choose one of them, or give --custom-rm-path a function of your own.",
         flag="--rm-type",
     )
+
+
+def _bad_label(kind: str, origin: str, sample: Sample, error: ValueError) -> BadLabel:
+    chosen = f"--rm-type {kind}" if origin == "--rm-type" else f"{kind} ({origin})"
+    return BadLabel(
+        f"the label of {_which(sample)} cannot be used by {chosen}: {error}",
+        evidence=f"the label is {_shown(sample.label)}; the prompt begins {_shown(sample.prompt)}",
+        advice="Correct this row of the data, give --label-key the right column, or choose another reward.",
+        flag="--label-key",
+    )
+
+
+def _which(sample: Sample) -> str:
+    return f"sample {sample.index} of prompt group {sample.group_index}"
+
+
+def _shown(value: Any) -> str:
+    return f"{str(value)[:200]!r}" if isinstance(value, str) else f"a {type(value).__name__}: {str(value)[:200]}"
 
 
 async def batched_async_rm(
@@ -84,12 +184,22 @@ async def batched_async_rm(
 
 async def _rewards(args: Any, samples: Sequence[Sample], kwargs: dict[str, Any]) -> list[Any]:
     if not args.custom_rm_path:
-        return list(await asyncio.gather(*(async_rm(args, sample, **kwargs) for sample in samples)))
+        return await _each(args, samples, kwargs)
     hook = _custom(args.custom_rm_path)
     rewards = await hook(args, samples, **kwargs)
     if not hasattr(rewards, "__len__") or isinstance(rewards, dict) or len(rewards) != len(samples):
         raise hook.bad_result(rewards, f"a list of {len(samples)} rewards, one for each sample that it was given")
     return list(rewards)
+
+
+async def _each(args: Any, samples: Sequence[Sample], kwargs: dict[str, Any]) -> list[Any]:
+    """One after the other would wait for each grader and server; the first error ends all of them."""
+    tasks = [asyncio.ensure_future(async_rm(args, sample, **kwargs)) for sample in samples]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _custom(path: str) -> Hook:
@@ -98,18 +208,7 @@ def _custom(path: str) -> Hook:
     return hook
 
 
-async def remote_rm(args: Any, sample: Sample, **kwargs: Any) -> Any:
-    """What ``--rm-url`` answers to ``{"prompt", "response", "label"}``; passing troubles are retried.
-
-    Raises:
-        RequestFailed, RequestRefused.
-    """
-    payload = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}
-    return await http_client().request(
-        "POST", args.rm_url, payload, max_retries=REMOTE_RETRIES, deadline_s=REMOTE_DEADLINE_S
-    )
-
-
 def deterministic_random(sample: Sample, response: str) -> int:
     """0 or 1, by a hash of tokens and response."""
-    return hashlib.sha256((str(sample.tokens) + response).encode()).digest()[0] % 2
+    text = str(sample.tokens) + response
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2

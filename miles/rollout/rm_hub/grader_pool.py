@@ -1,7 +1,8 @@
 """Processes that grade, with a deadline: one that is too slow, or dies, is replaced; its answer counts as wrong.
 
 Consumes pairs of answers; produces verdicts. Waits for a grader, for at most the deadline. Invariants: an answer that
-makes a grader hang or die costs that grader only; the caller's loop is never blocked.
+makes a grader hang or die costs that grader only; an answer that did so twice is not tried again; the caller's loop is
+never blocked; no grader outlives the pool, nor its process.
 """
 
 from __future__ import annotations
@@ -15,22 +16,36 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from miles_agents.errors import EnvironmentFault
 
 logger = logging.getLogger(__name__)
 DEADLINE_S = 5.0
 START_TIMEOUT_S = 60.0
+STARTS = 3
+KEPT = 20_000
+MOST_LOSSES = 2
+COMMAND = (sys.executable, "-m", "miles.rollout.rm_hub.grader")
+
+
+class NoGrader(EnvironmentFault):
+    """No grading process can be started."""
+
+    code = "E-ROLL-018"
 
 
 class Grader:
     """One process. Used by one thread at a time."""
 
-    def __init__(self) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and os.path.isdir(path))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "miles.rollout.rm_hub.grader"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env,
         )  # fmt: skip
         self._left = b""
         self.pid = self._process.pid
@@ -41,7 +56,7 @@ class Grader:
         request = json.dumps({"given": given, "expected": expected, "deadline_s": deadline_s}) + "\n"
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(request.encode())
+            self._process.stdin.write(request.encode())  # shorter than a pipe holds, so that it does not wait
         except OSError:
             return None
         answer = self._read(deadline_s)
@@ -63,73 +78,140 @@ class Grader:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def close(self) -> None:
-        """End the process."""
+    def kill(self) -> None:
+        """End the process. Whoever reads its answer gets none. From any thread."""
+        self._process.kill()
+
+    def close(self) -> int:
+        """End the process and forget it: its exit code, negative for a signal, 0 if it had to be ended."""
+        code = self._process.poll()
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        return code or 0
 
 
 class GraderPool:
     """See the module's docstring."""
 
-    def __init__(self, size: int = 0, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, size: int = 0, deadline_s: float = DEADLINE_S, command: Sequence[str] = COMMAND) -> None:
         self.size = size or max(1, min(4, os.cpu_count() or 1))
         self.deadline_s = deadline_s
         self.num_lost = 0
+        self._command = command
         self._idle: list[Grader] = []
+        self._busy: set[Grader] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._known: OrderedDict[tuple[str, str], bool | int] = OrderedDict()
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="grading")
 
     async def equal(self, given: str, expected: str) -> bool:
-        """Whether two answers are equal by algebra; False if that cannot be told in time."""
+        """Whether two answers are equal by algebra; False if that cannot be told in time.
+
+        Raises:
+            NoGrader.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._equal, given, expected)
 
+    def equal_now(self, given: str, expected: str) -> bool:
+        """``equal`` for ordinary code: it waits."""
+        return self._threads.submit(self._equal, given, expected).result()
+
     def _equal(self, given: str, expected: str) -> bool:
+        pair = (given, expected)
         with self._lock:
-            grader = self._idle.pop() if self._idle else None
-        grader = grader or Grader()
-        verdict = grader.ask(given, expected, self.deadline_s) if grader.is_ready else None
-        if verdict is None:
-            self.num_lost += 1
-            logger.warning("no verdict within %.1f s on the answer %.100r; it counts as wrong", self.deadline_s, given)
-            grader.close()
+            known = self._known.get(pair, 0)
+        if known is True or known is False:
+            return known
+        if known >= MOST_LOSSES:
             return False
+        grader = self._grader()
+        if grader is None:
+            return False
+        verdict = grader.ask(given, expected, self.deadline_s)
         with self._lock:
-            if not self._closed:
+            self._busy.discard(grader)
+            self._remember(pair, known + 1 if verdict is None else verdict)
+            keep = verdict is not None and not self._closed
+            if keep:
                 self._idle.append(grader)
-                return verdict
-        grader.close()
-        return verdict
+        if not keep:
+            code = grader.close()
+            if verdict is None and not self._closed:
+                self._tell_lost(given, code)
+        return bool(verdict)
+
+    def _remember(self, pair: tuple[str, str], verdict: bool | int) -> None:
+        self._known[pair] = verdict
+        if len(self._known) > KEPT:
+            self._known.popitem(last=False)
+
+    def _tell_lost(self, given: str, code: int) -> None:
+        with self._lock:
+            self.num_lost += 1
+            count = self.num_lost
+        if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: a policy may produce thousands of these
+            how = f"took longer than {self.deadline_s:.1f} s" if not code else f"ended its grader ({code})"
+            logger.warning("the answer %.100r %s and counts as wrong (%d such answers so far)", given, how, count)
+
+    def _grader(self) -> Grader | None:
+        """One for this thread, from now on busy; None: the pool is closed."""
+        for _ in range(STARTS):
+            with self._lock:
+                if self._closed:
+                    return None
+                if self._idle:
+                    grader = self._idle.pop()
+                    self._busy.add(grader)
+                    return grader
+            grader = Grader(self._command)
+            if grader.is_ready:
+                with self._lock:
+                    self._busy.add(grader)
+                return grader
+            code = grader.close()
+        raise NoGrader(
+            "no process for grading can be started",
+            evidence=f"{' '.join(self._command)}: {STARTS} attempts; the last "
+            + (f"ended with {code}" if code else f"was not ready within {START_TIMEOUT_S:.0f} s"),
+            advice="Look at this process's log: the grader's own message is there. Memory is the usual reason.",
+        )
 
     def pids(self) -> list[int]:
-        """Of the graders that wait for work."""
+        """Of all graders."""
         with self._lock:
-            return [grader.pid for grader in self._idle]
+            return [grader.pid for grader in (*self._idle, *self._busy)]
 
     def close(self) -> None:
-        """End all graders."""
+        """End all graders. Answers that are being graded count as wrong."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            for grader in self._busy:
+                grader.kill()
         for grader in idle:
             grader.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 _pool: GraderPool | None = None
+_owner = 0
+_left_behind: list[GraderPool] = []
 _pool_lock = threading.Lock()
 
 
 def grader_pool() -> GraderPool:
     """The pool of this process, made on first use."""
-    global _pool
+    global _pool, _owner
     with _pool_lock:
+        if _pool is not None and _owner != os.getpid():
+            _left_behind.append(_pool)  # forked: its pipes belong to the parent
+            _pool = None
         if _pool is None:
-            _pool = GraderPool()
+            _pool, _owner = GraderPool(), os.getpid()
         return _pool
 
 
@@ -138,5 +220,5 @@ def close_grader_pool() -> None:
     global _pool
     with _pool_lock:
         pool, _pool = _pool, None
-    if pool is not None:
+    if pool is not None and _owner == os.getpid():
         pool.close()
