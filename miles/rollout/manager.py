@@ -37,7 +37,9 @@ from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
 from miles.utils.http_utils import close_http_client
+from miles.utils.metric_utils import numbers_of
 from miles.utils.misc import SingletonMeta
+from miles.utils.tracking_utils import take_logged
 from miles.utils.train_data import split_train_data
 from miles.utils.types import Sample
 from miles_agents import Actor, Ref, endpoint, store
@@ -289,8 +291,8 @@ class RolloutManager(Actor):
         if hook is not None:
             samples = [sample for group in groups for sample in flat(group)]
             if await hook(rollout_id, self.args, samples, extra, rollout_time):
-                return {}
-        return rollout_metrics(self.args, groups, rollout_time) | _numbers(extra)
+                return take_logged()
+        return rollout_metrics(self.args, groups, rollout_time) | numbers_of(extra) | take_logged()
 
     async def _ship(self, rollout_id: int, groups: list[Group]) -> tuple[list[Ref], int, int]:
         """Train data of the groups, a part for each data-parallel rank, into the store.
@@ -332,8 +334,8 @@ class RolloutManager(Actor):
         extra = output.metrics or {}
         log = load_hook(self.args.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path")
         if log is not None and await log(rollout_id, self.args, data, extra):
-            return EvalResult({}, eval_examples(data))
-        return EvalResult(eval_metrics(self.args, data) | _numbers(extra), eval_examples(data))
+            return EvalResult(take_logged(), eval_examples(data))
+        return EvalResult(eval_metrics(self.args, data) | numbers_of(extra) | take_logged(), eval_examples(data))
 
     def _counters(self) -> dict[str, Any]:
         return {"weight_version": self.weight_version}
@@ -345,8 +347,3 @@ def _are_groups(groups: Any) -> bool:
         and bool(groups)
         and all(isinstance(g, list) and g and all(isinstance(s, Sample) for s in flat(g)) for g in groups)
     )
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Those that are numbers: others cannot be drawn."""
-    return {str(name): float(value) for name, value in metrics.items() if isinstance(value, int | float)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from miles.utils.types import Sample, SampleStatus
 
 NUM_EXAMPLES = 4
 _MAX_TEXT = 2000
+MAX_CATEGORIES = 50
+_MAX_NAME = 80
 
 
 def rollout_metrics(args: Any, groups: Sequence[Group], rollout_time: float) -> dict[str, float]:
@@ -28,6 +31,10 @@ def rollout_metrics(args: Any, groups: Sequence[Group], rollout_time: float) -> 
     if getattr(args, "log_passrate", False):
         rates = compute_pass_rate(rewards, args.n_samples_per_prompt, len(groups))
         metrics |= dict_add_prefix(rates, "passrate/")
+    if getattr(args, "log_multi_turn", False):
+        metrics |= dict_add_prefix(_multi_turn(args, samples), "multi_turn/")
+    if getattr(args, "log_correct_samples", False):
+        metrics |= dict_add_prefix(_correct_samples(args, samples), "rollout/correct_samples/")
     return metrics | _performance(args, samples, rollout_time)
 
 
@@ -61,8 +68,50 @@ def _reward_categories(args: Any, samples: Sequence[Sample]) -> dict[str, float]
     key = getattr(args, "log_reward_category", None)
     if not key:
         return {}
-    counts = Counter(str(s.reward.get(key)) for s in samples if isinstance(s.reward, dict))
-    return {f"error_cat/{name}": count / len(samples) for name, count in counts.items()}
+    counts = Counter(str(s.reward.get(key))[:_MAX_NAME] for s in samples if isinstance(s.reward, dict))
+    shares = {f"error_cat/{name}": count / len(samples) for name, count in counts.most_common(MAX_CATEGORIES)}
+    if rest := counts.total() - sum(count for _, count in counts.most_common(MAX_CATEGORIES)):
+        shares["error_cat/(others)"] = rest / len(samples)
+    return shares
+
+
+def _multi_turn(args: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """Lengths with and without what tools and environments said, and how many turns the model had."""
+    if not samples:
+        return {}
+    limit = getattr(args, "rollout_max_response_len", None) or math.inf
+    found: dict[str, float] = {}
+    for name, values in (
+        ("raw_response_length/response_length", [s.response_length for s in samples]),
+        ("wo_obs_response_length/response_length", [s.effective_response_length for s in samples]),
+        ("multi_turn_metric/round_number", [turns(s) for s in samples]),
+    ):
+        statistics = compute_statistics(values)
+        found |= {f"{name}_{which}": statistics[which] for which in ("mean", "max", "min")}
+    clipped = [s.response_length >= limit for s in samples]
+    return found | {"raw_response_length/response_length_clip_ratio": float(np.mean(clipped))}
+
+
+def turns(sample: Sample) -> int:
+    """``metadata["round_number"]`` if a generate function wrote it, else the stretches of tokens that the model made:
+    those that count for the loss."""
+    told = sample.metadata.get("round_number")
+    if isinstance(told, int):
+        return told
+    if sample.loss_mask is None:
+        return int(sample.response_length > 0)
+    mask = np.asarray([0, *sample.loss_mask]) != 0
+    return int((mask[1:] & ~mask[:-1]).sum())
+
+
+def _correct_samples(args: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """Of those with reward 1."""
+    correct = [s for s in samples if _rewards(args, [s]) == [1.0]]
+    lengths = compute_statistics([s.effective_response_length for s in correct])
+    metrics = {"count": float(len(correct)), "ratio": len(correct) / len(samples) if samples else 0.0}
+    if correct:
+        metrics["truncated_ratio"] = float(np.mean([s.status is SampleStatus.TRUNCATED for s in correct]))
+    return metrics | dict_add_prefix(lengths, "response_len/")
 
 
 def _zero_std(args: Any, groups: Sequence[Group]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
+from miles.tracking.metric_check import MetricCheck
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
 
@@ -79,6 +80,7 @@ class TrainingLoop:
         self.tracking = tracking
         self.console = console
         self.outcome = Outcome()
+        self._check = MetricCheck(config["ci_metric_checker_key"], config["ci_metric_checker_threshold"])
         self._noted: set[str] = set()
         self.rollout = parts.calls(parts.rollout)
         self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
@@ -111,6 +113,7 @@ class TrainingLoop:
             await self._iterate(iteration)
             self.outcome.num_iterations += 1
             self.console.advance(iteration.rollout_id + 1)
+        self._check.verdict()
         return self.outcome
 
     def _num_rollout(self) -> int:
@@ -271,6 +274,7 @@ class TrainingLoop:
         metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
         self.tracking.write("eval", rollout_id, rollouts_done, metrics)
         self.tracking.examples(rollout_id, result.examples)
+        self._check.see(metrics)
         self.console.evaluated(rollouts_done, metrics)
         if not self.outcome.first_eval:
             self.outcome.first_eval = dict(metrics)

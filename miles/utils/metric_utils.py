@@ -32,6 +32,15 @@ def dict_add_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those that are numbers, also of numpy and of torch (0-d): others cannot be drawn."""
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(value, str | bytes) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0:
+            found[str(name)] = float(value)
+    return found
+
+
 def compute_pass_rate(
     flat_rewards: Sequence[float], group_size: int, num_groups: int | None = None
 ) -> dict[str, float]:
