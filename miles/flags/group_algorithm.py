@@ -96,8 +96,18 @@ FLAGS: tuple[Flag, ...] = (
         refused(text("--opd-type", None, "teacher", choices=("sglang", "megatron")), OPD),
         refused(number("--opd-kl-coef", 1.0, "weight"), OPD),
         refused(integer("--opd-log-prob-top-k", 0, "tokens compared"), OPD),
-        refused(text("--opd-top-k-strategy", "only-student", "which tokens"), OPD),
-        refused(text("--opd-reward-weight-mode", "student_p", "weights"), OPD),
+        refused(
+            text(
+                "--opd-top-k-strategy",
+                "only-student",
+                "which tokens",
+                choices=("only-student", "only-teacher", "intersection", "union", "xor"),
+            ),
+            OPD,
+        ),
+        refused(
+            text("--opd-reward-weight-mode", "student_p", "weights", choices=("student_p", "teacher_p", "none")), OPD
+        ),
         refused(switch("--opd-topk-per-position", "tokens by position"), OPD),
         refused(text("--opd-teacher-urls", None, "teachers", nargs="+"), OPD),
         refused(text("--opd-teacher-key", "opd_teacher", "which teacher"), OPD),

@@ -47,7 +47,15 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--critic-num-nodes", None, "nodes of the critic"), CRITIC),
         refused(integer("--critic-num-gpus-per-node", None, "GPUs of the critic per node"), CRITIC),
         refused(switch("--stream-optimizer-state-to-disk", "fp32 masters and moments live on disk"), STREAMED),
-        refused(text("--stream-optimizer-state-moment-dtype", "fp32", "dtype of moments on disk"), STREAMED),
+        refused(
+            text(
+                "--stream-optimizer-state-moment-dtype",
+                "fp32",
+                "dtype of moments on disk",
+                choices=("fp32", "bf16", "fp16", "fp8e4m3", "fp8e5m2"),
+            ),
+            STREAMED,
+        ),
         integer("--offload-train-disk-chunk-mb", 256, "staging chunk of --offload-train-target disk (FSDP)"),
         refused(
             integer("--train-memory-margin-bytes", 1024**3, "margin registered with the memory saver"),

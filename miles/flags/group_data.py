@@ -97,18 +97,34 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--max-weight-staleness", None, "how many versions a sample may lag"), ASYNC),
         refused(integer("--async-max-concurrent-samples", None, "trajectories in flight"), ASYNC),
         refused(number("--async-data-buffer-capacity-factor", 2.0, "size of the buffer"), ASYNC),
-        refused(text("--async-unused-samples-handler", "drop", "what happens to stale groups"), ASYNC),
+        refused(
+            text("--async-unused-samples-handler", "drop", "what happens to stale groups", choices=("retry", "drop")),
+            ASYNC,
+        ),
         refused(text("--custom-async-data-buffer-path", None, "class of the buffer"), ASYNC),
         refused(integer("--update-weights-interval", 1, "rollouts between weight updates"), ASYNC, only=(1,)),
         refused(
-            text("--update-weight-transfer-mode", "broadcast", "how weights travel"),
+            text(
+                "--update-weight-transfer-mode",
+                "broadcast",
+                "how weights travel",
+                choices=("broadcast", "p2p", "disk-delta"),
+            ),
             "not built yet: disk-delta and p2p",
             only=("broadcast",),
         ),
         refused(path("--update-weight-disk-dir", "directory of deltas"), DELTA),
         refused(path("--update-weight-local-checkpoint-dir", "checkpoint that deltas patch"), DELTA),
-        refused(text("--update-weight-delta-encoding", "xor", "format of deltas"), DELTA),
-        refused(text("--update-weight-delta-checksum", "xxh3-128", "digest of deltas"), DELTA),
+        refused(text("--update-weight-delta-encoding", "xor", "format of deltas", choices=("xor", "overwrite")), DELTA),
+        refused(
+            text(
+                "--update-weight-delta-checksum",
+                "xxh3-128",
+                "digest of deltas",
+                choices=("xxh3-128", "blake3", "adler32"),
+            ),
+            DELTA,
+        ),
         refused(text("--custom-update-weight-post-write-path", None, "hook after deltas are written"), DELTA),
         refused(integer("--p2p-transfer-num-workers", 4, "threads"), P2P),
         refused(number("--p2p-transfer-timeout", 30.0, "seconds per transfer"), P2P),
@@ -121,11 +137,20 @@ FLAGS: tuple[Flag, ...] = (
         refused(text("--rollout-task-type", "math", "kind of task"), BUFFER),
         refused(text("--use-session-server", False, "serve sessions", nargs="?"), SESSION),
         refused(text("--session-server-ip", None, "address"), SESSION),
-        refused(text("--session-server-port", None, "port or range", nargs="+"), SESSION),
+        refused(integer("--session-server-port", None, "port or range", nargs="+"), SESSION),
         refused(text("--tito-model", "default", "token-in-token-out family"), SESSION),
         refused(text("--session-message-matcher", "strict", "how histories match"), SESSION),
-        refused(text("--session-sample-picker-path", None, "hook"), SESSION),
-        refused(text("--session-sample-postprocessor-path", None, "hook"), SESSION),
+        refused(
+            text("--session-sample-picker-path", "miles.rollout.session.v2.picker_hub.drop_retries", "hook"), SESSION
+        ),
+        refused(
+            text(
+                "--session-sample-postprocessor-path",
+                "miles.rollout.session.v2.postprocessor_hub.default_postproc",
+                "hook",
+            ),
+            SESSION,
+        ),
         refused(text("--http-proxy", None, "proxy of requests"), "not built yet: requests to engines use no proxy"),
         refused(
             switch("--use-distributed-post", "spread requests over nodes"),

@@ -56,7 +56,7 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--lora-rank", 0, "rank (0: no LoRA)"), LORA, only=(0,)),
         refused(integer("--lora-alpha", 16, "scale"), LORA),
         refused(number("--lora-dropout", 0.0, "dropout"), LORA),
-        refused(text("--lora-type", "lora", "variant"), LORA),
+        refused(text("--lora-type", "lora", "variant", choices=("lora", "canonical_lora")), LORA),
         refused(text("--target-modules", None, "which layers"), LORA),
         refused(text("--exclude-modules", None, "which layers not"), LORA),
         refused(path("--lora-adapter-path", "adapter to start from"), LORA),

@@ -65,7 +65,7 @@ FLAGS: tuple[Flag, ...] = (
         integer("--ref-ckpt-step", None, "which checkpoint of --ref-load (unset: the latest)"),
         path("--save-hf", "also export a Hugging Face directory at each save; may hold {rollout_id}"),
         refused(
-            text("--megatron-to-hf-mode", "raw", "who converts weights"),
+            text("--megatron-to-hf-mode", "raw", "who converts weights", choices=("raw", "bridge")),
             "bridge needs Transformer Engine and Megatron-Bridge; raw is our own table",
             only=("raw",),
         ),

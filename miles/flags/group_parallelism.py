@@ -125,13 +125,17 @@ FLAGS: tuple[Flag, ...] = (
         refused(switch("--recompute-loss-function", "recompute the loss"), RECOMPUTE),
         integer("--log-probs-chunk-size", -1, "tokens per chunk of log-probs"),
         refused(
-            text("--linear-attention-backend", "fla", "kernels of linear attention"), "not built yet: linear attention"
+            text("--linear-attention-backend", "fla", "kernels of linear attention", choices=("fla", "flashqla")),
+            "not built yet: linear attention",
         ),
         refused(
-            text("--miles-dsa-topk-backend", "torch", "top-k of sparse attention"), "not built yet: sparse attention"
+            text("--miles-dsa-topk-backend", "torch", "top-k of sparse attention", choices=("torch", "flashinfer")),
+            "not built yet: sparse attention",
         ),
         refused(
-            text("--dsa-attention-backend", "tilelang", "kernels of sparse attention"),
+            text(
+                "--dsa-attention-backend", "tilelang", "kernels of sparse attention", choices=("megatron", "tilelang")
+            ),
             "not built yet: sparse attention",
         ),
         refused(switch("--allgather-cp", "context parallel by all-gather"), "not built yet: context parallel"),

@@ -44,7 +44,7 @@ _DASHBOARD: tuple[Flag, ...] = grouped(
     refused(number("--dashboard-flush-interval", 5.0, "seconds"), DASHBOARD),
     refused(number("--dashboard-gpu-sample-interval", 1.0, "seconds"), DASHBOARD),
     refused(number("--dashboard-sglang-scrape-interval", 2.0, "seconds"), DASHBOARD),
-    refused(text("--dashboard-sglang-scrape-mode", "auto", "source"), DASHBOARD),
+    refused(text("--dashboard-sglang-scrape-mode", "auto", "source", choices=("auto", "router", "direct")), DASHBOARD),
     refused(text("--dashboard-sglang-metrics", None, "which"), DASHBOARD),
     refused(switch("--dashboard-forward-prometheus", "push"), DASHBOARD),
 )
@@ -66,7 +66,7 @@ _PROFILING: tuple[Flag, ...] = (
         "reference",
         refused(path("--memory-snapshot-dir", "directory", default="."), PROFILER),
         refused(integer("--memory-snapshot-num-steps", None, "steps"), PROFILER),
-        refused(text("--memory-recorder", "torch", "recorder"), PROFILER),
+        refused(text("--memory-recorder", "torch", "recorder", choices=("torch", "memray")), PROFILER),
         refused(switch("--record-memory-history", "record allocations"), PROFILER),
     ),
 )
@@ -92,7 +92,9 @@ _DEBUGGING: tuple[Flag, ...] = (
         refused(switch("--debug-skip-weight-update", "send no weights"), "not built yet"),
         refused(switch("--debug-disable-optimizer", "no optimizer steps"), "not built yet"),
         refused(
-            text("--check-weight-update-selector", "all", "which model"), "not built yet: draft models", only=("all",)
+            text("--check-weight-update-selector", "all", "which model", choices=("all", "target", "draft")),
+            "not built yet: draft models",
+            only=("all",),
         ),
         refused(
             text("--check-weight-update-skip-list", None, "tensors left out", nargs="+"), "all weights are compared"
@@ -104,8 +106,10 @@ _DEBUGGING: tuple[Flag, ...] = (
             path("--save-debug-event-data", "directory of the run's events"),
             "events of a run are always in events.jsonl of its run directory",
         ),
+        refused(integer("--ci-inject-rollout-data-start-rollout-id", None, "first rollout of the data"), CI),
+        refused(number("--ci-inject-rollout-data-min-match-ratio", 0.9, "share of prompts that must match"), CI),
         *(
-            refused(text(f"--dumper-{name}", None, name), DUMPER)
+            refused(text(f"--dumper-{name}", "/tmp/dumper" if name == "dir" else None, name), DUMPER)  # noqa: S108
             for name in ("dir", "inference", "fwd-only", "fwd-bwd", "source-patcher-config-inference")
         ),
         refused(switch("--dumper-enable", "dump tensors"), DUMPER),
@@ -135,8 +139,6 @@ _DEBUGGING: tuple[Flag, ...] = (
             for name in (
                 "ft-test-actions",
                 "inject-rollout-data-path",
-                "inject-rollout-data-start-rollout-id",
-                "inject-rollout-data-min-match-ratio",
                 "save-grad-norm",
                 "load-grad-norm",
             )

@@ -53,7 +53,15 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--eval-num-gpus-per-engine", 1, "their tensor-parallel size"), SNAPSHOT, only=(1,)),
         refused(path("--eval-hf-dir", "where snapshots are staged"), SNAPSHOT),
         refused(integer("--eval-max-in-flight", 2, "evaluations at a time"), SNAPSHOT),
-        refused(text("--eval-overflow-policy", "backpressure", "what happens when they are too many"), SNAPSHOT),
+        refused(
+            text(
+                "--eval-overflow-policy",
+                "backpressure",
+                "what happens when they are too many",
+                choices=("backpressure", "skip"),
+            ),
+            SNAPSHOT,
+        ),
         refused(integer("--eval-keep-snapshots", 2, "snapshots that are kept"), SNAPSHOT),
     ),
 )
