@@ -140,7 +140,8 @@ def tri(name: str, help_text: str, **more: Any) -> Flag:
 def refused(flag: Flag, reason: str, *, only: tuple[Plain, ...] = ()) -> Flag:
     """The same flag, of which only these values are taken; others are refused with this reason.
 
-    "not built yet" alone is completed by what the flag does. A flag without a value that may be named only because it says what is done anyway is on (or off) by default, too.
+    "not built yet" alone is completed by what the flag does. A flag without a value that may be named only because it
+    says what is done anyway is on (or off) by default, too.
     """
     default = only[0] if only and flag.kind in {"switch", "off"} else flag.default
     reason = f"{reason}: {flag.help}" if reason == "not built yet" else reason

@@ -69,11 +69,14 @@ class Table:
         return values
 
     def absent(self) -> dict[str, Plain]:
-        """Dest and default of the refused flags of Megatron-LM whose default says that a feature is off."""
+        """Dest and default of Megatron-LM's flags that are refused, or older spellings, where it says that a feature is
+        off."""
         return {
             flag.dest: flag.default
             for flag in self.flags
-            if flag.source == "megatron" and flag.only == () and (flag.default is None or flag.default is False)
+            if flag.source == "megatron"
+            and (flag.only == () or flag.older)
+            and (flag.default is None or flag.default is False)
         }
 
     def extended(self, flags: Iterable[Flag]) -> Table:
