@@ -165,12 +165,14 @@ class StepOutcome:
         grad_norm: Global norm before clipping.
         learning_rate: The one that the step used.
         stepped: False: the gradients were not finite and the step was left out.
+        learning_rates: Of each parameter group; nothing where they are all alike.
     """
 
     metrics: dict[str, torch.Tensor]
     grad_norm: float
     learning_rate: float
     stepped: bool = True
+    learning_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,11 @@ class Trainer(Actor):
             self._recorder.rollout_done()
         return metrics
 
+    @endpoint(thread="io")
+    def last_steps(self) -> list[dict[str, float]]:
+        """``train/...`` of each optimizer step of the last rollout, of which ``train`` gives the means."""
+        return [] if self._trainer is None else self._trainer.last_steps
+
     @endpoint
     def save(self, rollout_id: int) -> str:
         """Write a checkpoint below ``--save``; returns its directory.

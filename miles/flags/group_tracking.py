@@ -65,6 +65,7 @@ FLAGS: tuple[Flag, ...] = (
         "megatron",
         integer("--tensorboard-log-interval", 1, "rollouts between records of trackers; metrics.jsonl has all"),
         integer("--tensorboard-queue-size", 1000, "records that may wait for TensorBoard; then the oldest go"),
+        switch("--log-params-norm", "also record the norm of all weights (train/params_norm), which gathers them"),
         *(
             refused(switch(name, help_text), ALWAYS, only=(True,))
             for name, help_text in (

@@ -297,7 +297,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     ("--distributed-timeout-minutes is the deadline of every collective", "distributed-timeout-seconds-after-init"),
     (
         OWN_LOG,
-        "log-params-norm log-progress timing-log-level timing-log-option log-validation-ppl-to-tensorboard "
+        "log-progress timing-log-level timing-log-option log-validation-ppl-to-tensorboard "
         "log-memory-interval log-device-memory-used log-num-zeros-in-grad "
         "no-barrier-with-level-1-timing log-world-size-to-tensorboard logging-level log-energy "
         "run-workload-inspector-server app-tag-run-name app-tag-run-version",

@@ -26,7 +26,7 @@ class MetricCheck:
     def see(self, metrics: Mapping[str, float]) -> None:
         """One evaluation."""
         self._names |= metrics.keys()
-        if self._key in metrics:
+        if self._key is not None and self._key in metrics:
             self._seen.append(float(metrics[self._key]))
 
     def verdict(self) -> None:

@@ -170,7 +170,7 @@ class MegatronBackend(TrainBackend):
             return StepOutcome(metrics, gradient_norm(self.model), 0.0, stepped=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
         stepped = math.isfinite(grad_norm)
         if stepped:
             clip_gradients(self.optimizer, grad_norm)
@@ -178,7 +178,7 @@ class MegatronBackend(TrainBackend):
             self.scheduler.step(1)  # counts the steps that were taken, as Megatron-LM does
         else:
             self._report_non_finite(grad_norm)
-        return StepOutcome(metrics, grad_norm, learning_rate, stepped)
+        return StepOutcome(metrics, grad_norm, rates[0], stepped, rates)
 
     def reset_optimizer(self) -> None:
         """See ``TrainBackend.reset_optimizer``."""

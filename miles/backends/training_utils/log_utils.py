@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import psutil
 import torch
 
-from miles.backends.base import ParallelState, StepOutcome
+from miles.backends.base import ParallelState, StepOutcome, TrainBackend
 from miles.backends.training_utils.collectives import sum_by_name
 from miles.backends.training_utils.data import RankData
 from miles.utils.flops import forward_flops
@@ -53,7 +54,9 @@ def rollout_metrics(data: RankData, parallel: ParallelState, device: torch.devic
 def step_metrics(outcome: StepOutcome, parallel: ParallelState, device: torch.device) -> dict[str, float]:
     """Sums over all ranks of what losses gave, with gradient norm and learning rate. Collective over all ranks."""
     own = {name: float(value) for name, value in outcome.metrics.items()} if speaks(parallel) else {}
-    return sum_by_name(own, device) | {"grad_norm": outcome.grad_norm, "lr-pg_0": outcome.learning_rate}
+    rates = outcome.learning_rates or (outcome.learning_rate,)
+    named = {f"lr-pg_{group}": rate for group, rate in enumerate(rates)}
+    return sum_by_name(own, device) | {"grad_norm": outcome.grad_norm} | named
 
 
 def check_finite(args: Any, metrics: dict[str, float], where: str) -> None:
@@ -81,8 +84,38 @@ def mean_over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     names = sorted({name for step in steps for name in step})
     means = {f"train/{name}": sum(s.get(name, 0.0) for s in steps) / len(steps) for name in names}
     if steps:
-        means["train/lr-pg_0"] = steps[-1]["lr-pg_0"]
+        means |= {f"train/{name}": value for name, value in steps[-1].items() if name.startswith("lr-pg_")}
     return means
+
+
+def by_step(rollout_id: int, steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """``train/...`` of each step of a rollout, with its number in the run (``train/step``)."""
+    first = rollout_id * len(steps)
+    return [
+        {f"train/{name}": value for name, value in step.items()} | {"train/step": float(first + number)}
+        for number, step in enumerate(steps)
+    ]
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """``perf/cpu_memory_*`` of this rank's machine and process, ``perf/gpu_memory_*`` of its GPU, in GB."""
+    machine = psutil.virtual_memory()
+    found = {
+        "cpu_memory_used_GB": machine.used, "cpu_memory_available_GB": machine.available,
+        "cpu_memory_rss_GB": psutil.Process().memory_info().rss,
+    }  # fmt: skip
+    if device.type == "cuda":
+        found |= {
+            "gpu_memory_allocated_GB": torch.cuda.memory_allocated(device),
+            "gpu_memory_reserved_GB": torch.cuda.memory_reserved(device),
+            "gpu_memory_peak_GB": torch.cuda.max_memory_allocated(device),
+        }
+    return {f"perf/{name}": value / 1e9 for name, value in found.items()}
+
+
+def params_norm(backend: TrainBackend) -> float:
+    """Norm of all weights, as engines get them. Collective over all ranks: each tensor is gathered."""
+    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for _, tensor in backend.hf_weights()))
 
 
 PASSES = {"log_probs": 1.0, "ref_log_probs": 1.0, "actor_train": 3.0}

@@ -38,6 +38,8 @@ class RolloutTrainer:
         self.profiler = StepProfiler(args, backend.parallel.rank)
         self.step_of = (0, 0)
         """Step that is running and steps of this rollout; may be read from another thread."""
+        self.last_steps: list[dict[str, float]] = []
+        """``train/...`` of each step of the last rollout."""
 
     def train(self, rollout_id: int, fetch: Callable[[], Mapping[str, Any]]) -> dict[str, float]:
         """Train on what ``fetch`` gives (this rank's part). Returns metrics, complete on every rank."""
@@ -57,7 +59,10 @@ class RolloutTrainer:
             with self.timers.measure("actor_train"):
                 steps = self._steps(rollout_id, data)
         write_checksums(args, rollout_id, parallel.rank, backend.objects().model)
-        metrics |= log_utils.mean_over_steps(steps)
+        self.last_steps = log_utils.by_step(rollout_id, steps)
+        metrics |= log_utils.mean_over_steps(steps) | log_utils.memory_metrics(device)
+        if getattr(args, "log_params_norm", False):
+            metrics["train/params_norm"] = log_utils.params_norm(backend)
         metrics["train/step"] = float((rollout_id + 1) * len(steps) - 1)
         seconds = self.timers.take()
         return metrics | seconds | log_utils.speed_metrics(args, data, parallel, device, seconds)
