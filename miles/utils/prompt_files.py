@@ -211,7 +211,7 @@ def decode(text: bytes) -> dict[str, Any]:
 
 def _decode_slowly(text: bytes) -> Any:
     try:
-        words = text.decode()
+        words = text.decode().rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"byte {error.start + 1} of it, 0x{text[error.start]:02x}, is no UTF-8: {shown(text)}"
