@@ -20,9 +20,9 @@ from miles.tracking.continuation import Remembered, places, read_remembered, wri
 from miles.tracking.metrics_file import MetricsFile
 from miles.tracking.process import TrackerProcess
 from miles.tracking.secrets import for_people
-from miles.tracking.tracker import EVAL_AXIS, ROLLOUT_AXIS, TRAIN_AXIS, RunInfo
+from miles.tracking.tracker import AXES, EVAL_AXIS, ROLLOUT_AXIS, TRAIN_AXIS, RunInfo
 from miles.tracking.trackers import chosen, settings_of
-from miles.utils.metric_utils import compute_rollout_step
+from miles.utils.metric_utils import compute_rollout_step, numbers_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,19 @@ class Tracking:
         limits = {"tensorboard": config.get("tensorboard_queue_size")}
         self._send({"do": "begin", "run": run.as_dict(), "before": before, "limits": limits})
 
-    def write(self, event: str, rollout_id: int, rollouts_done: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of an iteration (``rollout``) or of an evaluation (``eval``)."""
+    def write(
+        self,
+        event: str,
+        rollout_id: int,
+        rollouts_done: int,
+        metrics: Mapping[str, float],
+        steps_of_it: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Metrics of an iteration (``rollout``) or of an evaluation (``eval``).
+
+        ``steps_of_it``: ``train/...`` of each optimizer step of an iteration that has several. Trackers draw these,
+        and not their means, which are among ``metrics``.
+        """
         step = self._rollout_step(rollout_id)
         steps = {ROLLOUT_AXIS: step}
         if event == "eval":
@@ -103,11 +114,16 @@ class Tracking:
         if TRAIN_AXIS in metrics:
             steps[TRAIN_AXIS] = int(metrics[TRAIN_AXIS])
         axis = EVAL_AXIS if event == "eval" else ROLLOUT_AXIS
+        for row in steps_of_it:
+            self._file.write("step", rollout_id, rollouts_done, row)
         self._file.write(event, rollout_id, rollouts_done, {**metrics, axis: step})
         interval = int(self.config.get("tensorboard_log_interval") or 1)
-        if event == "eval" or rollout_id % interval == 0:
-            numbers = {name: float(value) for name, value in metrics.items() if _is_number(value)}
-            self._send({"do": "log", "steps": steps, "metrics": numbers, "time": time.time()})
+        if event != "eval" and rollout_id % interval:
+            return
+        drawn = {name for row in steps_of_it for name in row}
+        for row in steps_of_it:
+            self._record({TRAIN_AXIS: int(row[TRAIN_AXIS])}, row)
+        self._record(steps, {name: value for name, value in metrics.items() if name not in drawn})
 
     def examples(self, rollout_id: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A few answers of an evaluation."""
@@ -130,6 +146,10 @@ class Tracking:
         process, self._process = self._process, None
         await process.finish(how, FINISH_INTERRUPTED_S if how == "interrupted" else FINISH_S)
 
+    def _record(self, steps: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+        numbers = {name: value for name, value in numbers_of(metrics).items() if name not in AXES}
+        self._send({"do": "log", "steps": steps, "metrics": numbers, "time": time.time()})
+
     def _send(self, order: Mapping[str, Any]) -> None:
         if self._process is not None:
             self._process.send(order)
@@ -141,10 +161,6 @@ class Tracking:
 
     def _rollout_step(self, rollout_id: int) -> int:
         return compute_rollout_step(Namespace(**self.config), rollout_id)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _versions() -> dict[str, str]:

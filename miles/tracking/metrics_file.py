@@ -1,7 +1,8 @@
-"""``metrics.jsonl``: one line for each iteration and each evaluation. Always written, whatever else tracks the run.
+"""``metrics.jsonl``: a line for each iteration and each evaluation, and, where iterations have several, for each
+optimizer step. Always written, whatever else tracks the run.
 
-Fields of a line: ``event`` (``rollout`` or ``eval``), ``rollout_id``, ``rollouts_done`` (iterations that the weights
-have seen), ``time`` (seconds since the epoch), and the metrics by their names (``rollout/...``, ``train/...``,
+Fields of a line: ``event`` (``rollout``, ``eval`` or ``step``), ``rollout_id``, ``rollouts_done`` (iterations that the
+weights have seen), ``time`` (seconds since the epoch), and the metrics by their names (``rollout/...``, ``train/...``,
 ``perf/...``, ``eval/...``; docs/metrics.md has them all). A number that is not finite is null.
 """
 
@@ -65,18 +66,23 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of the run as it stands: what a resumed run did anew takes the place of what had been done before. A
     last line that a crash has torn is left out."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[int, str, float | None], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        done, event = row["rollouts_done"], row["event"]
-        while rows and (rows[-1]["rollouts_done"] > done):
-            rows.pop()
-        rows = [one for one in rows if (one["rollouts_done"], one["event"]) != (done, event)]
-        rows.append(row)
-    return rows
+        done = row["rollouts_done"]
+        while rows and next(reversed(rows))[0] > done:
+            rows.popitem()
+        rows.pop(_place(row), None)
+        rows[_place(row)] = row
+    return list(rows.values())
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, str, float | None]:
+    """Of what there is one line."""
+    return row["rollouts_done"], row["event"], row.get("train/step") if row["event"] == "step" else None
 
 
 def _ends_with_a_whole_line(path: Path) -> bool:

@@ -143,7 +143,7 @@ class TrainingLoop:
         if self.trainer is not None and parts.fleet is not None:
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
-        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics)
+        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, await self._steps_of_it())
         if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
@@ -183,6 +183,14 @@ class TrainingLoop:
         with watch.measure("train"), self.console.phase("train"):
             answers = await trainer.train.call(rollout_id, refs)
         return dict(answers.at(gpus=0))
+
+    async def _steps_of_it(self) -> list[dict[str, float]]:
+        """Metrics of each optimizer step of the rollout that was trained on, if it had several."""
+        if self.parts.trainer is None or self.config["num_steps_per_rollout"] in (None, 1):
+            return []
+        first = self.parts.trainer.slice(gpus=0).options(timeout_s=60.0)
+        steps: list[dict[str, float]] = await first.last_steps.call_one()
+        return steps
 
     async def _update_weights(self, watch: Stopwatch) -> dict[str, float]:
         """The trainer's weights become those of all engines, memory changing hands around it."""
