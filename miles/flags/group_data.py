@@ -73,7 +73,8 @@ FLAGS: tuple[Flag, ...] = (
         switch("--balance-by-flops", "even out FLOPs of micro-batches, not tokens"),
         path("--chat-template-path", "file of a chat template that replaces the tokenizer's"),
         refused(
-            json_value("--multimodal-keys", None, "columns of images and other media"), "not built yet: multimodal data"
+            json_value("--multimodal-keys", None, "columns of images and other media"),
+            "not built yet: training on images, video and sound; prompts of text need no such flag",
         ),
         refused(
             text("--object-store-backend", "shm", "how rollout data travels"),
