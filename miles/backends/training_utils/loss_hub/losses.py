@@ -16,13 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from miles.backends.base import LossFunction, LossOutput, MicroBatch, ParallelState
 from miles.backends.training_utils.collectives import share_places
 from miles.backends.training_utils.data import StepPlan, pieces, response_rows, response_tokens
-from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl, log_probs_and_entropy
+from miles.backends.training_utils.loss_hub.math_utils import (
+    compute_approx_kl,
+    compute_policy_loss,
+    likelihood_ratio,
+    log_probs_and_entropy,
+)
 from miles.backends.training_utils.loss_hub.reduction import Reducer
 from miles.backends.training_utils.loss_hub.sequence_level import gspo_kl, opsm_mask
 from miles.backends.training_utils.loss_hub.settings import LossSettings
 from miles.backends.training_utils.loss_hub.user_functions import BadLossFunction, UserFunctions
 
-MAX_LOG_RATIO = 20.0
 LOSS_COLUMNS = (
     "rollout_mask_sums",
     "advantages",
@@ -223,15 +227,9 @@ def _computed_twice(loss: LossFunction) -> LossFunction:
 def clipped_policy_loss(
     ppo_kl: torch.Tensor, advantages: torch.Tensor, settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per token: ``max(-r A, -clip(r, 1 - eps, 1 + eps_high) A)`` with ``r = exp(-ppo_kl)``, at most ``-c A`` where A
-    is negative (dual clip); whether the clip took effect (float); and ``r``."""
-    ratio = (-ppo_kl).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - settings.eps_clip, 1 + settings.eps_clip_high) * advantages
-    loss = torch.maximum(plain, clipped)
-    if settings.eps_clip_c is not None:
-        loss = torch.where(advantages < 0, torch.minimum(-settings.eps_clip_c * advantages, loss), loss)
-    return loss, (clipped > plain).float(), ratio
+    """``compute_policy_loss`` with the run's bounds, and the ratio ``exp(-ppo_kl)``."""
+    bounds = settings.eps_clip, settings.eps_clip_high, settings.eps_clip_c
+    return *compute_policy_loss(ppo_kl, advantages, *bounds), likelihood_ratio(ppo_kl)
 
 
 def _effective_sample_size(ratio: torch.Tensor, reduce: Reducer) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 _CACHED_CHUNK, _SHARDED_CHUNK, _DEVICE_CHUNK = 1 << 19, 1 << 22, 1 << 27
+MAX_LOG_RATIO = 20.0
 KL_TYPES = ("k1", "k2", "k3", "low_var_kl")
 
 
@@ -204,3 +205,29 @@ def compute_approx_kl(
     if importance_ratio is not None:
         kl = kl * importance_ratio
     return kl.clamp(-10, 10) if kl_type == "low_var_kl" else kl
+
+
+def likelihood_ratio(ppo_kl: torch.Tensor) -> torch.Tensor:
+    """``exp(-ppo_kl)``, the exponent held within ``MAX_LOG_RATIO``."""
+    return (-ppo_kl).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def compute_policy_loss(
+    ppo_kl: torch.Tensor,
+    advantages: torch.Tensor,
+    eps_clip: float,
+    eps_clip_high: float,
+    eps_clip_c: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token: ``max(-r A, -clip(r, 1 - eps, 1 + eps_high) A)`` with ``r = exp(-ppo_kl)``, at most ``-c A`` where A
+    is negative (dual clip); and whether the clip took effect (float).
+
+    Sources: Schulman et al., Proximal policy optimization (2017); Ye et al., dual clip (2020).
+    """
+    ratio = likelihood_ratio(ppo_kl)
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1 - eps_clip, 1 + eps_clip_high) * advantages
+    loss = torch.maximum(plain, clipped)
+    if eps_clip_c is not None:
+        loss = torch.where(advantages < 0, torch.minimum(-eps_clip_c * advantages, loss), loss)
+    return loss, (clipped > plain).float()
