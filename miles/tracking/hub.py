@@ -56,6 +56,7 @@ class Tracking:
         self._file = MetricsFile(run_dir, say)
         self._process: TrackerProcess | None = None
         self._remembered: Remembered = {}
+        self._checkpoints: Path | None = None
         self._steps_per_rollout = 1
 
     async def open(self) -> None:
@@ -132,8 +133,9 @@ class Tracking:
 
     def saved(self, directory: str) -> None:
         """A checkpoint was written below this directory."""
+        self._checkpoints = Path(directory)
         if self._remembered:
-            write_remembered(Path(directory), self._remembered)
+            write_remembered(self._checkpoints, self._remembered)
 
     async def close(self, how: str) -> None:
         """The run has ended: ``finished``, ``failed`` or ``interrupted``."""
@@ -157,7 +159,8 @@ class Tracking:
     def _remember(self, name: str, remembered: dict[str, Any]) -> None:
         if remembered:
             self._remembered[name] = remembered
-            write_remembered(self.run_dir, self._remembered)
+            for directory in filter(None, (self.run_dir, self._checkpoints)):
+                write_remembered(directory, self._remembered)
 
     def _rollout_step(self, rollout_id: int) -> int:
         return compute_rollout_step(Namespace(**self.config), rollout_id)
