@@ -11,6 +11,7 @@ from support.cluster import real_cluster
 from support.procs import eventually
 from support.rollout_cases import KEY, adds, make_config, manager, servers, sums
 
+from miles.flags.entry import resolve_argv
 from miles.rollout.hooks import BadHookResult, HookFailed
 from miles.rollout.inference_rollout.compatibility import load_generate_function
 from miles.utils.http_utils import close_http_client
@@ -172,3 +173,18 @@ async def test_a_real_process_answers_while_user_code_blocks_and_leaves_nothing_
             with pytest.raises(Exception, match="exit code 7") as caught:
                 await rollout.generate.call_one(0)
             assert "about to leave" in str(caught.value)
+
+
+@pytest.mark.parametrize("dest", ["custom_generate_function_path", "rollout_function_path"])
+async def test_flags_that_user_code_adds_reach_it(tmp_path, dest):
+    """By the command line, and with their default; and its own reward reads them."""
+    flag = "--" + dest.replace("_", "-")
+    for typed, weight in ((["--user-weight", "0.75"], 0.75), ([], 0.5)):
+        resolved = resolve_argv([flag, HOOKS + "FlaggedGenerate", *typed])
+        assert resolved.config["user_weight"] == weight
+        assert not any("user-weight" in problem.flag for problem in resolved.problems)
+    config = config_of(tmp_path, custom_rm_path=HOOKS + "reads_flag", user_weight=0.75)
+    with servers(adds) as fake, manager(config) as rollout:
+        await rollout.start(fake.targets, fake.router.url, KEY)
+        [ref] = (await rollout.generate(0)).refs
+        assert set(rollout.shipped[ref]["per_sample"]["raw_reward"]) == {0.75}
