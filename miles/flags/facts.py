@@ -99,6 +99,7 @@ class EvalSet:
     label_key: str | None
     metadata_key: str = "metadata"
     tool_key: str | None = "tools"
+    rm_type: str | None = None
 
     @property
     def kinds(self) -> Columns:
@@ -290,4 +291,4 @@ def _evaluated(values: Mapping[str, Any]) -> tuple[Entries | None, list[EvalSet]
         sets = resolve_entries(values, entries)
     except BadEvalConfig as error:
         return None, [], f"{error.what}: {error.evidence}"
-    return entries, [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key) for s in sets], ""
+    return entries, [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key, s.rm_type) for s in sets], ""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from miles.flags.flag import Flag, grouped, refused, switch, text
+from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
 
 GROUP = "reward and filters"
-BUILT_REWARDS = ("math", "random", "deterministic_random", "remote_rm")
+NUMBER_REWARDS = ("math", "deepscaler", "gemma_math", "f1", "gpqa", "random", "deterministic_random")
+"""They give a number for each sample."""
+DICT_REWARDS = {"dapo": ("score", "acc")}
+"""They give several values: the keys of those that are numbers."""
+REWARDS = (*NUMBER_REWARDS, *DICT_REWARDS, "remote_rm")
+"""All that ``--rm-type`` may name. ``miles.rollout.rm_hub`` has the same."""
+LABELLED = ("math", "deepscaler", "gemma_math", "dapo", "f1")
+"""They compare with the label."""
+NO_BOX_IN_A_BOX = ("math", "deepscaler", "gemma_math", "dapo")
+"""They look for a box, or for words before an answer: with ``boxed_`` they rarely find any."""
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(
@@ -14,7 +23,7 @@ FLAGS: tuple[Flag, ...] = (
         text(
             "--rm-type",
             None,
-            "built-in reward: math, random, deterministic_random, remote_rm; also with boxed_ before it",
+            f"built-in reward: {', '.join(REWARDS)}; also with boxed_ before it (docs/rewards.md)",
         ),
         text("--rm-url", None, "address for --rm-type remote_rm"),
         switch("--group-rm", "one reward call for all responses of a prompt"),
@@ -31,5 +40,11 @@ FLAGS: tuple[Flag, ...] = (
         text("--custom-reward-post-process-path", None, "function from rewards to advantages' base"),
         text("--custom-convert-samples-to-train-data-path", None, "function from samples to train data"),
         refused(text("--rollout-data-postprocess-path", None, "hook after advantages"), "not built yet"),
+    ),
+    *grouped(
+        GROUP,
+        "ours",
+        integer("--rm-max-retries", 8, "how often a request to --rm-url is repeated if nobody answers it"),
+        number("--rm-timeout", 900.0, "seconds for a reward from --rm-url, all attempts together (each: a third)"),
     ),
 )

@@ -73,6 +73,7 @@ _AT_LEAST_0 = (
     "decoupled_lr",
     "decoupled_min_lr",
     "prometheus_port",
+    "rm_max_retries",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -85,6 +86,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "attention_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "hidden_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "mfu_peak_tflops": (math.ulp(0.0), _INF, "above 0"),
+    "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
     "sgd_momentum": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "lr_warmup_fraction": (0, 1, "0 to 1"),
     "load_debug_rollout_data_subsample": (math.ulp(0.0), 1, "above 0, up to 1"),

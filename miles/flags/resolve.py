@@ -12,10 +12,11 @@ from miles.flags.flag import Plain
 from miles.flags.parse import Parsed
 from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
-from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths, resolve_reward
+from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
+from miles.flags.rules_reward import resolve_reward
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_tracking import resolve_tracking
 from miles.flags.rules_training import resolve_training

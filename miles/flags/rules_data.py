@@ -1,4 +1,4 @@
-"""Rules: batches, prompts, lengths, rewards, evaluation."""
+"""Rules: batches, prompts, lengths, evaluation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import PurePosixPath
 from miles.flags.batch import solve
 from miles.flags.draft import Draft
 from miles.flags.facts import NAMED_FILES
-from miles.flags.group_reward import BUILT_REWARDS
+from miles.flags.group_reward import LABELLED
 from miles.flags.problems import listed
 from miles.flags.prompt_facts import DataFacts
 from miles.utils.eval_config import read_entries, resolve_entries
 
-LABELLED = ("math",)
-"""Rewards that compare with the label."""
 _KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
 
 
@@ -214,42 +212,6 @@ def _check_response(draft: Draft, context: int | None) -> None:
             allowed=f"up to {context - 1}",
             advice="Lower it, or raise --rollout-max-context-len.",
         )
-
-
-def resolve_reward(draft: Draft) -> None:
-    """Somebody gives rewards, and one that is built."""
-    kind = draft["rm_type"]
-    if kind is not None and kind.removeprefix("boxed_") not in BUILT_REWARDS:
-        known = {"dapo", "deepscaler", "f1", "gpqa", "ifbench", "gemma_math"}
-        what = "not built yet" if kind.removeprefix("boxed_") in known else "there is no such reward"
-        draft.problem(
-            "rm_type",
-            what,
-            allowed=f"{listed(BUILT_REWARDS)}; also with boxed_ before it",
-            advice="Use one of these, or a function of yours with --custom-rm-path.",
-        )
-    needs_url = (kind or "").removeprefix("boxed_") == "remote_rm"
-    if needs_url and not draft["rm_url"]:
-        draft.problem("rm_type", "it needs an address", advice="Give --rm-url.")
-    replaced = draft["rollout_function_path"] or draft["custom_generate_function_path"]
-    from_data = draft["load_debug_rollout_data"] or draft["loss_type"] == "sft_loss" or _metadata_may_tell(draft)
-    if draft.generates and kind is None and not draft["custom_rm_path"] and not replaced and not from_data:
-        draft.problem(
-            "rm_type",
-            "nothing gives rewards",
-            allowed=f"{listed(BUILT_REWARDS)}, or --custom-rm-path",
-            advice="Give --rm-type or --custom-rm-path.",
-        )
-    if draft["eps_clip_high"] is None:
-        draft["eps_clip_high"] = draft["eps_clip"]
-    if draft["eval_reward_key"] is None:
-        draft["eval_reward_key"] = draft["reward_key"]
-
-
-def _metadata_may_tell(draft: Draft) -> bool:
-    """A row's metadata may name its reward (``rm_type``)."""
-    facts = draft.facts.data.get(draft["prompt_data"] or "", DataFacts())
-    return draft["metadata_key"] in facts.columns
 
 
 def resolve_eval(draft: Draft) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from miles.flags.draft import Draft
+from miles.flags.rules_reward import asks_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +47,6 @@ def _warms_up(draft: Draft) -> bool:
 
 def _decays(draft: Draft) -> bool:
     return bool(draft["lr_decay_style"] != "constant")
-
-
-def _asks_remote(draft: Draft) -> bool:
-    """Rows may name their reward, too."""
-    kind = str(draft["rm_type"] or "").removeprefix("boxed_")
-    facts = draft.facts.data.get(draft["prompt_data"] or "")
-    return (
-        kind == "remote_rm" or bool(facts and draft["metadata_key"] in facts.columns) or bool(draft["custom_rm_path"])
-    )
 
 
 POLICY = "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path"
@@ -130,7 +122,7 @@ EFFECTS: tuple[Effect, ...] = (
         lambda draft: bool(draft["offload_train"]) and draft["offload_train_target"] == "disk",
         "unless the trainer is offloaded, with --offload-train-target disk",
     ),
-    _needs("rm_url", _asks_remote, "without --rm-type remote_rm"),
+    _needs("rm_url rm_max_retries rm_timeout", asks_remote, "without --rm-type remote_rm"),
     _needs(
         "sglang_router_policy sglang_router_request_timeout_secs",
         lambda draft: not draft["sglang_router_ip"],
@@ -177,7 +169,7 @@ ONLY_TRAINER = (
     "optimizer lr lr_decay_style lr_warmup_iters lr_warmup_fraction min_lr weight_decay adam_beta1 adam_beta2 "
     "clip_grad entropy_coef eps_clip eps_clip_high eps_clip_c use_kl_loss kl_loss_coef kl_loss_type use_tis "
     "tis_clip tis_clip_low tensor_model_parallel_size recompute_granularity recompute_method recompute_num_layers "
-    "gradient_checkpointing save_hf ref_load "
+    "gradient_checkpointing save_hf ref_load mfu_peak_tflops log_params_norm "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

@@ -58,7 +58,7 @@ CASES = [
     (22, "--use-dynamic-batch-size", FACTS, told("--use-dynamic-batch-size", "--max-tokens-per-gpu")),
     (23, "--use-dynamic-global-batch-size", FACTS, told("--use-dynamic-global-batch-size", "fixed number")),
     (24, "--balance-by-flops", FACTS, told("--balance-by-flops", "fixed number of samples")),
-    (25, "--eps-clip 0.3 --reward-key r", FACTS, values(eps_clip_high=0.3, eval_reward_key="r")),
+    (25, "--eps-clip 0.3 --custom-rm-path my.rm --reward-key r", FACTS, values(eps_clip_high=0.3, eval_reward_key="r")),
     (25, "--eps-clip-high 0.4", FACTS, values(eps_clip=0.2, eps_clip_high=0.4)),
     (
         26,

@@ -39,7 +39,7 @@ READ = {
     "offload_rollout_level": "--offload-rollout",
     "offload_train_target": "--offload-train",
     "offload_train_disk_dir": "--offload-train --offload-train-target disk",
-    "rm_url": "--rm-type remote_rm",
+    "rm_url": "--rm-type remote_rm --rm-url http://h",
     "sglang_router_policy": "",
     "load_debug_rollout_data_subsample": "--load-debug-rollout-data F",
     "apply_chat_template_kwargs": "--apply-chat-template",

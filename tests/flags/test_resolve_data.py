@@ -1,4 +1,4 @@
-"""Rules: batches, prompts, lengths, rewards, evaluation."""
+"""Rules: batches, prompts, lengths, evaluation."""
 
 from dataclasses import replace
 
@@ -127,35 +127,6 @@ class TestLengths:
     def test_a_length_is_needed_where_engines_generate(self):
         assert "--rollout-max-response-len" in problems(without=["--rollout-max-response-len"])
         config("--debug-train-only", without=["--rollout-max-response-len"])
-
-
-class TestReward:
-    @pytest.mark.parametrize("kind", ["math", "random", "deterministic_random", "boxed_math"])
-    def test_built_ones(self, kind):
-        assert config(f"--rm-type {kind}")["rm_type"] == kind
-
-    @pytest.mark.parametrize(
-        ("kind", "told"), [("dapo", "not built yet"), ("gpqa", "not built yet"), ("mth", "no such")]
-    )
-    def test_others_are_told(self, kind, told):
-        assert told in problems(f"--rm-type {kind}")["--rm-type"]
-
-    def test_a_remote_one_needs_an_address(self):
-        assert "--rm-url" in problems("--rm-type remote_rm")["--rm-type"]
-        config("--rm-type remote_rm --rm-url http://here")
-
-    def test_somebody_must_give_it(self):
-        none = {"without": ["--rm-type"]}
-        assert "nothing gives rewards" in problems(**none)["--rm-type"]
-        rows_tell = with_data("D", replace(DATA, columns=("prompt", "label", "metadata"), absent={}))
-        config(facts=rows_tell, **none)
-        for flags in ("--custom-rm-path my.rm", "--rollout-function-path my.rollout", "--debug-train-only"):
-            config(flags, **none)
-
-    def test_clips_and_keys_follow(self):
-        found = config("--eps-clip 0.1 --reward-key score")
-        assert (found["eps_clip_high"], found["eval_reward_key"]) == (0.1, "score")
-        assert config("--eps-clip-high 0.28")["eps_clip_high"] == 0.28
 
 
 class TestEvaluation:

@@ -1,5 +1,6 @@
 r"""``dapo``: the last ``Answer:`` of the last 300 characters, as text after Minerva's normalisation."""
 
+# ruff: noqa: RUF001 - characters that look like others are what is tested
 import pytest
 
 from miles.rollout.rm_hub.math_dapo_utils import compute_score, is_correct_strict_box, normalize_final_answer

@@ -1,5 +1,6 @@
 """``gpqa``: which option a response chose, and which one is right."""
 
+# ruff: noqa: RUF001 - characters that look like others are what is tested
 import time
 
 import pytest
@@ -120,8 +121,13 @@ def test_answers(response, label, metadata, reward):
     assert compute_gpqa_reward(response, label, metadata) == reward
 
 
-@pytest.mark.parametrize("bomb", ["answer" + " " * 300_000, "A " * 150_000, "answer is " * 30_000, "*" * 300_000,
-                                  "final answer" + "\n" * 300_000, "\\text{" * 50_000, "answer (((" * 30_000])  # fmt: skip
+BOMBS = [
+    "answer" + " " * 300_000, "A " * 150_000, "answer is " * 30_000, "*" * 300_000, "final answer" + "\n" * 300_000,
+    "\\text{" * 50_000, "answer (((" * 30_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=range(len(BOMBS)))
 def test_long_responses_take_no_longer_than_reading_them(bomb):
     began = time.monotonic()
     compute_gpqa_reward(bomb, "B", M)

@@ -3,6 +3,7 @@ r"""The ``math`` reward: which box counts, and what counts as the same answer.
 Verdicts are those of the rules (docs/rewards.md), worked out by hand.
 """
 
+# ruff: noqa: RUF001 - characters that look like others are what is tested
 import pytest
 
 from miles.rollout.rm_hub.math_compare import equal_by_algebra, plain_form, quick_verdict

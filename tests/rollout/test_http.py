@@ -1,17 +1,16 @@
-"""HTTP of rollouts: retries, keys, ids, aborts; and rewards from a server."""
+"""HTTP of rollouts: retries, keys, ids, aborts."""
 
 import asyncio
 import threading
-from contextlib import contextmanager
 
 import pytest
 from aiohttp import web
+from support.http_server import server
 from support.procs import eventually
-from support.rollout_cases import Answer, make_args, servers
+from support.rollout_cases import Answer, servers
 
 from miles.rollout.engines import Engines
-from miles.rollout.rm_hub import remote_rm
-from miles.utils.async_utils import LoopThread, WouldBlockLoop, run, stop_loop_thread
+from miles.utils.async_utils import WouldBlockLoop, run, stop_loop_thread
 from miles.utils.http_utils import (
     RequestFailed,
     RequestRefused,
@@ -23,7 +22,6 @@ from miles.utils.http_utils import (
     request_scope,
 )
 from miles.utils.misc import SingletonMeta, get_free_port, should_run_periodic_action
-from miles.utils.types import Sample
 
 
 @pytest.fixture(autouse=True)
@@ -31,33 +29,6 @@ def clean():
     yield
     close_http_client()
     stop_loop_thread()
-
-
-@contextmanager
-def server(handler):
-    """Answers everything by ``handler(request, number)``."""
-    thread = LoopThread("server")
-    count = 0
-
-    async def handle(request):
-        nonlocal count
-        count += 1
-        return await handler(request, count)
-
-    async def serve():
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner
-
-    runner = thread.run(serve())
-    try:
-        yield "http://{}:{}".format(*runner.addresses[0][:2])
-    finally:
-        thread.run(runner.cleanup())
-        thread.stop()
 
 
 async def test_passing_troubles_are_retried_and_answers_parsed():
@@ -138,19 +109,6 @@ async def test_a_request_is_aborted_by_its_id_also_if_its_caller_has_gone():
         await eventually(lambda: not fake.engines[0].running)
         http_client().forget("train-1")
         await engines.abort_all("train-1")
-
-
-async def test_rewards_from_a_server_are_retried():
-    asked = []
-
-    async def handler(request, number):
-        asked.append(await request.json())
-        return web.Response(status=500) if number == 1 else web.json_response({"score": 0.5})
-
-    with server(handler) as url:
-        sample = Sample(prompt="p", response="r", label="l")
-        assert await remote_rm(make_args(rm_url=url), sample) == {"score": 0.5}
-    assert asked == [{"prompt": "p", "response": "r", "label": "l"}] * 2
 
 
 def test_a_coroutine_can_be_run_from_ordinary_code():

@@ -79,7 +79,7 @@ flags/test_architecture.py::test_the_shape_of_qwen3
     --group-query-attention --use-rotary-position-embeddings --swiglu --disable-bias-linear
 flags/test_resolve_files.py::test_resume_auto_looks_into_save
     --resume
-flags/test_resolve_data.py::test_clips_and_keys_follow
+flags/test_resolve_reward.py::test_clips_and_keys_follow
     --eval-reward-key
 megatron/test_checkpoint_choice.py::test_generators_are_taken_over_unless_told
     --no-load-rng
@@ -137,8 +137,10 @@ flags/test_resolve_run.py::test_what_only_megatron_has
     --use-checkpoint-opt-param-scheduler
 rollout/test_hooks.py::test_a_samples_own_reward_comes_first
     --rm-type
-rollout/test_http.py::test_rewards_from_a_server_are_retried
+rewards/test_remote.py::test_what_is_sent
     --rm-url
+rewards/test_remote.py::test_the_flags_give_the_budget
+    --rm-max-retries --rm-timeout
 rollout/test_hooks.py::test_groups_are_rewarded_together
     --group-rm
 rollout/test_hooks.py::test_reward_functions_run_apart_from_the_endpoints
