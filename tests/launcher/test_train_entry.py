@@ -70,7 +70,7 @@ def test_all_problems_are_told_and_nothing_is_started(place):
     done = train(place, f"{BASE} --prompt-data none.jsonl --lr fast --sequence-parallel --num-rolout 3")
     assert done.returncode == 2
     for line in (
-        "--prompt-data none.jsonl: does not exist",
+        "--prompt-data none.jsonl: there is no data file none.jsonl",
         "--lr fast: is not a number",
         "--sequence-parallel: refused: not built yet",
         "Did you mean --num-rollout?",
