@@ -14,7 +14,7 @@ from runtime_bench.report import number, table
 BEGIN = "<!-- begin: written by benchmarks/packing.py -->"
 END = "<!-- end: written by benchmarks/packing.py -->"
 GOAL_S = 1.0
-HEADER = ("", "time", "x ours", "micro-batches", "imbalance", "in FLOPs", "waiting", "padding", "fullest")
+HEADER = ("", "CPU time", "x ours", "micro-batches", "imbalance", "in FLOPs", "waiting", "padding", "fullest")
 
 
 @dataclass
@@ -79,8 +79,8 @@ def verdict(results: Results) -> str:
     seconds, what = slowest(results)
     word = "reached" if seconds < GOAL_S else "short"
     return (
-        f"The schedule of {results.size.samples:,} samples for {results.size.ranks} ranks takes {_seconds(seconds)} "
-        f"at most ({what}); asked for is less than {_seconds(GOAL_S)}: {word}."
+        f"The schedule of {results.size.samples:,} samples for {results.size.ranks} ranks takes "
+        f"{_seconds(seconds)} of CPU time at most ({what}); asked for is less than {_seconds(GOAL_S)}: {word}."
     )
 
 
