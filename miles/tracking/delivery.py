@@ -11,18 +11,25 @@ from typing import Generic, TypeVar
 
 MAX_TRIES = 8
 FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-PAUSE_AT_END_S = 0.5
+_LONGEST = 60.0
+_AT_END = 0.5
 T = TypeVar("T")
 
 KEPT = "The run goes on; metrics.jsonl in the run directory has every metric."
 
 
 class Delivery(Generic[T]):
-    """See the module's docstring. ``name`` is the tracker's, ``limit`` how many items may wait."""
+    """See the module's docstring.
 
-    def __init__(self, name: str, limit: int) -> None:
+    Args:
+        name: The tracker's.
+        limit: How many items may wait.
+        pause_s: After the first failure; it doubles up to 60 times as long, and is half as long at the end.
+    """
+
+    def __init__(self, name: str, limit: int, pause_s: float = FIRST_PAUSE_S) -> None:
         self.name = name
+        self.pause_s = pause_s
         self.limit = max(2, limit)
         self.lost = 0
         """Items that were dropped or given up."""
@@ -78,8 +85,8 @@ class Delivery(Generic[T]):
     def failed(self, now: float, error: str) -> list[str]:
         """The item was not; returns what is to be said."""
         self._tries += 1
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._tries - 1))
-        self._pause_until = now + (PAUSE_AT_END_S if self._is_ending else pause)
+        times = _AT_END if self._is_ending else min(_LONGEST, 2.0 ** (self._tries - 1))
+        self._pause_until = now + self.pause_s * times
         said = self._once("failed", f"{self.name} failed and is tried again: {error}. {KEPT}")
         if self._tries < MAX_TRIES:
             return said

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from miles.tracking.tracker import Begun, Examples, Outcome, Point, RunInfo
+from miles.tracking.tracker import Begun, Examples, Outcome, Point, RunInfo, TrackerUnusable
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _BATCH = 100
@@ -45,11 +45,10 @@ class MlflowTracker:
         uri = without_password(uri_of(run, before))
         client = self._client = MlflowClient(tracking_uri=uri)
         continued = before if before.get("uri") == uri else {}
-        run_id = settings.get("mlflow_run_id") or continued.get("run_id")
-        if run_id:
-            experiment = client.get_run(run_id).info.experiment_id
-            client.update_run(run_id, status="RUNNING")
-        else:
+        named = settings.get("mlflow_run_id")
+        run_id: str = named or continued.get("run_id") or ""
+        experiment = self._taken_up(run_id, is_needed=bool(named)) if run_id else None
+        if experiment is None:
             experiment = self._experiment(settings.get("mlflow_experiment_name") or "miles", uri)
             run_id = client.create_run(
                 experiment,
@@ -65,6 +64,23 @@ class MlflowTracker:
         where = f"{uri}/#/experiments/{experiment}/runs/{run_id}" if uri.startswith("http") else uri
         told = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri} (run {run_id})"
         return Begun({"uri": uri, "run_id": run_id}, f"MLflow: {told}")
+
+    def _taken_up(self, run_id: str, *, is_needed: bool) -> str | None:
+        """The experiment of a run that goes on. None: there is no such run any more."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            experiment = str(self._client.get_run(run_id).info.experiment_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            if is_needed:
+                raise TrackerUnusable(
+                    f"there is no MLflow run {run_id}", advice="Correct --mlflow-run-id, or leave it out"
+                ) from None
+            return None
+        self._client.update_run(run_id, status="RUNNING")
+        return experiment
 
     def _experiment(self, name: str, uri: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from miles.tracking.delivery import KEPT, Delivery
+from miles.tracking.delivery import FIRST_PAUSE_S, KEPT, Delivery
 from miles.tracking.secrets import without_credentials
 from miles.tracking.tracker import Begun, Examples, Outcome, Point, RunInfo, Tracker, TrackerUnusable
 from miles_agents.errors import MilesError
@@ -36,6 +36,7 @@ class TrackerThread:
         say: Takes lines for the terminal; called on the thread.
         began: Takes what ``begin`` found; called on the thread.
         limit: How many records may wait.
+        pause_s: After the first failure.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TrackerThread:
         say: Say,
         began: Callable[[Begun], None],
         limit: int = QUEUE_LIMIT,
+        pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self.name = name
         self._make = make
@@ -56,7 +58,7 @@ class TrackerThread:
         self._say = say
         self._began = began
         self._tracker: Tracker | None = None
-        self._queue: Delivery[Record | RunInfo] = Delivery(name, limit)
+        self._queue: Delivery[Record | RunInfo] = Delivery(name, limit, pause_s)
         self._queue.put(run)
         self._outcome: Outcome | None = None
         self._wake = threading.Condition()
