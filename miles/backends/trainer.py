@@ -18,6 +18,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 
 from miles.backends.base import TrainBackend
 from miles.backends.training_utils.checkpoints import commit_checkpoint
+from miles.backends.training_utils.critic import Critic, check_same_start, critic_args, has_critic
 from miles.backends.training_utils.hooks import TrainerHooks
 from miles.backends.training_utils.loss_hub.settings import LossSettings
 from miles.backends.training_utils.profiling import MemoryRecorder
@@ -71,6 +73,7 @@ class Trainer(Actor):
         self._rendezvous = Rendezvous()
         self._backend: TrainBackend | None = None
         self._trainer: RolloutTrainer | None = None
+        self._critic: Critic | None = None
         self._senders: dict[str, Any] = {}
         self._timers = Timers(torch.device("cpu"))
         self._recorder: MemoryRecorder | None = None
@@ -109,7 +112,9 @@ class Trainer(Actor):
         start = backend.init()
         self._timers = Timers(backend.device)
         self._backend = backend
-        self._trainer = RolloutTrainer(self.args, backend, self._timers)
+        if has_critic(self.args):
+            self._critic = self._make_critic(backend, start)
+        self._trainer = RolloutTrainer(self.args, backend, self._timers, self._critic)
         return {"start_rollout_id": start}
 
     def make_backend(self) -> TrainBackend:
@@ -117,6 +122,21 @@ class Trainer(Actor):
         module, name = BACKENDS[self.args.train_backend]
         backend: TrainBackend = getattr(importlib.import_module(module), name)(self.args)
         return backend
+
+    def _make_critic(self, actor: TrainBackend, start: int) -> Critic:
+        """With the actor's groups. Only the Megatron backend has critics."""
+        from miles.backends.megatron_utils.backend import MegatronBackend
+
+        args = critic_args(self.args)
+        backend = MegatronBackend(args, role="critic", parallel=actor.parallel)
+        check_same_start(start, backend.init(), args)
+        return Critic(args, backend)
+
+    @property
+    def _backends(self) -> list[TrainBackend]:
+        """The critic's first: its checkpoint is there when the actor's counts."""
+        found = [] if self._critic is None else [self._critic.backend]
+        return found if self._backend is None else [*found, self._backend]
 
     @endpoint
     def train(self, rollout_id: int, refs: list[Ref]) -> dict[str, float]:
@@ -130,7 +150,7 @@ class Trainer(Actor):
             ``train/``, ``perf/`` and ``rollout/`` metrics, over all ranks; times are of this rank.
         """
         backend, trainer = self._ready()
-        self._wake(backend)
+        self._wake()
         self._rollout_id = rollout_id
         ref = refs[backend.parallel.dp_rank]
         metrics = trainer.train(rollout_id, lambda: store.get(ref))
@@ -153,15 +173,13 @@ class Trainer(Actor):
         backend, _ = self._ready()
         if not getattr(self.args, "save", None):
             raise NowhereToSave("there is no place for a checkpoint", advice="Give --save.")
-        self._wake(backend)
+        self._wake()
+        path = ""
         with self._timers.measure("save_model"):
-            path = commit_checkpoint(
-                Path(self.args.save),
-                rollout_id,
-                lambda directory: backend.save(directory, rollout_id=rollout_id),
-                backend.device,
-            )
-        return str(path)
+            for part in self._backends:
+                root = self.args.save if part is backend else critic_args(self.args).save
+                path = str(commit_checkpoint(Path(root), rollout_id, partial(_write, part, rollout_id), part.device))
+        return path
 
     @endpoint
     def export_hf(self, path: str) -> None:
@@ -169,7 +187,7 @@ class Trainer(Actor):
         from miles.backends.hf_export import export_hf
 
         backend, _ = self._ready()
-        self._wake(backend)
+        self._wake()
         with self._timers.measure("export_hf"):
             export_hf(backend, self.args, Path(path))
 
@@ -192,7 +210,7 @@ class Trainer(Actor):
 
         backend, _ = self._ready()
         if self._asleep > 1:
-            self._wake(backend)
+            self._wake()
         sender = self._senders.get(update.method)
         if sender is None:
             sender = self._senders[update.method] = make_sender(backend.parallel, update, backend.device, self.args)
@@ -208,7 +226,8 @@ class Trainer(Actor):
         before = _memory("before", backend.device)
         if level > self._asleep:
             with self._timers.measure("sleep"):
-                backend.sleep(level)
+                for part in self._backends:
+                    part.sleep(level)
             self._asleep = level
         _give_back(backend.device)
         return before | _memory("after", backend.device)
@@ -218,15 +237,15 @@ class Trainer(Actor):
         """Take everything back, as it was. Returns the same as ``sleep``."""
         backend, _ = self._ready()
         before = _memory("before", backend.device)
-        self._wake(backend)
+        self._wake()
         return before | _memory("after", backend.device)
 
     def close(self) -> None:
         """Process groups and the backend's files are given back."""
         for sender in self._senders.values():
             sender.close()
-        if self._backend is not None:
-            self._backend.close()
+        for part in self._backends:
+            part.close()
         if self._recorder is not None:
             self._recorder.close()
         self._rendezvous.leave()
@@ -236,11 +255,16 @@ class Trainer(Actor):
             raise NotReady("the trainer was called before init", advice="Call init on all ranks first.")
         return self._backend, self._trainer
 
-    def _wake(self, backend: TrainBackend) -> None:
+    def _wake(self) -> None:
         if self._asleep:
             with self._timers.measure("wake_up"):
-                backend.wake_up()
+                for part in self._backends:
+                    part.wake_up()
             self._asleep = 0
+
+
+def _write(backend: TrainBackend, rollout_id: int, directory: Path) -> None:
+    backend.save(directory, rollout_id=rollout_id)
 
 
 def _seed(seed: int) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from miles.backends.base import (
     LossFunction,
     MicroBatch,
     ModelTag,
+    ParallelState,
     StepOutcome,
     TrainBackend,
     TrainedObjects,
@@ -46,6 +48,7 @@ from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import SleepingMemory
 from miles.backends.megatron_utils.sources import choose_source, reference_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
+from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import needs_reference
@@ -56,9 +59,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MegatronBackend(TrainBackend):
-    """See the module's docstring. ``args``: the resolved flags. ``torch.distributed`` is initialised."""
+    """See the module's docstring. ``args``: the resolved flags. ``torch.distributed`` is initialised.
 
-    def __init__(self, args: Namespace, role: str = "actor") -> None:
+    A critic beside an actor has that one's ``parallel`` groups, and a value head in place of the vocabulary.
+    """
+
+    def __init__(self, args: Namespace, role: str = "actor", parallel: ParallelState | None = None) -> None:
         if args.params_dtype not in DTYPES:
             raise UnsupportedSetting(
                 f"parameters of type {args.params_dtype} are not built",
@@ -70,17 +76,29 @@ class MegatronBackend(TrainBackend):
         self.dtype = DTYPES[args.params_dtype]
         self.device = torch.device(args.device)
         self.shape = read_shape(args.hf_config)
-        self.rules = weight_rules(self.shape, padded_vocab(args, self.shape.vocab))
+        self._owns_groups = parallel is None
+        if parallel is not None:
+            self.parallel = parallel
+        if self.is_critic:
+            self.shape = replace(self.shape, tied=False)
+        rules = weight_rules(self.shape, padded_vocab(args, self.shape.vocab))
+        self.rules = [rule for rule in rules if not (self.is_critic and rule.megatron == VALUE_HEAD)]
+
+    @property
+    def is_critic(self) -> bool:
+        """It gives values, not log-probs."""
+        return self.role == "critic"
 
     # Building and loading
 
     def init(self) -> int:
         """See ``TrainBackend.init``."""
         args = self.args
-        provide_get_args(args)
-        if getattr(args, "deterministic_mode", False):
-            torch.use_deterministic_algorithms(True)
-        self.parallel = init_parallel(args)
+        if self._owns_groups:
+            provide_get_args(args)
+            if getattr(args, "deterministic_mode", False):
+                torch.use_deterministic_algorithms(True)
+            self.parallel = init_parallel(args)
         sequence_parallel = bool(getattr(args, "sequence_parallel", False))
         check_experts(self.shape, self.parallel, sequence_parallel=sequence_parallel)
         self._logits_of = passes.make_logits_of(
@@ -91,7 +109,8 @@ class MegatronBackend(TrainBackend):
             padded=getattr(args, "qkv_format", None) == "bshd",
         )
         self._memory = SleepingMemory(args)
-        call_init_hook(args)
+        if self._owns_groups:
+            call_init_hook(args)
         source = choose_source(args)
         self.config = transformer_config(args, self.shape, self.dtype)
         self.stage = Stage.of(self.config, self.shape, self.parallel)
@@ -106,7 +125,7 @@ class MegatronBackend(TrainBackend):
         return start
 
     def _build_model(self) -> Any:
-        return build_model(self.args, self.shape, self.config)
+        return build_model(self.args, self.shape, self.config, is_critic=self.is_critic)
 
     def _build_reference(self) -> Any:
         model = self._build_model()
@@ -119,7 +138,7 @@ class MegatronBackend(TrainBackend):
             directory = HFDirectory(source)
             load_hf_weights(model, self.rules, directory, stage=self.stage, parallel=self.parallel)
         else:
-            load_checkpoint(source, self._state(model), generators=False)
+            load_checkpoint(source, replace(self._state(model), without_head=self.is_critic), generators=False)
 
     def _resume(self, found: FoundCheckpoint) -> int:
         args = self.args
@@ -238,4 +257,5 @@ class MegatronBackend(TrainBackend):
     def close(self) -> None:
         """See ``TrainBackend.close``."""
         self._memory.close()
-        leave_parallel()
+        if self._owns_groups:
+            leave_parallel()

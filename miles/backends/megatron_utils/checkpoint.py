@@ -42,13 +42,15 @@ _SPARE = 1 << 20
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds. ``optimizer`` and ``scheduler``: None where only weights matter."""
+    """What a checkpoint holds. ``optimizer`` and ``scheduler``: None where only weights matter. ``without_head``: of a
+    critic that takes over a language model's layers, whose output layer is not its own."""
 
     shape: Shape
     parallel: ParallelState
     model: Any
     optimizer: Any = None
     scheduler: Any = None
+    without_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def load_checkpoint(directory: Path, state: TrainState, *, generators: bool = Tr
             advice="Load an earlier one with --ckpt-step, or restore the files.",
             path=str(directory),
         ) from error
-    state.model.load_state_dict(loaded["model"])
+    state.model.load_state_dict(loaded["model"], strict=not state.without_head)
     if state.optimizer is not None:
         state.optimizer.load_state_dict(loaded["optimizer"])
     if state.scheduler is not None:
@@ -121,6 +123,8 @@ def load_checkpoint(directory: Path, state: TrainState, *, generators: bool = Tr
 def _tree(state: TrainState, *, loading: bool, generators: bool) -> dict[str, Any]:
     """megatron.core's sharded state dict of all that is saved or loaded."""
     model = state.model.sharded_state_dict(metadata=dict(_METADATA))
+    if state.without_head:
+        model = {name: value for name, value in model.items() if not name.startswith("output_layer.")}
     tree: dict[str, Any] = {"model": model}
     if state.optimizer is not None:
         tree["optimizer"] = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
@@ -221,6 +225,8 @@ def _load_common(directory: Path) -> dict[str, Any]:
 
 def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: TrainState) -> None:
     wanted, found = asdict(state.shape), common.get("shape")
+    if found is not None and state.without_head:
+        wanted = {**wanted, "tied": found.get("tied")}
     if found is not None and found != wanted:
         different = [
             f"{key}: {found.get(key)} there, {wanted[key]} wanted" for key in wanted if found.get(key) != wanted[key]

@@ -19,6 +19,7 @@ from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
 from miles.backends.megatron_utils.flag_fields import EXPERTS, TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
+from miles.backends.megatron_utils.value_head import ValueHead
 from miles.backends.training_utils.hooks import takes, trainer_hook
 from miles.backends.training_utils.sequence_layout import SequenceLayout
 from miles.rollout.hooks import Hook
@@ -88,13 +89,20 @@ def _experts(args: Namespace, shape: Shape) -> dict[str, Any]:
     }
 
 
-def build_model(args: Namespace, shape: Shape, config: TransformerConfig) -> Any:
+def build_model(args: Namespace, shape: Shape, config: TransformerConfig, *, is_critic: bool = False) -> Any:
     """This pipeline stage's part, without weights: parameters hold whatever memory held. Built by
-    ``--custom-model-provider-path`` if that is given.
+    ``--custom-model-provider-path`` if that is given. A critic has a value head in place of the vocabulary.
 
     Raises:
         HookFailed, BadHookResult: Of the user's function.
     """
+    model = _build(args, shape, config)
+    if is_critic and model.post_process:
+        model.output_layer = ValueHead(config)
+    return model
+
+
+def _build(args: Namespace, shape: Shape, config: TransformerConfig) -> Any:
     first, last = is_pipeline_first_stage(), is_pipeline_last_stage()
     provider = trainer_hook(args, "custom_model_provider_path")
     if provider is None:

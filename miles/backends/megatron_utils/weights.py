@@ -13,6 +13,7 @@ from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory
 from miles.backends.megatron_utils.families import Rule
 from miles.backends.megatron_utils.stages import Stage
+from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 """Ends of names that a directory may hold without the model needing them: computed, or a copy of a tied embedding."""
@@ -28,7 +29,10 @@ def load_hf_weights(
     """
     parameters = dict(model.named_parameters())
     own = stage.local_rules(rules)
-    assert set(parameters) == {name for name, _ in own}, "the table of names does not fit the model"
+    # A critic's value head is in no file of a language model.
+    assert set(parameters) - {VALUE_HEAD} == {name for name, _ in own} - {VALUE_HEAD}, (
+        "the table does not fit the model"
+    )
     _compare_names(rules, directory)
     with torch.no_grad(), directory.opened() as opened:
         for name, rule in own:

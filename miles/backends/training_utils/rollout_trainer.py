@@ -9,6 +9,7 @@ import torch
 
 from miles.backends.base import ModelTag, TrainBackend
 from miles.backends.training_utils import log_utils
+from miles.backends.training_utils.critic import Critic
 from miles.backends.training_utils.data import RankData
 from miles.backends.training_utils.debug_files import dump_train_data, write_checksums
 from miles.backends.training_utils.hooks import TrainerHooks, takes
@@ -28,9 +29,10 @@ class RolloutTrainer:
     training pass: metrics compare them with the engine's. ``--skip-actor-forward-only`` leaves it out.
     """
 
-    def __init__(self, args: Any, backend: TrainBackend, timers: Timers) -> None:
+    def __init__(self, args: Any, backend: TrainBackend, timers: Timers, critic: Critic | None = None) -> None:
         self.args = args
         self.backend = backend
+        self.critic = critic
         self.timers = timers
         set_parallel_state(backend.parallel)
         self.losses = Losses(args, backend.parallel)
@@ -50,22 +52,42 @@ class RolloutTrainer:
                 data = RankData.from_wire(fetch())
             if getattr(args, "reset_optimizer_states", False):
                 backend.reset_optimizer()
+            if self.critic is not None:
+                with self.timers.measure("critic_values"):
+                    self.critic.fill_values(data)
             self._forward_passes(data)
             compute_advantages_and_returns(args, parallel, data, device)
             if self.hooks.postprocess is not None:
                 postprocess(self.hooks.postprocess, args, data)
             metrics = log_utils.rollout_metrics(data, parallel, device)
             dump_train_data(args, rollout_id, data, parallel)
-            with self.timers.measure("actor_train"):
-                steps = self._steps(rollout_id, data)
+            critic_metrics = self._train_critic(rollout_id, data)
+            steps: list[dict[str, float]] = []
+            if rollout_id >= self._num_critic_only_steps():
+                with self.timers.measure("actor_train"):
+                    steps = self._steps(rollout_id, data)
         write_checksums(args, rollout_id, parallel.rank, backend.objects().model)
         self.last_steps = log_utils.by_step(rollout_id, steps)
-        metrics |= log_utils.mean_over_steps(steps) | log_utils.memory_metrics(device)
+        metrics |= critic_metrics | log_utils.mean_over_steps(steps) | log_utils.memory_metrics(device)
         if getattr(args, "log_params_norm", False):
             metrics["train/params_norm"] = log_utils.params_norm(backend)
-        metrics["train/step"] = float((rollout_id + 1) * len(steps) - 1)
+        metrics["train/step"] = float((rollout_id + 1) * len(data.steps) - 1)
         seconds = self.timers.take()
         return metrics | seconds | log_utils.speed_metrics(args, data, parallel, device, seconds)
+
+    def _train_critic(self, rollout_id: int, data: RankData) -> dict[str, float]:
+        if self.critic is None:
+            return {}
+
+        def running(number: int) -> None:
+            self.step_of = (number, len(data.steps))
+
+        with self.timers.measure("critic_train"):
+            return self.critic.train(rollout_id, data, running)
+
+    def _num_critic_only_steps(self) -> int:
+        """Rollouts in which the critic alone learns (``--num-critic-only-steps``)."""
+        return 0 if self.critic is None else int(getattr(self.args, "num_critic_only_steps", 0) or 0)
 
     def _forward_passes(self, data: RankData) -> None:
         if needs_reference(self.args):

@@ -23,7 +23,7 @@ from miles.backends.training_utils.loss_hub.math_utils import (
     log_probs_and_entropy,
 )
 from miles.backends.training_utils.loss_hub.reduction import Reducer
-from miles.backends.training_utils.loss_hub.sequence_level import gspo_kl, opsm_mask
+from miles.backends.training_utils.loss_hub.sequence_level import clipped_value_loss, gspo_kl, opsm_mask
 from miles.backends.training_utils.loss_hub.settings import LossSettings
 from miles.backends.training_utils.loss_hub.user_functions import BadLossFunction, UserFunctions
 
@@ -110,6 +110,31 @@ class Losses:
         group = self.parallel.cp_group
         shared = share_places(values, places, len(every), group)
         return shared, None if entropy is None else share_places(entropy, places, len(every), group)
+
+    def values(self, output: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """float32 ``[sum R_i]``, of a critic's output ``[rows, 1]``."""
+        layout = batch.layout
+        if layout is None:
+            return output[response_rows(batch)[0], 0]
+        rows, places = (part.to(output.device) for part in layout.predicting_rows(batch.response_lengths))
+        own = output[rows, 0]
+        if layout.cp_size == 1:
+            return own
+        return share_places(own, places, sum(batch.response_lengths), self.parallel.cp_group)
+
+    def value_loss_for(self, step: StepPlan) -> LossFunction:
+        """The critic's loss of one optimizer step's micro-batches."""
+
+        def loss(output: torch.Tensor, batch: MicroBatch) -> LossOutput:
+            reduce = Reducer(batch, step, per_token=self.settings.per_token)
+            values = self.values(output, batch)
+            old, returns = (_column(batch, name, values) for name in ("values", "returns"))
+            per_token, clipped = clipped_value_loss(values, old, returns, clip=self.settings.value_clip)
+            total = reduce(per_token) + 0.0 * output.sum()
+            found = total.detach()
+            return LossOutput(total, {"loss": found, "value_loss": found, "value_clipfrac": reduce(clipped)})
+
+        return loss
 
     def _sft_loss(self, logits: torch.Tensor, batch: MicroBatch, reduce: Reducer) -> LossOutput:
         """-log p of the response tokens."""

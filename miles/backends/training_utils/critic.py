@@ -1,0 +1,111 @@
+"""PPO's critic: a second model of the actor's architecture with one value per token, in the actor's ranks.
+
+It has the actor's layout over ranks, so that its values are where the actor's log-probs are, and nothing travels. Per
+rollout: values of all response tokens (no gradient), from which advantages and returns are made; then optimizer steps
+on the clipped value loss. ``V_t`` is read where token t is predicted: it is the value of what stands before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.backends.base import MicroBatch, TrainBackend
+from miles.backends.checkpoint_layout import find_checkpoint
+from miles.backends.training_utils import log_utils
+from miles.backends.training_utils.data import RankData, pieces
+from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, Losses
+from miles_agents.errors import ConfigError
+
+SUFFIX = "_critic"
+
+
+class CriticElsewhere(ConfigError):
+    """The checkpoints of actor and critic are not of the same rollout."""
+
+    code = "E-TRAIN-021"
+
+
+def has_critic(args: Any) -> bool:
+    """Whether the run trains one."""
+    return getattr(args, "advantage_estimator", "grpo") == "ppo" and getattr(args, "loss_type", "") != "sft_loss"
+
+
+def critic_args(args: Any) -> Any:
+    """The flags as the critic's backend sees them: its own checkpoints, learning rate and warm-up.
+
+    ``--critic-load`` unset: the critic beside ``--load``, if there is one; else its layers begin as the actor's do.
+    """
+    found = copy.copy(args)
+    for name in ("load", "save", "lr", "lr_warmup_iters"):
+        setattr(found, name, getattr(args, f"critic_{name}", None))
+    if found.lr is None:
+        found.lr = args.lr
+    found.lr_warmup_iters = found.lr_warmup_iters or 0
+    if found.load is None and args.load:
+        beside = Path(str(args.load).rstrip("/") + SUFFIX)
+        found.load = str(beside) if find_checkpoint(beside) is not None else None
+    if found.save is None and getattr(args, "save", None):
+        found.save = str(args.save).rstrip("/") + SUFFIX
+    found.ckpt_step = args.ckpt_step if getattr(args, "critic_load", None) is None else None
+    found.use_kl_loss, found.kl_coef = False, 0.0
+    return found
+
+
+class Critic:
+    """See the module's docstring. Its methods are collective over all ranks.
+
+    Args:
+        args: Of ``critic_args``.
+        backend: Initialised, in the role of critic.
+    """
+
+    def __init__(self, args: Any, backend: TrainBackend) -> None:
+        self.args = args
+        self.backend = backend
+        self._losses = Losses(args, backend.parallel)
+
+    def fill_values(self, data: RankData) -> None:
+        """The column ``values``: float32 ``[R_i]`` each, on ranks with logits."""
+        batches = [data.micro_batch(samples, self.backend.device) for samples in data.forward]
+
+        def values(output: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
+            return pieces(self._losses.values(output, batch), batch.response_lengths)
+
+        outputs = self.backend.forward_only(batches, values)
+        found: dict[int, torch.Tensor] = {}
+        for batch, output in zip(batches, outputs, strict=False):
+            found |= zip(batch.sample_positions, output, strict=False)
+        if outputs:
+            data.columns["values"] = [found[i].cpu() for i in range(len(data))]
+
+    def train(self, rollout_id: int, data: RankData, running: Callable[[int], None]) -> dict[str, float]:
+        """All steps of a rollout; metrics ``train/critic-...``. ``running`` is told the number of each step."""
+        backend, steps = self.backend, []
+        for number, step in enumerate(data.steps):
+            running(number)
+            batches = [data.micro_batch(samples, backend.device, LOSS_COLUMNS) for samples in step.micro_batches]
+            outcome = backend.train_step(batches, self._losses.value_loss_for(step))
+            found = log_utils.step_metrics(outcome, backend.parallel, backend.device)
+            log_utils.check_finite(self.args, found, f"rollout {rollout_id}, step {number} of the critic")
+            steps.append(found)
+        means = log_utils.mean_over_steps(steps)
+        return {name.replace("train/", "train/critic-", 1): value for name, value in means.items()}
+
+
+def check_same_start(actor: int, critic: int, args: Any) -> None:
+    """Of resumed runs: both at the same rollout, or a fresh critic beside a trained actor.
+
+    Raises:
+        CriticElsewhere.
+    """
+    if critic not in (0, actor):
+        raise CriticElsewhere(
+            "the checkpoints of actor and critic are not of the same rollout",
+            evidence=f"the actor goes on at rollout {actor}, the critic ({args.load}) at {critic}",
+            advice="Give --critic-load and --load of the same run, or choose the step with --ckpt-step.",
+        )

@@ -1,0 +1,115 @@
+"""PPO: actor and critic learn what a plain implementation of the formulas learns, on every layout of ranks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.megatron_cases import save_backend
+from support.plain_losses import assert_close
+from support.ppo_rollouts import PPO, plain_ppo, trained_ppo
+from support.ranks import run_ranks
+from support.tiny_models import tiny_model
+from support.trained_rollouts import args_of, data_of
+
+from miles.backends.megatron_utils.backend import MegatronBackend
+from miles.backends.megatron_utils.value_head import NAME
+from miles.backends.training_utils.critic import Critic, CriticElsewhere, check_same_start, critic_args
+from miles.backends.training_utils.data import RankData
+from miles.utils.train_data import split_train_data
+
+SEEDS = (7, 8)
+LAYOUTS = {
+    "one rank": {},
+    "DP 2": {"dp_size": 2},
+    "SP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+    "CP 2": {"context_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    path = tiny_model("qwen3")
+    return path, *run_ranks(1, plain_ppo, path, {}, SEEDS, distributed=False)[0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_actor_and_critic_learn_what_the_formulas_say(expected, name):
+    path, metrics, weights, head = expected
+    layout = {"dp_size": 1, **LAYOUTS[name]}
+    world = 1 if name == "one rank" else 2
+    heads = []
+    for found_metrics, found, found_head in run_ranks(world, trained_ppo, path, layout, SEEDS):
+        for ours, theirs in zip(found_metrics, metrics, strict=True):
+            assert_close(ours, theirs, name)
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-5, msg=key)
+        heads += [] if found_head is None else [found_head]
+    assert heads
+    for found_head in heads:
+        assert head.abs().max() > 1e-3
+        torch.testing.assert_close(found_head, head, rtol=1e-4, atol=1e-5)
+
+
+def test_the_critic_learns_alone_for_as_long_as_it_is_told(expected):
+    path, metrics, *_ = expected
+    found, weights, _ = run_ranks(1, trained_ppo, path, {"dp_size": 1, "num_critic_only_steps": 2}, SEEDS)[0]
+    assert_close(found[0], {k: v for k, v in metrics[0].items() if "critic" in k}, "alone")
+    assert not [name for name in found[0] if name.startswith("train/pg")]
+    untrained = run_ranks(1, trained_ppo, path, {"dp_size": 1}, ())[0][1]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in untrained.items())
+
+
+def saved_and_loaded(path, root):
+    """Values of a trained critic, of one that its checkpoint gives, and of one that begins from an actor's."""
+    args = args_of(path, "megatron", **PPO, dp_size=1, optimizer="adam", save=str(root / "actor"))
+    actor = MegatronBackend(args)
+    actor.init()
+    part = RankData.from_wire(split_train_data(args, data_of(7))[0])
+
+    def values(own):
+        backend = MegatronBackend(own, role="critic", parallel=actor.parallel)
+        start = backend.init()
+        return Critic(own, backend), start
+
+    first, start = values(critic_args(args))
+    assert start == 0
+    first.fill_values(part)
+    assert not any(v.any() for v in part.columns["values"])
+    part.columns["returns"] = [torch.ones(length) for length in part.response_lengths]
+    first.train(0, part, lambda number: None)
+    first.fill_values(part)
+    trained = [v.clone() for v in part.columns["values"]]
+    save_backend(first.backend, root / "actor_critic", 3)
+    save_backend(actor, root / "actor", 3)
+    args.load = str(root / "actor")
+    again, start = values(critic_args(args))
+    again.fill_values(part)
+    loaded = [v.clone() for v in part.columns["values"]]
+    args.load, args.ref_load = None, str(root / "actor")
+    fresh, fresh_start = values(critic_args(args))
+    backbone = dict(fresh.backend.model.module.named_parameters())
+    same = all(torch.equal(backbone[n], p) for n, p in actor.model.module.named_parameters() if n != NAME)
+    return trained, loaded, start, fresh_start, same
+
+
+@pytest.mark.full
+def test_a_critic_goes_on_from_its_own_checkpoint_and_begins_from_an_actors(tmp_path):
+    for tied in (True, False):
+        path = tiny_model("qwen3", tied=tied)
+        root = tmp_path / str(tied)
+        trained, loaded, start, fresh_start, same = run_ranks(1, saved_and_loaded, path, root)[0]
+        assert any(v.any() for v in trained)
+        assert all(torch.equal(a, b) for a, b in zip(trained, loaded, strict=True))
+        assert (start, fresh_start, same) == (4, 0, True)
+
+
+def test_checkpoints_of_different_rollouts_are_refused():
+    args = SimpleNamespace(load="/run/critic")
+    check_same_start(5, 5, args)
+    check_same_start(5, 0, args)
+    with pytest.raises(CriticElsewhere) as caught:
+        check_same_start(5, 3, args)
+    assert "/run/critic" in str(caught.value.evidence)
