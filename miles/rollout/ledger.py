@@ -11,7 +11,9 @@ and the open groups.
                                        |--filter--> filtered  <--filter-- selected
                                        '--give_back--> returned  <--give_back-- selected
 
-A selected group is filtered if only some of its samples are trained on.
+A group belongs to the rollout that it was taken for, and from its selection on to the one that it was selected for:
+fully asynchronous generation takes groups before it is known which rollout they will be of. A selected group is
+filtered if only some of its samples are trained on.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ class Ledger:
             self.taken[step.why or "fresh"] += 1
         elif step.kind == "select":
             self.selected.add(group)
+            self.open[group] = step.rollout_id
         else:
             del self.open[group]
             self.selected.discard(group)

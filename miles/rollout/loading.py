@@ -16,6 +16,7 @@ from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.misc import load_function
 
 DEFAULT_ROLLOUT = "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn"
+FULLY_ASYNC = "miles.rollout.fully_async_rollout.FullyAsyncRolloutFn"
 FUNCTION_ROLLOUT = "miles.rollout.sglang_rollout.generate_rollout"
 DEFAULT_SOURCE = "miles.rollout.data_source.RolloutDataSourceWithBuffer"
 _HOOK_FLAGS = (
@@ -32,6 +33,11 @@ class Loaded:
     source: TrackedDataSource
     rollout_function: Hook
     eval_function: Hook
+
+    @property
+    def keeps_groups_open(self) -> bool:
+        """Whether groups that were taken outlive the call of the rollout function that took them."""
+        return bool(getattr(self.rollout_function.function, "keeps_groups_open", False))
 
     @property
     def dataset_size(self) -> int | None:
@@ -58,7 +64,8 @@ def load_all(args: Namespace) -> Loaded:
     if args.load_debug_rollout_data:
         rollout = Hook("--load-debug-rollout-data", args.load_debug_rollout_data, lambda _: None)
     else:
-        default = FUNCTION_ROLLOUT if os.environ.get("MILES_USE_LEGACY_ROLLOUT_V1") == "1" else DEFAULT_ROLLOUT
+        default = FULLY_ASYNC if args.fully_async else DEFAULT_ROLLOUT
+        default = FUNCTION_ROLLOUT if os.environ.get("MILES_USE_LEGACY_ROLLOUT_V1") == "1" else default
         rollout = load_rollout_function(made_with, args.rollout_function_path or default)
     path = args.eval_function_path
     evaluation = load_rollout_function(made_with, path, "--eval-function-path") if path else rollout

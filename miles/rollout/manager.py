@@ -81,6 +81,8 @@ class RolloutManager(Actor):
     def close(self) -> None:
         """End threads, graders and connections."""
         self.watchdog.close()
+        if self._loaded is not None and self._loaded.keeps_groups_open:
+            self.user.run(self._loaded.rollout_function.function.close())
         set_loop_thread(None)
         self.user.stop()
         close_hook_pool()
@@ -147,7 +149,8 @@ class RolloutManager(Actor):
             if num_dropped:
                 metrics["rollout/dropped_samples"] = float(num_dropped)
         except BaseException:
-            loaded.source.take_back_open(rollout_id, "failed")
+            if not loaded.keeps_groups_open:
+                loaded.source.take_back_open(rollout_id, "failed")
             raise
         finally:
             self.progress_now.phase = "idle"
@@ -264,7 +267,8 @@ class RolloutManager(Actor):
             self.progress_now.begin("generate", rollout_id, int(self.args.rollout_batch_size))
             output = await self._on_user_loop(self._call(loaded, rollout_id))
         loaded.source.select(output.samples)
-        loaded.source.drop_unselected("not_returned")
+        if not loaded.keeps_groups_open:
+            loaded.source.drop_unselected("not_returned")
         await asyncio.to_thread(self._dump, rollout_id, output.samples)
         return output
 

@@ -31,6 +31,7 @@ class TrackedDataSource(DataSource):
         self.rollout_id = 0
         self.overflow: list[Group] = []
         self._open: dict[int, Group] = {}
+        self._finished: set[int] = set()
         self._next_group = 0
         self._next_index = 0
         self._lock = threading.RLock()
@@ -120,6 +121,14 @@ class TrackedDataSource(DataSource):
             with self._lock:
                 self.overflow += groups
 
+    def finished(self, group: Group) -> None:
+        """A group that was taken is generated, and waits to be selected: a checkpoint keeps what was made of it."""
+        with self._lock:
+            number = self._number(group)
+            if number in self._open:
+                self._open[number] = group
+                self._finished.add(number)
+
     def filtered(self, groups: Sequence[Group], reason: str) -> None:
         """Groups that are not trained on, and why."""
         with self._lock:
@@ -195,11 +204,14 @@ class TrackedDataSource(DataSource):
     def checkpoint(self) -> tuple[dict[str, Any], list[Group]]:
         """What has to be saved beside the data source: plain values, and groups.
 
-        A group that is being generated counts as returned, without what was generated of it.
+        A group that is being generated counts as returned, without what was generated of it; one that is generated
+        and not trained on yet, with it.
         """
         with self._lock:
             under_way = [
-                copy.deepcopy(group) if number in self.ledger.selected else reset_group(copy.copy(group))
+                copy.deepcopy(group)
+                if number in self.ledger.selected or number in self._finished
+                else reset_group(copy.copy(group))
                 for number, group in self._open.items()
             ]
             plain = {
@@ -215,6 +227,7 @@ class TrackedDataSource(DataSource):
             self.ledger = Ledger.from_plain(plain["ledger"])
             self._next_group, self._next_index = plain["next_group"], plain["next_index"]
             self._open.clear()
+            self._finished.clear()
             self.overflow = list(groups)
             if self.journal is not None:
                 self.journal.state(self.ledger, "restored from a checkpoint")
@@ -246,6 +259,7 @@ class TrackedDataSource(DataSource):
         self._apply(steps)
         for step in steps:
             self._open.pop(step.group, None)
+            self._finished.discard(step.group)
 
     def _apply(self, steps: Sequence[Transition]) -> None:
         for step in steps:

@@ -27,7 +27,6 @@ class ImportFailed(UserCodeError):
 
 NOT_BUILT = {
     "miles.rollout.checkpoint_eval": "evaluation of checkpoints",
-    "miles.rollout.fully_async_rollout": "fully asynchronous rollouts",
     "miles.rollout.generate_hub.agentic_tool_call": "generation by agents",
     "miles.rollout.generate_hub.multi_turn": "generation in several turns",
     "miles.rollout.generate_utils.openai_endpoint_utils": "generation by agents",

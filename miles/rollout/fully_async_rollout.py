@@ -1,0 +1,104 @@
+"""``--fully-async``: generation goes on all the time; a rollout is what has been finished meanwhile.
+
+A producer (``group_producer``) keeps engines busy and fills a bounded buffer; a call takes the oldest finished groups
+out of it. Weights change while answers are written, so a group may have tokens of several weight versions. With
+``--max-weight-staleness K``, no group is given out whose oldest token is more than K versions older than the weights
+that engines have at the call, which are those that it is trained against: older ones are generated again or dropped
+(``--async-unused-samples-handler``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles.rollout.base_types import (
+    Group,
+    RolloutFnConstructorInput,
+    RolloutFnEvalInput,
+    RolloutFnInput,
+    RolloutFnOutput,
+    RolloutFnTrainOutput,
+)
+from miles.rollout.data_buffer import DataBuffer, DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
+from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.group_producer import GroupProducer
+from miles.rollout.hooks import load_hook
+from miles.rollout.inference_rollout.inference_rollout_common import GenerateState, SharedGenerateState
+from miles.rollout.inference_rollout.inference_rollout_eval import evaluate
+from miles.rollout.tracked_source import TrackedDataSource
+from miles.utils.misc import load_function
+
+__all__ = ["DataBuffer", "DataBufferConstructorInput", "FullyAsyncRolloutFn", "staleness"]
+
+
+class FullyAsyncRolloutFn:
+    """See the module's docstring. The producer begins with the first call, and goes on between calls."""
+
+    keeps_groups_open = True
+    """Groups that were taken and are not in this rollout's result are under way: they are not lost."""
+
+    def __init__(self, input: RolloutFnConstructorInput) -> None:  # noqa: A002
+        args = input.args
+        self.args = args
+        source = input.data_source
+        self.source = source if isinstance(source, TrackedDataSource) else TrackedDataSource(source)
+        self.state = GenerateState(args)
+        SharedGenerateState.adopt(self.state)
+        path = args.custom_async_data_buffer_path
+        kind = load_function(path, flag="--custom-async-data-buffer-path") if path else FifoDataBuffer
+        self.buffer: DataBuffer = kind(DataBufferConstructorInput(args, buffer_capacity(args)))
+        self.producer = GroupProducer(self.state, self.source, self.buffer)
+
+    async def __call__(self, input: RolloutFnInput) -> RolloutFnOutput:  # noqa: A002
+        """Finished groups for a rollout; or an evaluation, during which no new groups are begun."""
+        if isinstance(input, RolloutFnEvalInput):
+            async with self.producer.paused():
+                return await evaluate(self.state, input.rollout_id)
+        self.state.weight_version = input.weight_version
+        self.state.progress.begin("generate", input.rollout_id, int(self.args.rollout_batch_size))
+        groups = await self._collect(input.weight_version)
+        groups.sort(key=lambda group: flat(group)[0].index or 0)
+        hook = load_hook(self.args.rollout_sample_filter_path, "--rollout-sample-filter-path")
+        if hook is not None:
+            await hook(self.args, groups)
+        return RolloutFnTrainOutput(groups, self._metrics(groups, input.weight_version))
+
+    async def close(self) -> None:
+        """The producer ends."""
+        await self.producer.close()
+
+    async def _collect(self, version: int | None) -> list[Group]:
+        target, groups = int(self.args.rollout_batch_size), list[Group]()
+        limit = self.args.max_weight_staleness
+        try:
+            while len(groups) < target:
+                [group] = await self.producer.get(1)
+                if limit is not None and version is not None and staleness(group, version) > int(limit):
+                    self.producer.unused(group, "stale")
+                    continue
+                groups.append(group)
+                self.state.progress.finished = len(groups)
+        except BaseException:
+            # Nobody trains on them: they wait in the data source, finished as they are.
+            self.source.give_back(groups, "failed")
+            raise
+        return groups
+
+    def _metrics(self, groups: list[Group], version: int | None) -> dict[str, Any]:
+        counts, self.producer.counts = self.producer.counts, type(self.producer.counts)()
+        metrics: dict[str, Any] = {}
+        for name, count in sorted(counts.items()):
+            place = "dynamic_filter" if name.startswith("drop_") else "fully_async"
+            metrics[f"rollout/{place}/{name}"] = float(count)
+        ages = [] if version is None else [staleness(group, version) for group in groups]
+        if ages:
+            metrics["rollout/fully_async/staleness/max"] = float(max(ages))
+            metrics["rollout/fully_async/staleness/mean"] = sum(ages) / len(ages)
+        metrics["rollout/fully_async/under_way"] = float(self.producer.num_under_way)
+        return metrics | {f"rollout/fully_async/{name}": n for name, n in self.buffer.get_metrics().items()}
+
+
+def staleness(group: Group, version: int) -> int:
+    """Weight versions between the oldest token of a group and ``version``; 0 if nobody said which made it."""
+    known = [int(v) for sample in flat(group) for v in sample.weight_versions if str(v).isdecimal()]
+    return version - min(known) if known else 0
