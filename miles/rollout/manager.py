@@ -82,7 +82,8 @@ class RolloutManager(Actor):
         """End threads, graders and connections."""
         self.watchdog.close()
         if self._loaded is not None and self._loaded.keeps_groups_open:
-            self.user.run(self._loaded.rollout_function.function.close())
+            function: Any = self._loaded.rollout_function.function
+            self.user.run(function.close())
         set_loop_thread(None)
         self.user.stop()
         close_hook_pool()
