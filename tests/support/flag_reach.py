@@ -161,12 +161,57 @@ rollout/test_train_rollout.py::test_trajectories_are_text_by_role
     --save-debug-trajectory-data
 flags/test_resolve_run.py::test_dumping_details_names_its_files
     --dump-details
+backends/test_profiling.py::test_a_target_within_another_is_part_of_its_trace
+    --use-pytorch-profiler --profile-target --profile-step-start --profile-step-end
+backends/test_profiling.py::test_a_part_can_be_traced_alone_on_the_ranks_that_are_asked_for
+    --profile-ranks
+backends/test_profiling.py::test_a_memory_recording_says_who_allocates
+    --memory-snapshot-dir --memory-snapshot-num-steps --memory-recorder --record-memory-history
+backends/test_trainer_hooks.py::test_a_spec_of_the_users_builds_the_layers
+    --spec
+backends/test_trainer_hooks.py::test_a_model_of_the_users_is_trained
+    --custom-model-provider-path
+backends/test_trainer_flags.py::test_packed_batches_are_filled_up_to_a_multiple
+    --data-pad-size-multiplier
+backends/test_trainer_flags.py::test_padded_batches_train_as_packed_ones
+    --qkv-format
+backends/test_trainer_flags.py::test_a_loss_that_is_computed_twice_is_the_same
+    --recompute-loss-function
+backends/test_trainer_flags.py::test_masters_of_bfloat16_parameters_can_be_done_without
+    --keep-fp32-master
+backends/test_trainer_flags.py::test_replicas_of_shards_train_as_shards_over_all_ranks
+    --dp-replicate-size
+backends/test_trainer_flags.py::test_entropy_is_shown_where_it_is_asked_for
+    --observe-training-entropy
+backends/test_trainer_flags.py::test_an_optimizer_that_forgets_begins_anew_with_each_rollout
+    --reset-optimizer-states
+backends/test_trainer_flags.py::test_without_an_optimizer_gradients_are_computed_and_nothing_moves
+    --debug-disable-optimizer
+backends/test_trainer_flags.py::test_checksums_of_weights_tell_when_they_change
+    --save-local-weight-checksum
+backends/test_trainer_flags.py::test_speed_is_told_for_each_pass_and_as_a_share_of_the_peak
+    --mfu-peak-tflops
+backends/test_trainer_hooks.py::test_each_is_called_in_its_place_with_what_it_works_on
+    --custom-megatron-init-path --custom-megatron-before-log-prob-hook-path
+    --custom-megatron-before-train-step-hook-path
+backends/test_trainer_hooks.py::test_rollout_data_can_be_changed_before_training
+    --rollout-data-postprocess-path
 job/test_matrix.py::test_it_trains_and_the_reward_rises
     --check-weight-update-equal
 flags/test_resolving_process.py::test_a_config_file_is_applied_before_anything_is_derived
     --custom-config-path
 launcher/test_train_entry.py::test_a_dry_run_shows_everything_and_starts_nothing
     --dry-run
+backends/test_profiling.py::test_a_memory_recording_until_the_end_has_the_name_that_was_asked_for
+    --memory-snapshot-path
+backends/test_profiling.py::test_nsys_is_told_of_the_steps_that_it_records
+    --profile
+flags/test_trainer_rules.py::test_loading_with_little_memory
+    --low-memory-resume
+job/test_trainer_flags.py::test_a_save_that_is_asked_for_ends_with_the_users_function
+    --custom-megatron-post-save-hook-path --save-trigger-sentinel
+job/test_trainer_flags.py::test_engines_can_keep_their_weights
+    --debug-skip-weight-update
 flags/test_resolve_run.py::test_gpus_are_used_if_torch_can
     --device --bf16
 """
