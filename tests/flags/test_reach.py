@@ -120,6 +120,13 @@ def process_group(values):
     return {"minutes": minutes}
 
 
+def trackers(values):
+    """Which there are, and what each is told in its process."""
+    from miles.tracking.trackers import chosen, settings_of
+
+    return {"chosen": chosen(values), **settings_of(values)}
+
+
 def answers(values):
     """Sampling parameters of requests, and how many there may be at once."""
     from miles.rollout.inference_rollout.inference_rollout_common import GenerateState
@@ -191,6 +198,20 @@ FAST = [
     ("--log-reward-category kind", categories, "error_cat/a", 0.5),
     (f"{EVAL} --skip-eval-before-train", loop, "evaluates first", False),
     ("--log-interval 3", loop, "told", [0, 3, 6, 7]),
+    ("--use-wandb", trackers, "chosen", ["wandb"]),
+    ("--use-mlflow", trackers, "chosen", ["mlflow"]),
+    ("--use-tensorboard", trackers, "chosen", ["tensorboard"]),
+    ("--use-prometheus", trackers, "chosen", ["prometheus"]),
+    ("--wandb-project p --use-wandb", trackers, "wandb_project", "p"),
+    ("--wandb-group g --use-wandb", trackers, "wandb_group", "g"),
+    ("--wandb-mode offline --use-wandb", trackers, "wandb_mode", "offline"),
+    ("--disable-wandb-random-suffix --use-wandb", trackers, "wandb_random_suffix", False),
+    ("--wandb-dir d --use-wandb", trackers, "wandb_dir", "/home/me/d"),
+    ("--wandb-host https://h --use-wandb", trackers, "wandb_host", "https://h"),
+    ("--wandb-team t --use-wandb", trackers, "wandb_team", "t"),
+    ("--wandb-run-id i --use-wandb", trackers, "wandb_run_id", "i"),
+    ("--wandb-run-name n --use-wandb", trackers, "wandb_run_name", "n"),
+    ("--mlflow-run-name n --use-mlflow", trackers, "mlflow_run_name", "n"),
     ("--run-dir here", resolved, "run_dir", "/home/me/here"),
     ("--disable-compute-advantages-and-returns", resolved, "compute_advantages_and_returns", False),
 ]

@@ -196,6 +196,18 @@ backends/test_trainer_hooks.py::test_each_is_called_in_its_place_with_what_it_wo
     --custom-megatron-before-train-step-hook-path
 backends/test_trainer_hooks.py::test_rollout_data_can_be_changed_before_training
     --rollout-data-postprocess-path
+tracking/test_wandb.py::test_a_run_is_written_with_its_axes_its_config_and_its_answers
+    --wandb-key
+rollout/test_conversion.py::test_numbers_made_of_samples
+    --wandb-always-use-train-step
+tracking/test_mlflow.py::test_a_run_in_a_database_is_read_back_and_goes_on
+    --mlflow-tracking-uri --mlflow-experiment-name --mlflow-run-id
+tracking/test_tensorboard.py::test_the_directory
+    --tb-project-name --tb-experiment-name --tensorboard-dir
+tracking/test_prometheus.py::test_a_port_that_is_taken_is_an_error_of_beginning
+    --prometheus-port
+tracking/test_prometheus.py::test_only_this_machine_is_listened_to_unless_said_otherwise
+    --prometheus-run-name --prometheus-address
 job/test_matrix.py::test_it_trains_and_the_reward_rises
     --check-weight-update-equal
 flags/test_resolving_process.py::test_a_config_file_is_applied_before_anything_is_derived
