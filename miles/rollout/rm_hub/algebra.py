@@ -111,15 +111,19 @@ def _apart(one: Any, other: Any) -> bool:
         return False
     points = {symbol: sympy.Float(value, _DIGITS) for symbol, value in zip(symbols, _POINTS, strict=False)}
     a, b = (_value(expression, points) for expression in (one, other))
-    return a is not None and b is not None and abs(a - b) > _APART * max(1.0, abs(a), abs(b))
+    if a is None or b is None:
+        return False
+    # Numbers of the library have exponents of any size: 2^900 is no overflow.
+    return bool(abs(a - b) > _APART * sympy.Max(1, abs(a), abs(b)))
 
 
-def _value(expression: Any, points: dict[Any, Any]) -> complex | None:
+def _value(expression: Any, points: dict[Any, Any]) -> Any:
+    """At these points, as a number of the library; None: it has none."""
     try:
-        value = complex(expression.evalf(_DIGITS, subs=points))
+        value = expression.evalf(_DIGITS, subs=points)
     except Exception:  # noqa: BLE001 - as above: then simplifying has to tell
         return None
-    return value if abs(value) < 1e100 else None
+    return value if value.is_number and value.is_finite else None
 
 
 @functools.cache

@@ -81,11 +81,11 @@ def _factors(name: str, *, is_called: bool) -> list[tuple[str, str]]:
         return [*_factors(name.removesuffix("sqrt"), is_called=False), ("function", "sqrt")]
     if name in CONSTANTS:
         return [("constant", name)]
+    if not all(character.isalpha() or character in "_0123456789" for character in name):
+        raise NotAFormula(f"unexpected {name}")  # a half, a square as one character
     if "_" in name or len(name) == 1 or _is_greek(name):
         return [("symbol", name)]
-    parts = re.findall(r"[0-9]+|\D", name)
-    if not all(part.isascii() or part.isalpha() for part in parts):
-        raise NotAFormula(f"unexpected {name}")
+    parts = re.findall(r"[0-9]+|[^0-9]", name)
     return [("number" if part[0].isdigit() else "symbol", part) for part in parts]
 
 

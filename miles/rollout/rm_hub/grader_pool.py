@@ -8,6 +8,7 @@ never blocked; no grader outlives the pool, nor its process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 DEADLINE_S = 5.0
 START_TIMEOUT_S = 60.0
 STARTS = 3
+END_S = 2.0
 KEPT = 20_000
 MOST_LOSSES = 2
 COMMAND = (sys.executable, "-m", "miles.rollout.rm_hub.grader")
@@ -48,6 +50,7 @@ class Grader:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env,
         )  # fmt: skip
         self._left = b""
+        self._is_ending = False
         self.pid = self._process.pid
         self.is_ready = self._read(START_TIMEOUT_S) is not None
 
@@ -72,6 +75,7 @@ class Grader:
                 return None
             data = self._process.stdout.read(65536)
             if not data:
+                self._is_ending = True
                 return None
             self._left += data
         line, _, self._left = self._left.partition(b"\n")
@@ -83,7 +87,10 @@ class Grader:
         self._process.kill()
 
     def close(self) -> int:
-        """End the process and forget it: its exit code, negative for a signal, 0 if it had to be ended."""
+        """End the process and forget it: its exit code, negative for a signal; 0 if it did not end by itself."""
+        if self._is_ending:  # it has closed its output
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_S)
         code = self._process.poll()
         self._process.kill()
         self._process.wait()
