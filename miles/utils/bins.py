@@ -25,7 +25,7 @@ so many, that it is not ahead of the others."""
 TIES = 1e-3
 """What bins may be heavier by, as a part of the mean, without being thought worse."""
 PACK_TRIES = 8
-"""Bins that are looked at for an item, and numbers of bins that are tried, before something simpler is done."""
+"""Numbers of bins for which even ones are tried."""
 
 
 def heaviest_first(weights: Weights, count: int, limit: int | None = None) -> Labels:
@@ -55,26 +55,22 @@ def heaviest_first(weights: Weights, count: int, limit: int | None = None) -> La
 def heaviest_first_within(weights: Weights, lengths: Lengths, count: int, capacity: int) -> Labels | None:
     """As ``heaviest_first``, each into the lightest bin that has room for its length.
 
-    Longer items than ``capacity`` get bins of their own. None: no such bin was found for an item.
+    Longer items than ``capacity`` get bins of their own. A bin that once had no room gets nothing more. None: there was
+    no bin left for an item.
     """
     order = descending(weights)
     rooms = [capacity] * count
     heap = [(0.0, number) for number in range(count)]
     places = []
     for weight, length in zip(weights[order].tolist(), lengths[order].tolist(), strict=True):
-        full = []
         while heap and rooms[heap[0][1]] < min(length, capacity):
-            full.append(heapq.heappop(heap))
-            if len(full) == PACK_TRIES:
-                return None
+            heapq.heappop(heap)
         if not heap:
             return None
         total, at = heap[0]
         places.append(at)
         rooms[at] -= length
         heapq.heapreplace(heap, (total + weight, at))
-        for entry in full:
-            heapq.heappush(heap, entry)
     return _unsorted(order, places)
 
 
