@@ -66,6 +66,8 @@ class Tracking:
             return
         # Variables of this process last: secrets that are given to us are not among those that --env gives to others.
         env = {**os.environ, **(self.config.get("env") or {})}
+        if "wandb" in names and (self.config.get("wandb_mode") or env.get("WANDB_MODE")) == "offline":
+            env.setdefault("WANDB_ERROR_REPORTING", "false")  # offline: to its makers, too
         log = self.run_dir / "logs" / "trackers.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -6,6 +6,7 @@ to the record that met it, which is then written again to a new file (what follo
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 from miles.tracking.tracker import Begun, Examples, Outcome, Point, RunInfo, as_markdown
 
 _FILE_VERSION = "brain.Event:2"
+_numbers = itertools.count(1)
 
 
 class TensorBoardTracker:
@@ -26,7 +28,6 @@ class TensorBoardTracker:
     def __init__(self) -> None:
         self._directory = Path()
         self._file: Any = None
-        self._files = 0
         self._resumed_at: int | None = None
 
     def begin(self, run: RunInfo, before: Mapping[str, Any]) -> Begun:
@@ -86,9 +87,8 @@ class TensorBoardTracker:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._files += 1
         now = time.time()
-        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{self._files}"
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self._file = (self._directory / name).open("xb", buffering=0)
         events = [Event(wall_time=now, file_version=_FILE_VERSION)]
         if self._resumed_at is not None:

@@ -31,26 +31,19 @@ class WandbTracker:
         import wandb
 
         settings = run.settings
-        place = {
-            "project": settings.get("wandb_project") or os.environ.get("WANDB_PROJECT") or "miles",
-            "team": settings.get("wandb_team") or os.environ.get("WANDB_ENTITY"),
-            "host": settings.get("wandb_host") or os.environ.get("WANDB_BASE_URL"),
-        }
-        continued = before if before and all(before.get(key) == place[key] for key in _SAME) else {}
-        run_id = settings.get("wandb_run_id") or continued.get("run_id")
+        known = identity(run, before)
+        goes_on = known["run_id"] in (settings.get("wandb_run_id"), before.get("run_id"))
         mode = settings.get("wandb_mode") or os.environ.get("WANDB_MODE")
         directory = Path(settings.get("wandb_dir") or os.environ.get("WANDB_DIR") or run.run_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        chosen_id = run_id or secrets.token_hex(4)
-        name = continued.get("name") or _name(run, chosen_id)
-        special = {"api_key": settings.get("wandb_key"), "base_url": place["host"]}
+        special = {"api_key": settings.get("wandb_key"), "base_url": known["host"]}
         self._run = wandb.init(
-            project=place["project"],
-            entity=place["team"],
+            project=known["project"],
+            entity=known["team"],
             group=settings.get("wandb_group"),
-            name=name,
-            id=chosen_id,
-            resume="allow" if run_id else None,
+            name=known["name"],
+            id=known["run_id"],
+            resume="allow" if goes_on else None,
             dir=str(directory),
             mode=mode,
             config={**run.config, "versions": dict(run.versions)},
@@ -61,7 +54,7 @@ class WandbTracker:
         self._is_offline = bool(self._run.offline)
         self._define_axes()
         told = self._run.url or f"{self._run.settings.sync_dir} (offline)"
-        return Begun({**place, "run_id": chosen_id, "name": name}, f"Weights & Biases: {told}")
+        return Begun(known, f"Weights & Biases: {told}")
 
     def _define_axes(self) -> None:
         define = self._run.define_metric
@@ -95,6 +88,21 @@ class WandbTracker:
         self._run.finish(exit_code=0 if outcome.how == "finished" else 1)
         wandb.teardown()
         return f"Weights & Biases: upload it with: wandb sync {directory}" if self._is_offline else ""
+
+
+def identity(run: RunInfo, before: Mapping[str, Any]) -> dict[str, Any]:
+    """``project``, ``team``, ``host``, ``run_id`` and ``name``: those of the run that is continued, if it is in the
+    same place; ``--wandb-run-id`` comes first."""
+    settings = run.settings
+    place = {
+        "project": settings.get("wandb_project") or os.environ.get("WANDB_PROJECT") or "miles",
+        "team": settings.get("wandb_team") or os.environ.get("WANDB_ENTITY"),
+        "host": settings.get("wandb_host") or os.environ.get("WANDB_BASE_URL"),
+    }
+    continued = before if before and all(before.get(key) == place[key] for key in _SAME) else {}
+    run_id = settings.get("wandb_run_id") or continued.get("run_id") or secrets.token_hex(4)
+    is_same = run_id == continued.get("run_id")
+    return {**place, "run_id": run_id, "name": continued["name"] if is_same else _name(run, run_id)}
 
 
 def _name(run: RunInfo, run_id: str) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 from miles.tracking.tracker import Begun, Outcome, Point, RunInfo
@@ -21,6 +25,24 @@ def point(step, **metrics):
     """Metrics of a rollout; ``__`` in names is ``/``."""
     named = {name.replace("__", "/"): value for name, value in metrics.items()} or {"rollout/raw_reward": 0.5}
     return Point({"rollout/step": step, "train/step": step}, named, 1e9 + step)
+
+
+def host_answers(run_dir, names, orders, **env):
+    """What the process of the trackers answers to these orders, and what it leaves in its log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "miles.tracking.host", *names], input="".join(json.dumps(o) + "\n" for o in orders),
+        capture_output=True, text=True, timeout=60, check=True, cwd=run_dir,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def said(answers):
+    return [answer["say"] for answer in answers if "say" in answer]
+
+
+def remembered(answers):
+    return {answer["began"]: answer["remembered"] for answer in answers if "began" in answer}
 
 
 class FakeTracker:
