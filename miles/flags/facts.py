@@ -49,6 +49,12 @@ HOOKS = (
     "custom_reward_post_process_path",
     "custom_convert_samples_to_train_data_path",
     "rollout_all_samples_process_path",
+    "rollout_data_postprocess_path",
+    "custom_model_provider_path",
+    "custom_megatron_init_path",
+    "custom_megatron_before_log_prob_hook_path",
+    "custom_megatron_before_train_step_hook_path",
+    "custom_megatron_post_save_hook_path",
 )
 
 

@@ -53,9 +53,10 @@ FLAGS: tuple[Flag, ...] = (
             "how chat turns are masked in supervised training",
             choices=("qwen", "qwen3", "distill_qwen"),
         ),
-        refused(
-            integer("--data-pad-size-multiplier", 128, "multiple that packed batches are padded to"),
-            "packed batches are not padded",
+        integer(
+            "--data-pad-size-multiplier",
+            128,
+            "a micro-batch has a multiple of so many tokens, on each tensor-parallel rank (on a CPU unless given: 1)",
         ),
         integer("--log-probs-max-tokens-per-gpu", None, "token budget of forward passes (unset: --max-tokens-per-gpu)"),
         integer("--update-weight-buffer-size", 512 * 1024**2, "bytes of a bucket of a weight update"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, path, refused, switch, text
-from miles.flags.megatron_refused import FAMILY
 
 GROUP = "model and checkpoints"
 
@@ -23,10 +22,7 @@ FLAGS: tuple[Flag, ...] = (
             also=("--persistent-save-interval",),
         ),
         text("--model-name", None, "family by whose names weights go, if config.json has another architecture"),
-        refused(
-            text("--spec", None, "module and function of a layer spec", nargs="*"),
-            FAMILY + " (layer specs from outside)",
-        ),
+        text("--spec", None, "module and function that give the spec of the layers", nargs="*"),
     ),
     *grouped(
         GROUP,
@@ -50,7 +46,10 @@ FLAGS: tuple[Flag, ...] = (
         ),
         refused(switch("--auto-detect-ckpt-format", "find the format out"), "", only=(True,)),
         refused(switch("--use-dist-ckpt", "use torch_dist checkpoints"), "", only=(True,)),
-        refused(switch("--async-save", "save in the background"), "not built yet: saving in the background"),
+        refused(
+            switch("--async-save", "save in the background"),
+            "a checkpoint counts when it is on the disk of all ranks, and the run waits for that",
+        ),
         refused(
             text("--tokenizer-type", None, "kind of tokenizer"),
             "the tokenizer is that of --hf-checkpoint",
@@ -69,15 +68,10 @@ FLAGS: tuple[Flag, ...] = (
             "bridge needs Transformer Engine and Megatron-Bridge; raw is our own table",
             only=("raw",),
         ),
-        refused(
-            path("--save-trigger-sentinel", "a file whose presence asks for a save"), "not built yet: saves on request"
+        path(
+            "--save-trigger-sentinel", "a file that asks for a checkpoint, looked for after each rollout, then removed"
         ),
-        refused(
-            switch("--low-memory-resume", "optimizer state is allocated on the CPU while loading"), "not built yet"
-        ),
-        refused(
-            text("--custom-model-provider-path", None, "function that builds the model"),
-            "not built yet: models built by user code",
-        ),
+        switch("--low-memory-resume", "optimizer state is on the CPU while it is loaded"),
+        text("--custom-model-provider-path", None, "function that builds the model"),
     ),
 )

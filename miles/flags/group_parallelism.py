@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from miles.flags.flag import Flag, grouped, integer, off, refused, switch, text
+from miles.flags.flag import Flag, grouped, integer, off, refused, switch, text, tri
 
 GROUP = "parallelism and memory"
-RECOMPUTE = "not built yet: recomputing the loss"
-CPU_BACKEND = "not built yet: parameters of FSDP on the CPU"
+CPU_BACKEND = "gloo is PyTorch's backend for tensors on the CPU"
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(
@@ -117,12 +116,8 @@ FLAGS: tuple[Flag, ...] = (
     *grouped(
         GROUP,
         "reference",
-        refused(
-            text("--qkv-format", "thd", "layout of batches", choices=("thd", "bshd")),
-            "not built yet: padded batches (bshd)",
-            only=("thd",),
-        ),
-        refused(switch("--recompute-loss-function", "recompute the loss"), RECOMPUTE),
+        text("--qkv-format", "thd", "batches are packed, or padded with a row per sample", choices=("thd", "bshd")),
+        switch("--recompute-loss-function", "compute the loss again in the backward pass: it keeps less until then"),
         integer("--log-probs-chunk-size", -1, "tokens per chunk of log-probs"),
         refused(
             text("--linear-attention-backend", "fla", "kernels of linear attention", choices=("fla", "flashqla")),
@@ -152,12 +147,12 @@ FLAGS: tuple[Flag, ...] = (
             "not built yet: quantised export",
         ),
         refused(
-            switch("--fsdp-state-dict-cpu-offload", "gather weights on the CPU"), "weights are gathered one by one"
+            switch("--fsdp-state-dict-cpu-offload", "weights are gathered one by one, whatever this says"),
+            "weights are gathered one by one",
+            only=(True,),
         ),
-        refused(switch("--keep-fp32-master", "float32 masters of bfloat16 parameters"), "", only=(True,)),
-        refused(
-            integer("--dp-replicate-size", 1, "replicas of FSDP's shards"), "not built yet: hybrid sharding", only=(1,)
-        ),
+        tri("--keep-fp32-master", "FSDP trains float32 masters of bfloat16 parameters", default=True),
+        integer("--dp-replicate-size", 1, "FSDP: groups of ranks that each hold all shards"),
         refused(switch("--fp16-lm-cross-entropy", "cross entropy in float16"), "log-probs are computed in float32"),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
+from miles.flags.flag import Flag, grouped, integer, number, switch, text
 
 GROUP = "reward and filters"
 NUMBER_REWARDS = ("math", "deepscaler", "gemma_math", "f1", "gpqa", "random", "deterministic_random")
@@ -39,7 +39,7 @@ FLAGS: tuple[Flag, ...] = (
         text("--eval-reward-key", None, "as --reward-key, for evaluations"),
         text("--custom-reward-post-process-path", None, "function from rewards to advantages' base"),
         text("--custom-convert-samples-to-train-data-path", None, "function from samples to train data"),
-        refused(text("--rollout-data-postprocess-path", None, "hook after advantages"), "not built yet"),
+        text("--rollout-data-postprocess-path", None, "function on a rank's data, between advantages and training"),
     ),
     *grouped(
         GROUP,

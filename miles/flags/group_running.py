@@ -5,7 +5,6 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, path, refused, switch, text
 
 FAULTS = "not built yet: recovery of ranks and engines (--use-fault-tolerance)"
-PROFILER = "not built yet: profiling"
 DUMPER = "not built yet: the tensor dumper"
 DASHBOARD = "not built yet: the dashboard"
 CI = "for the reference system's own tests"
@@ -53,21 +52,36 @@ _PROFILING: tuple[Flag, ...] = (
     *grouped(
         "profiling",
         "contract",
-        refused(
-            text("--profile-target", ["train_overall"], "which part", nargs="+"), PROFILER, only=(["train_overall"],)
+        text(
+            "--profile-target",
+            ["train_overall"],
+            "what is profiled, and what a step is: a rollout that is trained on, an optimizer step, or a pass over "
+            "log-probs",
+            nargs="+",
+            choices=("train_overall", "train_actor", "train_log_probs"),
         ),
-        refused(switch("--use-pytorch-profiler", "PyTorch's profiler"), PROFILER),
-        refused(integer("--profile-step-start", 10, "first step"), PROFILER),
-        refused(integer("--profile-step-end", 12, "last step"), PROFILER),
-        refused(path("--memory-snapshot-path", "file of the snapshot", default="snapshot.pickle"), PROFILER),
+        switch("--use-pytorch-profiler", "write a trace of each profiled step to --tensorboard-dir (unset: traces/)"),
+        integer("--profile-step-start", 10, "the first step that is profiled, from 0"),
+        integer("--profile-step-end", 12, "the first step that is not any more"),
+        path(
+            "--memory-snapshot-path",
+            "end of the name of each rank's memory recording",
+            default="snapshot.pickle",
+        ),
+    ),
+    *grouped(
+        "profiling",
+        "megatron",
+        switch("--profile", "mark the profiled steps for nsys (CUDA), unless --use-pytorch-profiler is given"),
+        integer("--profile-ranks", [0], "ranks that are profiled", nargs="+"),
     ),
     *grouped(
         "profiling",
         "reference",
-        refused(path("--memory-snapshot-dir", "directory", default="."), PROFILER),
-        refused(integer("--memory-snapshot-num-steps", None, "steps"), PROFILER),
-        refused(text("--memory-recorder", "torch", "recorder", choices=("torch", "memray")), PROFILER),
-        refused(switch("--record-memory-history", "record allocations"), PROFILER),
+        path("--memory-snapshot-dir", "directory of memory recordings, from the run directory on", default="."),
+        integer("--memory-snapshot-num-steps", None, "trained rollouts that are recorded (unset: all)"),
+        text("--memory-recorder", "torch", "of a GPU's memory, or the process's", choices=("torch", "memray")),
+        switch("--record-memory-history", "record every allocation of the trainer's ranks"),
     ),
 )
 
@@ -89,8 +103,8 @@ _DEBUGGING: tuple[Flag, ...] = (
         path("--save-debug-train-data", "file of each rank's train data; holds {rollout_id} and {rank}"),
         path("--dump-details", "directory for rollout data, train data and trajectories"),
         switch("--check-weight-update-equal", "engines must hold exactly the trainer's weights after an update"),
-        refused(switch("--debug-skip-weight-update", "send no weights"), "not built yet"),
-        refused(switch("--debug-disable-optimizer", "no optimizer steps"), "not built yet"),
+        switch("--debug-skip-weight-update", "engines keep the weights that they were started with"),
+        switch("--debug-disable-optimizer", "passes and gradients only: no optimizer, no schedule, no step"),
         refused(
             text("--check-weight-update-selector", "all", "which model", choices=("all", "target", "draft")),
             "not built yet: draft models",
@@ -114,11 +128,16 @@ _DEBUGGING: tuple[Flag, ...] = (
         ),
         refused(switch("--dumper-enable", "dump tensors"), DUMPER),
         refused(text("--dumper-source-patcher-config-train", None, "patcher"), DUMPER),
-        refused(switch("--save-local-weight-checksum", "checksums of ranks"), "not built yet"),
+        switch(
+            "--save-local-weight-checksum", "SHA-256 of each rank's weights after each rollout, in the run directory"
+        ),
         refused(switch("--enable-event-analyzer", "rules at each step"), "not built yet"),
         refused(switch("--enable-witness", "witnesses of passes"), "not built yet"),
         refused(integer("--witness-buffer-size", 1048576, "ids"), "not built yet"),
-        refused(switch("--debug-deterministic-collective", "reductions in order"), "not built yet"),
+        refused(
+            switch("--debug-deterministic-collective", "reductions in order"),
+            "gloo's reductions have one order; NCCL's is that of --deterministic-mode",
+        ),
         refused(
             text("--env-report", "", "report of the reference's launcher"),
             "the environment is recorded in the run directory",
@@ -153,10 +172,10 @@ _HOOKS: tuple[Flag, ...] = grouped(
         "--custom-config-path", "YAML file of further values, keys as in the resolved config; base64:... is taken too"
     ),
     refused(switch("--freeze-indexer", "sparse attention's indexer"), "not built yet: sparse attention"),
-    *(
-        refused(text(f"--custom-megatron-{name}-path", None, name), "not built yet: hooks into the trainer")
-        for name in ("init", "before-log-prob-hook", "before-train-step-hook", "post-save-hook")
-    ),
+    text("--custom-megatron-init-path", None, "function called on each rank before its model is built"),
+    text("--custom-megatron-before-log-prob-hook-path", None, "function called before each pass over log-probs"),
+    text("--custom-megatron-before-train-step-hook-path", None, "function called before each optimizer step"),
+    text("--custom-megatron-post-save-hook-path", None, "function called on rank 0 after each checkpoint"),
 )
 
 _OURS: tuple[Flag, ...] = grouped(

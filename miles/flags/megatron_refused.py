@@ -306,8 +306,6 @@ _WORDS: tuple[tuple[str, str], ...] = (
         OWN_LOG + " (NVIDIA's one_logger is not among them)",
         "no-one-logger one-logger-project one-logger-run-name one-logger-async",
     ),
-    ("use --use-pytorch-profiler and --profile-target", "profile"),
-    ("each rank that --profile-target names is profiled", "profile-ranks"),
     (STRAGGLER, "log-straggler straggler-ctrlr-port straggler-minmax-count disable-straggler-on-startup"),
     (
         RERUN,

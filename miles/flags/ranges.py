@@ -44,6 +44,7 @@ _AT_LEAST_1 = (
     "tensorboard_log_interval",
     "tensorboard_queue_size",
     "debug_exit_after_rollout",
+    "memory_snapshot_num_steps",
     "lr_decay_iters",
     "lr_wsd_decay_iters",
     "ddp_bucket_size",
@@ -51,6 +52,7 @@ _AT_LEAST_1 = (
     "seq_length",
 )
 _AT_LEAST_0 = (
+    "profile_step_start",
     "num_rollout",
     "start_rollout_id",
     "ckpt_step",

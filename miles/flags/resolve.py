@@ -19,6 +19,7 @@ from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_reward import resolve_reward
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_tracking import resolve_tracking
+from miles.flags.rules_trainer import resolve_trainer
 from miles.flags.rules_training import resolve_training
 from miles.flags.table import Table
 
@@ -36,6 +37,7 @@ RULES = (
     resolve_eval,
     resolve_checkpoints,
     resolve_training,
+    resolve_trainer,
     resolve_tracking,
 )
 """In this order: each reads what those before it wrote."""

@@ -161,6 +161,16 @@ EFFECTS: tuple[Effect, ...] = (
         "prometheus_port prometheus_address prometheus_run_name", _is_set("use_prometheus"), "without --use-prometheus"
     ),
     _needs("mask_offpolicy_in_partial_rollout", _is_set("partial_rollout"), "without --partial-rollout"),
+    _needs(
+        "profile_target profile_step_start profile_step_end profile_ranks",
+        _is_set("use_pytorch_profiler", "profile"),
+        "without --use-pytorch-profiler or --profile",
+    ),
+    _needs(
+        "memory_snapshot_path memory_snapshot_dir memory_snapshot_num_steps memory_recorder",
+        _is_set("record_memory_history"),
+        "without --record-memory-history",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""
@@ -169,7 +179,11 @@ ONLY_TRAINER = (
     "optimizer lr lr_decay_style lr_warmup_iters lr_warmup_fraction min_lr weight_decay adam_beta1 adam_beta2 "
     "clip_grad entropy_coef eps_clip eps_clip_high eps_clip_c use_kl_loss kl_loss_coef kl_loss_type use_tis "
     "tis_clip tis_clip_low tensor_model_parallel_size recompute_granularity recompute_method recompute_num_layers "
-    "gradient_checkpointing save_hf ref_load mfu_peak_tflops log_params_norm "
+    "gradient_checkpointing save_hf ref_load qkv_format recompute_loss_function reset_optimizer_states "
+    "use_pytorch_profiler profile record_memory_history custom_megatron_init_path "
+    "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "
+    "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
+    "log_params_norm "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

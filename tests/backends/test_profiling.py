@@ -123,6 +123,46 @@ def _recorded(path, flags):
     return sizes
 
 
+def test_a_memory_recording_until_the_end_has_the_name_that_was_asked_for(tmp_path):
+    """--memory-snapshot-path, and no --memory-snapshot-num-steps."""
+    flags = {**RECORDED, "memory_snapshot_dir": str(tmp_path), "memory_snapshot_path": "mine.bin"}
+    run_ranks(1, _record_until_closed, tiny_model("qwen3"), flags)
+    assert names(tmp_path) == ["rank00000-mine.memray"]
+
+
+def _record_until_closed(path, flags):
+    recorder = MemoryRecorder(args_of("fsdp", path, **flags), 0)
+    recorder.rollout_done()
+    recorder.close()
+    recorder.close()
+
+
+class Cudart:
+    """Stands where a GPU's runtime would be: what nsys follows."""
+
+    def __init__(self):
+        self.calls = []
+
+    def cudaProfilerStart(self):
+        self.calls.append("start")
+
+    def cudaProfilerStop(self):
+        self.calls.append("stop")
+
+
+def test_nsys_is_told_of_the_steps_that_it_records():
+    """--profile, of which a machine without a GPU can show when it begins and ends only."""
+    args = args_of("fsdp", tiny_model("qwen3"), profile=True, profile_step_start=1, profile_step_end=3)
+    runtime = Cudart()
+    profiler = StepProfiler(args, 0, cudart=lambda: runtime, with_ranges=False)
+    seen = []
+    for number in range(4):
+        with profiler.step("train_overall"):
+            seen.append((number, len(runtime.calls)))
+    assert runtime.calls == ["start", "stop"] * 2
+    assert seen == [(0, 0), (1, 1), (2, 3), (3, 4)]
+
+
 def test_torchs_recorder_needs_a_gpu():
     with pytest.raises(NoMemoryRecorder, match="--memory-recorder memray"):
         MemoryRecorder(args_of("fsdp", tiny_model("qwen3"), record_memory_history=True, memory_recorder="torch"), 0)

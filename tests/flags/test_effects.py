@@ -49,6 +49,8 @@ READ = {
     "tb_project_name": "--use-tensorboard",
     "tensorboard_log_interval": "--use-tensorboard",
     "prometheus_port": "--use-prometheus",
+    "profile_target": "--use-pytorch-profiler",
+    "memory_snapshot_path": "--record-memory-history --memory-recorder memray",
     "rollout_external_engine_addrs": "--rollout-external",
     "loss_mask_type": "--loss-type sft_loss",
     "bias_swiglu_fusion": "--device cuda",

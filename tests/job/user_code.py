@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 
 async def letter_share(args, sample, **kwargs):
@@ -33,3 +35,15 @@ def blocking_reward(args, sample, **kwargs):
 def not_the_first(args, samples, **kwargs):
     """Drops the first group of a run, and no other."""
     return samples[0].group_index != 0
+
+
+def note_save(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):
+    """Called on rank 0, when all is on the disk."""
+    complete = Path(checkpoint_dir, "rollout_state").exists() and Path(hf_checkpoint_dir, "config.json").exists()
+    with Path(args.save, "saves.jsonl").open("a") as file:
+        file.write(json.dumps([rollout_id, checkpoint_dir, hf_checkpoint_dir, complete]) + "\n")
+
+
+def broken_step(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
+    """Raises an error of the user's in the trainer."""
+    raise RewardWasWrong(f"no step {step_id}")

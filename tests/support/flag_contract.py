@@ -135,7 +135,6 @@ CHOICES = {
 }
 
 NOT_BUILT = """\
---spec
 --pipeline-model-parallel-size
 --context-parallel-size
 --expert-model-parallel-size
@@ -155,11 +154,6 @@ NOT_BUILT = """\
 --rollout-health-check-first-wait
 --rollout-health-check-interval
 --rollout-health-check-timeout
---profile-target
---use-pytorch-profiler
---profile-step-start
---profile-step-end
---memory-snapshot-path
 """.splitlines()
 """Flags of the contract that are refused for now, or taken with the value that is what is done."""
 

@@ -200,8 +200,6 @@ tracking/test_wandb.py::test_a_run_is_written_with_its_axes_its_config_and_its_a
     --wandb-key
 rollout/test_conversion.py::test_numbers_made_of_samples
     --wandb-always-use-train-step
-tracking/test_mlflow.py::test_a_run_in_a_database_is_read_back_and_goes_on
-    --mlflow-tracking-uri --mlflow-experiment-name --mlflow-run-id
 tracking/test_tensorboard.py::test_the_directory
     --tb-project-name --tb-experiment-name --tensorboard-dir
 tracking/test_prometheus.py::test_a_port_that_is_taken_is_an_error_of_beginning

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,22 @@ class NoMemoryRecorder(ConfigError):
 class StepProfiler:
     """Of one rank. ``step`` goes around each step.
 
+    Args:
+        args: The run's flags.
+        rank: Of all.
+        cudart: Gives CUDA's runtime, for ``--profile``.
+        with_ranges: Mark operators for nsys; needs CUDA.
+
     Raises:
         CannotProfile: The directory cannot be made.
     """
 
-    def __init__(self, args: Any, rank: int) -> None:
+    def __init__(
+        self, args: Any, rank: int, *, cudart: Callable[[], Any] = torch.cuda.cudart, with_ranges: bool = True
+    ) -> None:
         self._rank = rank
+        self._cudart = cudart
+        self._with_ranges = with_ranges
         wanted = rank in (getattr(args, "profile_ranks", None) or [0])
         self._traces = wanted and bool(getattr(args, "use_pytorch_profiler", False))
         self._cuda_range = wanted and bool(getattr(args, "profile", False)) and not self._traces
@@ -94,16 +104,16 @@ class StepProfiler:
     def _in_cuda_range(self) -> Iterator[None]:
         """``--profile``: what ``nsys profile --capture-range=cudaProfilerApi`` records, with ranges of operators."""
         self._busy = True
-        cuda: Any = torch.cuda
         profiler: Any = torch.autograd.profiler
-        cudart = cuda.cudart()
-        cudart.cudaProfilerStart()
+        runtime = self._cudart()
+        runtime.cudaProfilerStart()
         try:
-            with profiler.emit_nvtx(record_shapes=True):
+            with profiler.emit_nvtx(record_shapes=True) if self._with_ranges else nullcontext():
                 yield
         finally:
-            torch.cuda.synchronize()
-            cudart.cudaProfilerStop()
+            if self._with_ranges:
+                torch.cuda.synchronize()
+            runtime.cudaProfilerStop()
             self._busy = False
 
 

@@ -1,0 +1,82 @@
+"""Flags of the trainer: what goes together, what one of the backends cannot do, and what a run on a CPU makes of it."""
+
+import pytest
+from support.flag_cases import FACTS, GPUS, config, outcome, problems
+
+FSDP = "--train-backend fsdp"
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "text"),
+    [
+        (f"--qkv-format bshd {FSDP}", "--qkv-format", "the FSDP backend packs its batches"),
+        (
+            "--qkv-format bshd --use-dynamic-batch-size --max-tokens-per-gpu 99",
+            "--qkv-format",
+            "--use-dynamic-batch-size",
+        ),
+        (f"--spec a b {FSDP}", "--spec", "those of transformers"),
+        (f"--custom-model-provider-path json.loads {FSDP}", "--custom-model-provider-path", "those of transformers"),
+        ("--spec only.one", "--spec", "a module and a function"),
+        ("--dp-replicate-size 2", "--dp-replicate-size", "only the FSDP backend"),
+        (f"--dp-replicate-size 3 {FSDP}", "--dp-replicate-size", "a divisor of 2"),
+        ("--no-keep-fp32-master", "--no-keep-fp32-master", "keeps them"),
+        ("--save-trigger-sentinel S", "--save-trigger-sentinel", "Give --save, too"),
+        (
+            "--custom-megatron-post-save-hook-path json.dumps",
+            "--custom-megatron-post-save-hook-path",
+            "Give --save, too",
+        ),
+        ("--debug-disable-optimizer --reset-optimizer-states", "--reset-optimizer-states", "leaves none"),
+        (
+            "--debug-skip-weight-update --check-weight-update-equal",
+            "--check-weight-update-equal",
+            "--debug-skip-weight-update",
+        ),
+        ("--profile", "--profile", "nsys"),
+        ("--use-pytorch-profiler --profile-step-start 12", "--profile-step-end", "above 12"),
+        ("--use-pytorch-profiler --profile-ranks 0 2", "--profile-ranks", "0 to 1"),
+        ("--use-pytorch-profiler --profile-target train_all", "--profile-target", "train_log_probs"),
+        ("--record-memory-history", "--record-memory-history", "--memory-recorder memray"),
+        ("--memory-snapshot-num-steps 0", "--memory-snapshot-num-steps", "1 or more"),
+    ],
+)
+def test_what_cannot_be_done_is_told_by_name(words, flag, text):
+    found = problems(words)
+    assert any(text in problem for name, problem in found.items() if flag in name or name in flag), found
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("--qkv-format bshd --micro-batch-size 2", {"qkv_format": "bshd"}),
+        (f"--dp-replicate-size 2 {FSDP}", {"dp_replicate_size": 2}),
+        (f"--no-keep-fp32-master {FSDP}", {"keep_fp32_master": False}),
+        ("--keep-fp32-master", {"keep_fp32_master": True}),
+        ("--debug-disable-optimizer", {"no_save_optim": True, "no_load_optim": True}),
+        ("--data-pad-size-multiplier 64", {"data_pad_size_multiplier": 64}),
+        ("", {"data_pad_size_multiplier": 1}),
+        ("--spec a b", {"spec": ["a", "b"]}),
+        ("--use-pytorch-profiler --profile", {"profile": True}),
+        ("--record-memory-history --memory-recorder memray", {"memory_recorder": "memray"}),
+    ],
+)
+def test_what_can_be_done_is_in_the_config(words, changed):
+    found = config(words)
+    assert {name: found[name] for name in changed} == changed
+
+
+def test_on_a_gpu_batches_are_filled_up_and_torch_records():
+    found = config("--record-memory-history --profile", facts=GPUS)
+    assert found["data_pad_size_multiplier"] == 128
+    assert found["memory_recorder"] == "torch"
+
+
+def test_loading_with_little_memory():
+    """--low-memory-resume: on a CPU it is what is done, on a GPU it is not built."""
+    assert any("--low-memory-resume" in notice for notice in outcome("--low-memory-resume", facts=FACTS).notices)
+    assert "--low-memory-resume" in problems("--low-memory-resume", facts=GPUS)
+
+
+def test_masters_that_are_not_there_are_told():
+    assert any("--no-keep-fp32-master" in notice for notice in outcome(f"--no-keep-fp32-master {FSDP}").notices)
