@@ -46,6 +46,7 @@ class GroupProducer:
         self._pending: dict[asyncio.Task[Group], Group] = {}
         self._may_submit = asyncio.Event()
         self._may_submit.set()
+        self._submitting = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
         self._fruitless = 0
 
@@ -87,6 +88,8 @@ class GroupProducer:
         """No new groups are begun inside the block; those under way go on."""
         self._may_submit.clear()
         try:
+            async with self._submitting:  # what is being taken right now is begun before the block
+                pass
             yield
         finally:
             self._may_submit.set()
@@ -102,19 +105,19 @@ class GroupProducer:
         request_scope.set(SCOPE)
         try:
             while True:
-                if self._may_submit.is_set():
-                    await self._submit()
+                await self._submit()
                 await self._take_finished()
         finally:
             await self._clean_up()
 
     async def _submit(self) -> None:
-        room = self.limit - len(self._pending)
-        if room <= 0:
-            return
-        for group in await asyncio.to_thread(self.source.get_samples, room):
-            task = asyncio.ensure_future(generate_and_rm_group(self.state, group, self.state.sampling_params))
-            self._pending[task] = group
+        async with self._submitting:
+            room = self.limit - len(self._pending)
+            if room <= 0 or not self._may_submit.is_set():
+                return
+            for group in await asyncio.to_thread(self.source.get_samples, room):
+                task = asyncio.ensure_future(generate_and_rm_group(self.state, group, self.state.sampling_params))
+                self._pending[task] = group
 
     async def _take_finished(self) -> None:
         resumed = asyncio.ensure_future(self._may_submit.wait()) if not self._may_submit.is_set() else None
