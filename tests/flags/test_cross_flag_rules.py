@@ -52,6 +52,7 @@ CASES = [
     (13, "--eval-interval 2", FACTS, told("--eval-interval", "no evaluation data")),
     (15, "--save-interval 2", FACTS, told("--save-interval", "--save DIR")),
     (15, "--save-hf X", FACTS, told("--save-hf", "--save DIR")),
+    (15, "--save-trigger-sentinel X", FACTS, told("--save-trigger-sentinel", "--save")),
     (20, "--use-rollout-logprobs --use-tis", FACTS, told("--use-tis", "nothing to correct")),
     # Here what is watched has a built-in function, so that none need be given.
     (21, "--get-mismatch-metrics", FACTS, values(get_mismatch_metrics=True, custom_tis_function_path=None)),
@@ -104,7 +105,7 @@ REFUSED = {
     1: "--use-miles-dashboard",
     2: "--ft-components",
     4: "--mini-ft-controller-enable --control-server-port",
-    5: "--enable-witness --enable-event-analyzer --save-local-weight-checksum --delay-split-train-data-by-dp",
+    5: "--enable-witness --enable-event-analyzer --delay-split-train-data-by-dp",
     6: "--indep-dp",
     7: "--recompute-logprobs-via-prefill",
     8: "--use-session-server --tito-model --session-message-matcher",
@@ -122,7 +123,6 @@ REFUSED = {
     46: "--enable-mtp-training",
     47: "--use-rollout-routing-replay",
     49: "--use-indexer-replay",
-    52: "--qkv-format",
 }
 """Rules of features that are not built: their flags are refused by name."""
 
@@ -134,6 +134,7 @@ ELSEWHERE = {
     36: "of a memory saver that buffers here do not need: sleeping copies them out itself",
     48: "test_a_config_file_is_applied_before_anything_is_derived",
     51: "server groups, external engines: the engines' own tests",
+    52: "padded batches: test_trainer_rules.py",
     55: "train_async.py is not built; train.py refuses --fully-async",
 }
 """Rules whose test is another one, and why."""
