@@ -30,9 +30,11 @@ _TAIL = 3
 
 
 class TrackerProcess:
-    """Made by ``start``."""
+    """Made by ``start``. ``grace_s`` and ``max_unread`` may be changed."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path, say: Say, remember: Remember) -> None:
+        self.grace_s = GRACE_S
+        self.max_unread = MAX_UNREAD
         self._process = process
         self._log = log
         self._say = say
@@ -85,7 +87,7 @@ class TrackerProcess:
         stdin = self._process.stdin
         if stdin is None or stdin.is_closing() or self._process.returncode is not None:
             return
-        if stdin.transport.get_write_buffer_size() > MAX_UNREAD:
+        if stdin.transport.get_write_buffer_size() > self.max_unread:
             self._tell("trackers do not keep up: records for them are dropped; metrics.jsonl has every metric")
             return
         stdin.write(json.dumps(order).encode() + b"\n")
@@ -95,7 +97,7 @@ class TrackerProcess:
         self._is_ending = True
         self.send({"do": "finish", "outcome": outcome, "timeout_s": timeout_s})
         try:
-            async with asyncio.timeout(timeout_s + GRACE_S):
+            async with asyncio.timeout(timeout_s + self.grace_s):
                 await self._finished.wait()
         except TimeoutError:
             self._tell("trackers have not finished in time and are ended; metrics.jsonl has every metric")
