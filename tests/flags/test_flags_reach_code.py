@@ -95,3 +95,15 @@ def test_entropy_is_measured_before_training_on_request(ranks):
     without, found = (run_ranks(1, metrics_of, path, {"use_rollout_entropy": wanted})[0] for wanted in (False, True))
     assert "rollout/entropy" not in without
     assert 0 < found["rollout/entropy"] < 10
+
+
+def norms(path):
+    args, backend, part = build(path, "megatron", {"log_params_norm": True})
+    told = RolloutTrainer(args, backend, Timers(backend.device)).train(0, lambda: part)["train/params_norm"]
+    return told, sum(tensor.double().square().sum().item() for _, tensor in backend.hf_weights()) ** 0.5
+
+
+@pytest.mark.full
+def test_the_norm_of_the_parameters_is_told_on_request(ranks):
+    told, expected = run_ranks(1, norms, tiny_model("qwen3"))[0]
+    assert told == pytest.approx(expected, rel=1e-5)

@@ -127,6 +127,29 @@ def trackers(values):
     return {"chosen": chosen(values), **settings_of(values)}
 
 
+def measured(values):
+    """The families of metrics of a rollout of two samples."""
+    from miles.rollout.metrics import rollout_metrics
+    from miles.utils.types import Sample
+
+    groups = [[Sample(index=i, reward=float(i), response="x", response_length=1) for i in range(2)]]
+    names = rollout_metrics(Namespace(**values), groups, 1.0)
+    return {"turns": any("multi_turn/" in name for name in names), "correct": any("correct_" in name for name in names)}
+
+
+def verdict(values):
+    """Whether a run that reached 0.5 is good enough."""
+    from miles.tracking.metric_check import MetricBelowThreshold, MetricCheck
+
+    check = MetricCheck(values["ci_metric_checker_key"], values["ci_metric_checker_threshold"])
+    check.see({"eval/x": 0.5})
+    try:
+        check.verdict()
+    except MetricBelowThreshold:
+        return {"reached": False}
+    return {"reached": True}
+
+
 def answers(values):
     """Sampling parameters of requests, and how many there may be at once."""
     from miles.rollout.inference_rollout.inference_rollout_common import GenerateState
@@ -212,6 +235,13 @@ FAST = [
     ("--wandb-run-id i --use-wandb", trackers, "wandb_run_id", "i"),
     ("--wandb-run-name n --use-wandb", trackers, "wandb_run_name", "n"),
     ("--mlflow-run-name n --use-mlflow", trackers, "mlflow_run_name", "n"),
+    ("--mlflow-tracking-uri sqlite:///x --use-mlflow", trackers, "mlflow_tracking_uri", "sqlite:///x"),
+    ("--mlflow-experiment-name e --use-mlflow", trackers, "mlflow_experiment_name", "e"),
+    ("--mlflow-run-id i --use-mlflow", trackers, "mlflow_run_id", "i"),
+    ("--log-multi-turn", measured, "turns", True),
+    ("--log-correct-samples", measured, "correct", True),
+    (f"{EVAL} --ci-metric-checker-key eval/x --ci-metric-checker-threshold 0.9", verdict, "reached", False),
+    (f"{EVAL} --ci-metric-checker-threshold 0.9 --ci-metric-checker-key eval/x", verdict, "reached", False),
     ("--run-dir here", resolved, "run_dir", "/home/me/here"),
     ("--disable-compute-advantages-and-returns", resolved, "compute_advantages_and_returns", False),
 ]

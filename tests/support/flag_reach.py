@@ -111,6 +111,8 @@ megatron/test_megatron_settings.py::test_the_number_of_buckets_is_what_was_asked
     --ddp-num-buckets
 flags/test_flags_reach_code.py::test_recomputation_runs_layers_twice_and_changes_no_number
     --gradient-checkpointing
+flags/test_flags_reach_code.py::test_the_norm_of_the_parameters_is_told_on_request
+    --log-params-norm
 flags/test_flags_reach_code.py::test_entropy_is_measured_before_training_on_request
     --use-rollout-entropy
 fsdp/test_refusals.py::test_defaults_become_what_a_cpu_can_do
