@@ -196,13 +196,14 @@ class _Packer:
         self.by_cost, self.balance = by_cost, args.balance_data
         self.capacity = _capacity(args, cfg) if args.use_dynamic_batch_size else None
         self.micro_batch_size = args.micro_batch_size
+        self.padded = getattr(args, "qkv_format", "thd") == "bshd"  # to the longest of each micro-batch
 
     def step(self, lengths: packing.Lengths, costs: packing.Weights) -> list[Bins]:
         """Each rank's micro-batches, as places in the step: the same number for all, a multiple of the group."""
         micro_batches, kept = self.pack(lengths, costs, self.dp_size * self.group)
         if not (self.by_cost or self.balance):
             return [micro_batches[rank :: self.dp_size] for rank in range(self.dp_size)]
-        sums = np.array([costs[micro_batch].sum() for micro_batch in micro_batches], np.float64)
+        sums = np.array([self.cost(costs[micro_batch]) for micro_batch in micro_batches], np.float64)
         each = len(micro_batches) // self.dp_size
         labels = packing.balanced(sums, self.dp_size, limit=each)
         heaviest = float(packing.sums(labels, sums, self.dp_size).max())
@@ -221,6 +222,8 @@ class _Packer:
         clearly more even than ``heaviest`` by that, within the budget if that is to be kept. One
         sample that is like many others asks for that.
         """
+        if self.padded:
+            return None  # micro-batches of samples that are alike: none of them is spread out
         slack = packing.TIES * float(costs.sum()) / self.dp_size
         if heaviest <= max(float(costs.sum()) / self.dp_size, float(costs.max())) + slack:
             return None  # no way to be better
@@ -252,12 +255,22 @@ class _Packer:
         labels = packing.heaviest_first(costs, count) if within is None else within
         return packing.members(labels, count), within is not None
 
+    def cost(self, costs: packing.Weights) -> float:
+        """Of a micro-batch, from those of its samples."""
+        return float(costs.max(initial=0) * len(costs) if self.padded else costs.sum())
+
     def fixed(self, lengths: packing.Lengths, count: int) -> packing.Labels:
-        """Equal numbers of samples: consecutive ones, or such that tokens are even."""
-        if self.balance:
+        """Equal numbers of samples: consecutive ones, or such that tokens are even; where each micro-batch is padded,
+        such that little is."""
+        if self.balance and not self.padded:
             return packing.balanced(lengths, count, limit=-(-len(lengths) // count))
         size, larger = divmod(len(lengths), count)
-        return np.repeat(np.arange(count), [size + 1] * larger + [size] * (count - larger))
+        chunks = np.repeat(np.arange(count), [size + 1] * larger + [size] * (count - larger))
+        if not self.balance:
+            return chunks
+        labels = np.empty_like(chunks)
+        labels[packing.descending(lengths)] = chunks
+        return labels
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -55,6 +55,7 @@ any_flags = st.builds(
     max_tokens_per_gpu=st.integers(1, 100),
     micro_batch_size=st.integers(1, 5),
     balance_data=st.booleans(),
+    qkv_format=st.sampled_from(["thd", "bshd"]),
 )
 
 
@@ -242,6 +243,20 @@ def test_static_micro_batches_are_even_when_balanced_and_consecutive_else():
         )
     assert found[False] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [sum(lengths[i] for i in micro_batch) for micro_batch in found[True]] == [11] * 4
+
+
+def test_samples_of_padded_micro_batches_are_alike_when_balanced():
+    lengths = [9, 1, 8, 2, 9, 1, 8, 2]
+    args = flags(balance_data=True, use_dynamic_batch_size=False, micro_batch_size=2)
+    args.qkv_format = "bshd"
+    schedule = build_dp_schedule(
+        args, ScheduleConfig(dp_size=2), lengths, global_batch_size=8, rollout_indices=list(range(8))
+    )
+    by_rank = [
+        [[lengths[partition[i]] for i in micro_batch] for micro_batch in micro_batches]
+        for partition, micro_batches in zip(schedule.partitions, schedule.micro_batch_indices, strict=True)
+    ]
+    assert sorted(by_rank) == [[[8, 8], [2, 2]], [[9, 9], [1, 1]]]
 
 
 @pytest.mark.parametrize(
