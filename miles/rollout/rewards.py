@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,10 +93,34 @@ def prompt_blocks(args: Any, samples: Sequence[Sample]) -> list[list[int]]:
     return [list(range(len(samples)))]
 
 
+def eval_reward(args: Any, sample: Sample) -> Any:
+    """The reward of a sample of an evaluation, or its entry ``--eval-reward-key``. A plain number needs no key.
+
+    Raises:
+        BadSample: The reward has no such entry, or several and no key says which one counts.
+    """
+    key = args.eval_reward_key or args.reward_key
+    if not isinstance(sample.reward, dict):
+        return sample.reward
+    if key in sample.reward:
+        return sample.reward[key]
+    if key is None and args.custom_eval_rollout_log_function_path:
+        return sample.reward  # what to make of it is that function's business
+    raise BadSample(
+        f"the reward of sample {sample.index} of prompt group {sample.group_index} "
+        + (f"has no entry {key!r}" if key else "has several values"),
+        evidence=f"it is {str(sample.reward)[:200]}",
+        advice="Give --eval-reward-key a key that the reward function of this data set returns.",
+    )
+
+
 def _number(args: Any, sample: Sample) -> float:
     value = sample.get_reward_value(args)
     try:
-        return float(value)
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        raise ValueError("not finite")
     except (TypeError, ValueError) as error:
         hint = " (a dict: give --reward-key)" if isinstance(value, dict) else ""
         raise BadSample(

@@ -15,6 +15,7 @@ from miles.rollout.inference_rollout.inference_rollout_common import (
     generate_and_rm,
     need_rewards,
 )
+from miles.rollout.rewards import eval_reward
 from miles.utils.data import Dataset
 from miles.utils.eval_config import BadEvalConfig, EvalDatasetConfig, eval_datasets
 from miles.utils.http_utils import http_client, request_scope
@@ -71,9 +72,8 @@ async def _one(state: GenerateState, config: EvalDatasetConfig, samples: list[Sa
     made = flat(await _all(*(_sample(state, sample, params) for sample in samples)))
     made.sort(key=lambda sample: sample.index or 0)
     need_rewards(state.args, made)
-    key = state.args.eval_reward_key or state.args.reward_key
     return {
-        "rewards": [s.reward[key] if key and isinstance(s.reward, dict) else s.reward for s in made],
+        "rewards": [eval_reward(state.args, sample) for sample in made],
         "truncated": [s.status is SampleStatus.TRUNCATED for s in made],
         "samples": made,
         "n_samples_per_prompt": config.n_samples_per_eval_prompt,
