@@ -25,6 +25,8 @@ MAX_UNREAD = 32 * 2**20
 """Bytes that may wait for the process to read them."""
 GRACE_S = 5.0
 """Beyond the deadline that the process has itself."""
+GONE_S = 2.0
+"""For the kernel to end what was killed."""
 _LINE_LIMIT = 2**20
 _TAIL = 3
 
@@ -102,12 +104,15 @@ class TrackerProcess:
         except TimeoutError:
             self._tell("trackers have not finished in time and are ended; metrics.jsonl has every metric")
         finally:
-            self._kill()
+            below = self._kill()
             await self._process.wait()
             self._reader.cancel()
+            if below:
+                await asyncio.to_thread(psutil.wait_procs, below, timeout=GONE_S)
 
-    def _kill(self) -> None:
-        """The process and what it has started, children first collected: they move away when it ends."""
+    def _kill(self) -> list[psutil.Process]:
+        """The process and what it has started; returns the latter. Collected first: it moves away when its parent
+        ends."""
         try:
             tree = [*psutil.Process(self._process.pid).children(recursive=True)]
         except psutil.Error:
@@ -119,6 +124,7 @@ class TrackerProcess:
                 child.kill()  # psutil compares start times: a pid that was given out again is spared
             except psutil.Error:
                 continue
+        return tree
 
     async def _read(self) -> None:
         stdout = self._process.stdout

@@ -32,6 +32,11 @@ class Said:
             return await self._queue.get()
 
 
+def page_of(url):
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
+        return page.read()
+
+
 async def started(tmp_path, *names, module="support.odd_host"):
     said, known = Said(), {}
     process = await TrackerProcess.start(
@@ -92,8 +97,7 @@ async def test_the_real_one_serves_and_writes_and_ends_when_its_controller_is_go
     process.send({"do": "log", "steps": {"rollout/step": 0}, "metrics": {"rollout/x": 1.0}, "time": 1e9})
     lines = [await said.next(), await said.next()]
     (url,) = [line.removeprefix("Prometheus: ") for line in lines if "Prometheus" in line]
-    with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
-        assert b"miles_run_info" in page.read()
+    assert b"miles_run_info" in await asyncio.to_thread(page_of, url)
     assert known["tensorboard"] == {"directory": str(tmp_path / "tensorboard")}
     process._process.stdin.close()  # as the kernel does when the controller dies
     async with asyncio.timeout(PATIENCE_S):
