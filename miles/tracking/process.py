@@ -27,6 +27,7 @@ GRACE_S = 5.0
 """Beyond the deadline that the process has itself."""
 GONE_S = 2.0
 """For the kernel to end what was killed."""
+_POLL_S = 0.02
 _LINE_LIMIT = 2**20
 _TAIL = 3
 
@@ -107,8 +108,7 @@ class TrackerProcess:
             below = self._kill()
             await self._process.wait()
             self._reader.cancel()
-            if below:
-                await asyncio.to_thread(psutil.wait_procs, below, timeout=GONE_S)
+            await _gone(below)
 
     def _kill(self) -> list[psutil.Process]:
         """The process and what it has started; returns the latter. Collected first: it moves away when its parent
@@ -161,3 +161,18 @@ class TrackerProcess:
         if line not in self._told:
             self._told.add(line)
             self._say(line)
+
+
+async def _gone(processes: Sequence[psutil.Process]) -> None:
+    """Wait until these, which were killed, run no more; whoever adopted them reaps them."""
+    for _ in range(int(GONE_S / _POLL_S)):
+        if not any(map(_runs, processes)):
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
