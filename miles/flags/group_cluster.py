@@ -56,7 +56,7 @@ FLAGS: tuple[Flag, ...] = (
             ),
             STREAMED,
         ),
-        integer("--offload-train-disk-chunk-mb", 256, "staging chunk of --offload-train-target disk (FSDP)"),
+        integer("--offload-train-disk-chunk-mb", 256, "MiB that a GPU's state goes through on its way to the disk"),
         refused(
             integer("--train-memory-margin-bytes", 1024**3, "margin registered with the memory saver"),
             "not built yet: memory margins of the trainer",

@@ -133,7 +133,6 @@ _ONLY_FSDP = {
     "attn_implementation": "use --attention-backend",
     "gradient_checkpointing": "use --recompute-granularity",
     "fsdp_cpu_offload": "use --train-backend fsdp",
-    "offload_train_disk_chunk_mb": "its state is mapped from the file, without a staging buffer",
 }
 
 

@@ -150,6 +150,25 @@ def verdict(values):
     return {"reached": True}
 
 
+def orders(values):
+    """What the process of the trackers is told in six rollouts."""
+    import tempfile
+
+    from miles.tracking.hub import Tracking
+
+    told = []
+    with tempfile.TemporaryDirectory() as place:
+        hub = Tracking(values, Path(place), told.append)
+        hub._process = SimpleNamespace(send=told.append)
+        hub.begin("id", 0)
+        for rollout_id in range(6):
+            hub.write("rollout", rollout_id, rollout_id + 1, {"rollout/x": 1.0})
+    return {
+        "limit": told[0]["limits"]["tensorboard"],
+        "points": [order["steps"]["rollout/step"] for order in told if order["do"] == "log"],
+    }
+
+
 def answers(values):
     """Sampling parameters of requests, and how many there may be at once."""
     from miles.rollout.inference_rollout.inference_rollout_common import GenerateState
@@ -180,6 +199,12 @@ def curve(values):
         found["wd"].append(round(group["weight_decay"], 6))
         scheduler.step(1)
     return found
+
+
+def sleeping(values):
+    from miles.backends.training_utils.sleeping import SleepingMemory
+
+    return {"bytes": SleepingMemory(Namespace(**values))._chunk}
 
 
 def padded(values):
@@ -238,6 +263,8 @@ FAST = [
     ("--mlflow-tracking-uri sqlite:///x --use-mlflow", trackers, "mlflow_tracking_uri", "sqlite:///x"),
     ("--mlflow-experiment-name e --use-mlflow", trackers, "mlflow_experiment_name", "e"),
     ("--mlflow-run-id i --use-mlflow", trackers, "mlflow_run_id", "i"),
+    ("--tensorboard-log-interval 4", orders, "points", [0, 4]),
+    ("--tensorboard-queue-size 7", orders, "limit", 7),
     ("--log-multi-turn", measured, "turns", True),
     ("--log-correct-samples", measured, "correct", True),
     (f"{EVAL} --ci-metric-checker-key eval/x --ci-metric-checker-threshold 0.9", verdict, "reached", False),
@@ -259,6 +286,7 @@ WARM = [
     ("--rollout-skip-special-tokens", answers, "skip_special_tokens", True),
     ("--sglang-server-concurrency 3", answers, "at once", 6),
     ("--rollout-temperature 0.5", loss, "temperature", 0.5),
+    ("--offload-train --offload-train-target disk --offload-train-disk-chunk-mb 3", sleeping, "bytes", 3 << 20),
     ("--log-probs-chunk-size 7", loss, "chunk_size", 7),
     ("--kl-loss-type k3 --use-kl-loss", loss, "kl_loss_type", "k3"),
     ("--entropy-coef 0.5", loss, "entropy_coef", 0.5),

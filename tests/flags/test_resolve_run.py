@@ -216,7 +216,6 @@ class TestBackends:
             "--attn-implementation sdpa",
             "--gradient-checkpointing",
             "--fsdp-cpu-offload",
-            "--offload-train-disk-chunk-mb 64",
         ],
     )
     def test_what_only_fsdp_has(self, flag):

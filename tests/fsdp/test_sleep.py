@@ -70,7 +70,7 @@ def _sleep_and_wake(path, directory, level):
 def _nameless_files():
     """Sizes of this process's deleted files."""
     links = {int(name): os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)}
-    return [os.fstat(fd).st_size for fd, target in links.items() if target.endswith("(deleted)") and ".bin" in target]
+    return [os.fstat(fd).st_size for fd, target in links.items() if target.endswith("(deleted)") and "/#" in target]
 
 
 def _is_open(name):
@@ -79,11 +79,11 @@ def _is_open(name):
 
 def test_what_sleeps_cannot_be_used(tmp_path):
     (codes,) = run_ranks(1, _use_while_asleep, tiny_model("qwen3"), tmp_path)
-    assert codes == ["E-FSDP-006"] * 5
+    assert codes == ["E-TRAIN-016"] * 5
 
 
 def _use_while_asleep(path, directory):
-    from miles.backends.fsdp_utils.errors import FsdpAsleep
+    from miles.backends.training_utils.sleeping import Asleep
 
     batches = [micro_batch(sequences(2))]
     backend = made(path, offload_train_disk_dir=str(directory))
@@ -91,7 +91,7 @@ def _use_while_asleep(path, directory):
     codes = []
 
     def refused(function):
-        with pytest.raises(FsdpAsleep) as error:
+        with pytest.raises(Asleep) as error:
             function()
         codes.append(error.value.code)
 
@@ -156,20 +156,20 @@ def _stay(path):
 def test_a_disk_that_cannot_be_written_to_is_an_error_and_nothing_is_lost(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(RanksFailed, match=r"cannot be written to[\s\S]*--offload-train-disk-dir[\s\S]*E-FSDP-005"):
+    with pytest.raises(RanksFailed, match=r"could not be written to[\s\S]*--offload-train-disk-dir[\s\S]*E-TRAIN-015"):
         run_ranks(1, _sleep_in, tiny_model("qwen3"), blocked / "here", False)
     assert run_ranks(1, _sleep_in, tiny_model("qwen3"), blocked / "here", True) == [True]
 
 
 def _sleep_in(path, directory, catch):
-    from miles.backends.fsdp_utils.errors import OffloadFailed
+    from miles.backends.training_utils.storages import CannotSleep
 
     backend = made(path, offload_train_disk_dir=str(directory))
     train(backend, 1)
     before = weights(backend)
     try:
         backend.sleep(2)
-    except OffloadFailed:
+    except CannotSleep:
         if not catch:
             raise
     found = weights(backend)

@@ -11,7 +11,8 @@ from support.megatron_cases import TokenLogProbs, make_backend, micro_batch, seq
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
-from miles.backends.megatron_utils.errors import AsleepError, CannotSleep
+from miles.backends.training_utils.sleeping import Asleep
+from miles.backends.training_utils.storages import CannotSleep
 
 MIB = 1 << 20
 
@@ -135,7 +136,7 @@ class _Log:
         import logging
 
         self.lines = []
-        logger = logging.getLogger("miles.backends.megatron_utils.storages")
+        logger = logging.getLogger("miles.backends.training_utils.storages")
         logger.setLevel(logging.INFO)
         handler = logging.Handler()
         handler.emit = lambda record: self.lines.append(record.getMessage())
@@ -161,7 +162,7 @@ def asks_while_asleep(path, directory):
         ):
             try:
                 ask()
-            except AsleepError as error:
+            except Asleep as error:
                 refused.append((level, error.what))
     return refused
 
@@ -194,4 +195,4 @@ def test_a_directory_that_cannot_be_written_leaves_all_as_it_was(tmp_path):
     (tmp_path / "file").write_text("no directory")
     told = run_ranks(1, sleeps_where_it_cannot, tiny_model("qwen3"), tmp_path / "file")[0]
     assert "--offload-train-disk-dir" in told
-    assert "E-MEG-007" in told
+    assert "E-TRAIN-015" in told

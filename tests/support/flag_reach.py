@@ -117,8 +117,6 @@ flags/test_flags_reach_code.py::test_entropy_is_measured_before_training_on_requ
     --use-rollout-entropy
 fsdp/test_refusals.py::test_defaults_become_what_a_cpu_can_do
     --fsdp-cpu-offload --attn-implementation
-flags/test_resolve_run.py::test_what_only_fsdp_has
-    --offload-train-disk-chunk-mb
 backends/test_backend_contract.py::test_a_step_without_finite_gradients_is_an_error_or_left_out
     --no-check-for-nan-in-loss-and-grad
 rollout/test_train_rollout.py::test_on_policy_means_that_older_answers_are_generated_again

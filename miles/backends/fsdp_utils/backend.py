@@ -42,13 +42,14 @@ from miles.backends.fsdp_utils.checkpoint import (
     save_checkpoint,
 )
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
-from miles.backends.fsdp_utils.memory import Sleeper
 from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules, named_shards
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 from miles.backends.fsdp_utils.packing import packed_layout
 from miles.backends.fsdp_utils.settings import settings_of
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
+from miles.backends.training_utils.sleeping import SleepingMemory
+from miles.backends.training_utils.storages import distinct_storages
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ class FSDPBackend(TrainBackend):
         self._model: Any = None
         self._reference: Any = None
         self._optimizer: ShardedOptimizer | None = None
-        on_host = self.device.type == "cpu" or self.settings.cpu_offload
-        self._sleeper = Sleeper(self.settings.offload, self.device, rank, on_host=on_host)
+        self._memory = SleepingMemory(args)
 
     def init(self) -> int:
         """As the contract says."""
@@ -105,7 +105,7 @@ class FSDPBackend(TrainBackend):
         self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
     ) -> list[Any]:
         """As the contract says."""
-        self._sleeper.check_awake("compute", level=2)
+        self._memory.check_awake("compute", level=2)
         network = self._network(model)
         network.eval()
         with torch.no_grad():
@@ -119,7 +119,7 @@ class FSDPBackend(TrainBackend):
         Raises:
             NotFinite: The gradients are not, and ``--no-check-for-nan-in-loss-and-grad`` was not given.
         """
-        self._sleeper.check_awake("train")
+        self._memory.check_awake("train")
         optimizer = self._trained()
         self._model.train()
         metrics: dict[str, torch.Tensor] = {}
@@ -142,7 +142,7 @@ class FSDPBackend(TrainBackend):
 
     def reset_optimizer(self) -> None:
         """As the contract says."""
-        self._sleeper.check_awake("reset the optimizer")
+        self._memory.check_awake("reset the optimizer")
         self._trained().reset()
 
     def objects(self, model: ModelTag = "actor") -> TrainedObjects:
@@ -154,12 +154,12 @@ class FSDPBackend(TrainBackend):
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the contract says; a tied output layer is left out, as in the files."""
-        self._sleeper.check_awake("hand on weights", level=2)
+        self._memory.check_awake("hand on weights", level=2)
         return full_weights(self._model, self.settings.dtype, self.device)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """As the contract says, in the form of ``checkpoint.py``."""
-        self._sleeper.check_awake("save")
+        self._memory.check_awake("save")
         optimizer = self._trained() if self.settings.save_optimizer else None
         rng = RankState.now() if self.settings.save_rng else None
         progress = Progress(rollout_id, self._trained().steps, self.settings.schedule.as_plain(), dist.get_world_size())
@@ -169,27 +169,28 @@ class FSDPBackend(TrainBackend):
         """As the contract says.
 
         Raises:
-            OffloadFailed: The disk is full, or does not work; what was awake still is.
+            CannotSleep: The disk is full, or does not work; what was awake still is.
         """
-        optimizer = self._trained()
+        optimizer, memory = self._trained(), self._memory
         optimizer.drop_gradients()
-        self._sleeper.put_away("optimizer", optimizer.tensors())
-        if level >= 2:
+        if memory.level < 1:
+            memory.put_away(distinct_storages(optimizer.tensors()))
+            memory.level = 1
+        if memory.level < level:
             models = [self._model] + ([self._reference] if self._reference is not None else [])
             for model in models:
                 _reshard(model)
-            shards = [shard.to_local() for model in models for _, shard in named_shards(model)]
-            self._sleeper.put_away("parameters", shards)
-        self._sleeper.level = max(self._sleeper.level, level)
-        self._sleeper.give_back()
+            memory.put_away(distinct_storages(shard.to_local() for model in models for _, shard in named_shards(model)))
+            memory.level = 2
+        memory.give_back()
 
     def wake_up(self) -> None:
         """As the contract says."""
-        self._sleeper.take_back()
+        self._memory.wake_up()
 
     def close(self) -> None:
         """Leave no file of a sleep behind."""
-        self._sleeper.close()
+        self._memory.close()
 
     def _network(self, tag: ModelTag) -> Any:
         network = self._reference if tag == "ref" else self._model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles_agents.errors import ConfigError, EnvironmentFault, InternalError
+from miles_agents.errors import ConfigError
 
 
 class FsdpFlagRefused(ConfigError):
@@ -27,15 +27,3 @@ class NotFinite(ConfigError):
     """A loss or a gradient is NaN or infinite, and ``--no-check-for-nan-in-loss-and-grad`` was not given."""
 
     code = "E-FSDP-004"
-
-
-class OffloadFailed(EnvironmentFault):
-    """The trainer's state could not be written to, or read back from, the place it sleeps in."""
-
-    code = "E-FSDP-005"
-
-
-class FsdpAsleep(InternalError):
-    """Something was asked for whose memory has been put away."""
-
-    code = "E-FSDP-006"

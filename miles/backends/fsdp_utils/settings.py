@@ -57,15 +57,6 @@ class LoadSettings:
 
 
 @dataclass(frozen=True)
-class OffloadSettings:
-    """Where a sleeping trainer's state is. ``target``: "cpu" or "disk"; ``directory``: of the latter."""
-
-    target: str
-    directory: Path
-    chunk_bytes: int
-
-
-@dataclass(frozen=True)
 class FsdpSettings:
     """All of it. ``dtype`` is that of computing and of what engines get, ``storage`` that of trained shards.
     ``pad_to``: micro-batches have a multiple of so many tokens. ``replicas``: of the whole set of shards."""
@@ -87,7 +78,6 @@ class FsdpSettings:
     optimizer: OptimizerSettings
     schedule: Schedule
     loads: LoadSettings
-    offload: OffloadSettings
 
 
 def settings_of(args: Any) -> FsdpSettings:
@@ -117,7 +107,6 @@ def settings_of(args: Any) -> FsdpSettings:
         optimizer=_optimizer(args),
         schedule=schedule_of(args),
         loads=_loads(args),
-        offload=_offload(args),
     )
 
 
@@ -214,13 +203,4 @@ def _loads(args: Any) -> LoadSettings:
         optimizer=not (getattr(args, "no_load_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         rng=not getattr(args, "no_load_rng", False),
         finetune=bool(getattr(args, "finetune", False)),
-    )
-
-
-def _offload(args: Any) -> OffloadSettings:
-    directory = getattr(args, "offload_train_disk_dir", None)
-    return OffloadSettings(
-        target=getattr(args, "offload_train_target", "cpu"),
-        directory=Path(directory) if directory else Path(args.run_dir) / "offload",
-        chunk_bytes=(getattr(args, "offload_train_disk_chunk_mb", None) or 256) << 20,
     )

@@ -45,13 +45,14 @@ from miles.backends.megatron_utils.optimizer import (
     wrap_data_parallel,
 )
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
-from miles.backends.megatron_utils.sleeping import SleepingMemory
+from miles.backends.megatron_utils.sleeping import fall_asleep
 from miles.backends.megatron_utils.sources import choose_source, reference_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.sleeping import SleepingMemory
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class MegatronBackend(TrainBackend):
 
     def sleep(self, level: int) -> None:
         """See ``TrainBackend.sleep``."""
-        self._memory.sleep(level, self.model, self.optimizer, self.reference)
+        fall_asleep(self._memory, level, self.model, self.optimizer, self.reference)
 
     def wake_up(self) -> None:
         """See ``TrainBackend.wake_up``."""

@@ -35,12 +35,6 @@ class NonFiniteGradients(UserCodeError):
     code = "E-MEG-005"
 
 
-class AsleepError(ConfigError):
-    """Something was asked for that needs what ``sleep`` has put away."""
-
-    code = "E-MEG-006"
-
-
 class CheckpointMismatch(ConfigError):
     """A checkpoint of another model, or without what was asked for."""
 
@@ -57,9 +51,3 @@ class DestinationExists(ConfigError):
     """Where something is to be written there is something already."""
 
     code = "E-CKPT-005"
-
-
-class CannotSleep(EnvironmentFault):
-    """State that is to leave memory could not be written."""
-
-    code = "E-MEG-007"

@@ -18,7 +18,7 @@ from typing import IO
 
 import torch
 
-from miles.backends.megatron_utils.errors import CannotSleep
+from miles_agents.errors import EnvironmentFault
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,12 @@ Storage = torch.UntypedStorage
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class CannotSleep(EnvironmentFault):
+    """The trainer's state could not be written to, or read back from, the place that it sleeps in."""
+
+    code = "E-TRAIN-015"
 
 
 def distinct_storages(tensors: Iterable[torch.Tensor]) -> list[Storage]:
@@ -58,7 +64,9 @@ class OnDisk:
         CannotSleep: The file could not be written. Nothing has been put away then.
     """
 
-    def __init__(self, storages: list[Storage], directory: Path) -> None:
+    def __init__(self, storages: list[Storage], directory: Path, chunk_bytes: int) -> None:
+        self._directory = directory
+        self._chunk = chunk_bytes
         self._sizes = [(storage, storage.nbytes()) for storage in storages]
         self._file = self._write(directory)
         for storage in storages:
@@ -66,11 +74,11 @@ class OnDisk:
 
     def _write(self, directory: Path) -> IO[bytes]:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # open while asleep
             try:
                 for storage, _ in self._sizes:
-                    _write_all(file, storage)
+                    self._write_storage(file, storage)
             except OSError:
                 file.close()
                 raise
@@ -85,16 +93,45 @@ class OnDisk:
         return file
 
     def restore(self) -> None:
-        """Read everything back, and close the file."""
-        self._file.seek(0)
-        for storage, size in self._sizes:
-            _take_back(storage, size)
-            _read_all(self._file, storage)
+        """Read everything back, and close the file.
+
+        Raises:
+            CannotSleep: It cannot be read. The state is lost then.
+        """
+        try:
+            self._file.seek(0)
+            for storage, size in self._sizes:
+                _take_back(storage, size)
+                self._read_storage(storage)
+        except OSError as error:
+            raise CannotSleep(
+                f"the trainer's state could not be read back from {self._directory}",
+                evidence=str(error),
+                advice="Start again from the newest checkpoint, with another --offload-train-disk-dir.",
+                path=str(self._directory),
+            ) from error
         self._file.close()
 
     def close(self) -> None:
         """Give the file back without reading it."""
         self._file.close()
+
+    def _write_storage(self, file: IO[bytes], storage: Storage) -> None:
+        """A storage of a GPU goes through a buffer of one chunk on the host."""
+        if storage.device.type == "cpu":
+            _write_all(file, _memory(storage))
+            return
+        for chunk in torch.split(_bytes(storage), self._chunk):
+            _write_all(file, _memory(chunk.cpu().untyped_storage()))
+
+    def _read_storage(self, storage: Storage) -> None:
+        if storage.device.type == "cpu":
+            _read_all(self._file, _memory(storage))
+            return
+        for chunk in torch.split(_bytes(storage), self._chunk):
+            host = torch.empty(len(chunk), dtype=torch.uint8)
+            _read_all(self._file, _memory(host.untyped_storage()))
+            chunk.copy_(host)
 
 
 class OnHost:
@@ -124,10 +161,10 @@ class OnHost:
 Kept = OnDisk | OnHost
 
 
-def keep(storages: list[Storage], *, target: str, directory: Path) -> Kept | None:
+def keep(storages: list[Storage], *, target: str, directory: Path, chunk_bytes: int) -> Kept | None:
     """Move them to where ``--offload-train-target`` says. None: they stay, because they are there already."""
     if target == "disk":
-        return OnDisk(storages, directory)
+        return OnDisk(storages, directory, chunk_bytes)
     if all(storage.device.type == "cpu" for storage in storages):
         logger.info(
             "--offload-train-target cpu: the trainer's state is in CPU memory already and stays there; "
@@ -175,21 +212,16 @@ def _memory(host: Storage) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _write_all(file: IO[bytes], storage: Storage) -> None:
-    host: Storage = storage if storage.device.type == "cpu" else _bytes(storage).cpu().untyped_storage()
-    view, done = _memory(host), 0
+def _write_all(file: IO[bytes], view: memoryview) -> None:
+    done = 0
     while done < len(view):
         done += file.write(view[done:])
 
 
-def _read_all(file: IO[bytes], storage: Storage) -> None:
-    host = (
-        storage if storage.device.type == "cpu" else torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-    )
-    view, done = _memory(host), 0
+def _read_all(file: IO[bytes], view: memoryview) -> None:
+    done = 0
     while done < len(view):
         count = os.readv(file.fileno(), [view[done:]])
-        assert count > 0, "the file is as long as it was written"
+        if not count:
+            raise OSError("the file is shorter than what was written")
         done += count
-    if host is not storage:
-        _bytes(storage).copy_(_bytes(host))
