@@ -95,6 +95,7 @@ FUNCTIONS = {
     R + "inference_rollout.compatibility.LegacyRolloutFnAdapter": "input, fn",
     R + "inference_rollout.compatibility.LegacyGenerateFnAdapter": "fn",
     R + "generate_hub.single_turn.generate": "input",
+    R + "fully_async_rollout.FullyAsyncRolloutFn": "input",
     R + "generate_utils.sample_utils.merge_samples": "samples, tokenizer",
     R + "rm_hub.async_rm": "args, sample, **kwargs",
     R + "rm_hub.batched_async_rm": "args, samples, inplace_set_reward_field=False, **kwargs",
@@ -123,8 +124,7 @@ FIELDS = {
     "spec_info": Sample.SpecInfo(), "prefix_cache_info": Sample.PrefixCacheInfo(),
 }  # fmt: skip
 LATER = (
-    R + "fully_async_rollout.FullyAsyncRolloutFn", R + "checkpoint_eval.CheckpointEvalFn",
-    R + "checkpoint_eval.EvalSkip", R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
+    R + "checkpoint_eval.CheckpointEvalFn", R + "checkpoint_eval.EvalSkip", R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
     R + "on_policy_distillation.reward_func", R + "on_policy_distillation.post_process_rewards",
 )  # fmt: skip
 
