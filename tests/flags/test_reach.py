@@ -163,6 +163,7 @@ def orders(values):
         hub.begin("id", 0)
         for rollout_id in range(6):
             hub.write("rollout", rollout_id, rollout_id + 1, {"rollout/x": 1.0})
+        hub._file.close()
     return {
         "limit": told[0]["limits"]["tensorboard"],
         "points": [order["steps"]["rollout/step"] for order in told if order["do"] == "log"],
@@ -286,7 +287,7 @@ WARM = [
     ("--rollout-skip-special-tokens", answers, "skip_special_tokens", True),
     ("--sglang-server-concurrency 3", answers, "at once", 6),
     ("--rollout-temperature 0.5", loss, "temperature", 0.5),
-    ("--offload-train --offload-train-target disk --offload-train-disk-chunk-mb 3", sleeping, "bytes", 3 << 20),
+    ("--offload-train-disk-chunk-mb 3 --offload-train --offload-train-target disk", sleeping, "bytes", 3 << 20),
     ("--log-probs-chunk-size 7", loss, "chunk_size", 7),
     ("--kl-loss-type k3 --use-kl-loss", loss, "kl_loss_type", "k3"),
     ("--entropy-coef 0.5", loss, "entropy_coef", 0.5),
