@@ -16,6 +16,7 @@ def resolve_trainer(draft: Draft) -> None:
     _check_shards(draft)
     _check_saves(draft)
     _check_optimizer(draft)
+    _check_passes(draft)
     _check_profile(draft)
     _check_memory(draft)
 
@@ -102,6 +103,19 @@ def _check_optimizer(draft: Draft) -> None:
             )
         else:
             draft.notice("--low-memory-resume has no effect: the optimizer's state is on the CPU anyway")
+
+
+def _check_passes(draft: Draft) -> None:
+    """What belongs to the pass over old log-probs, where there is none."""
+    if not draft["skip_actor_forward_only"]:
+        return
+    for dest in ("use_rollout_entropy", "custom_megatron_before_log_prob_hook_path"):
+        if draft[dest]:
+            draft.problem(
+                dest,
+                "with --skip-actor-forward-only there is no pass that it belongs to",
+                advice="Leave one of the two out.",
+            )
 
 
 def _check_profile(draft: Draft) -> None:

@@ -196,6 +196,9 @@ def trainer_env(config: Mapping[str, Any]) -> dict[str, str]:
     """Variables of the trainer's ranks, beyond those that differ by rank. An agent that has them, too, forks ranks from
     the zygote that it warmed up while it joined."""
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if config["device"] == "cpu" else {}
+    if config["device"] == "cuda" and config.get("deterministic_mode"):
+        # What cuBLAS and NCCL read when they start; torch asks for the first one.
+        env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
     typed = {str(name): str(value) for name, value in (config.get("train_env_vars") or {}).items()}
     return {**env, **typed}
 

@@ -33,6 +33,12 @@ FSDP = "--train-backend fsdp"
             "--check-weight-update-equal",
             "--debug-skip-weight-update",
         ),
+        ("--skip-actor-forward-only --use-rollout-entropy", "--use-rollout-entropy", "no pass"),
+        (
+            "--skip-actor-forward-only --custom-megatron-before-log-prob-hook-path json.loads",
+            "--custom-megatron-before-log-prob-hook-path",
+            "no pass",
+        ),
         ("--profile", "--profile", "nsys"),
         ("--use-pytorch-profiler --profile-step-start 12", "--profile-step-end", "above 12"),
         ("--use-pytorch-profiler --profile-ranks 0 2", "--profile-ranks", "0 to 1"),

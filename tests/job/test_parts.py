@@ -1,6 +1,6 @@
 """What the job asks of nodes and engines."""
 
-from miles.training.parts import engine_seed, placement_requests
+from miles.training.parts import engine_seed, placement_requests, trainer_env
 
 
 def config(**changed):
@@ -37,3 +37,11 @@ def test_a_resumed_run_draws_other_answers_than_its_begin(tmp_path):
     assert len(seeds | {1234}) == 3
     assert engine_seed(config(load=str(tmp_path), finetune=True)) == 1234
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_deterministic_ranks_on_gpus_tell_their_libraries():
+    """--deterministic-mode; what --train-env-vars gives comes first."""
+    assert trainer_env(config(device="cuda")) == {}
+    found = trainer_env(config(device="cuda", deterministic_mode=True, train_env_vars={"NCCL_ALGO": "Tree"}))
+    assert found == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Tree"}
+    assert "NCCL_ALGO" not in trainer_env(config(deterministic_mode=True))

@@ -88,6 +88,7 @@ async def test_a_rollout_is_trained_and_told_in_numbers(cluster, tmp_path):
     assert progress == {"phase": "idle", "rollout_id": 0, "step": 1, "num_steps": 2}
     dump = torch.load(tmp_path / "dump_0_1.pt")
     assert dump["rollout_id"] == 0
+    assert (dump["rank"], dump["cp_rank"], dump["cp_size"], dump["qkv_format"]) == (1, 0, 1, "thd")
     assert len(dump["rollout_data"]["tokens"]) == len(dump["rollout_data"]["advantages"])
 
 
