@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class EvalSet:
         return Columns(
             self.input_key, self.label_key, self.metadata_key, self.tool_key,
             prompt_flag="--eval-input-key", label_flag="--eval-label-key", tool_flag="--eval-tool-key",
+            label_check=label_check(self.rm_type),
         )  # fmt: skip
 
 
@@ -165,7 +166,8 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
         wanted[path] = columns
-        kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"))]
+        check = None if values.get("custom_rm_path") else label_check(values.get("rm_type"))
+        kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"), label_check=check)]
     for found in sets:
         wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]
         kinds.setdefault(found.path, []).append(found.kinds)
@@ -190,6 +192,22 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )
+
+
+def label_check(rm_type: str | None) -> Callable[[Any], str] | None:
+    """What tells that a label cannot be used with a reward; None: any label can."""
+    if (rm_type or "").strip().removeprefix("boxed_") != "dapo":
+        return None
+    from miles.rollout.rm_hub.math_dapo_utils import whole_number
+
+    def check(label: Any) -> str:
+        try:
+            whole_number(label)
+        except ValueError:
+            return "a number, as --rm-type dapo needs"
+        return ""
+
+    return check
 
 
 def look_at(path: Path) -> DirectoryFacts:

@@ -162,7 +162,8 @@ def _broken_in(batch: Any, look: Look) -> tuple[int, str] | None:
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return (is_text and not batch.column(name).null_count) or name in labels
 
-    labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds}
+    checked = {columns.label for columns in look.kinds if columns.label_check is not None}
+    labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds} - checked
     prompts = {columns.prompt for columns in look.kinds}
     objects = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type) and n not in prompts]
     if all(name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,8 @@ class Columns:
     prompt_flag: str = "--input-key"
     label_flag: str = "--label-key"
     tool_flag: str = "--tool-key"
+    label_check: Callable[[Any], str] | None = None
+    """What a label should be and is not; empty: nothing. Not asked for rows that name a reward of their own."""
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +57,16 @@ class Columns:
             return fault
         if self.label is not None and self.label not in row:
             return Fault(self.label, self.label_flag, "", "")
+        if self.label_check is not None and (fault := self._label_fault(row, self.label_check)):
+            return fault
         return self._more_fault(row)
+
+    def _label_fault(self, row: Mapping[str, Any], check: Callable[[Any], str]) -> Fault | None:
+        metadata = row.get(self.metadata) if self.metadata else None
+        if self.label is None or (isinstance(metadata, dict) and metadata.get("rm_type")):
+            return None
+        wanted = check(row[self.label])
+        return Fault(self.label, self.label_flag, wanted, _shown(row[self.label])) if wanted else None
 
     def _prompt_fault(self, prompt: Any) -> Fault | None:
         if prompt is _ABSENT:

@@ -37,11 +37,11 @@ async def test_training_takes_the_reward_or_its_entry():
 @pytest.mark.parametrize(
     ("reward", "key", "told"),
     [
-    (DAPO, None, "give --reward-key"), (DAPO, "pred", None), (DAPO, "scores", "no entry 'scores'"),
-    (1.0, "score", "no entry"), ("good", None, "no number"), (float("nan"), None, "no number"),
-    (float("inf"), None, "no number"), ([1], None, "no number"),
-    ({"score": float("nan")}, "score", "no number"), ({"score": None}, "score", "no number"),
-],
+        (DAPO, None, "give --reward-key"), (DAPO, "pred", None), (DAPO, "scores", "no entry 'scores'"),
+        (1.0, "score", "no entry"), ("good", None, "no number"), (float("nan"), None, "no number"),
+        (float("inf"), None, "no number"), ([1], None, "no number"),
+        ({"score": float("nan")}, "score", "no number"), ({"score": None}, "score", "no number"),
+    ],
 )  # fmt: skip
 async def test_what_cannot_be_trained_on_is_told(reward, key, told):
     if told is None:
