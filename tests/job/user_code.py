@@ -32,6 +32,22 @@ def blocking_reward(args, sample, **kwargs):
     return 1.0
 
 
+def log_rollout(rollout_id, args, samples, rollout_extra_metrics, rollout_time):
+    """Records a metric of its own beside the default ones."""
+    from miles.utils import tracking_utils
+
+    tracking_utils.log(args, {"user/samples": len(samples), "rollout/step": rollout_id}, step_key="rollout/step")
+    return False
+
+
+def log_eval(rollout_id, args, data, extra_metrics):
+    """Replaces the default metrics of an evaluation."""
+    from miles.utils import tracking_utils
+
+    tracking_utils.log(args, {"eval/mine": sum(len(entry["rewards"]) for entry in data.values())})
+    return True
+
+
 def not_the_first(args, samples, **kwargs):
     """Drops the first group of a run, and no other."""
     return samples[0].group_index != 0
