@@ -10,10 +10,11 @@ from support.training_runs import Finished, running, write_prompts
 
 FLAGS = {
     "num_rollout": 2, "rollout_batch_size": 4, "n_samples_per_prompt": 4, "global_batch_size": 8,
-    "num_steps_per_rollout": 2, "use_tensorboard": True, "use_wandb": True, "wandb_mode": "offline", "wandb_key": "k3y-of-nobody",
-    "use_mlflow": True, "use_prometheus": True, "prometheus_port": 0, "log_multi_turn": True, "log_passrate": True,
-    "log_correct_samples": True, "log_params_norm": True, "mfu_peak_tflops": 0.1, "eval_interval": 2,
-    "eval_max_response_len": 4, "skip_eval_before_train": True, "save_interval": 1, "use_kl_loss": True,
+    "num_steps_per_rollout": 2, "use_tensorboard": True, "use_wandb": True, "wandb_mode": "offline",
+    "wandb_key": "k3y-of-nobody", "use_mlflow": True, "use_prometheus": True, "prometheus_port": 0,
+    "log_multi_turn": True, "log_passrate": True, "log_correct_samples": True, "log_params_norm": True,
+    "mfu_peak_tflops": 0.1, "eval_interval": 2, "eval_max_response_len": 4, "skip_eval_before_train": True,
+    "save_interval": 1, "use_kl_loss": True,
     "custom_rollout_log_function_path": "user_code.log_rollout",
     "custom_eval_rollout_log_function_path": "user_code.log_eval",
     "ci_metric_checker_key": "eval/mine", "ci_metric_checker_threshold": 4.5,
