@@ -36,6 +36,7 @@ class DataFacts:
         broken: Number of its first line that is not a JSON object or holds something of the wrong kind, and what is
             wrong with it. Of a Parquet file, the row; 0 if that cannot be told.
         unit: ``line`` or ``row``.
+        has_messages: The prompt of its first row is a list of messages.
     """
 
     error: str = ""
@@ -45,6 +46,7 @@ class DataFacts:
     broken: tuple[int, str] | None = None
     advice: str = ""
     unit: str = "line"
+    has_messages: bool = False
 
 
 def read_data(path: str, keys: Sequence[str], kinds: Iterable[Columns] = ()) -> DataFacts:
@@ -79,16 +81,22 @@ class Look:
         self.keys = tuple(dict.fromkeys(keys))
         self.kinds = tuple(kinds)
         self.columns: tuple[str, ...] = ()
+        self.has_messages = False
         self.absent: dict[str, int] = {}
         self._known: tuple[str, ...] = ()
 
     def at(self, number: int, row: Mapping[str, Any]) -> str:
         """Look at a row. What is wrong with it; empty: nothing."""
-        self.columns = self.columns or tuple(row)
+        if not self.columns:
+            self.columns = tuple(row)
+            self.has_messages = self._is_list(row)
         for key in self.keys:
             if key not in row:
                 self.absent.setdefault(key, number)
         return self.wrong(row)
+
+    def _is_list(self, row: Mapping[str, Any]) -> bool:
+        return any(isinstance(row.get(columns.prompt), list) for columns in self.kinds)
 
     def wrong(self, row: Mapping[str, Any]) -> str:
         """What a row holds of the wrong kind; empty: nothing."""
@@ -111,7 +119,14 @@ class Look:
 
     def facts(self, rows: int, broken: tuple[int, str] | None = None, unit: str = "line") -> DataFacts:
         """What was seen."""
-        return DataFacts(rows=rows, columns=self.columns, absent=self.absent, broken=broken, unit=unit)
+        return DataFacts(
+            rows=rows,
+            columns=self.columns,
+            absent=self.absent,
+            broken=broken,
+            unit=unit,
+            has_messages=self.has_messages,
+        )
 
 
 def _jsonl(file: BufferedReader, rows: slice | None, look: Look) -> DataFacts:
@@ -137,6 +152,11 @@ def _parquet(file: Path, rows: slice | None, look: Look) -> DataFacts:
     try:
         with library.ParquetFile(file) as opened:
             look.columns = tuple(opened.schema_arrow.names)
+            look.has_messages = any(
+                pa.types.is_nested(opened.schema_arrow.field(columns.prompt).type)
+                for columns in look.kinds
+                if columns.prompt in look.columns
+            )
             total = opened.metadata.num_rows
         start, stop, _ = (rows or slice(None)).indices(total)
         count = max(0, stop - start)

@@ -138,8 +138,9 @@ EFFECTS: tuple[Effect, ...] = (
             or draft["loss_type"] == "sft_loss"
             or draft["custom_generate_function_path"]
             or draft["rollout_function_path"]
+            or any(facts.has_messages for facts in draft.facts.data.values())
         ),
-        "without --apply-chat-template",
+        "without --apply-chat-template: the prompts are text",
     ),
     _needs(WANDB, _is_set("use_wandb"), "without --use-wandb"),
     _needs(

@@ -130,3 +130,11 @@ def test_flags_of_a_side_that_the_run_lacks_are_told_in_one_line():
 def test_a_recipe_whose_flags_all_matter_has_no_such_notice():
     assert notices("--use-kl-loss --kl-loss-coef 0.1 --lr 1e-5 --load M --save S --save-interval 2") == []
     assert config("", facts=replace(FACTS, cores=8))["use_kl_loss"] is False
+
+
+def test_messages_are_templated_without_the_flag_too():
+    typed = f"{RECIPE} --chat-template-path T"
+    facts = replace(FACTS, data={"D": replace(FACTS.data["D"], has_messages=True)})
+    told = "--chat-template-path has no effect without --apply-chat-template: the prompts are text"
+    assert told in outcome(typed).notices
+    assert told not in outcome(typed, facts=facts).notices

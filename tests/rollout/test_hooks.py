@@ -1,12 +1,14 @@
 """User code in all its forms: where it runs, what becomes of its results and of its errors."""
 
 import asyncio
+import json
 
 import pytest
 from support import rollout_hooks
 from support.procs import eventually
 from support.rollout_cases import adds, make_args, make_config, manager, servers, sums
 
+from miles.rollout.debug_data import load_rollout_data
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import BadHookResult, HookFailed
 from miles.rollout.journal import replay
@@ -337,3 +339,36 @@ async def test_rewards_of_several_samples_go_into_them_on_request():
     assert [s.reward for s in samples] == [1, 0]
     first = await batched_async_rm(make_args(rm_type="deterministic_random"), samples)
     assert first == await batched_async_rm(make_args(rm_type="deterministic_random"), samples)
+
+
+async def test_a_samples_own_generate_function_comes_first(tmp_path):
+    with servers(adds) as fake, manager(config_of(tmp_path)) as rollout:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        rollout._loaded.source.inner.dataset.samples[1].generate_function_path = HOOKS + "sync_generate"
+        [ref] = (await rollout.generate(0)).refs
+        part = rollout.shipped[ref]
+    rewards = dict(zip(part["per_sample"]["sample_indices"], part["per_sample"]["raw_reward"], strict=True))
+    assert [rewards[i] for i in range(8)] == [1, 1, 0, 0, 1, 1, 1, 1]
+    assert len(fake.requests) == 6
+
+
+async def test_each_evaluated_data_set_has_its_own_settings(tmp_path):
+    sets = [
+        {"name": "plain", "path": sums(tmp_path / "a.jsonl", 2), "temperature": 0.25, "max_response_len": 9},
+        {"name": "own", "path": sums(tmp_path / "b.jsonl", 1), "n_samples_per_eval_prompt": 3,
+         "custom_generate_function_path": HOOKS + "sync_generate", "rm_type": "deterministic_random",
+         "metadata_overrides": {"level": 2}},
+    ]  # fmt: skip
+    (tmp_path / "e.yaml").write_text(json.dumps({"eval": {"datasets": sets, "defaults": {"stop": ["#"]}}}))
+    config = config_of(
+        tmp_path, eval_config=str(tmp_path / "e.yaml"), save_debug_rollout_data=f"{tmp_path}/{{rollout_id}}.pt"
+    )
+    with servers(adds) as fake, manager(config) as rollout:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        result = await rollout.evaluate(3)
+    asked = [request["sampling_params"] for request in fake.requests]
+    assert [(p["temperature"], p["max_new_tokens"], p["stop"]) for p in asked] == [(0.25, 9, ["#"])] * 2
+    assert result.metrics["eval/plain"] == 1
+    own = [s for group in load_rollout_data(f"{tmp_path}/eval_{{rollout_id}}.pt", 3) for s in group
+           if s.metadata.get("level") == 2]  # fmt: skip
+    assert [s.reward for s in own] == [deterministic_random(own[0], own[0].response)] * 3

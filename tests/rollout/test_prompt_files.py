@@ -445,3 +445,12 @@ def test_a_million_rows_take_little_memory(tmp_path):
     count, megabytes = map(int, found.stdout.split())
     assert count == ROWS
     assert 15 < megabytes < 100
+
+
+def test_prompts_of_messages_are_told_for_they_need_a_template(tmp_path):
+    talk = [{"role": "user", "content": "a"}]
+    for prompt, is_messages in ((talk, True), ("a", False)):
+        rows = [{"prompt": prompt, "label": "1"}]
+        write_jsonl(tmp_path / "d.jsonl", rows)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+        assert look(tmp_path / "d.jsonl").has_messages == look(tmp_path / "d.parquet").has_messages == is_messages
