@@ -1,4 +1,5 @@
-"""Numbers made of samples: statistics, pass rates, repetition."""
+"""Numbers made of samples: statistics, pass rates, repetition. Numpy is imported where it is used: the controller, which
+needs it not, imports this module, too."""
 
 from __future__ import annotations
 
@@ -7,8 +8,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 _TAIL_CHARS = 10_000
 _MIN_CHARS = 1_000
 _REPETITIVE = 10.0
@@ -16,6 +15,8 @@ _REPETITIVE = 10.0
 
 def compute_statistics(values: Sequence[float]) -> dict[str, float]:
     """Mean, median, max and min; nothing for no values."""
+    import numpy as np
+
     if not len(values):
         return {}
     array = np.asarray(values, dtype=np.float64)
@@ -49,6 +50,8 @@ def compute_pass_rate(
     The unbiased estimator 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, "Evaluating Large Language Models Trained on
     Code"). Nothing if the rewards are not groups of ``group_size``.
     """
+    import numpy as np
+
     groups = len(flat_rewards) // group_size if group_size else 0
     if not groups or groups * group_size != len(flat_rewards) or (num_groups is not None and num_groups != groups):
         return {}

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 from support.fake_trackers import point
@@ -185,3 +187,10 @@ def test_one_evaluation_that_has_reached_it_is_enough():
         check.see({"eval/a": value})
     check.verdict()
     MetricCheck(None, None).verdict()
+
+
+def test_the_controllers_part_imports_neither_numpy_nor_any_trackers_library():
+    heavy = "{'numpy', 'torch', 'wandb', 'mlflow', 'tensorboard', 'prometheus_client'}"
+    code = f"import sys, miles.training.job, miles.flags.tracking_facts; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
