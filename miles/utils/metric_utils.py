@@ -1,5 +1,5 @@
-"""Numbers made of samples: statistics, pass rates, repetition. Numpy is imported where it is used: the controller, which
-needs it not, imports this module, too."""
+"""Numbers made of samples: statistics, pass rates, repetition. Numpy is imported where it is used: the controller, that
+needs none, imports this module, too."""
 
 from __future__ import annotations
 
