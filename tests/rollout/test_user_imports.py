@@ -124,7 +124,8 @@ FIELDS = {
     "spec_info": Sample.SpecInfo(), "prefix_cache_info": Sample.PrefixCacheInfo(),
 }  # fmt: skip
 LATER = (
-    R + "checkpoint_eval.CheckpointEvalFn", R + "checkpoint_eval.EvalSkip", R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
+    R + "checkpoint_eval.CheckpointEvalFn", R + "checkpoint_eval.EvalSkip",
+    R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
     R + "on_policy_distillation.reward_func", R + "on_policy_distillation.post_process_rewards",
 )  # fmt: skip
 
