@@ -59,7 +59,7 @@ FLAGS: tuple[Flag, ...] = (
         integer("--offload-train-disk-chunk-mb", 256, "MiB that a GPU's state goes through on its way to the disk"),
         refused(
             integer("--train-memory-margin-bytes", 1024**3, "margin registered with the memory saver"),
-            "not built yet: memory margins of the trainer",
+            "the trainer has no memory saver that would need it: what sleeps is copied out by itself",
         ),
     ),
 )
