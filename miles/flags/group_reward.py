@@ -13,6 +13,8 @@ REWARDS = (*NUMBER_REWARDS, *DICT_REWARDS, "remote_rm")
 """All that ``--rm-type`` may name. ``miles.rollout.rm_hub`` has the same."""
 LABELLED = ("math", "deepscaler", "gemma_math", "dapo", "f1")
 """They compare with the label."""
+WORD_FOR_WORD = ("dapo", "f1")
+"""They compare words up to the end of the response."""
 NO_BOX_IN_A_BOX = ("math", "deepscaler", "gemma_math", "dapo")
 """They look for a box, or for words before an answer: with ``boxed_`` they rarely find any."""
 

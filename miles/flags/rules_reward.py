@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from miles.flags.draft import Draft
-from miles.flags.group_reward import DICT_REWARDS, NO_BOX_IN_A_BOX, NUMBER_REWARDS, REWARDS
+from miles.flags.group_reward import DICT_REWARDS, NO_BOX_IN_A_BOX, NUMBER_REWARDS, REWARDS, WORD_FOR_WORD
 from miles.flags.problems import listed
 from miles.flags.prompt_facts import DataFacts
 
@@ -22,6 +22,8 @@ def resolve_reward(draft: Draft) -> None:
             _check_kind(draft, "eval_config", found.rm_type, f"evaluation data {found.path}: ")
     _check_address(draft)
     _check_somebody(draft)
+    if plain_kind(kind) in WORD_FOR_WORD and not kind.strip().startswith("boxed_") and draft.generates:
+        _tell_end_token(draft)
     if draft.generates and not draft["custom_rm_path"]:
         _check_key(draft, plain_kind(kind))
     if draft["eps_clip_high"] is None:
@@ -57,6 +59,14 @@ def _check_kind(draft: Draft, dest: str, kind: str, where: str = "") -> None:
         draft.notice(
             f"{draft.flag(dest)} {kind}: {plain} looks for a box, or for words before the answer, in what the last box "
             f"of a response holds, so that hardly any response is right; {plain} alone finds the answer itself"
+        )
+
+
+def _tell_end_token(draft: Draft) -> None:
+    if not draft["rollout_skip_special_tokens"]:
+        draft.notice(
+            f"--rm-type {draft['rm_type']} compares words, and the token that ends a response belongs to the last; "
+            "--rollout-skip-special-tokens leaves it out"
         )
 
 

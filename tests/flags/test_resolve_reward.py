@@ -77,3 +77,14 @@ def test_clips_and_keys_follow():
     found = config("--eps-clip 0.1 --rm-type dapo --reward-key score")
     assert (found["eps_clip_high"], found["eval_reward_key"]) == (0.1, "score")
     assert config("--eps-clip-high 0.28")["eps_clip_high"] == 0.28
+
+
+def test_the_end_token_is_part_of_the_last_word():
+    def told(flags):
+        return any("--rollout-skip-special-tokens leaves it out" in notice for notice in outcome(flags).notices)
+
+    assert told("--rm-type f1")
+    assert told("--rm-type dapo --reward-key score")
+    assert not told("--rm-type f1 --rollout-skip-special-tokens")
+    assert not told("--rm-type boxed_f1")
+    assert not told("--rm-type math")
