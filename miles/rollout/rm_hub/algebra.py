@@ -5,7 +5,6 @@ The library gets numbers, symbols and operations one by one; it never reads text
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Final
 
 from miles.rollout.rm_hub.formula import Node, NotAFormula, parse
@@ -126,7 +125,6 @@ def _value(expression: Any, points: dict[Any, Any]) -> Any:
     return value if value.is_number and value.is_finite else None
 
 
-@functools.cache
 def warm_up() -> None:
     """Load what the first answer would wait for."""
     is_zero_difference("2sqrt(3)+x", "x+sqrt(12)")

@@ -175,10 +175,10 @@ class GraderPool:
                     self._busy.add(grader)
                     return grader
             grader = Grader(self._command)
-            if grader.is_ready:
-                with self._lock:
+            with self._lock:
+                if grader.is_ready and not self._closed:
                     self._busy.add(grader)
-                return grader
+                    return grader
             code = grader.close()
         raise NoGrader(
             "no process for grading can be started",
