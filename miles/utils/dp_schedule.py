@@ -207,6 +207,9 @@ class _Packer:
         each = len(micro_batches) // self.dp_size
         labels = packing.balanced(sums, self.dp_size, limit=each)
         heaviest = float(packing.sums(labels, sums, self.dp_size).max())
+        in_turn = np.arange(len(micro_batches)) % self.dp_size
+        if packing.sums(in_turn, sums, self.dp_size).max() < heaviest:  # by chance
+            labels, heaviest = in_turn, float(packing.sums(in_turn, sums, self.dp_size).max())
         if ranks := self.ranks_first(lengths, costs, each, heaviest, keep=kept):
             return ranks
         # The costly ones first on all ranks, so that those that run at the same time are alike.
@@ -234,7 +237,7 @@ class _Packer:
         ranks = []
         for mine in packing.members(labels, self.dp_size):
             micro_batches, kept = self.pack(lengths[mine], costs[mine], self.group, at_least=each)
-            if len(micro_batches) > each or (keep and not kept):
+            if not all(micro_batches) or len(micro_batches) > each or (keep and not kept):
                 return None
             micro_batches.sort(key=lambda micro_batch: -float(costs[mine][micro_batch].sum()))
             ranks.append([[mine[i] for i in micro_batch] for micro_batch in micro_batches])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from miles.utils.dp_schedule import (
@@ -98,6 +98,7 @@ def test_no_micro_batch_is_larger_than_allowed_unless_it_is_one_sample(rollout, 
                 assert len(micro_batch) <= args.micro_batch_size
 
 
+@example(([1, 1, 1, 3], [0, 1, 1, 1], 2), ScheduleConfig(2), flags(balance_data=True, max_tokens_per_gpu=2))
 @given(rollouts(), configs, any_flags)
 def test_a_micro_batch_is_empty_only_where_a_step_has_fewer_samples_than_micro_batches(rollout, cfg, args):
     lengths, ids, per_step = rollout
@@ -198,17 +199,17 @@ def test_micro_batches_are_never_more_than_first_fit_needs(rollout, cfg, args):
         assert count * cfg.dp_size <= -(-first_fit // align) * align
 
 
-@given(rollouts(), configs, any_flags)
-def test_balanced_ranks_are_no_less_even_than_ranks_that_are_dealt_in_turn(rollout, cfg, args):
+@settings(max_examples=300)
+@given(rollouts(), configs, st.integers(1, 100))
+def test_balanced_ranks_are_no_less_even_than_ranks_that_are_dealt_in_turn(rollout, cfg, budget):
     lengths, ids, _ = rollout
 
     def heaviest(balance):
-        args.balance_data = balance
+        args = flags(balance_data=balance, max_tokens_per_gpu=budget)
         schedule = build_dp_schedule(args, cfg, lengths, global_batch_size=max(ids) + 1, rollout_indices=ids)
         return max(sum(lengths[i] for i in partition) for partition in schedule.partitions)
 
-    # Equal in the eyes of the method: within a thousandth of the mean.
-    assert heaviest(True) <= heaviest(False) + sum(lengths) / cfg.dp_size * 1e-3 or not args.use_dynamic_batch_size
+    assert heaviest(True) <= heaviest(False)
 
 
 def test_ranks_that_are_balanced_have_their_heavy_micro_batches_at_the_same_time():
@@ -281,13 +282,13 @@ def test_costs_rule_within_the_token_budget_if_they_can(lengths, costs, budget, 
 
 
 def test_one_giant_has_a_rank_that_is_otherwise_nearly_idle():
-    lengths = [100, *[10] * 30]
+    lengths = [98, 1, 1, *[10] * 30]
     schedule = build_dp_schedule(
         flags(balance_data=True, max_tokens_per_gpu=40),
         ScheduleConfig(dp_size=4),
         lengths,
-        global_batch_size=31,
-        rollout_indices=list(range(31)),
+        global_batch_size=33,
+        rollout_indices=list(range(33)),
     )
     assert sorted(sum(lengths[i] for i in partition) for partition in schedule.partitions) == [100, 100, 100, 100]
     assert schedule.num_microbatches == [3]
