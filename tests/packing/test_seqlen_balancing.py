@@ -69,6 +69,12 @@ def test_differencing_finds_what_the_heaviest_first_does_not():
     assert heaviest(greedy_partition(given, 2, equal_size=False), given) == 17
 
 
+def test_differencing_by_layers_lays_the_heavy_on_the_light():
+    given = [40, 31, 22, 21, 12, 11]
+    assert sorted(karmarkar_karp(given, 3, equal_size=True)) == [[0, 5], [1, 4], [2, 3]]
+    assert heaviest(karmarkar_karp([9, 9, 7, 5, 4, 2], 2, equal_size=True), [9, 9, 7, 5, 4, 2]) == 18
+
+
 def test_one_giant_among_parts_of_equal_size_gets_the_lightest_companions():
     given = [1000, *range(1, 16)]
     parts = get_seqlen_balanced_partitions(given, 4, equal_size=True)
