@@ -1,7 +1,7 @@
 """The shape of a model in Megatron's words, from its ``config.json``. Pure.
 
-Sources: the configuration classes of Qwen2, Qwen3 and Llama in transformers (names and defaults of fields), and the
-argument names of Megatron-LM.
+Sources: the configuration classes of Qwen2, Qwen3, Qwen3-MoE and Llama in transformers (names and defaults of
+fields), and the argument names of Megatron-LM.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "LlamaForCausalLM": "llama",
 }
 """Architectures that are built, and their ``model_type``."""
 
 _NAMES = {
     "qwen2": r"qwen2(\.5)?",
+    "qwen3_moe": r"qwen3([-_]?moe|[-_]\d+b[-_]a\d+b)",
     "qwen3": r"qwen3",
     "llama": r"llama([23](\.\d)?)?",
 }
@@ -39,7 +41,7 @@ class UnknownArchitecture(ValueError):
 
 
 def family(config: Mapping[str, Any]) -> str:
-    """``qwen2``, ``qwen3`` or ``llama``.
+    """``qwen2``, ``qwen3``, ``qwen3_moe`` or ``llama``.
 
     Raises:
         UnknownArchitecture: It is another one.
@@ -83,12 +85,32 @@ def shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": kind == "qwen2",
-        "qk_layernorm": kind == "qwen3",
+        "qk_layernorm": kind in {"qwen3", "qwen3_moe"},
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        **(_experts(config) if kind == "qwen3_moe" else dict.fromkeys(EXPERTS)),
     }
 
 
-_CONTEXT = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
+EXPERTS = ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_layer_freq", "moe_router_pre_softmax")
+"""Flags of a mixture of experts; None for a model without one."""
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``. A router that does not
+    normalise what it chose (``norm_topk_prob``) takes the softmax over all experts, before it chooses."""
+    step, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or [])
+    layers = range(int(config["num_hidden_layers"]))
+    values = (
+        int(config["num_experts"]),
+        int(config["moe_intermediate_size"]),
+        int(config["num_experts_per_tok"]),
+        [int(layer not in dense and (layer + 1) % step == 0) for layer in layers],
+        not config.get("norm_topk_prob", False),
+    )
+    return dict(zip(EXPERTS, values, strict=True))
+
+
+_CONTEXT = {"qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768, "llama": 2048}
 
 
 def _head_width(kind: str, config: Mapping[str, Any], heads: int) -> int:

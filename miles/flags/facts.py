@@ -29,8 +29,8 @@ from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
 
-MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save")
-WRITTEN = ("save", "run_dir", "dump_details", "offload_train_disk_dir", "tensorboard_dir", "wandb_dir")
+MODEL_PATHS = ("hf_checkpoint", "ref_load", "load", "save", "critic_load", "opd_teacher_load")
+WRITTEN = ("save", "critic_save", "run_dir", "dump_details", "offload_train_disk_dir", "tensorboard_dir", "wandb_dir")
 NAMED_FILES = ("chat_template_path",)
 HOOKS = (
     "rollout_function_path",

@@ -87,7 +87,9 @@ class Flag:
         }
 
     def takes(self, value: Plain) -> bool:
-        """Whether this value is among those that we do."""
+        """Whether this value is among those that we do; of several, each of them."""
+        if self.only and self.nargs is not None and isinstance(value, list):
+            return all(one in self.only for one in value)
         return self.only is None or value in self.only
 
 

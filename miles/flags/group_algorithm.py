@@ -5,9 +5,9 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, off, path, refused, switch, text
 
 GROUP = "algorithm"
-OPD = "not built yet: on-policy distillation"
+TOP_K = "not built yet: distillation over several tokens of a position; the sampled one is compared"
+TEACHER = "not built yet: a teacher in the trainer; serve it with SGLang, and give --opd-type sglang"
 REPLAY = "not built yet: routing replay"
-CRITIC = "not built yet: a critic, which PPO needs"
 ESTIMATORS = (
     "grpo",
     "gspo",
@@ -21,11 +21,7 @@ FLAGS: tuple[Flag, ...] = (
     *grouped(
         GROUP,
         "contract",
-        refused(
-            text("--advantage-estimator", "grpo", "where advantages come from", choices=ESTIMATORS),
-            "not built yet: estimators other than grpo",
-            only=("grpo",),
-        ),
+        text("--advantage-estimator", "grpo", "how rewards become advantages of tokens", choices=ESTIMATORS),
         switch("--use-kl-loss", "KL divergence from the reference model in the loss"),
         number("--kl-loss-coef", 0.0, "its weight (0: only watched)"),
         text("--kl-loss-type", "k1", "its estimator", choices=("k1", "k2", "k3", "low_var_kl")),
@@ -58,11 +54,7 @@ FLAGS: tuple[Flag, ...] = (
             "no advantages (supervised training)",
         ),
         switch("--normalize-advantages", "whiten advantages over ranks"),
-        refused(
-            number("--kl-coef", 0.0, "KL divergence in the reward"),
-            "not built yet: KL in the reward; use --use-kl-loss",
-            only=(0.0,),
-        ),
+        number("--kl-coef", 0.0, "weight of the KL divergence from the reference model in rewards (REINFORCE++)"),
         text("--custom-loss-function-path", None, "the function of custom_loss"),
         text("--custom-pg-loss-reducer-function-path", None, "reducer of the policy loss"),
         switch("--use-unbiased-kl", "weigh KL by the ratio"),
@@ -70,8 +62,8 @@ FLAGS: tuple[Flag, ...] = (
             integer("--ref-update-interval", None, "rollouts between updates of the reference"),
             "not built yet: a moving reference",
         ),
-        refused(number("--gamma", 1.0, "discount"), "GRPO does not discount", only=(1.0,)),
-        refused(number("--lambd", 1.0, "lambda of GAE"), "GRPO has no values", only=(1.0,)),
+        number("--gamma", 1.0, "discount of what comes later in a response (PPO, REINFORCE++)"),
+        number("--lambd", 1.0, "lambda of generalised advantage estimation (PPO)"),
         switch("--use-rollout-entropy", "entropy in the pass over old log-probs"),
         switch("--observe-training-entropy", "watch entropy without gradient in sft_loss, too"),
         switch("--reset-optimizer-states", "the optimizer forgets its history at each rollout"),
@@ -84,34 +76,36 @@ FLAGS: tuple[Flag, ...] = (
         text("--custom-tis-function-path", None, "function that replaces it"),
         refused(switch("--use-indexer-replay", "replay the indexer's top-k"), REPLAY),
         refused(switch("--use-rollout-indexer-replay", "replay the engine's top-k"), REPLAY),
-        refused(switch("--use-opsm", "off-policy sequence masking"), "not built yet: off-policy sequence masking"),
-        refused(number("--opsm-delta", 0.0001, "its threshold"), "not built yet: off-policy sequence masking"),
-        refused(integer("--num-critic-only-steps", 0, "rollouts that train the critic only"), CRITIC, only=(0,)),
-        refused(path("--critic-load", "critic's checkpoint"), CRITIC),
-        refused(path("--critic-save", "critic's checkpoints"), CRITIC),
-        refused(number("--critic-lr", None, "critic's learning rate"), CRITIC),
-        refused(integer("--critic-lr-warmup-iters", 0, "critic's warm-up"), CRITIC),
-        refused(number("--value-clip", 0.2, "clip of the value loss"), CRITIC),
-        refused(switch("--use-opd", "on-policy distillation"), OPD),
-        refused(text("--opd-type", None, "teacher", choices=("sglang", "megatron")), OPD),
-        refused(number("--opd-kl-coef", 1.0, "weight"), OPD),
-        refused(integer("--opd-log-prob-top-k", 0, "tokens compared"), OPD),
+        switch("--use-opsm", "leave tokens of bad responses that have become too unlikely out of the loss (OPSM)"),
+        number("--opsm-delta", 0.0001, "mean log-ratio of a response above which it does"),
+        integer("--num-critic-only-steps", 0, "rollouts at the start in which only the critic learns"),
+        path("--critic-load", "the critic's checkpoints to continue from (unset: --load with _critic behind it)"),
+        path("--critic-save", "where its checkpoints go (unset: --save with _critic behind it)"),
+        number("--critic-lr", None, "its learning rate (unset: --lr)"),
+        integer("--critic-lr-warmup-iters", 0, "steps in which its learning rate rises to that"),
+        number("--value-clip", 0.2, "how far values may move in the critic's loss"),
+        switch("--use-opd", "on-policy distillation: advantages less the KL divergence from a teacher"),
+        refused(
+            text("--opd-type", None, "where the teacher is", choices=("sglang", "megatron")), TEACHER, only=("sglang",)
+        ),
+        number("--opd-kl-coef", 1.0, "weight of that divergence"),
+        refused(integer("--opd-log-prob-top-k", 0, "tokens of a position that are compared"), TOP_K, only=(0,)),
         refused(
             text(
                 "--opd-top-k-strategy",
                 "only-student",
-                "which tokens",
+                "which tokens are compared",
                 choices=("only-student", "only-teacher", "intersection", "union", "xor"),
             ),
-            OPD,
+            TOP_K,
         ),
         refused(
-            text("--opd-reward-weight-mode", "student_p", "weights", choices=("student_p", "teacher_p", "none")), OPD
+            text("--opd-reward-weight-mode", "student_p", "weights", choices=("student_p", "teacher_p", "none")), TOP_K
         ),
-        refused(switch("--opd-topk-per-position", "tokens by position"), OPD),
-        refused(text("--opd-teacher-urls", None, "teachers", nargs="+"), OPD),
-        refused(text("--opd-teacher-key", "opd_teacher", "which teacher"), OPD),
-        refused(path("--opd-teacher-load", "teacher's checkpoint"), OPD),
-        refused(integer("--opd-teacher-ckpt-step", None, "its iteration"), OPD),
+        refused(switch("--opd-topk-per-position", "tokens by position"), TOP_K),
+        text("--opd-teacher-urls", None, "servers of several teachers, NAME=URL each", nargs="+"),
+        text("--opd-teacher-key", "opd_teacher", "key of a row's metadata that names its teacher"),
+        refused(path("--opd-teacher-load", "teacher's checkpoint"), TEACHER),
+        refused(integer("--opd-teacher-ckpt-step", None, "its iteration"), TEACHER),
     ),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, json_value, path, refused, switch, text, tri
 
 GROUP = "cluster"
-CRITIC = "not built yet: a critic, which PPO needs"
 STREAMED = "not built yet: optimizer state streamed from disk"
 
 FLAGS: tuple[Flag, ...] = (
@@ -44,8 +43,8 @@ FLAGS: tuple[Flag, ...] = (
             "backend of the process groups (CPU: gloo)",
             choices=("nccl", "gloo"),
         ),
-        refused(integer("--critic-num-nodes", None, "nodes of the critic"), CRITIC),
-        refused(integer("--critic-num-gpus-per-node", None, "GPUs of the critic per node"), CRITIC),
+        integer("--critic-num-nodes", None, "nodes of PPO's critic: those of the actor, whose ranks it shares"),
+        integer("--critic-num-gpus-per-node", None, "its GPUs per node: those of the actor"),
         refused(switch("--stream-optimizer-state-to-disk", "fp32 masters and moments live on disk"), STREAMED),
         refused(
             text(

@@ -12,23 +12,11 @@ FLAGS: tuple[Flag, ...] = (
         GROUP,
         "contract",
         integer("--tensor-model-parallel-size", 1, "tensor parallel: ranks that share each layer"),
-        refused(
-            integer("--pipeline-model-parallel-size", 1, "pipeline parallel"),
-            "not built yet: pipeline parallel",
-            only=(1,),
-        ),
-        refused(
-            integer("--context-parallel-size", 1, "context parallel"), "not built yet: context parallel", only=(1,)
-        ),
-        refused(
-            integer("--expert-model-parallel-size", 1, "expert parallel"), "not built yet: expert parallel", only=(1,)
-        ),
-        refused(
-            integer("--expert-tensor-parallel-size", 1, "tensor parallel within experts"),
-            "not built yet: mixture of experts",
-            only=(1,),
-        ),
-        refused(switch("--sequence-parallel", "sequence parallel"), "not built yet: sequence parallel"),
+        integer("--pipeline-model-parallel-size", 1, "pipeline parallel: stages that the layers are divided into"),
+        integer("--context-parallel-size", 1, "context parallel: ranks that share each sequence"),
+        integer("--expert-model-parallel-size", 1, "expert parallel: ranks that share each layer's experts"),
+        integer("--expert-tensor-parallel-size", 1, "ranks that share each expert"),
+        switch("--sequence-parallel", "norms and residuals, too, are shared by tensor-parallel ranks"),
         switch("--use-dynamic-batch-size", "fill micro-batches up to --max-tokens-per-gpu"),
         integer("--max-tokens-per-gpu", None, "token budget of a micro-batch on each GPU"),
         integer("--micro-batch-size", 1, "samples per micro-batch, without dynamic batches"),
@@ -67,6 +55,8 @@ FLAGS: tuple[Flag, ...] = (
         ),
         text("--recompute-modules", None, "what selective recomputes (unset: core_attn)", nargs="+"),
         switch("--distribute-saved-activations", "full recomputation: tensor-parallel ranks share what it keeps"),
+        integer("--decoder-first-pipeline-num-layers", None, "layers of the first stage (unset: as many as others)"),
+        integer("--decoder-last-pipeline-num-layers", None, "layers of the last stage (unset: as many as others)"),
         switch("--bf16", "parameters in bfloat16 (the default on CUDA)"),
         refused(switch("--fp16", "parameters in float16"), "not built yet: float16 and its loss scaling; use --bf16"),
         refused(
@@ -133,7 +123,9 @@ FLAGS: tuple[Flag, ...] = (
             ),
             "not built yet: sparse attention",
         ),
-        refused(switch("--allgather-cp", "context parallel by all-gather"), "not built yet: context parallel"),
+        refused(
+            switch("--allgather-cp", "context parallel by all-gather"), "not built yet: other kinds of context parallel"
+        ),
         refused(switch("--indep-dp", "replicas are worlds of their own"), "not built yet: recovery of ranks"),
         refused(switch("--delay-split-train-data-by-dp", "ranks split the data"), "not built yet: recovery of ranks"),
         refused(switch("--rematerialize-param-from-master-weight", "rebuild parameters at wake-up"), "not built yet"),

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-MOE = "not built yet: mixture of experts"
+MOE = "not built yet: other experts and routers than those of Qwen3-MoE"
 MLA = "not built yet: multi-latent attention"
 MTP = "not built yet: multi-token prediction"
-PIPELINE = "not built yet: pipeline parallel"
-CONTEXT = "not built yet: context parallel"
-SEQUENCE = "not built yet: sequence parallel"
-FAMILY = "not built yet: model families beyond Qwen2, Qwen3 and Llama"
+PIPELINE = "not built yet: other pipelines than one stage on each rank"
+CONTEXT = "not built yet: other kinds of context parallel"
+FAMILY = "not built yet: model families beyond Qwen2, Qwen3, Qwen3-MoE and Llama"
 WINDOW = "not built yet: sliding-window attention"
 SINKS = "not built yet: attention sinks"
 LINEAR = "not built yet: linear attention and state-space layers"
@@ -47,16 +46,16 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (
         MOE,
         "moe-extended-tp overlap-moe-expert-parallel-comm moe-shared-expert-intermediate-size "
-        "moe-shared-expert-gate moe-shared-expert-overlap moe-ffn-hidden-size moe-router-topk "
+        "moe-shared-expert-gate moe-shared-expert-overlap "
         "moe-router-padding-for-quantization moe-router-padding-for-fp8 moe-router-num-groups "
-        "moe-router-group-topk moe-router-pre-softmax moe-router-topk-scaling-factor moe-router-score-function "
-        "moe-router-dtype moe-router-enable-expert-bias moe-router-bias-update-rate "
-        "moe-router-force-load-balancing moe-grouped-gemm moe-use-legacy-grouped-gemm moe-z-loss-coeff "
-        "moe-input-jitter-eps moe-token-dispatcher-type moe-enable-deepep moe-flex-dispatcher-backend "
-        "moe-per-layer-logging moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-token-drop-policy "
-        "moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size "
-        "moe-deepep-num-sms moe-hybridep-num-sms num-experts moe-layer-freq moe-use-upcycling "
-        "moe-router-load-balancing-type moe-aux-loss-coeff moe-upcycling-granularity "
+        "moe-router-group-topk moe-router-topk-scaling-factor "
+        "moe-router-enable-expert-bias moe-router-bias-update-rate "
+        "moe-router-force-load-balancing moe-use-legacy-grouped-gemm moe-z-loss-coeff "
+        "moe-input-jitter-eps moe-enable-deepep moe-flex-dispatcher-backend "
+        "moe-per-layer-logging moe-expert-capacity-factor moe-pad-expert-input-to-capacity "
+        "moe-layer-recompute moe-router-fusion moe-apply-probs-on-input moe-latent-size "
+        "moe-deepep-num-sms moe-hybridep-num-sms moe-use-upcycling "
+        "moe-upcycling-granularity "
         "ep-overlap-early-attn-memory-release use-fused-weighted-squared-relu",
     ),
     (MOE + " (and its routing replay)", "moe-enable-routing-replay"),
@@ -64,7 +63,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
         PIPELINE,
         "pipeline-model-parallel-comm-backend overlap-p2p-communication-warmup-flush "
         "microbatch-group-size-per-virtual-pipeline-stage account-for-embedding-in-pipeline-split "
-        "account-for-loss-in-pipeline-split decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers "
+        "account-for-loss-in-pipeline-split "
         "pipeline-model-parallel-layout num-layers-per-virtual-pipeline-stage "
         "num-virtual-stages-per-pipeline-rank no-overlap-p2p-communication no-scatter-gather-tensors-in-pipeline "
         "use-ring-exchange-p2p",
@@ -73,7 +72,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (PIPELINE + " (its last stage)", "defer-embedding-wgrad-compute wgrad-deferral-limit"),
     (PIPELINE + " (it is the order of its ranks)", "use-tp-pp-dp-mapping"),
     (CONTEXT, "hierarchical-context-parallel-sizes max-seqlen-per-dp-cp-rank hybrid-context-parallel cp-comm-type"),
-    (SEQUENCE, "no-clone-scatter-output-in-embedding"),
+    ("it saves memory at no cost: it is on", "no-clone-scatter-output-in-embedding"),
     (MTP, "mtp-standalone"),
     (
         MLA,

@@ -12,10 +12,12 @@ from miles.flags.flag import Plain
 from miles.flags.parse import Parsed
 from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
+from miles.flags.rules_algorithm import resolve_algorithm
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
+from miles.flags.rules_parallel import resolve_parallel
 from miles.flags.rules_reward import resolve_reward
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_tracking import resolve_tracking
@@ -28,11 +30,13 @@ RULES = (
     resolve_device,
     resolve_backend,
     resolve_model,
+    resolve_parallel,
     resolve_cluster,
     resolve_engines,
     resolve_batch,
     resolve_data,
     resolve_lengths,
+    resolve_algorithm,
     resolve_reward,
     resolve_eval,
     resolve_checkpoints,
@@ -42,7 +46,10 @@ RULES = (
 )
 """In this order: each reads what those before it wrote."""
 
-_MADE_ABSOLUTE = ("hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", *WRITTEN)
+_MADE_ABSOLUTE = (
+    "hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", "critic_load",
+    "opd_teacher_load", *WRITTEN,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from miles.flags.draft import Draft
+from miles.flags.rules_algorithm import GROUP_RELATIVE
 from miles.flags.rules_reward import asks_remote
 
 
@@ -49,7 +50,14 @@ def _decays(draft: Draft) -> bool:
     return bool(draft["lr_decay_style"] != "constant")
 
 
-POLICY = "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path"
+POLICY = (
+    "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path "
+    "advantage_estimator kl_coef use_opsm use_opd"
+)
+CRITIC = (
+    "lambd value_clip num_critic_only_steps critic_load critic_save critic_lr critic_lr_warmup_iters critic_num_nodes "
+    "critic_num_gpus_per_node"
+)
 WANDB = (
     "wandb_project wandb_group wandb_mode wandb_dir wandb_key wandb_host wandb_team wandb_run_id wandb_run_name "
     "wandb_random_suffix"
@@ -63,6 +71,19 @@ EFFECTS: tuple[Effect, ...] = (
         "without --use-tis or --get-mismatch-metrics",
     ),
     _needs(POLICY, lambda draft: draft["loss_type"] != "sft_loss", "with --loss-type sft_loss"),
+    _needs(CRITIC, _is("advantage_estimator", "ppo"), "without --advantage-estimator ppo"),
+    _needs(
+        "gamma",
+        _is("advantage_estimator", "ppo", "reinforce_plus_plus"),
+        "without --advantage-estimator ppo or reinforce_plus_plus",
+    ),
+    _needs(
+        "rewards_normalization",
+        _is("advantage_estimator", *GROUP_RELATIVE),
+        "with this --advantage-estimator, which takes rewards as they are",
+    ),
+    _needs("opsm_delta", _is_set("use_opsm"), "without --use-opsm"),
+    _needs("opd_kl_coef opd_teacher_key", _is_set("use_opd"), "without --use-opd"),
     _needs("loss_mask_type", _is("loss_type", "sft_loss"), "without --loss-type sft_loss"),
     _needs(
         "grpo_std_normalization",
@@ -102,6 +123,16 @@ EFFECTS: tuple[Effect, ...] = (
         "make_vocab_size_divisible_by",
         _is("train_backend", "megatron"),
         "with --train-backend fsdp, which pads no vocabulary",
+    ),
+    _needs(
+        "moe_grouped_gemm moe_permute_fusion",
+        lambda draft: False,
+        "here: experts are computed one by one, without Transformer Engine's kernels",
+    ),
+    _needs(
+        "sequence_parallel",
+        lambda draft: draft["tensor_model_parallel_size"] > 1,
+        "with --tensor-model-parallel-size 1",
     ),
     _needs("seq_length", lambda draft: False, "here: sequences have the length of their samples"),
     _needs(
@@ -179,7 +210,9 @@ EFFECTS: tuple[Effect, ...] = (
 ONLY_TRAINER = (
     "optimizer lr lr_decay_style lr_warmup_iters lr_warmup_fraction min_lr weight_decay adam_beta1 adam_beta2 "
     "clip_grad entropy_coef eps_clip eps_clip_high eps_clip_c use_kl_loss kl_loss_coef kl_loss_type use_tis "
-    "tis_clip tis_clip_low tensor_model_parallel_size recompute_granularity recompute_method recompute_num_layers "
+    "tis_clip tis_clip_low tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel decoder_first_pipeline_num_layers "
+    "decoder_last_pipeline_num_layers recompute_granularity recompute_method recompute_num_layers "
     "gradient_checkpointing save_hf ref_load qkv_format recompute_loss_function reset_optimizer_states "
     "use_pytorch_profiler profile record_memory_history custom_megatron_init_path "
     "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "

@@ -10,6 +10,7 @@ from miles.flags.architecture import FAMILIES, UnknownArchitecture, family, name
 from miles.flags.draft import Draft
 from miles.flags.facts import CheckpointFacts, DirectoryFacts
 from miles.flags.flag import TAKES_NO_VALUE, Plain
+from miles.flags.layer_pattern import layer_pattern
 from miles.flags.problems import listed
 from miles.flags.table import table
 
@@ -103,8 +104,10 @@ def _resolve_shape(draft: Draft) -> None:
             is_switch = table().by_dest[dest].kind in TAKES_NO_VALUE
             draft.problem(
                 dest,
-                f"config.json of --hf-checkpoint says otherwise: {value}",
-                allowed="leave it out" if is_switch else str(value),
+                "the model of --hf-checkpoint has none"
+                if value is None
+                else f"config.json of --hf-checkpoint says otherwise: {value}",
+                allowed="leave it out" if is_switch or value is None else str(value),
                 advice="Leave it out: the shape is read from config.json. Or correct --hf-checkpoint.",
                 value=given,
             )
@@ -117,6 +120,13 @@ def _resolve_shape(draft: Draft) -> None:
             advice="Leave it out: sequences have the length of their samples.",
         )
     _check_tensor_parallel(draft)
+    if derived["num_experts"] and draft["train_backend"] == "fsdp":
+        draft.problem(
+            "train_backend",
+            "not built yet: models with experts on the FSDP backend",
+            allowed="megatron",
+            advice="Leave it out.",
+        )
 
 
 def _agree(dest: str, given: Plain, derived: Plain, shape_of_model: dict[str, Plain]) -> bool:
@@ -124,6 +134,11 @@ def _agree(dest: str, given: Plain, derived: Plain, shape_of_model: dict[str, Pl
         return bool(
             bool(given) == derived or shape_of_model["num_query_groups"] == shape_of_model["num_attention_heads"]
         )
+    if dest == "moe_layer_freq" and derived is not None:
+        try:
+            return layer_pattern(given, shape_of_model["num_layers"]) == derived
+        except ValueError:
+            return False
     if isinstance(derived, float) or isinstance(given, float):
         return derived is not None and math.isclose(given, derived, rel_tol=1e-9)
     return bool(given == derived)

@@ -38,9 +38,11 @@ def plain_kind(kind: str | None) -> str:
 
 
 def asks_remote(draft: Draft) -> bool:
-    """Whether ``--rm-url`` may be asked: rows, evaluations and user code may name their reward, too."""
+    """Whether ``--rm-url`` may be asked: rows, evaluations and user code may name their reward, too; a teacher may be
+    there."""
     kinds = [draft["rm_type"], *(found.rm_type for found in draft.facts.eval_sets)]
-    return "remote_rm" in map(plain_kind, kinds) or _metadata_may_tell(draft) or bool(draft["custom_rm_path"])
+    others = draft["custom_rm_path"] or (draft["use_opd"] and draft["opd_type"] == "sglang")
+    return "remote_rm" in map(plain_kind, kinds) or _metadata_may_tell(draft) or bool(others)
 
 
 def _check_kind(draft: Draft, dest: str, kind: str, where: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles.flags.draft import Draft
+from miles.flags.rules_parallel import data_parallel
 
 SFT_ROLLOUT = "miles.rollout.sft_rollout.generate_rollout"
 
@@ -144,13 +145,6 @@ def resolve_backend(draft: Draft) -> None:
         if dest in draft.typed and not does_nothing:
             other = "Megatron" if is_fsdp else "FSDP"
             draft.problem(dest, f"only the {other} backend has it", advice=f"Leave it out: {instead}.")
-    if is_fsdp and draft["tensor_model_parallel_size"] != 1:
-        draft.problem(
-            "tensor_model_parallel_size",
-            "the FSDP backend is data parallel only",
-            allowed="1",
-            advice="Leave it out, or use --train-backend megatron.",
-        )
 
 
 def resolve_cluster(draft: Draft) -> None:
@@ -164,7 +158,7 @@ def resolve_cluster(draft: Draft) -> None:
         )
     world = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"] if draft.trains else 0
     draft["world_size"] = world
-    draft["dp_size"] = _data_parallel(draft, world)
+    draft["dp_size"] = data_parallel(draft, world)
     slots = _slots(draft)
     if draft["debug_rollout_only"] and draft["colocate"]:
         draft["colocate"] = False
@@ -175,18 +169,6 @@ def resolve_cluster(draft: Draft) -> None:
     _count_engines(draft, engines_gpus)
     needed = max(world, engines_gpus) if draft["colocate"] else world + engines_gpus
     _check_room(draft, needed, slots)
-
-
-def _data_parallel(draft: Draft, world: int) -> int:
-    model_parallel: int = draft["tensor_model_parallel_size"]
-    if world % model_parallel:
-        draft.problem(
-            "tensor_model_parallel_size",
-            f"{world} ranks cannot be divided into groups of {model_parallel}",
-            allowed=f"a divisor of {world}",
-            advice="Change it, or --actor-num-gpus-per-node.",
-        )
-    return max(1, world // model_parallel)
 
 
 def _slots(draft: Draft) -> int:

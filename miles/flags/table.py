@@ -12,6 +12,7 @@ from miles.flags import (
     group_cluster,
     group_data,
     group_engines,
+    group_experts,
     group_model,
     group_optimizer,
     group_parallelism,
@@ -37,6 +38,7 @@ OUR_GROUPS = (
     group_running,
     group_tracking,
     group_architecture,
+    group_experts,
     retired,
 )
 

@@ -3,7 +3,8 @@
 import pytest
 from support.flag_cases import FACTS, LLAMA, MODEL, QWEN2, QWEN3, config, outcome, problems, with_directory, with_model
 
-from miles.flags.architecture import UnknownArchitecture, named_family, rope_parameters, shape
+from miles.flags.architecture import EXPERTS, UnknownArchitecture, named_family, rope_parameters, shape
+from miles.flags.layer_pattern import layer_pattern
 
 BLOCKS = {
     "qwen2.5-0.5B": (
@@ -71,7 +72,44 @@ def test_the_shape_of_qwen3():
         "add_qkv_bias": False,
         "qk_layernorm": True,
         "untie_embeddings_and_output_weights": False,
+        **dict.fromkeys(EXPERTS),
     }
+
+
+def test_experts_are_in_the_layers_that_the_config_says():
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 6}
+    config = QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"]} | experts
+    assert shape(config)["moe_layer_freq"] == [1] * 6
+    found = shape(config | {"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True})
+    assert {name: found[name] for name in EXPERTS} == {
+        "num_experts": 8,
+        "moe_ffn_hidden_size": 64,
+        "moe_router_topk": 2,
+        "moe_layer_freq": [0, 1, 0, 0, 0, 1],
+        "moe_router_pre_softmax": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("1", [1, 1, 1, 1]),
+        ("2", [1, 0, 1, 0]),
+        ("[0,1, 1,1]", [0, 1, 1, 1]),
+        ("[0]*1+[1]*3", [0, 1, 1, 1]),
+        ("([0]+[1])*2", [0, 1, 0, 1]),
+    ],
+)
+def test_which_layers_have_experts_can_be_said_in_several_ways(text, pattern):
+    assert layer_pattern(text, 4) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "[2]", "[[1]]", "x", "[1]*10**9", "[1]*999999", "f()", "(" * 500, "True"]
+)
+def test_what_is_no_pattern_of_layers_is_told(text):
+    with pytest.raises(ValueError, match="neither a number nor a list"):
+        layer_pattern(text, 4)
 
 
 def test_all_disagreements_are_told_at_once():
@@ -113,7 +151,7 @@ def test_a_theta_that_is_no_whole_number_stays_one():
     ("change", "name"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
-        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, "Qwen2MoeForCausalLM"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rotary scaling of type yarn"),
         ({"use_sliding_window": True}, "a sliding window"),
         ({"hidden_act": "gelu"}, "activation gelu"),
@@ -158,10 +196,13 @@ def test_facts_without_a_model_have_no_shape():
         ("Qwen2ForCausalLM", "qwen2"),
         ("llama3.1-8B-Instruct", "llama"),
         ("llama", "llama"),
-        ("qwen3-30B-A3B", None),
-        ("qwen3_moe", None),
+        ("qwen3-30B-A3B", "qwen3_moe"),
+        ("qwen3_moe", "qwen3_moe"),
+        ("qwen3-235B-A22B-Thinking-2507", "qwen3_moe"),
+        ("qwen3-next-80B-A3B", None),
         ("qwen3.5-4B", None),
-        ("Qwen3MoeForCausalLM", None),
+        ("Qwen3MoeForCausalLM", "qwen3_moe"),
+        ("Qwen3MoeConfig", "qwen3_moe"),
         ("llama4", None),
         ("deepseekv3", None),
     ],
@@ -185,5 +226,5 @@ def test_a_models_name_that_fits_changes_nothing():
 
 
 def test_an_unknown_name_lists_the_families_and_another_one_is_told():
-    assert "qwen2, qwen3 or llama" in problems("--model-name deepseek-v3")["--model-name"]
+    assert "qwen2, qwen3, qwen3_moe or llama" in problems("--model-name deepseek-v3")["--model-name"]
     assert "of the family qwen3" in problems("--model-name qwen2.5-7B")["--model-name"]

@@ -48,13 +48,13 @@ def test_an_unknown_key_goes_to_user_code_and_is_told():
 
 
 def test_what_a_flag_would_refuse_is_refused():
-    parsed = applied({"sequence_parallel": True, "lr": "fast", "optimizer": "lion"})
+    parsed = applied({"allgather_cp": True, "lr": "fast", "optimizer": "lion"})
     told = {problem.flag: problem.what for problem in parsed.problems}
-    assert set(told) == {f"--custom-config-path: {dest}" for dest in ("sequence_parallel", "lr", "optimizer")}
-    assert "sequence parallel" in told["--custom-config-path: sequence_parallel"]
+    assert set(told) == {f"--custom-config-path: {dest}" for dest in ("allgather_cp", "lr", "optimizer")}
+    assert "context parallel" in told["--custom-config-path: allgather_cp"]
 
 
 def test_a_refused_feature_may_be_said_to_be_off():
-    parsed = applied({"sequence_parallel": False, "lora_rank": 0})
+    parsed = applied({"allgather_cp": False, "lora_rank": 0})
     assert parsed.problems == []
-    assert parsed.typed["sequence_parallel"] is False
+    assert parsed.typed["allgather_cp"] is False

@@ -21,7 +21,8 @@ OF_THE_CONTRACT = """\
 """Defaults that the contract sets."""
 FROM_THE_MODEL = (
     "--num-query-groups --norm-epsilon --normalization --position-embedding-type --rotary-base --rotary-percent "
-    "--rope-scaling-factor --rotary-scaling-factor --init-method-std --transformer-impl"
+    "--rope-scaling-factor --rotary-scaling-factor --init-method-std --transformer-impl --moe-router-topk "
+    "--moe-layer-freq"
 )
 """Unset means: what the model's config.json, or the installation, says."""
 ON_OR_OFF_ANYWAY = (
@@ -51,6 +52,8 @@ def expected_default(name, theirs):
         return None
     if name in ON_OR_OFF_ANYWAY.split():
         return not theirs
+    if name == "--moe-token-dispatcher-type":
+        return "alltoall"  # the one that sequences of different lengths leave
     if name in NO_DROPOUT:
         return 0.0
     if name in FALSE_FOR_NONE:

@@ -157,13 +157,54 @@ SAME_FOR_ALL = {
     "hidden_dropout": 0.0,
 }
 
+WITH_EXPERTS = {
+    **QWEN,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+"""``config.json`` of qwen3-30B-A3B, as published."""
+EXPERTS = {
+    "num_moe_experts": 128,
+    "moe_ffn_hidden_size": 768,
+    "moe_router_topk": 8,
+    "moe_router_pre_softmax": False,
+    "moe_router_dtype": "fp32",
+    "moe_router_score_function": "softmax",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_layer_freq": [1] * 48,
+    "moe_grouped_gemm": False,
+    "moe_expert_capacity_factor": None,
+    "ffn_hidden_size": 6144,
+    "num_query_groups": 4,
+    "kv_channels": 128,
+    "qk_layernorm": True,
+}
+"""What megatron-core's configuration has to say of it."""
+
 MISSING = {
-    "qwen3-30B-A3B": [MOE],
     "glm4-32B": [FAMILY],
     "glm4.5-106B-A12B": [FAMILY, MOE],
     "deepseek-v3": [MLA, MOE],
     "kimi-k2": [MLA, MOE],
-    "gpt-oss-20b": [MOE, SINKS, WINDOW],
+    "gpt-oss-20b": [SINKS, WINDOW],
     "mimo-7B-rl": [MTP],
     "nemotron-3-nano-4b": [FAMILY],
     "qwen3.5-4B": [FAMILY],
@@ -191,7 +232,7 @@ def todays(config):
 
 
 def test_every_block_is_either_dense_or_misses_something():
-    assert set(BLOCKS) == {*DENSE, *MISSING} - {"mimo-7B-rl without its MTP layer"}
+    assert set(BLOCKS) == {*DENSE, *MISSING, "qwen3-30B-A3B"} - {"mimo-7B-rl without its MTP layer"}
     assert set(DENSE) == set(SHAPES)
 
 
@@ -209,11 +250,41 @@ def test_a_block_is_refused_once_for_each_thing_that_is_missing(name):
 
 
 def test_all_flags_of_a_missing_feature_are_named_together():
-    found = [problem for problem in resolved(BLOCKS["qwen3-30B-A3B"], None).problems if MOE in problem.what]
+    found = [problem for problem in resolved(BLOCKS["deepseek-v3"], None).problems if MOE in problem.what]
     assert len(found) == 1
     named = f"{found[0].flag} {found[0].what}"
-    assert [word for word in BLOCKS["qwen3-30B-A3B"] if word.startswith("--moe-") and word not in named] == []
-    assert "--num-experts" in named
+    for word in ("--moe-shared-expert-intermediate-size", "--moe-router-num-groups", "--moe-router-group-topk"):
+        assert word in named
+
+
+def test_a_block_with_experts_agrees_with_its_model():
+    typed, untyped = (resolved(words, WITH_EXPERTS) for words in (BLOCKS["qwen3-30B-A3B"], []))
+    assert typed.problems == untyped.problems == ()
+    different = {key for key, value in typed.config.items() if untyped.config[key] != value}
+    # The two that only name kernels are told to have no effect; a coefficient is a list of one once it is typed.
+    assert different == {"explicit_flags", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_dtype"} | {
+        "moe_aux_loss_coeff"
+    }
+    assert [notice.partition(" have no effect")[0] for notice in typed.notices if "no effect" in notice] == [
+        "--moe-grouped-gemm, --moe-permute-fusion"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--num-experts 64", "--num-experts"),
+        ("--moe-router-topk 4", "--moe-router-topk"),
+        ("--moe-ffn-hidden-size 64", "--moe-ffn-hidden-size"),
+        ("--moe-layer-freq 2", "--moe-layer-freq"),
+        ("--moe-layer-freq x", "--moe-layer-freq"),
+        ("--moe-router-pre-softmax", "--moe-router-pre-softmax"),
+        ("--moe-aux-loss-coeff 0 1e-3", "--moe-aux-loss-coeff"),
+        ("--train-backend fsdp", "--train-backend"),
+    ],
+)
+def test_what_a_model_with_experts_does_not_have_is_told(words, flag):
+    assert [problem.flag for problem in resolved(words.split(), WITH_EXPERTS).problems] == [flag]
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -277,3 +348,18 @@ def test_dense_blocks_become_the_configuration_of_their_models(ranks):
         for found, rest in made[2 * place : 2 * place + 2]:
             assert found == {**dict(zip(COLUMNS[:9], row[:9], strict=True)), **SAME_FOR_ALL}
             assert rest == row[9:]
+
+
+def experts_of(config):
+    from miles.backends.megatron_utils.families import read_shape
+    from miles.backends.megatron_utils.model import transformer_config
+
+    args = Namespace(**config)
+    made = transformer_config(args, read_shape(args.hf_config), torch.bfloat16)
+    return {name: getattr(made, name) for name in EXPERTS}
+
+
+@pytest.mark.full
+def test_a_block_with_experts_becomes_the_configuration_of_its_model(ranks):
+    config = resolved(BLOCKS["qwen3-30B-A3B"], WITH_EXPERTS).config
+    assert run_ranks(1, experts_of, config, distributed=False)[0] == EXPERTS

@@ -53,12 +53,12 @@ def test_a_value_is_told_from_the_spelling_that_was_used():
 
 def test_everything_wrong_is_told_at_once():
     found = complaints(
-        "--lr", "x", "--rollout-batch-size", "1.5", "--optimizer", "lion", "--sequence-parallel", "--num-rolout", "3"
+        "--lr", "x", "--rollout-batch-size", "1.5", "--optimizer", "lion", "--allgather-cp", "--num-rolout", "3"
     )
-    assert set(found) == {"--lr", "--rollout-batch-size", "--optimizer", "--sequence-parallel", "--num-rolout"}
+    assert set(found) == {"--lr", "--rollout-batch-size", "--optimizer", "--allgather-cp", "--num-rolout"}
     assert found["--lr"].value == "x"
     assert found["--optimizer"].allowed == "adam or sgd"
-    assert "sequence parallel" in found["--sequence-parallel"].what
+    assert "context parallel" in found["--allgather-cp"].what
     assert found["--num-rolout"].allowed == "--num-rollout"
 
 
@@ -75,9 +75,9 @@ def test_a_missing_value_is_told_by_name():
 
 
 def test_a_refused_value_names_what_is_taken():
-    found = complaints("--pipeline-model-parallel-size", "2")["--pipeline-model-parallel-size"]
-    assert found.allowed == "1"
-    assert "not built yet: pipeline parallel" in found.what
+    found = complaints("--moe-token-dispatcher-type", "flex")["--moe-token-dispatcher-type"]
+    assert found.allowed == "alltoall"
+    assert "differ in length" in found.what
 
 
 @pytest.mark.parametrize("word", ["", "NAME", "=x", "1A=x"])

@@ -40,8 +40,8 @@ def test_a_config(place):
 
 
 def test_problems(place):
-    answer = ask(place, f"{BASE} --prompt-data q.jsonl --sequence-parallel")
-    assert {problem["flag"] for problem in answer["problems"]} == {"--prompt-data", "--sequence-parallel"}
+    answer = ask(place, f"{BASE} --prompt-data q.jsonl --allgather-cp")
+    assert {problem["flag"] for problem in answer["problems"]} == {"--prompt-data", "--allgather-cp"}
     assert "config" not in answer
 
 

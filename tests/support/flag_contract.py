@@ -135,11 +135,6 @@ CHOICES = {
 }
 
 NOT_BUILT = """\
---pipeline-model-parallel-size
---context-parallel-size
---expert-model-parallel-size
---expert-tensor-parallel-size
---sequence-parallel
 --fsdp-cpu-backend
 --advantage-estimator
 --use-routing-replay

@@ -52,6 +52,13 @@ packing/test_dp_schedule.py::test_no_schedule_changes_what_a_sample_weighs_in_th
     --balance-by-flops --log-probs-max-tokens-per-gpu
 rollout/test_hooks.py::test_a_step_of_dynamic_size_counts_executions
     --use-dynamic-global-batch-size
+training/test_parallelism.py::test_each_size_divides_what_it_names
+    --pipeline-model-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
+    --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
+training/test_parallelism.py::test_a_rollout_gives_the_numbers_of_one_rank
+    --context-parallel-size
+flags/test_parallel_rules.py::test_kernels_that_are_not_there_are_told
+    --moe-grouped-gemm --moe-permute-fusion
 training/test_trainer.py::test_what_is_saved_goes_on_where_it_was
     --start-rollout-id
 rollout/test_hooks.py::test_a_data_source_of_the_user_that_gives_no_numbers

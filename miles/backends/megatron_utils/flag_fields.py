@@ -14,7 +14,10 @@ def _same(*names: str) -> dict[str, str]:
     return dict(zip(names, names, strict=True))
 
 
-TRANSFORMER: Mapping[str, str] = _same(
+TRANSFORMER: Mapping[str, str] = {
+    "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
+    "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
+} | _same(
     "attention_dropout",
     "attention_softmax_in_fp32",
     "bias_dropout_fusion",
@@ -34,19 +37,6 @@ TRANSFORMER: Mapping[str, str] = _same(
     "tensor_model_parallel_size",
 )
 """Of ``TransformerConfig``, by flag."""
-
-EXPERTS: Mapping[str, str] = _same(
-    "moe_aux_loss_coeff",
-    "moe_expert_capacity_factor",
-    "moe_input_jitter_eps",
-    "moe_pad_expert_input_to_capacity",
-    "moe_router_force_load_balancing",
-    "moe_router_load_balancing_type",
-    "moe_token_dispatcher_type",
-    "moe_token_drop_policy",
-    "moe_z_loss_coeff",
-)
-"""Of ``TransformerConfig``, by flag, for models with experts."""
 
 OPTIMIZER: Mapping[str, str] = _same(
     "adam_beta1",

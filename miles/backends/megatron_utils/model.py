@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
-from miles.backends.megatron_utils.flag_fields import EXPERTS, TRANSFORMER, fields
+from miles.backends.megatron_utils.flag_fields import TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
 from miles.backends.megatron_utils.value_head import ValueHead
 from miles.backends.training_utils.hooks import takes, trainer_hook
@@ -48,7 +48,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
-        **_experts(args, shape),
+        **_experts(shape),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -68,7 +68,7 @@ def transformer_config(args: Namespace, shape: Shape, dtype: torch.dtype) -> Tra
     )
 
 
-def _experts(args: Namespace, shape: Shape) -> dict[str, Any]:
+def _experts(shape: Shape) -> dict[str, Any]:
     """Fields for a mixture of experts. Without one, still a dispatcher: sequences of different lengths ask for it."""
     chosen: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     experts = shape.experts
@@ -76,7 +76,9 @@ def _experts(args: Namespace, shape: Shape) -> dict[str, Any]:
         return chosen
     return {
         **chosen,
-        **fields(args, EXPERTS),
+        # Losses that balance experts are scaled for gradients that are divided by tokens, as ours are not.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn,
         "moe_router_topk": experts.per_token,
