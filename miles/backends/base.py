@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from miles.backends.training_utils.sequence_layout import SequenceLayout
 
-ModelTag: TypeAlias = Literal["actor", "ref"]
+ModelTag: TypeAlias = Literal["actor", "ref", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class TrainBackend(ABC):
         self, batches: Sequence[MicroBatch], function: LogitsFunction, *, model: ModelTag = "actor"
     ) -> list[Any]:
         """``function(logits, batch)`` of each micro-batch, in order, without gradient; nothing on ranks without logits.
-        ``ref``: with the reference model's weights (only if ``init`` was told that one is needed)."""
+        ``ref`` and ``teacher``: with the weights of those models (only if ``init`` was told that they are needed)."""
 
     @abstractmethod
     def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:
@@ -233,7 +233,7 @@ class TrainBackend(ABC):
 
     @abstractmethod
     def sleep(self, level: int) -> None:
-        """Give memory back. Level 1: gradients and optimizer state; level 2: parameters (and reference) too. What
+        """Give memory back. Level 1: gradients and optimizer state; level 2: parameters (of frozen models, too). What
         cannot be computed again goes to where ``--offload-train-target`` says."""
 
     @abstractmethod

@@ -6,7 +6,6 @@ from miles.flags.flag import Flag, grouped, integer, number, off, path, refused,
 
 GROUP = "algorithm"
 TOP_K = "not built yet: distillation over several tokens of a position; the sampled one is compared"
-TEACHER = "not built yet: a teacher in the trainer; serve it with SGLang, and give --opd-type sglang"
 REPLAY = "not built yet: routing replay"
 ESTIMATORS = (
     "grpo",
@@ -85,8 +84,11 @@ FLAGS: tuple[Flag, ...] = (
         integer("--critic-lr-warmup-iters", 0, "steps in which its learning rate rises to that"),
         number("--value-clip", 0.2, "how far values may move in the critic's loss"),
         switch("--use-opd", "on-policy distillation: advantages less the KL divergence from a teacher"),
-        refused(
-            text("--opd-type", None, "where the teacher is", choices=("sglang", "megatron")), TEACHER, only=("sglang",)
+        text(
+            "--opd-type",
+            None,
+            "where the teacher is: an SGLang server, or a second model in the trainer (megatron, with any backend)",
+            choices=("sglang", "megatron"),
         ),
         number("--opd-kl-coef", 1.0, "weight of that divergence"),
         refused(integer("--opd-log-prob-top-k", 0, "tokens of a position that are compared"), TOP_K, only=(0,)),
@@ -105,7 +107,7 @@ FLAGS: tuple[Flag, ...] = (
         refused(switch("--opd-topk-per-position", "tokens by position"), TOP_K),
         text("--opd-teacher-urls", None, "servers of several teachers, NAME=URL each", nargs="+"),
         text("--opd-teacher-key", "opd_teacher", "key of a row's metadata that names its teacher"),
-        refused(path("--opd-teacher-load", "teacher's checkpoint"), TEACHER),
-        refused(integer("--opd-teacher-ckpt-step", None, "its iteration"), TEACHER),
+        path("--opd-teacher-load", "the teacher in the trainer: a checkpoint or Hugging Face directory"),
+        integer("--opd-teacher-ckpt-step", None, "the rollout of its checkpoint (unset: the newest)"),
     ),
 )

@@ -28,12 +28,9 @@ class ImportFailed(UserCodeError):
 NOT_BUILT = {
     "miles.rollout.checkpoint_eval": "evaluation of checkpoints",
     "miles.rollout.generate_hub.agentic_tool_call": "generation by agents",
-    "miles.rollout.generate_hub.multi_turn": "generation in several turns",
     "miles.rollout.generate_utils.openai_endpoint_utils": "generation by agents",
-    "miles.rollout.generate_utils.tool_call_utils": "generation with tools",
-    "miles.rollout.on_policy_distillation": "on-policy distillation",
     "miles.rollout.session": "the session server",
-    "miles.backends.training_utils.loss_hub.opd": "on-policy distillation",
+    "miles.backends.training_utils.loss_hub.opd": "distillation over several tokens of a position",
     "miles.router": "a router other than SGLang's",
     "miles_plugins": "plugins",
 }

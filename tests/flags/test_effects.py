@@ -17,6 +17,11 @@ READ = {
     "kl_loss_coef": "--use-kl-loss",
     "custom_tis_function_path": "--get-mismatch-metrics",
     "eps_clip": "",
+    "lambd": "--advantage-estimator ppo",
+    "gamma": "--advantage-estimator reinforce_plus_plus --normalize-advantages",
+    "rewards_normalization": "--advantage-estimator gspo",
+    "opsm_delta": "--use-opsm",
+    "opd_kl_coef": "--use-opd --opd-type sglang --rm-url http://h",
     "grpo_std_normalization": "",
     "eval_prompt_data": "--eval-interval 2 --eval-prompt-data name D",
     "max_tokens_per_gpu": "--use-dynamic-batch-size",
@@ -60,6 +65,7 @@ READ = {
 NEVER = {"seq_length", "moe_grouped_gemm"}
 UNREAD = {
     "eps_clip": "--loss-type sft_loss",
+    "rewards_normalization": "--advantage-estimator ppo",
     "grpo_std_normalization": "--n-samples-per-prompt 1",
     "micro_batch_size": "--use-dynamic-batch-size --max-tokens-per-gpu 9",
     "adam_beta1": "--optimizer sgd",

@@ -136,7 +136,6 @@ CHOICES = {
 
 NOT_BUILT = """\
 --fsdp-cpu-backend
---advantage-estimator
 --use-routing-replay
 --use-rollout-routing-replay
 --optimizer-cpu-offload

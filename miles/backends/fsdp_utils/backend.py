@@ -81,7 +81,7 @@ class FSDPBackend(TrainBackend):
             rank=rank, world_size=size, dp_rank=rank, dp_size=size, dp_group=dist.group.WORLD if size > 1 else None
         )
         self._model: Any = None
-        self._reference: Any = None
+        self._frozen: dict[ModelTag, Any] = {}
         self._optimizer: ShardedOptimizer | None = None
         self._memory = SleepingMemory(args)
 
@@ -98,7 +98,10 @@ class FSDPBackend(TrainBackend):
         )
         start = self._load()
         if settings.needs_reference:
-            self._reference = self._make_reference()
+            self._frozen["ref"] = self._make_frozen(settings.loads.reference, settings.loads.ref_step, "--ref-load")
+        if settings.needs_teacher:
+            source = cast("Path", settings.loads.teacher)
+            self._frozen["teacher"] = self._make_frozen(source, settings.loads.teacher_step, "--opd-teacher-load")
         return start
 
     def forward_only(
@@ -177,7 +180,7 @@ class FSDPBackend(TrainBackend):
             memory.put_away(distinct_storages(optimizer.tensors()))
             memory.level = 1
         if memory.level < level:
-            models = [self._model] + ([self._reference] if self._reference is not None else [])
+            models = [self._model, *self._frozen.values()]
             for model in models:
                 _reshard(model)
             memory.put_away(distinct_storages(shard.to_local() for model in models for _, shard in named_shards(model)))
@@ -193,9 +196,8 @@ class FSDPBackend(TrainBackend):
         self._memory.close()
 
     def _network(self, tag: ModelTag) -> Any:
-        network = self._reference if tag == "ref" else self._model
-        assert network is not None, "a reference is there only if init was told that one is needed"
-        return network
+        assert tag == "actor" or tag in self._frozen, f"init was not told that a model {tag!r} is needed"
+        return self._model if tag == "actor" else self._frozen[tag]
 
     def _trained(self) -> ShardedOptimizer:
         assert self._optimizer is not None, "init comes first"
@@ -240,7 +242,9 @@ class FSDPBackend(TrainBackend):
             hf = loads.load is not None and (loads.load / "config.json").is_file()
             if loads.load is not None and not hf:
                 logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
-            self._load_weights(self._model, cast("Path", loads.load) if hf else loads.reference)
+            self._load_weights(
+                self._model, cast("Path", loads.load) if hf else loads.reference, loads.ref_step, "--ref-load"
+            )
             return 0
         optimizer = self._trained() if loads.optimizer and not loads.finetune else None
         rng = loads.rng and not loads.finetune
@@ -249,24 +253,23 @@ class FSDPBackend(TrainBackend):
             logger.info("the schedule follows this run's flags, not those that the checkpoint was made with")
         return 0 if loads.finetune else progress.rollout_id + 1
 
-    def _load_weights(self, model: nn.Module, directory: Path) -> None:
+    def _load_weights(self, model: nn.Module, directory: Path, step: int | None, flag: str) -> None:
         """From a Hugging Face directory or a checkpoint of this backend."""
-        step = self.settings.loads.ref_step
         if is_checkpoint(directory, step):
             load_checkpoint(directory, model, None, step=step, rng=False)
             return
         if not (directory / "config.json").is_file() and (directory / TRACKER).exists():
             raise BadModelDirectory(
-                f"--ref-load {directory} is not of a form that --train-backend fsdp reads",
+                f"{flag} {directory} is not of a form that --train-backend fsdp reads",
                 evidence="it holds a checkpoint in Megatron's torch_dist form",
                 advice="Convert it to a Hugging Face directory with `miles convert`, and give that.",
             )
         load_hf_weights(model, directory)
 
-    def _make_reference(self) -> nn.Module:
-        loads = self.settings.loads
-        model = build_model(loads.hf_checkpoint, self._mesh, self.device, self._options(trained=False))
-        self._load_weights(model, loads.reference)
+    def _make_frozen(self, source: Path, step: int | None, flag: str) -> nn.Module:
+        hf = self.settings.loads.hf_checkpoint
+        model = build_model(hf, self._mesh, self.device, self._options(trained=False))
+        self._load_weights(model, source, step, flag)
         return model
 
     def _seed(self, seed: int) -> None:

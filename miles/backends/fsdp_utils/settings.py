@@ -11,7 +11,7 @@ import torch
 
 from miles.backends.fsdp_utils.errors import FsdpFlagRefused
 from miles.backends.fsdp_utils.schedule import Schedule, schedule_of
-from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class LoadSettings:
     ref_load: Path | None
     step: int | None
     ref_step: int | None
+    teacher: Path | None
+    teacher_step: int | None
     optimizer: bool
     rng: bool
     finetune: bool
@@ -73,6 +75,7 @@ class FsdpSettings:
     seed: int
     deterministic: bool
     needs_reference: bool
+    needs_teacher: bool
     save_optimizer: bool
     save_rng: bool
     optimizer: OptimizerSettings
@@ -102,6 +105,7 @@ def settings_of(args: Any) -> FsdpSettings:
         seed=args.seed,
         deterministic=bool(getattr(args, "deterministic_mode", False)),
         needs_reference=needs_reference(args),
+        needs_teacher=needs_teacher(args),
         save_optimizer=not (getattr(args, "no_save_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         save_rng=not getattr(args, "no_save_rng", False),
         optimizer=_optimizer(args),
@@ -200,6 +204,8 @@ def _loads(args: Any) -> LoadSettings:
         ref_load=path("ref_load"),
         step=getattr(args, "ckpt_step", None),
         ref_step=getattr(args, "ref_ckpt_step", None),
+        teacher=path("opd_teacher_load"),
+        teacher_step=getattr(args, "opd_teacher_ckpt_step", None),
         optimizer=not (getattr(args, "no_load_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         rng=not getattr(args, "no_load_rng", False),
         finetune=bool(getattr(args, "finetune", False)),

@@ -46,12 +46,12 @@ from miles.backends.megatron_utils.optimizer import (
 )
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import fall_asleep
-from miles.backends.megatron_utils.sources import choose_source, reference_source
+from miles.backends.megatron_utils.sources import choose_source, reference_source, teacher_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
-from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
 from miles.backends.training_utils.sleeping import SleepingMemory
 
 logger = logging.getLogger(__name__)
@@ -122,15 +122,19 @@ class MegatronBackend(TrainBackend):
         self.optimizer = build_optimizer(args, self.model) if has_optimizer(args) else None
         self.scheduler = build_scheduler(args, self.optimizer) if self.optimizer is not None else None
         start = 0 if source.resumes is None else self._resume(source.resumes)
-        self.reference = self._build_reference() if needs_reference(args) else None
+        self.frozen: dict[ModelTag, Any] = {}
+        if needs_reference(args):
+            self.frozen["ref"] = self._build_frozen(reference_source(args))
+        if needs_teacher(args):
+            self.frozen["teacher"] = self._build_frozen(teacher_source(args))
         return start
 
     def _build_model(self) -> Any:
         return build_model(self.args, self.shape, self.config, is_critic=self.is_critic)
 
-    def _build_reference(self) -> Any:
+    def _build_frozen(self, source: Path) -> Any:
         model = self._build_model()
-        self._load_weights(model, reference_source(self.args))
+        self._load_weights(model, source)
         return model.requires_grad_(False).eval()
 
     def _load_weights(self, model: Any, source: Path) -> None:
@@ -171,8 +175,8 @@ class MegatronBackend(TrainBackend):
     def _model(self, tag: ModelTag) -> Any:
         if tag == "actor":
             return self.model
-        assert self.reference is not None, "init was not told that a reference model is needed"
-        return self.reference
+        assert tag in self.frozen, f"init was not told that a model {tag!r} is needed"
+        return self.frozen[tag]
 
     def train_step(self, batches: Sequence[MicroBatch], loss_function: LossFunction) -> StepOutcome:
         """See ``TrainBackend.train_step``.
@@ -249,7 +253,7 @@ class MegatronBackend(TrainBackend):
 
     def sleep(self, level: int) -> None:
         """See ``TrainBackend.sleep``."""
-        fall_asleep(self._memory, level, self.model, self.optimizer, self.reference)
+        fall_asleep(self._memory, level, self.model, self.optimizer, self.frozen.values())
 
     def wake_up(self) -> None:
         """See ``TrainBackend.wake_up``."""

@@ -1,4 +1,4 @@
-"""Where the weights of the actor and of the reference model come from, by the flags."""
+"""Where the weights of the actor, of the reference model and of a teacher come from, by the flags."""
 
 from __future__ import annotations
 
@@ -39,14 +39,26 @@ def reference_source(args: Namespace) -> Path:
     """
     if args.ref_load is None:
         return Path(args.hf_checkpoint)
-    root = Path(args.ref_load)
-    found = find_checkpoint(root, getattr(args, "ref_ckpt_step", None))
+    return _weights_of("--ref-load", Path(args.ref_load), getattr(args, "ref_ckpt_step", None))
+
+
+def teacher_source(args: Namespace) -> Path:
+    """``--opd-teacher-load``, which is a Hugging Face directory or has a checkpoint.
+
+    Raises:
+        NoSuchCheckpoint: It is neither.
+    """
+    return _weights_of("--opd-teacher-load", Path(args.opd_teacher_load), getattr(args, "opd_teacher_ckpt_step", None))
+
+
+def _weights_of(flag: str, root: Path, step: int | None) -> Path:
+    found = find_checkpoint(root, step)
     if found is not None:
         return found.directory
     if is_hf_directory(root):
         return root
     raise NoSuchCheckpoint(
-        f"--ref-load {root} holds no checkpoint",
+        f"{flag} {root} holds no checkpoint",
         evidence="it has neither latest_checkpointed_iteration.txt nor config.json with *.safetensors"
         if root.is_dir()
         else "there is no such directory",

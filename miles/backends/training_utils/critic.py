@@ -46,13 +46,15 @@ def critic_args(args: Any) -> Any:
     if found.lr is None:
         found.lr = args.lr
     found.lr_warmup_iters = found.lr_warmup_iters or 0
-    if found.load is None and args.load:
+    found.ckpt_step = None
+    if found.load is None and args.load and (actor := find_checkpoint(args.load, args.ckpt_step)) is not None:
         beside = Path(str(args.load).rstrip("/") + SUFFIX)
-        found.load = str(beside) if find_checkpoint(beside) is not None else None
+        if find_checkpoint(beside) is not None:
+            # Its checkpoint is written first: after a crash between the two, its newest may be ahead of the actor's.
+            found.load, found.ckpt_step = str(beside), actor.rollout_id
     if found.save is None and getattr(args, "save", None):
         found.save = str(args.save).rstrip("/") + SUFFIX
-    found.ckpt_step = args.ckpt_step if getattr(args, "critic_load", None) is None else None
-    found.use_kl_loss, found.kl_coef = False, 0.0
+    found.use_kl_loss, found.kl_coef, found.opd_type = False, 0.0, None
     return found
 
 

@@ -15,7 +15,7 @@ from miles.backends.training_utils.debug_files import dump_train_data, write_che
 from miles.backends.training_utils.hooks import TrainerHooks, takes
 from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, LogProbOutput, Losses
-from miles.backends.training_utils.loss_hub.settings import needs_reference
+from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
 from miles.backends.training_utils.parallel import set_parallel_state
 from miles.backends.training_utils.profiling import StepProfiler
 from miles.backends.training_utils.timers import Timers
@@ -93,6 +93,9 @@ class RolloutTrainer:
         if needs_reference(self.args):
             with self.timers.measure("ref_log_probs"):
                 self._log_probs(data, "ref", "ref_log_probs")
+        if needs_teacher(self.args):
+            with self.timers.measure("teacher_log_probs"):
+                self._log_probs(data, "teacher", "teacher_log_probs")
         if self.losses.settings.needs_old_log_probs:
             with self.timers.measure("log_probs"):
                 self._log_probs(

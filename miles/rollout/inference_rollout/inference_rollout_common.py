@@ -21,6 +21,7 @@ from miles.rollout.engines import Engines, engines
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import Hook, load_hook
 from miles.rollout.inference_rollout.compatibility import check_generate_output, load_generate_function
+from miles.rollout.on_policy_distillation import ask_teacher
 from miles.rollout.progress import progress_now
 from miles.rollout.rm_hub import async_rm, batched_async_rm
 from miles.utils.data import Dataset
@@ -151,6 +152,8 @@ async def generate_and_rm(
     # Group rewards are for training only.
     if not (state.args.group_rm and not evaluation):
         await _reward(state.args, samples)
+    if not evaluation:
+        await ask_teacher(state.args, flat([samples]))
     return samples
 
 

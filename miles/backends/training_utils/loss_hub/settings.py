@@ -139,6 +139,13 @@ def needs_reference(args: Any) -> bool:
     return _flag(args, "use_kl_loss") or bool(getattr(args, "kl_coef", 0.0))
 
 
+def needs_teacher(args: Any) -> bool:
+    """Log-probabilities of a teacher are computed here (``--opd-type megatron``)."""
+    if getattr(args, "loss_type", "policy_loss") == "sft_loss" or getattr(args, "opd_type", None) != "megatron":
+        return False
+    return AdvantageSettings.from_args(args).use_opd
+
+
 def _flag(args: Any, name: str) -> bool:
     return bool(getattr(args, name, False))
 
