@@ -120,12 +120,25 @@ def _resolve_shape(draft: Draft) -> None:
             advice="Leave it out: sequences have the length of their samples.",
         )
     _check_tensor_parallel(draft)
-    if derived["num_experts"] and draft["train_backend"] == "fsdp":
+    if derived["num_experts"]:
+        _check_experts(draft)
+
+
+def _check_experts(draft: Draft) -> None:
+    if draft.trains and draft["train_backend"] == "fsdp":
         draft.problem(
             "train_backend",
             "not built yet: models with experts on the FSDP backend",
             allowed="megatron",
             advice="Leave it out.",
+        )
+    if draft.generates and not draft["untie_embeddings_and_output_weights"]:
+        draft.problem(
+            "hf_checkpoint",
+            "SGLang gives a Qwen3-MoE model an output layer of its own, and config.json says tie_word_embeddings: "
+            "it would generate with random weights",
+            allowed="a model whose output layer is no copy of the embedding",
+            advice="Write the embedding to lm_head.weight, too, and tie_word_embeddings: false to config.json.",
         )
 
 

@@ -11,6 +11,7 @@ EXPERTS = QWEN3 | {
     "num_experts": 6,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 100,
+    "tie_word_embeddings": False,
 }
 MOE = with_directory("M", replace(MODEL, config=EXPERTS))
 EIGHT = "--actor-num-gpus-per-node 8"
@@ -96,6 +97,12 @@ def test_what_does_not_fit_a_model_with_experts_is_told(flags, flag, words):
     assert words in found[flag]
 
 
+def test_engines_would_not_tie_the_output_layer_of_a_model_with_experts():
+    tied = with_directory("M", replace(MODEL, config=EXPERTS | {"tie_word_embeddings": True}))
+    assert "tie_word_embeddings" in problems(facts=tied)["--hf-checkpoint"]
+    assert outcome("--debug-train-only --load-debug-rollout-data F --num-rollout 1", facts=tied).problems == ()
+
+
 def test_all_that_is_wrong_is_told_at_once():
     found = problems(
         "--actor-num-gpus-per-node 6 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 3 "
@@ -116,7 +123,7 @@ def test_stages_of_different_sizes():
 
 
 def test_fsdp_refuses_every_size_but_one():
-    sizes = "tensor-model pipeline-model context expert-model expert-tensor".split()
+    sizes = ["tensor-model", "pipeline-model", "context", "expert-model", "expert-tensor"]
     typed = " ".join(f"--{name}-parallel-size 2" for name in sizes)
     more = "--sequence-parallel --decoder-first-pipeline-num-layers 1"
     assert set(problems(f"--train-backend fsdp {typed} {more}")) == {

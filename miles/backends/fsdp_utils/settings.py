@@ -20,6 +20,7 @@ _SIZES = (
     ("pipeline_model_parallel_size", "--pipeline-model-parallel-size"),
     ("context_parallel_size", "--context-parallel-size"),
     ("expert_model_parallel_size", "--expert-model-parallel-size"),
+    ("expert_tensor_parallel_size", "--expert-tensor-parallel-size"),
 )
 _ATTENTION = ("flash_attention_2", "sdpa", "eager")
 _OPTIMIZERS = ("adam", "sgd")
