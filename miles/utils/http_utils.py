@@ -15,11 +15,11 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,6 +30,7 @@ from miles.utils.misc import get_free_port
 from miles_agents.errors import ConfigError, PeerFault
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 DEFAULT_RETRIES = 60
 DEFAULT_DEADLINE_S = 4 * 3600.0
 """As long as the router gives a request."""
@@ -189,6 +190,10 @@ class HttpClient:
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False, json_serialize=json.dumps)
         return self._session
 
+    def wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine that makes requests on the client's loop, and wait for it on this thread."""
+        return self._thread.run(coroutine)
+
     def close(self) -> None:
         """End all requests and the thread."""
         if self._session is not None:
@@ -211,16 +216,19 @@ class _Call:
 
 
 class _Passing(Exception):
-    """Worth another try. ``may_run``: the other side may be working on the request."""
+    """Worth another try. ``may_run``: the other side may be working on the request. ``status``: of its answer; 0: there
+    was none."""
 
-    def __init__(self, text: str, *, may_run: bool) -> None:
+    def __init__(self, text: str, *, may_run: bool, status: int = 0) -> None:
         super().__init__(text)
         self.may_run = may_run
+        self.status = status
 
 
 def _answer(call: _Call, status: int, body: bytes) -> Any:
     if status in RETRIED_STATUS:
-        raise _Passing(f"HTTP {status}: {body[:300].decode(errors='replace')}", may_run=status in (408, 504))
+        said = f"HTTP {status}: {body[:300].decode(errors='replace')}"
+        raise _Passing(said, may_run=status in (408, 504), status=status)
     text = body.decode(errors="replace")
     if status >= 400:
         raise RequestRefused(
@@ -235,12 +243,13 @@ def _answer(call: _Call, status: int, body: bytes) -> Any:
         return text
 
 
-def _failed(call: _Call, attempts: int, trouble: Exception) -> RequestFailed:
+def _failed(call: _Call, attempts: int, trouble: _Passing) -> RequestFailed:
     return RequestFailed(
         f"{call.method} {call.url} got no answer",
         evidence=f"{attempts} attempts; the last: {trouble}",
         advice="Look at the log of the process behind that address.",
         url=call.url,
+        status=trouble.status,
     )
 
 

@@ -167,7 +167,7 @@ class TestHooks:
             ("reward", "not of the form"),
             ("nowhere_at_all.x", "no module"),
             ("json.none.x", ""),
-            ("miles.rollout.generate_hub.multi_turn.generate", "not built yet: generation in several turns"),
+            ("miles.rollout.checkpoint_eval.CheckpointEvalFn", "not built yet: evaluation of checkpoints"),
             ("miles.router.router.MilesRouter", "not built yet"),
             ("miles_plugins.models.x", "not built yet"),
             ("miles.rollout.nonsense.x", "no module"),

@@ -305,13 +305,13 @@ def test_a_module_that_lacks_a_module_of_its_own_is_not_called_missing(tmp_path,
 
 
 def test_what_is_not_built_yet_is_called_that(tmp_path, monkeypatch):
-    for path in ("generate_hub.multi_turn.generate", "checkpoint_eval.CheckpointEvalFn"):
+    for path in ("session.v2.picker_hub.drop_retries", "checkpoint_eval.CheckpointEvalFn"):
         with pytest.raises(CannotLoad, match="not built yet"):
             load_function(f"miles.rollout.{path}", flag="--eval-function-path")
-    (tmp_path / "tools_rm.py").write_text("import miles.rollout.generate_utils.tool_call_utils\n")
+    (tmp_path / "distilled_rm.py").write_text("import miles.rollout.on_policy_distillation\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ImportFailed, match="not built yet: generation with tools"):
-        load_function("tools_rm.f")
+    with pytest.raises(ImportFailed, match="not built yet: on-policy distillation"):
+        load_function("distilled_rm.f")
 
 
 async def test_registered_names_stand_for_functions():

@@ -48,3 +48,6 @@ def _append(merged: Sample, nxt: Sample) -> None:
     merged.status, merged.reward = nxt.status, nxt.reward
     merged.metadata = {**merged.metadata, **nxt.metadata}
     merged.non_generation_time += nxt.non_generation_time
+    for name in ("spec_info", "prefix_cache_info"):
+        sums, more = getattr(merged, name), getattr(nxt, name)
+        setattr(merged, name, type(sums)(**{key: value + vars(more)[key] for key, value in vars(sums).items()}))
