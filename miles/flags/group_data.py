@@ -5,7 +5,6 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, json_value, number, off, path, refused, switch, text
 
 GROUP = "data and batches"
-ASYNC = "not built yet: fully asynchronous training"
 BUFFER = "not built yet: an external rollout buffer service"
 SESSION = "not built yet: the session server"
 DELTA = "not built yet: weights as deltas on disk"
@@ -95,16 +94,18 @@ FLAGS: tuple[Flag, ...] = (
             "what makes room for another prompt: a group that is finished (unset), or so many samples",
             choices=("group", "sample"),
         ),
-        refused(switch("--fully-async", "generate all the time"), ASYNC),
-        refused(integer("--max-weight-staleness", None, "how many versions a sample may lag"), ASYNC),
-        refused(integer("--async-max-concurrent-samples", None, "trajectories in flight"), ASYNC),
-        refused(number("--async-data-buffer-capacity-factor", 2.0, "size of the buffer"), ASYNC),
-        refused(
-            text("--async-unused-samples-handler", "drop", "what happens to stale groups", choices=("retry", "drop")),
-            ASYNC,
+        switch("--fully-async", "generate all the time, also while weights change (train_async.py)"),
+        integer("--max-weight-staleness", None, "weight versions that the oldest token of an answer may lag"),
+        integer("--async-max-concurrent-samples", None, "samples under way at most (unset: those of a rollout)"),
+        number("--async-data-buffer-capacity-factor", 2.0, "groups that wait at most, in rollouts"),
+        text(
+            "--async-unused-samples-handler",
+            "drop",
+            "what happens to groups that are too old: dropped, or generated again",
+            choices=("retry", "drop"),
         ),
-        refused(text("--custom-async-data-buffer-path", None, "class of the buffer"), ASYNC),
-        refused(integer("--update-weights-interval", 1, "rollouts between weight updates"), ASYNC, only=(1,)),
+        text("--custom-async-data-buffer-path", None, "class of what lies between generation and training"),
+        integer("--update-weights-interval", 1, "rollouts between weight updates (train_async.py)"),
         refused(
             text(
                 "--update-weight-transfer-mode",

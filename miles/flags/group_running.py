@@ -183,6 +183,7 @@ _OURS: tuple[Flag, ...] = grouped(
     "ours",
     path("--run-dir", "directory of this run: config, logs, metrics, journals (unset: a new one in ./runs)"),
     text("--device", "auto", "where models run", choices=("auto", "cuda", "cpu")),
+    switch("--train-async", "generate while training; train_async.py gives it"),
     switch("--dry-run", "show placement, ports, command lines and environment, and start nothing"),
     text("--resume", None, "auto: go on from the newest checkpoint in --save, if there is one", choices=("auto",)),
     Flag(("--env",), "env", "append", default=[], help="KEY=VALUE for all processes; may be repeated"),

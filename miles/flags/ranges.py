@@ -45,6 +45,8 @@ _AT_LEAST_1 = (
     "micro_batch_size",
     "make_vocab_size_divisible_by",
     "sglang_server_concurrency",
+    "async_max_concurrent_samples",
+    "update_weights_interval",
     "sglang_router_request_timeout_secs",
     "log_interval",
     "tensorboard_log_interval",
@@ -90,6 +92,7 @@ _AT_LEAST_0 = (
     "critic_lr",
     "critic_lr_warmup_iters",
     "opd_teacher_ckpt_step",
+    "max_weight_staleness",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -101,6 +104,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "adam_beta2": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "attention_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "hidden_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
+    "async_data_buffer_capacity_factor": (math.ulp(0.0), _INF, "above 0"),
     "mfu_peak_tflops": (math.ulp(0.0), _INF, "above 0"),
     "gamma": (0, 1, "0 to 1"),
     "lambd": (0, 1, "0 to 1"),

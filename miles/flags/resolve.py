@@ -13,6 +13,7 @@ from miles.flags.parse import Parsed
 from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
 from miles.flags.rules_algorithm import resolve_algorithm
+from miles.flags.rules_async import resolve_async
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
@@ -42,6 +43,7 @@ RULES = (
     resolve_checkpoints,
     resolve_training,
     resolve_trainer,
+    resolve_async,
     resolve_tracking,
 )
 """In this order: each reads what those before it wrote."""

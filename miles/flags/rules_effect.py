@@ -203,6 +203,13 @@ EFFECTS: tuple[Effect, ...] = (
         _is_set("record_memory_history"),
         "without --record-memory-history",
     ),
+    _needs("update_weights_interval", _is_set("train_async"), "in train.py; use train_async.py"),
+    _needs(
+        "max_weight_staleness async_max_concurrent_samples async_data_buffer_capacity_factor "
+        "async_unused_samples_handler custom_async_data_buffer_path",
+        _is_set("fully_async"),
+        "without --fully-async",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""

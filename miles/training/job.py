@@ -25,9 +25,10 @@ from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
 from miles.tracking.plot import PLOT_NAME
 from miles.tracking.secrets import for_people, take_secrets
+from miles.training.async_loop import loop_class
 from miles.training.errors import exit_code, first_of, story
 from miles.training.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
-from miles.training.loop import Outcome, TrainingLoop
+from miles.training.loop import Outcome
 from miles.training.parts import start
 from miles.training.watch import run_watched
 from miles_agents.errors import MilesError
@@ -136,7 +137,7 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
                 shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")
             tracking.begin(controller.run_id, parts.start_rollout_id)
             try:
-                outcome = await run_watched(parts, TrainingLoop(parts, config, tracking, shown).run())
+                outcome = await run_watched(parts, loop_class(config)(parts, config, tracking, shown).run())
                 how = "finished"
                 return outcome
             finally:

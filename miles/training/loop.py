@@ -82,6 +82,8 @@ class TrainingLoop:
         self.outcome = Outcome()
         self._check = MetricCheck(config["ci_metric_checker_key"], config["ci_metric_checker_threshold"])
         self._noted: set[str] = set()
+        self._end = 0
+        """Behind the last rollout of this process."""
         self.rollout = parts.calls(parts.rollout)
         self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
 
@@ -109,7 +111,9 @@ class TrainingLoop:
             else:
                 self.console.say(f"nothing left to do: {start} of {num_rollout} rollouts are done")
         stop_after = config.get("debug_exit_after_rollout")
-        for iteration in iterations(cadence, start=start, num_rollout=num_rollout, stop_after=stop_after):
+        planned = list(iterations(cadence, start=start, num_rollout=num_rollout, stop_after=stop_after))
+        self._end = planned[-1].rollout_id + 1 if planned else start
+        for iteration in planned:
             await self._iterate(iteration)
             self.outcome.num_iterations += 1
             self.console.advance(iteration.rollout_id + 1)
@@ -129,7 +133,7 @@ class TrainingLoop:
             await self._evaluate(rollout_id, rollout_id)
         watch = Stopwatch()
         with watch.measure("rollout"):
-            batch = await self._generate(rollout_id)
+            batch = await self._next_batch(rollout_id)
         metrics: dict[str, float] = dict(batch.metrics)
         if self.trainer is not None:
             metrics.update(await self._train(rollout_id, batch.refs, watch))
@@ -140,7 +144,8 @@ class TrainingLoop:
                 await self._save(rollout_id)
             if asked:
                 await asyncio.to_thread(Path(self.config["save_trigger_sentinel"]).unlink, missing_ok=True)
-        if self.trainer is not None and parts.fleet is not None:
+        if self.trainer is not None and parts.fleet is not None and self._is_update_due(rollout_id):
+            await self._before_update(watch)
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
         self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, await self._steps_of_it())
@@ -153,6 +158,15 @@ class TrainingLoop:
         """``--save-trigger-sentinel``: somebody has put the file there. It goes when the checkpoint is complete."""
         path: str | None = self.config.get("save_trigger_sentinel")
         return path is not None and self.trainer is not None and Path(path).exists()
+
+    async def _next_batch(self, rollout_id: int) -> RolloutBatchRefs:
+        return await self._generate(rollout_id)
+
+    def _is_update_due(self, rollout_id: int) -> bool:
+        return True
+
+    async def _before_update(self, watch: Stopwatch) -> None:
+        """Whatever must not go on while weights change."""
 
     async def _generate(self, rollout_id: int) -> RolloutBatchRefs:
         batch: RolloutBatchRefs = await self._shown("generate", self.rollout.generate.call_one(rollout_id))

@@ -18,6 +18,9 @@ from miles.flags.table import table
 SPLIT = RECIPE.replace(" --colocate", "") + " --rollout-num-gpus 2"
 WITH_LOAD = with_directory("L", CHECKPOINT)
 EMPTY = with_directory("E", DirectoryFacts(exists=True))
+RPP = "--normalize-advantages --advantage-estimator reinforce_plus_plus"
+PPO, OPD = "--advantage-estimator ppo", "--use-opd --opd-type"
+URLS, STEP = "--opd-teacher-urls", "--opd-teacher-ckpt-step"
 EVALS = replace(FACTS, eval_sets=(EvalSet("D", "prompt", "label"),))
 
 
@@ -46,6 +49,21 @@ CASES = [
     (9, "--chat-template-path t", FACTS, values(chat_template_path="/home/me/t")),
     (10, "--use-kl-loss --ref-load N", FACTS, told("--ref-load", "no such directory")),
     (10, "--use-kl-loss", FACTS, values(ref_load="/home/me/M")),
+    (10, f"{RPP} --kl-coef 0.1", FACTS, values(ref_load="/home/me/M")),
+    (10, f"{RPP} --kl-coef 0.1 --ref-load N", FACTS, told("--ref-load", "no such directory")),
+    (11, "--use-opd", FACTS, told("--opd-type", "needs a teacher")),
+    (11, f"{OPD} megatron", FACTS, told("--opd-type", "--opd-teacher-load")),
+    (11, f"{OPD} megatron --opd-teacher-load N", FACTS, told("--opd-teacher-load", "no such directory")),
+    (11, f"{OPD} megatron --opd-teacher-load L", WITH_LOAD, values(opd_teacher_load="/home/me/L")),
+    (11, f"{OPD} megatron --opd-teacher-load L --opd-teacher-ckpt-step 4", WITH_LOAD, told(STEP, "3, 7")),
+    (11, f"{OPD} megatron --opd-teacher-load M --opd-teacher-urls a=http://h", FACTS, told(URLS, "a checkpoint")),
+    (11, f"{OPD} sglang --rm-url http://h --opd-teacher-load M", FACTS, told("--opd-teacher-load", "a server")),
+    (11, f"{OPD} sglang", FACTS, told(URLS, "no address")),
+    (11, f"{OPD} sglang --opd-teacher-urls h", FACTS, told(URLS, "not NAME=URL")),
+    (11, f"{OPD} sglang --rm-type remote_rm --rm-url http://h", FACTS, told(URLS, "no address")),
+    (11, f"{OPD} sglang --rm-url http://h", FACTS, values(custom_rm_path=None, rm_type="math")),
+    (11, "--opd-type sglang", FACTS, told("--opd-type", "nothing is distilled")),
+    (11, "--opd-log-prob-top-k 5", FACTS, told("--opd-log-prob-top-k", "not built yet")),
     (12, "", FACTS, values(no_load_optim=True, no_load_rng=True, finetune=True, load=None)),
     (12, "--load E", EMPTY, notice("--load E has no", "a fresh start")),
     (12, "--load L", WITH_LOAD, values(no_load_optim=False, no_load_rng=False, finetune=False)),
@@ -53,6 +71,16 @@ CASES = [
     (15, "--save-interval 2", FACTS, told("--save-interval", "--save DIR")),
     (15, "--save-hf X", FACTS, told("--save-hf", "--save DIR")),
     (15, "--save-trigger-sentinel X", FACTS, told("--save-trigger-sentinel", "--save")),
+    (18, f"{RPP} --kl-coef 0.1 --use-kl-loss --kl-loss-coef 0.1", FACTS, told("--kl-coef", "in the loss")),
+    (18, f"{RPP} --kl-coef 0.1 --use-kl-loss", FACTS, values(kl_coef=0.1)),
+    (18, "--kl-coef 0.1", FACTS, values(kl_coef=0.0, ref_load=None) | notice("--kl-coef has no effect")),
+    (19, "--advantage-estimator reinforce_plus_plus", FACTS, told("--advantage-estimator", "--normalize-advantages")),
+    (
+        19,
+        "--advantage-estimator reinforce_plus_plus_baseline",
+        FACTS,
+        told("--advantage-estimator", "--normalize-advantages"),
+    ),
     (20, "--use-rollout-logprobs --use-tis", FACTS, told("--use-tis", "nothing to correct")),
     # Here what is watched has a built-in function, so that none need be given.
     (21, "--get-mismatch-metrics", FACTS, values(get_mismatch_metrics=True, custom_tis_function_path=None)),
@@ -71,6 +99,30 @@ CASES = [
         ),
     ),
     (27, "--load-debug-rollout-data f --num-rollout 1", FACTS, values(debug_train_only=True, rollout_num_gpus=0)),
+    (29, f"{PPO} --kl-coef 0.1", FACTS, told("--kl-coef", "--use-kl-loss")),
+    (29, f"{PPO} --train-backend fsdp", FACTS, told("--advantage-estimator", "critic", "--train-backend megatron")),
+    (29, f"{PPO} --critic-num-nodes 2", FACTS, told("--critic-num-nodes", "actor's ranks")),
+    (29, f"{PPO} --critic-num-gpus-per-node 1", FACTS, told("--critic-num-gpus-per-node", "actor's ranks")),
+    (
+        29,
+        f"{PPO} --save S/ --lr 0.5 --critic-num-nodes 1",
+        FACTS,
+        values(critic_save="/home/me/S_critic", critic_lr=0.5, critic_num_gpus_per_node=2),
+    ),
+    (29, f"{PPO} --critic-save S", FACTS, told("--critic-save", "--save")),
+    (29, f"{PPO} --save S --critic-save S/", FACTS, told("--critic-save", "the actor's checkpoints")),
+    (29, f"{PPO} --critic-load N", FACTS, told("--critic-load", "no such directory")),
+    (29, f"{PPO} --critic-load E", EMPTY, told("--critic-load", "no checkpoint")),
+    (29, f"{PPO} --critic-load L --critic-lr 0.1", WITH_LOAD, values(critic_load="/home/me/L", critic_lr=0.1)),
+    (29, f"{PPO} --disable-compute-advantages-and-returns", FACTS, told("--advantage-estimator", "returns")),
+    (29, f"{PPO} --min-lr 0.1 --lr 1 --critic-lr 0.01", FACTS, told("--critic-lr", "below --min-lr")),
+    (
+        29,
+        f"{PPO} --lr-decay-style linear --critic-lr-warmup-iters 99",
+        FACTS,
+        told("--critic-lr-warmup-iters", "decayed after 8"),
+    ),
+    (29, f"{PPO} --num-critic-only-steps 8", FACTS, notice("the actor does not learn")),
     (30, "--offload --no-offload-train", FACTS, values(offload_rollout=True, offload_train=False)),
     (31, "--debug-rollout-only", FACTS, values(colocate=False, offload_train=False, world_size=0)),
     (31, "--debug-rollout-only --debug-train-only", FACTS, told("--debug-rollout-only", "neither trainer nor engines")),
@@ -96,6 +148,13 @@ CASES = [
     ),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
     (53, "--skip-actor-forward-only --loss-type custom_loss", FACTS, told("--skip-actor-forward-only", "no such pass")),
+    (53, f"--skip-actor-forward-only {RPP} --kl-coef 0.1", FACTS, told("--skip-actor-forward-only", "--kl-coef")),
+    (
+        53,
+        f"--skip-actor-forward-only {OPD} sglang --rm-url http://h",
+        FACTS,
+        told("--skip-actor-forward-only", "--use"),
+    ),
     (54, "--rollout-num-gpus-per-engine 2", FACTS, values(sglang_tp_size=2)),
     (54, "--true-on-policy-mode", GPUS, values(sglang_enable_deterministic_inference=True, deterministic_mode=True)),
 ]
@@ -109,7 +168,6 @@ REFUSED = {
     6: "--indep-dp",
     7: "--recompute-logprobs-via-prefill",
     8: "--use-session-server --tito-model --session-message-matcher",
-    11: "--use-opd --opd-type --opd-teacher-load --opd-teacher-urls",
     14: "--eval-num-gpus",
     16: "--lora-rank --target-modules --exclude-modules",
     17: "--multi-lora-n-adapters",
@@ -117,8 +175,6 @@ REFUSED = {
     32: "--ci-test",
     33: "--update-weight-transfer-mode --update-weight-disk-dir",
     37: "--rematerialize-param-from-master-weight",
-    39: "--async-max-concurrent-samples",
-    40: "--fully-async",
     41: "--eval-hf-dir",
     46: "--enable-mtp-training",
     47: "--use-rollout-routing-replay",
@@ -127,15 +183,14 @@ REFUSED = {
 """Rules of features that are not built: their flags are refused by name."""
 
 ELSEWHERE = {
-    18: "kl_coef is taken as 0 only: test_fixed_values_of_rules",
-    19: "estimators: test_fixed_values_of_rules, or the estimators' own tests",
-    29: "a critic: test_fixed_values_of_rules, or the estimators' own tests",
     35: "a critic, which is asleep between its turns",
     36: "of a memory saver that buffers here do not need: sleeping copies them out itself",
     48: "test_a_config_file_is_applied_before_anything_is_derived",
     51: "server groups, external engines: the engines' own tests",
     52: "padded batches: test_trainer_rules.py",
-    55: "train_async.py is not built; train.py refuses --fully-async",
+    39: "test_async_rules.py",
+    40: "test_async_rules.py",
+    55: "test_async_rules.py",
 }
 """Rules whose test is another one, and why."""
 
@@ -166,7 +221,7 @@ def test_a_rule_of_what_is_not_built_is_refused_by_name(number):
 
 
 def test_fixed_values_of_rules():
-    for name, value in (("--kl-coef", "0.1"), ("--advantage-estimator", "ppo"), ("--qkv-format", "bshd")):
+    for name, value in (("--qkv-format", "bshd"),):
         flag = table().by_name[name]
         if flag.only is not None:
             assert parse([name, value], table()).problems[0].flag == name

@@ -49,6 +49,8 @@ READ = {
     "load_debug_rollout_data_subsample": "--load-debug-rollout-data F",
     "apply_chat_template_kwargs": "--apply-chat-template",
     "mask_offpolicy_in_partial_rollout": "--partial-rollout",
+    "update_weights_interval": "--train-async",
+    "max_weight_staleness": "--train-async --fully-async",
     "wandb_project": "--use-wandb",
     "mlflow_tracking_uri": "--use-mlflow",
     "tb_project_name": "--use-tensorboard",

@@ -14,6 +14,7 @@ from miles.rollout.data_buffer import DataBufferConstructorInput, FifoDataBuffer
 from miles.rollout.fully_async_rollout import staleness
 from miles.rollout.hooks import HookFailed
 from miles.rollout.journal import replay
+from miles.utils.misc import function_registry
 from miles.utils.types import Sample
 
 
@@ -177,6 +178,24 @@ async def test_an_answer_that_never_ends_keeps_nobody(tmp_path):
     ledger = replay(tmp_path / "journal" / "rollout.jsonl")
     assert ledger.num_trained == 12
     assert 0 in ledger.returned
+
+
+class NewestFirst(FifoDataBuffer):
+    """A user's: what is youngest is trained on first."""
+
+    async def put(self, group):
+        await super().put(group)
+        self._groups.rotate(1)
+
+
+async def test_a_buffer_of_the_users_takes_the_place_of_ours(tmp_path):
+    path = f"{__name__}.NewestFirst"
+    with function_registry.temporary(path, NewestFirst):
+        config = config_of(tmp_path, custom_async_data_buffer_path=path)
+        with servers(adds) as fake, manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.generate(0)
+            assert type(function_of(rollout).buffer) is NewestFirst
 
 
 def buffer_of(capacity):

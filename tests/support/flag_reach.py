@@ -2,6 +2,14 @@
 says how a flag gets its case."""
 
 SHOWN = """\
+job/test_async_runs.py::test_one_step_ahead_generates_while_it_trains
+    --train-async --update-weights-interval
+job/test_async_runs.py::test_fully_asynchronous_training_keeps_its_bound
+    --fully-async --max-weight-staleness --async-max-concurrent-samples --async-unused-samples-handler
+rollout/test_fully_async.py::test_the_capacity_is_rounded_down
+    --async-data-buffer-capacity-factor
+rollout/test_fully_async.py::test_a_buffer_of_the_users_takes_the_place_of_ours
+    --custom-async-data-buffer-path
 flags/test_resolve_run.py::test_more_than_this_machine_is_not_built
     --actor-num-nodes
 flags/test_resolve_run.py::test_engines_of_several_ranks
@@ -229,6 +237,12 @@ job/test_trainer_flags.py::test_a_save_that_is_asked_for_ends_with_the_users_fun
     --custom-megatron-post-save-hook-path --save-trigger-sentinel
 job/test_trainer_flags.py::test_engines_can_keep_their_weights
     --debug-skip-weight-update
+training/test_critic.py::test_the_critic_learns_alone_for_as_long_as_it_is_told
+    --num-critic-only-steps
+backends/test_teacher.py::test_a_teacher_is_frozen_and_its_log_probs_count
+    --opd-type --opd-teacher-load --opd-teacher-ckpt-step
+rollout/test_distillation.py::test_each_sample_has_its_teacher
+    --opd-teacher-urls --opd-teacher-key
 flags/test_resolve_run.py::test_gpus_are_used_if_torch_can
     --device --bf16
 """
