@@ -43,7 +43,7 @@ def _value(node: ast.expr) -> int | list[int]:
                 return one + other
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             one, other = _value(left), _value(right)
-            entries, times = (one, other) if isinstance(one, list) else (other, one)
-            if isinstance(entries, list) and isinstance(times, int) and 0 <= len(entries) * times <= LONGEST:
-                return entries * times
+            pattern, times = (one, other) if isinstance(one, list) else (other, one)
+            if isinstance(pattern, list) and isinstance(times, int) and 0 <= len(pattern) * times <= LONGEST:
+                return pattern * times
     raise TypeError("neither a number nor a list")

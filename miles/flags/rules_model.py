@@ -149,7 +149,7 @@ def _agree(dest: str, given: Plain, derived: Plain, shape_of_model: dict[str, Pl
         )
     if dest == "moe_layer_freq" and derived is not None:
         try:
-            return layer_pattern(given, shape_of_model["num_layers"]) == derived
+            return bool(layer_pattern(given, shape_of_model["num_layers"]) == derived)
         except ValueError:
             return False
     if isinstance(derived, float) or isinstance(given, float):

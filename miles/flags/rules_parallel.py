@@ -29,11 +29,11 @@ def data_parallel(draft: Draft, world: int) -> int:
     """Ranks that each have samples of their own, or share them with other ranks of the same copy of the model."""
     _check_divides(draft, DENSE, world)
     _check_divides(draft, EXPERT, world)
-    return max(1, world // prod(draft[dest] for dest in DENSE))
+    return max(1, world // _product(draft, DENSE))
 
 
 def _check_divides(draft: Draft, dests: tuple[str, ...], world: int) -> None:
-    needed = prod(draft[dest] for dest in dests)
+    needed = _product(draft, dests)
     if world % needed == 0:
         return
     large = [dest for dest in dests if draft[dest] > 1]
@@ -44,6 +44,11 @@ def _check_divides(draft: Draft, dests: tuple[str, ...], world: int) -> None:
         allowed=f"a divisor of {world}" if not others else f"sizes whose product divides {world}",
         advice="Change it, or --actor-num-gpus-per-node.",
     )
+
+
+def _product(draft: Draft, dests: tuple[str, ...]) -> int:
+    sizes: list[int] = [draft[dest] for dest in dests]
+    return prod(sizes)
 
 
 def _refuse_for_fsdp(draft: Draft) -> None:
