@@ -181,6 +181,11 @@ def _check_servers(draft: Draft) -> None:
     except ValueError as error:
         draft.problem(dest, str(error), allowed="NAME=http://HOST:PORT ...", advice="Correct it.")
         return
+    if draft["rollout_temperature"] != 1 and found:
+        draft.notice(
+            f"the teacher's log-probs are those of temperature 1, the student's of --rollout-temperature "
+            f"{draft['rollout_temperature']}; a teacher in the trainer (--opd-type megatron) has the student's"
+        )
     fills = ("custom_rm_path", "custom_generate_function_path", "rollout_function_path")
     if not found and draft.generates and not any(draft[name] for name in fills):
         draft.problem(

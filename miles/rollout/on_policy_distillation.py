@@ -62,9 +62,12 @@ async def ask_teacher(args: Any, samples: Sequence[Sample]) -> None:
     need = [s for s in need if s.status is not SampleStatus.ABORTED]
     if not teachers or not need:
         return
-    async with asyncio.TaskGroup() as group:
-        for sample in need:
-            group.create_task(_ask(args, _choose(args, teachers, sample), sample))
+    tasks = [asyncio.ensure_future(_ask(args, url, s)) for url, s in [(_choose(args, teachers, s), s) for s in need]]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _teachers(args: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.flag_cases import FACTS, GPUS, LLAMA, MODEL, config, outcome, with_directory
+from support.flag_cases import CHECKPOINT, FACTS, GPUS, LLAMA, MODEL, config, outcome, with_directory
 from support.flag_reach import shown
 from support.ranks import run_ranks, warm_process
 from support.tiny_models import tiny_model
@@ -208,6 +208,19 @@ def sleeping(values):
     return {"bytes": SleepingMemory(Namespace(**values))._chunk}
 
 
+def advantages(values):
+    from miles.backends.training_utils.loss_hub.settings import AdvantageSettings
+
+    return vars(AdvantageSettings.from_args(Namespace(**values)))
+
+
+def critic(values):
+    """The flags as the critic's backend gets them."""
+    from miles.backends.training_utils.critic import critic_args
+
+    return vars(critic_args(Namespace(**values)))
+
+
 def padded(values):
     from miles.backends.megatron_utils.model import padded_vocab
 
@@ -216,6 +229,9 @@ def padded(values):
 
 EVAL = "--eval-interval 1 --eval-prompt-data x D"
 TEN = "--num-rollout 10 --lr 1"
+PPO, RPP = "--advantage-estimator ppo", "--advantage-estimator reinforce_plus_plus --normalize-advantages"
+TEACHER = "--opd-type sglang --rm-url http://h"
+OPD = f"--use-opd {TEACHER}"
 FAST = [
     ("--offload-train --rollout-num-gpus 1", resolved, "offload_train", True),
     ("--no-offload-train --colocate", resolved, "offload_train", False),
@@ -316,6 +332,19 @@ WARM = [
         f"{TEN} --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
         *(curve, "wd", [round(step / 10, 6) for step in range(10)]),
     ),
+    ("--advantage-estimator gspo", loss, "per_sequence", True),
+    ("--use-opsm", loss, "use_opsm", True),
+    ("--opsm-delta 0.5 --use-opsm", loss, "opsm_delta", 0.5),
+    (f"--value-clip 0.5 {PPO}", loss, "value_clip", 0.5),
+    (f"--kl-coef 0.5 {RPP}", advantages, "kl_coef", 0.5),
+    (f"--gamma 0.5 {PPO}", advantages, "gamma", 0.5),
+    (f"--lambd 0.5 {PPO}", advantages, "lambd", 0.5),
+    (f"--use-opd {TEACHER}", advantages, "use_opd", True),
+    (f"--opd-kl-coef 0.5 {OPD}", advantages, "opd_kl_coef", 0.5),
+    (f"--critic-load L {PPO}", critic, "load", "/home/me/L"),
+    (f"--critic-save S {PPO} --save A", critic, "save", "/home/me/S"),
+    (f"--critic-lr 0.5 {PPO}", critic, "lr", 0.5),
+    (f"--critic-lr-warmup-iters 3 {PPO}", critic, "lr_warmup_iters", 3),
     ("--make-vocab-size-divisible-by 300", padded, "rows", 1200),
 ]
 """The same, in a process that has torch and megatron-core."""
@@ -343,6 +372,8 @@ TOLD = {
     "--moe-router-pre-softmax": FACTS,
     "--qk-layernorm": with_directory("M", replace(MODEL, config=LLAMA)),
     "--distributed-backend gloo": GPUS,
+    f"--critic-num-nodes 2 {PPO}": FACTS,
+    f"--critic-num-gpus-per-node 1 {PPO}": FACTS,
     "--sglang-router-ip h": FACTS,
 }
 """Flags that are checks: a value that does not fit is told with their name."""
@@ -355,7 +386,7 @@ OWN = {
 
 
 def values_of(flags):
-    return config(flags, facts=replace(FACTS, **NAMED))
+    return config(flags, facts=with_directory("L", CHECKPOINT, replace(FACTS, **NAMED)))
 
 
 @pytest.mark.parametrize(("flags", "observe", "key", "value"), FAST, ids=[f"{row[0]}: {row[2]}" for row in FAST])

@@ -308,9 +308,9 @@ def test_what_is_not_built_yet_is_called_that(tmp_path, monkeypatch):
     for path in ("session.v2.picker_hub.drop_retries", "checkpoint_eval.CheckpointEvalFn"):
         with pytest.raises(CannotLoad, match="not built yet"):
             load_function(f"miles.rollout.{path}", flag="--eval-function-path")
-    (tmp_path / "distilled_rm.py").write_text("import miles.rollout.on_policy_distillation\n")
+    (tmp_path / "distilled_rm.py").write_text("import miles.rollout.checkpoint_eval\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ImportFailed, match="not built yet: on-policy distillation"):
+    with pytest.raises(ImportFailed, match="not built yet: evaluation of checkpoints"):
         load_function("distilled_rm.f")
 
 

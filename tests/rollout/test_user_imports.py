@@ -72,6 +72,8 @@ FUNCTIONS = {
     R + "filter_hub.base_types.call_dynamic_filter": "fn, *args, **kwargs",
     R + "filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "args, samples, **kwargs",
     R + "filter_hub.dynamic_sampling_filters.check_no_aborted": "args, samples, **kwargs",
+    R + "on_policy_distillation.reward_func": "args, sample, **kwargs",
+    R + "on_policy_distillation.post_process_rewards": "args, samples",
     R + "sglang_rollout.GenerateState": "args",
     R + "sglang_rollout.generate": "args, sample, sampling_params",
     R + "sglang_rollout.generate_and_rm": "args, sample, sampling_params, evaluation=False",
@@ -126,7 +128,6 @@ FIELDS = {
 LATER = (
     R + "checkpoint_eval.CheckpointEvalFn", R + "checkpoint_eval.EvalSkip",
     R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
-    R + "on_policy_distillation.reward_func", R + "on_policy_distillation.post_process_rewards",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def test_the_paths_are_there(path):
 
 
 def test_what_is_not_there_says_what_it_is():
-    with pytest.raises(CannotLoad, match="on-policy distillation"):
+    with pytest.raises(CannotLoad, match="distillation over several tokens"):
         load_function("miles.backends.training_utils.loss_hub.opd.anything")
 
 
