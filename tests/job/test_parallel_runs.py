@@ -25,7 +25,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def check(done, rollouts=3):
+def check(done, rollouts=4):
     assert done.code == 0, done.output
     versions = [f"weight version {version} checked" in done.output for version in range(1, rollouts + 3)]
     assert versions == [True] * (rollouts + 1) + [False]
@@ -36,23 +36,23 @@ def check(done, rollouts=3):
         assert row["rollout/response_lengths"] == pytest.approx(row["rollout/response_len/mean"])
         assert row["rollout/advantages"] == pytest.approx(0, abs=1e-5)
     rewards = done.rewards()
-    assert rewards[-1] > rewards[0] + 0.08, done.output
+    assert rewards[-1] > rewards[0] + 0.1, (rewards, done.output)
 
 
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_model_over_several_ranks_trains_in_a_whole_run(tmp_path, flags):
-    check(train(tmp_path, check_weight_update_equal=True, num_rollout=3, timeout_s=580, **flags))
+    check(train(tmp_path, check_weight_update_equal=True, num_rollout=4, timeout_s=580, **flags))
 
 
 def test_a_model_with_experts_trains_in_a_whole_run_is_exported_and_converted(tmp_path):
     model = tiny_model("qwen3_moe", hidden=64, layers=2, tied=False)
     done = train(
         tmp_path, model=model, colocate=True, actor_num_gpus_per_node=2, expert_model_parallel_size=2,
-        rollout_num_gpus_per_engine=2, check_weight_update_equal=True, num_rollout=3, save=tmp_path / "save",
+        rollout_num_gpus_per_engine=2, check_weight_update_equal=True, num_rollout=4, save=tmp_path / "save",
         save_hf=tmp_path / "{rollout_id}", timeout_s=580,
     )  # fmt: skip
     check(done)
-    exported, original = weights(tmp_path / "2"), weights(model)
+    exported, original = weights(tmp_path / "3"), weights(model)
     assert {name: value.shape for name, value in exported.items()} == {
         name: value.shape for name, value in original.items()
     }
