@@ -11,6 +11,7 @@ from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 from support.trained_rollouts import args_of, data_of
 
+from miles.backends.checkpoint_layout import TRACKER, iteration_name
 from miles.backends.megatron_utils.backend import MegatronBackend
 from miles.backends.megatron_utils.value_head import NAME
 from miles.backends.training_utils.critic import Critic, CriticElsewhere, check_same_start, critic_args
@@ -113,3 +114,20 @@ def test_checkpoints_of_different_rollouts_are_refused():
     with pytest.raises(CriticElsewhere) as caught:
         check_same_start(5, 3, args)
     assert "/run/critic" in str(caught.value.evidence)
+
+
+def test_a_critic_that_is_ahead_of_its_actor_goes_on_with_the_actors_rollout(tmp_path):
+    """Its checkpoint is written first: a run may have ended between the two."""
+    for root, saved in (("run", (3,)), ("run_critic", (3, 4))):
+        for rollout_id in saved:
+            (tmp_path / root / iteration_name(rollout_id)).mkdir(parents=True)
+        (tmp_path / root / TRACKER).write_text(str(saved[-1]))
+    given = {"load": str(tmp_path / "run/"), "save": None, "lr": 1.0, "ckpt_step": None, "critic_load": None}
+    found = critic_args(SimpleNamespace(**given))
+    assert (found.load, found.ckpt_step) == (str(tmp_path / "run_critic"), 3)
+    # The one that is named is taken as it is.
+    found = critic_args(SimpleNamespace(**given | {"critic_load": "elsewhere", "ckpt_step": 3}))
+    assert (found.load, found.ckpt_step) == ("elsewhere", None)
+    # Without checkpoints of its own it begins with the actor's layers.
+    found = critic_args(SimpleNamespace(**given | {"load": str(tmp_path / "run_critic")}))
+    assert (found.load, found.ckpt_step) == (None, None)
