@@ -16,6 +16,7 @@ from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Vocabulary
 from miles.backends.megatron_utils.weights import load_hf_weights
+from miles.flags.architecture import shape as flags_shape
 
 SIZES = st.sampled_from([1, 2, 4])
 
@@ -205,3 +206,11 @@ def test_what_cannot_be_read_is_refused(directory, damage, told):
 def test_a_path_that_leads_nowhere_is_refused(tmp_path):
     with pytest.raises(UnreadableModelDirectory, match="there is no such directory"):
         HFDirectory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("architecture", "width"), [("qwen2", 8), ("qwen3", 128), ("qwen3_moe", 8), ("llama", 8)])
+def test_the_width_of_a_head_that_no_config_tells_is_that_of_its_family(architecture, width):
+    config = json.loads((tiny_model(architecture) / "config.json").read_text())
+    config.pop("head_dim", None)
+    assert read_shape(config).head_dim == width
+    assert flags_shape(config)["kv_channels"] == width

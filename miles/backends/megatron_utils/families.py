@@ -116,7 +116,8 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         ffn=int(config["intermediate_size"]),
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        # What transformers takes where config.json is silent.
+        head_dim=int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads)),
         vocab=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
