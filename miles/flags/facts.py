@@ -9,8 +9,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from miles.backends.checkpoint_layout import (
     rollout_of,
 )
 from miles.flags.prompt_facts import DataFacts, read_data
+from miles.flags.row_checks import row_checks
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
-from miles.utils.eval_config import BadEvalConfig, Entries, read_entries, resolve_entries
+from miles.utils.eval_config import BadEvalConfig, Entries, EvalDatasetConfig, read_entries, resolve_entries
 from miles.utils.misc import not_built
 from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
@@ -106,6 +107,8 @@ class EvalSet:
     metadata_key: str = "metadata"
     tool_key: str | None = "tools"
     rm_type: str | None = None
+    added: Mapping[str, Any] = field(default_factory=dict)
+    """To each row's metadata."""
 
     @property
     def kinds(self) -> Columns:
@@ -113,7 +116,6 @@ class EvalSet:
         return Columns(
             self.input_key, self.label_key, self.metadata_key, self.tool_key,
             prompt_flag="--eval-input-key", label_flag="--eval-label-key", tool_flag="--eval-tool-key",
-            label_check=label_check(self.rm_type),
         )  # fmt: skip
 
 
@@ -161,16 +163,19 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     """Look at everything that these values name. ``run_dir``: where a run without ``--run-dir`` writes."""
     gpus, fault = _count_gpus()
     columns = [values.get("input_key"), values.get("label_key"), values.get("metadata_key")]
+    rm_type, custom = values.get("rm_type"), values.get("custom_rm_path")
     entries, sets, error = _evaluated(values)
     wanted: dict[str, list[Any]] = {}
     kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
         wanted[path] = columns
-        check = None if values.get("custom_rm_path") else label_check(values.get("rm_type"))
-        kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"), label_check=check)]
+        checks = row_checks(rm_type, custom)
+        kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"), **checks)]
     for found in sets:
         wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]
-        kinds.setdefault(found.path, []).append(found.kinds)
+        kinds.setdefault(found.path, []).append(
+            replace(found.kinds, **row_checks(found.rm_type or rm_type, custom, found.added))
+        )
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
     named_files = [path for key in NAMED_FILES if (path := values.get(key))]
@@ -192,22 +197,6 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )
-
-
-def label_check(rm_type: str | None) -> Callable[[Any], str] | None:
-    """What tells that a label cannot be used with a reward; None: any label can."""
-    if (rm_type or "").strip().removeprefix("boxed_") != "dapo":
-        return None
-    from miles.rollout.rm_hub.math_dapo_utils import whole_number
-
-    def check(label: Any) -> str:
-        try:
-            whole_number(label)
-        except ValueError:
-            return "a number, as --rm-type dapo needs"
-        return ""
-
-    return check
 
 
 def look_at(path: Path) -> DirectoryFacts:
@@ -315,4 +304,10 @@ def _evaluated(values: Mapping[str, Any]) -> tuple[Entries | None, list[EvalSet]
         sets = resolve_entries(values, entries)
     except BadEvalConfig as error:
         return None, [], f"{error.what}: {error.evidence}"
-    return entries, [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key, s.rm_type) for s in sets], ""
+    found = [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key, s.rm_type, _added(s)) for s in sets]
+    return entries, found, ""
+
+
+def _added(found: EvalDatasetConfig) -> dict[str, Any]:
+    """To the metadata of each row of evaluation data."""
+    return {**found.metadata_overrides, **({"rm_type": found.rm_type} if found.rm_type else {})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, switch, text
 
 GROUP = "reward and filters"
-NUMBER_REWARDS = ("math", "deepscaler", "gemma_math", "f1", "gpqa", "random", "deterministic_random")
+NUMBER_REWARDS = ("math", "deepscaler", "gemma_math", "f1", "gpqa", "ifbench", "random", "deterministic_random")
 """They give a number for each sample."""
 DICT_REWARDS = {"dapo": ("score", "acc")}
 """They give several values: the keys of those that are numbers."""
@@ -13,7 +13,7 @@ REWARDS = (*NUMBER_REWARDS, *DICT_REWARDS, "remote_rm")
 """All that ``--rm-type`` may name. ``miles.rollout.rm_hub`` has the same."""
 LABELLED = ("math", "deepscaler", "gemma_math", "dapo", "f1")
 """They compare with the label."""
-WORD_FOR_WORD = ("dapo", "f1")
+WORD_FOR_WORD = ("dapo", "f1", "ifbench")
 """They compare words up to the end of the response."""
 NO_BOX_IN_A_BOX = ("math", "deepscaler", "gemma_math", "dapo")
 """They look for a box, or for words before an answer: with ``boxed_`` they rarely find any."""

@@ -185,10 +185,18 @@ def _broken_in(batch: Any, look: Look) -> tuple[int, str] | None:
     checked = {columns.label for columns in look.kinds if columns.label_check is not None}
     labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds} - checked
     prompts = {columns.prompt for columns in look.kinds}
-    objects = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type) and n not in prompts]
-    if all(name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names):
+    structs = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type)]
+    objects = [name for name in structs if name not in prompts and not _may_name_reward(batch.schema.field(name).type)]
+    looks_at_all = any(columns.rewards_by_metadata for columns in look.kinds)
+    if not looks_at_all and all(
+        name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names
+    ):
         return None
     for place, values in enumerate(batch.to_pylist()):
         if why := look.wrong({name: without_nulls(value) for name, value in values.items()}):
             return place, why
     return None
+
+
+def _may_name_reward(kind: Any) -> bool:
+    return "rm_type" in (kind.field(place).name for place in range(kind.num_fields))

@@ -43,6 +43,10 @@ class Columns:
     tool_flag: str = "--tool-key"
     label_check: Callable[[Any], str] | None = None
     """What a label should be and is not; empty: nothing. Not asked for rows that name a reward of their own."""
+    metadata_check: Callable[[Any], str] | None = None
+    """Why a row's metadata is of no use to the row's reward; empty: it is."""
+    rewards_by_metadata: bool = False
+    """All rows are rewarded by what their metadata says, so that each of them has to be looked at."""
 
     @property
     def names(self) -> list[str]:
@@ -78,6 +82,8 @@ class Columns:
         metadata = row.get(self.metadata) if self.metadata else None
         if metadata is not None and type(metadata) is not dict:
             return Fault(str(self.metadata), "--metadata-key", "an object", _shown(metadata))
+        if self.metadata_check is not None and (why := self.metadata_check(metadata)):
+            return Fault(str(self.metadata), "--metadata-key", "what the row's reward needs", why)
         tools = row.get(self.tool) if self.tool else None
         if tools is not None and tools_of(tools) is None:
             return Fault(str(self.tool), self.tool_flag, "a list of tools, or JSON of one", _shown(tools))

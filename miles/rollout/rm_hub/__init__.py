@@ -47,6 +47,7 @@ async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Any:
     Raises:
         NoReward: None is chosen, or one that there is not.
         BadLabel: The label cannot be compared with.
+        CannotCheck: Of ``ifbench``.
         NoRemoteReward, RequestRefused: Of ``remote_rm``.
         NoGrader: Processes cannot be started.
         HookFailed: The user's function raised.
@@ -106,6 +107,12 @@ async def _gpqa(args: Any, sample: Sample, response: str) -> float:
     return compute_gpqa_reward(response, sample.label, sample.metadata)
 
 
+async def _ifbench(args: Any, sample: Sample, response: str) -> float:
+    from miles.rollout.rm_hub.ifbench import ifbench_reward
+
+    return await ifbench_reward(response, sample.metadata)
+
+
 async def _remote(args: Any, sample: Sample, response: str) -> Any:
     return await ask(args.rm_url, sample, response, budget_of(args))
 
@@ -125,6 +132,7 @@ REWARDS: dict[str, Callable[[Any, Sample, str], Awaitable[Any]]] = {
     "dapo": _dapo,
     "f1": _f1,
     "gpqa": _gpqa,
+    "ifbench": _ifbench,
     "remote_rm": _remote,
     "random": _random,
     "deterministic_random": _deterministic_random,
