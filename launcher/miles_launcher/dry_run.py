@@ -102,18 +102,23 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
     import json
 
     from miles.backends.sglang_utils.environment import engine_environment
-    from miles.backends.sglang_utils.server_arguments import router_arguments, server_arguments
+    from miles.backends.sglang_utils.server_arguments import (
+        engine_size,
+        router_arguments,
+        server_arguments,
+        slots_of_engines,
+    )
 
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_router", _HOST, "PORTS")
     if not config["sglang_router_ip"]:
         yield Process("router", NODE, (), ("http", "metrics"), (*launch, json.dumps(router_arguments(config))), {})
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", _HOST, "PORTS")
-    for rank, slots in enumerate(engines):
+    for rank, slots in enumerate(slots_of_engines(config, engines)):
         devices = tuple(device for slot in slots for device in slot.devices)
         env = engine_environment(
             config["device"],
             index=rank,
-            tp_size=config["rollout_num_gpus_per_engine"],
+            tp_size=engine_size(config, rank),
             colocate=config["colocate"],
             inherited={**os.environ, **config["env"]},
             device_ids=[str(device) for device in devices],

@@ -21,6 +21,7 @@ from miles.backends.checkpoint_layout import (
     find_checkpoint,
     rollout_of,
 )
+from miles.flags.engine_facts import EngineFacts, look_at_engines
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.flags.row_checks import row_checks
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
@@ -137,6 +138,7 @@ class Facts:
         torch_has_cuda: The installed torch is not the CPU build.
         cores: CPU cores that this process may use.
         tracking: What trackers find.
+        engines: What --sglang-config says, and SGLang's arguments.
         default_run_dir: Where a run without ``--run-dir`` writes.
         cwd: What relative paths are relative to.
     """
@@ -155,6 +157,7 @@ class Facts:
     torch_has_cuda: bool = False
     cores: int = 1
     tracking: TrackingFacts = field(default_factory=TrackingFacts)
+    engines: EngineFacts = field(default_factory=EngineFacts)
     default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
     cwd: str = "/"
 
@@ -194,6 +197,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         torch_has_cuda=_torch_has_cuda(),
         cores=usable_cores(),
         tracking=look_at_tracking(values),
+        engines=look_at_engines(values),
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )

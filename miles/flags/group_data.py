@@ -9,7 +9,6 @@ BUFFER = "not built yet: an external rollout buffer service"
 SESSION = "not built yet: the session server"
 DELTA = "not built yet: weights as deltas on disk"
 P2P = "not built yet: peer-to-peer weight transfer"
-EXTERNAL = "not built yet: engines started elsewhere"
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(
@@ -131,8 +130,8 @@ FLAGS: tuple[Flag, ...] = (
         refused(text("--custom-update-weight-post-write-path", None, "hook after deltas are written"), DELTA),
         refused(integer("--p2p-transfer-num-workers", 4, "threads"), P2P),
         refused(number("--p2p-transfer-timeout", 30.0, "seconds per transfer"), P2P),
-        refused(switch("--rollout-external", "use engines that run already"), EXTERNAL),
-        refused(text("--rollout-external-engine-addrs", None, "their addresses", nargs="+"), EXTERNAL),
+        switch("--rollout-external", "use engines that run already; none is started or ended"),
+        text("--rollout-external-engine-addrs", None, "HOST:PORT of each of them", nargs="+"),
         refused(switch("--pin-rollout-manager-to-head", "the rollout manager runs on the head node"), "", only=(True,)),
         refused(text("--rollout-buffer-url", None, "address of the service"), BUFFER),
         refused(integer("--fetch-trajectory-retry-times", -1, "tries"), BUFFER),

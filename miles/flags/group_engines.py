@@ -34,7 +34,7 @@ FLAGS: tuple[Flag, ...] = (
         integer("--sglang-server-concurrency", 512, "most requests in flight per engine"),
         text("--sglang-router-policy", None, "how the router chooses an engine"),
         integer("--sglang-router-request-timeout-secs", 14400, "the router's deadline of a request"),
-        refused(path("--sglang-config", "YAML of server groups"), "not built yet: server groups"),
+        path("--sglang-config", "YAML of groups of engines, each with settings of its own; base64:... is taken too"),
         refused(integer("--prefill-num-servers", None, "prefill servers"), "not built yet: prefill and decode apart"),
         refused(switch("--use-miles-router", "another router"), MILES_ROUTER),
         refused(number("--miles-router-timeout", None, "its deadline"), MILES_ROUTER),

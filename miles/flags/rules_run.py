@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from miles.flags.draft import Draft
+from miles.flags.rules_external import resolve_external
 from miles.flags.rules_parallel import data_parallel
+from miles.flags.server_groups import resolve_groups
 
 SFT_ROLLOUT = "miles.rollout.sft_rollout.generate_rollout"
 
@@ -163,6 +165,8 @@ def resolve_cluster(draft: Draft) -> None:
     if draft["debug_rollout_only"] and draft["colocate"]:
         draft["colocate"] = False
         draft.notice("--colocate has nobody to share with under --debug-rollout-only")
+    resolve_external(draft)
+    resolve_groups(draft)
     _resolve_offload(draft)
     engines_gpus = _engine_gpus(draft, world, slots) if draft.generates else 0
     draft["rollout_num_gpus"] = engines_gpus
@@ -197,6 +201,8 @@ def _resolve_offload(draft: Draft) -> None:
 def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
     per_engine: int = draft["rollout_num_gpus_per_engine"]
     given: int | None = draft["rollout_num_gpus"]
+    if draft["rollout_external"]:
+        return 0
     if draft["colocate"]:
         if given not in (None, world):
             draft.notice(f"--rollout-num-gpus {given} is ignored: with --colocate engines have the trainer's {world}")
@@ -219,7 +225,11 @@ def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
 
 def _count_engines(draft: Draft, gpus: int) -> None:
     per_engine = draft["rollout_num_gpus_per_engine"]
-    draft["rollout_num_engines"] = gpus // per_engine
+    external = draft["rollout_external_engine_addrs"] or [] if draft["rollout_external"] else []
+    groups = draft["engine_groups"]
+    draft["rollout_num_engines"] = len(external) or gpus // per_engine
+    if groups:
+        draft["rollout_num_engines"] = sum(group["num_engines"] for group in groups)
     if draft["sglang_router_port"] is not None and not draft["sglang_router_ip"]:
         port = draft["sglang_router_port"]
         draft.notice(
@@ -228,7 +238,7 @@ def _count_engines(draft: Draft, gpus: int) -> None:
         )
     if draft["sglang_router_ip"] and draft["sglang_router_port"] is None:
         draft.problem("sglang_router_ip", "a router that runs already has a port", advice="Give --sglang-router-port.")
-    if gpus % per_engine:
+    if gpus % per_engine and not groups:
         whose = "the trainer's, which engines share," if draft["colocate"] else "of the rollout"
         draft.problem(
             "rollout_num_gpus_per_engine",

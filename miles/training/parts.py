@@ -15,6 +15,7 @@ from typing import Any
 
 from miles.backends.checkpoint_layout import find_checkpoint
 from miles.backends.sglang_utils.fleet import EngineFleet
+from miles.backends.sglang_utils.server_arguments import slots_of_engines
 from miles.training.errors import CheckpointsDisagree, first_of
 from miles_agents.rpc.mesh import ActorMesh
 from miles_controller import Controller, OwnedMesh, Placement, Policy, Request
@@ -69,13 +70,15 @@ def placement_requests(config: Mapping[str, Any]) -> list[Request]:
     oversubscribe = on_cpu
     if not config["debug_rollout_only"]:
         requests.append(Request("trainer", config["world_size"], oversubscribe=oversubscribe))
-    if not config["debug_train_only"]:
+    if not config["debug_train_only"] and not config.get("rollout_external"):
         colocated = config["colocate"] and not config["debug_rollout_only"]
+        # Groups of engines of several sizes take their devices one by one.
+        grouped = bool(config.get("engine_groups"))
         requests.append(
             Request(
                 "engines",
-                config["rollout_num_engines"],
-                devices_per_rank=config["rollout_num_gpus_per_engine"],
+                config["rollout_num_gpus"] if grouped else config["rollout_num_engines"],
+                devices_per_rank=1 if grouped else config["rollout_num_gpus_per_engine"],
                 colocate_with="trainer" if colocated else None,
                 kind="service",
                 oversubscribe=oversubscribe and not colocated,
@@ -93,7 +96,8 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
     placement = controller.place(placement_requests(config))
     fleet = None
     if not config["debug_train_only"]:
-        devices = [[index for slot in slots for index in slot.devices] for slots in placement.slots["engines"]]
+        slots_by_engine = slots_of_engines(config, placement.slots.get("engines", ()))
+        devices = [[index for slot in slots for index in slot.devices] for slots in slots_by_engine]
         settings = {**config, "seed": engine_seed(config)}
         fleet = EngineFleet(controller, settings, node=placement.head, devices=devices)
     try:

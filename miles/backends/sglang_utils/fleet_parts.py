@@ -13,7 +13,12 @@ from typing import Any
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE
-from miles.backends.sglang_utils.server_arguments import engine_size, router_arguments, server_arguments
+from miles.backends.sglang_utils.server_arguments import (
+    engine_size,
+    rank_offset,
+    router_arguments,
+    server_arguments,
+)
 from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.errors import PeerFault
 from miles_controller import Controller
@@ -59,7 +64,7 @@ async def start_engine(
     Raises:
         BadEngineConfig; what ``Controller.start_service`` raises, with the last lines of the engine's log.
     """
-    name, size, arguments = f"engine-{rank}", engine_size(config), server_arguments(config, rank)
+    name, size, arguments = f"engine-{rank}", engine_size(config, rank), server_arguments(config, rank)
     if os.environ.get("MILES_SGLANG_DUMMY_LOAD") == "1":  # the first weight update brings the weights
         arguments["load_format"] = "dummy"
     env = engine_environment(
@@ -86,7 +91,7 @@ async def start_engine(
     except BaseException:
         await client.close()
         raise
-    target = EngineTarget(name, service.url, api_key, size, 1 + rank * size, bracket)
+    target = EngineTarget(name, service.url, api_key, size, rank_offset(config, rank), bracket)
     return Engine(target, service, client)
 
 

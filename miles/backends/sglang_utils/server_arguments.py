@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from miles_agents.errors import ConfigError
 
+T = TypeVar("T")
 MAP_WEIGHTS = "miles.backends.sglang_utils.map_weights.load"
 """The weight loader of ours that an engine on a CPU is given: the ``load_format`` of its updates."""
 
@@ -35,7 +36,8 @@ def server_arguments(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Fields of SGLang's ``ServerArgs`` for engine ``rank``; host, ports and key are the launcher's to add.
 
     What is forced comes from the run (model, seed, parallel sizes, memory saver, metrics); everything else that a
-    ``--sglang-*`` flag set is passed on; where it set nothing, a CPU gets what works on one.
+    ``--sglang-*`` flag set is passed on, the overrides of the engine's group (``--sglang-config``) last; where it set
+    nothing, a CPU gets what works on one.
 
     Raises:
         BadEngineConfig: a combination that cannot be started.
@@ -48,6 +50,7 @@ def server_arguments(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
         and key not in _NOT_SERVER_ARGUMENTS
         and value is not None
     }
+    typed |= group_of(config, rank).get("overrides") or {}
     on_cpu = config["device"] == "cpu"
     _check(config, typed, on_cpu=on_cpu)
     arguments = typed | _forced(config, rank, on_cpu=on_cpu)
@@ -68,7 +71,7 @@ def _forced(config: Mapping[str, Any], rank: int, *, on_cpu: bool) -> dict[str, 
         "node_rank": 0,
         "base_gpu_id": 0,  # the process sees its own devices only
         "gpu_id_step": 1,
-        "tp_size": engine_size(config),
+        "tp_size": engine_size(config, rank),
         "skip_server_warmup": True,
         "enable_draft_weights_cpu_backup": not on_cpu,
         "enable_metrics": True,
@@ -87,9 +90,36 @@ def _with_cpu_defaults(arguments: dict[str, Any], config: Mapping[str, Any]) -> 
     return defaults | arguments | {"sleep_on_idle": True, "custom_weight_loader": [*loaders, MAP_WEIGHTS]}
 
 
-def engine_size(config: Mapping[str, Any]) -> int:
-    """Ranks of one engine."""
-    return int(config.get("rollout_num_gpus_per_engine") or 1)
+def group_of(config: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
+    """The group of engine ``rank``: ``num_gpus_per_engine``, ``overrides``; empty where all engines are alike."""
+    first = 0
+    for group in config.get("engine_groups") or ():
+        first += group["num_engines"]
+        if rank < first:
+            return dict(group)
+    return {}
+
+
+def engine_size(config: Mapping[str, Any], rank: int) -> int:
+    """Ranks of engine ``rank``."""
+    return int(group_of(config, rank).get("num_gpus_per_engine") or config.get("rollout_num_gpus_per_engine") or 1)
+
+
+def rank_offset(config: Mapping[str, Any], rank: int) -> int:
+    """Place of the engine's first rank in a process group of trainer rank 0 and all engines."""
+    return 1 + sum(engine_size(config, before) for before in range(rank))
+
+
+def slots_of_engines(config: Mapping[str, Any], slots: Sequence[Sequence[T]]) -> list[list[T]]:
+    """Slots by engine. Where there are groups, each of ``slots`` has one device, and they are dealt out in order."""
+    if not config.get("engine_groups"):
+        return [list(of_engine) for of_engine in slots]
+    left, dealt = [slot for of_device in slots for slot in of_device], []
+    for rank in range(int(config["rollout_num_engines"])):
+        size = engine_size(config, rank)
+        dealt.append(left[:size])
+        left = left[size:]
+    return dealt
 
 
 def cache_tokens(config: Mapping[str, Any]) -> int:
@@ -137,12 +167,6 @@ def _check(config: Mapping[str, Any], typed: Mapping[str, Any], *, on_cpu: bool)
             "--sglang-admin-api-key is not served",
             evidence="with it engines take weight updates from nobody who has only the run's key",
             advice="Leave it out: every run makes a key of its own.",
-        )
-    if config.get("sglang_config"):
-        raise BadEngineConfig(
-            "--sglang-config is not served",
-            evidence=f"--sglang-config {config['sglang_config']}",
-            advice="Leave it out: all engines of a run are alike.",
         )
     if on_cpu and typed.get("enable_return_routed_experts"):
         raise BadEngineConfig(
