@@ -90,6 +90,13 @@ def _check_critic(draft: Draft) -> None:
             "its critic learns returns, and --disable-compute-advantages-and-returns leaves them out",
             advice="Leave one of the two out.",
         )
+    if draft["train_async"] and not (draft["use_rollout_logprobs"] or draft["use_tis"]):
+        draft.problem(
+            "advantage_estimator",
+            "in asynchronous training responses are of older weights, and the ratio has to know",
+            allowed="with --use-rollout-logprobs or --use-tis",
+            advice="Give one of these.",
+        )
     _check_critic_ranks(draft)
     _check_critic_rate(draft)
     _check_critic_files(draft)

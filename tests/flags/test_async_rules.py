@@ -22,6 +22,7 @@ REFUSED = [
     (FULLY + "--async-max-concurrent-samples 3", "--async-max-concurrent-samples", "4 or more"),
     (FULLY + "--async-data-buffer-capacity-factor 0", "--async-data-buffer-capacity-factor", "above 0"),
     (FULLY + "--max-weight-staleness -1", "--max-weight-staleness", "0 or more"),
+    ("--train-async --advantage-estimator ppo", "--advantage-estimator", "older weights"),
     ("--train-async --update-weights-interval 0", "--update-weights-interval", "1 or more"),
 ]
 
@@ -37,6 +38,8 @@ def test_what_does_not_go_together_is_told(flags, flag, words):
     "flags",
     [
         "--train-async --update-weights-interval 3",
+        "--train-async --advantage-estimator ppo --use-tis",
+        "--train-async --advantage-estimator ppo --use-rollout-logprobs",
         FULLY + "--max-weight-staleness 0 --async-max-concurrent-samples 4 --pause-generation-mode in_place",
     ],
 )
