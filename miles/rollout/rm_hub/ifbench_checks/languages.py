@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -44,9 +45,17 @@ def syllables(word: str) -> int:
     return int(library.count(word))
 
 
+@lru_cache(maxsize=1)
+def _tagger() -> Any:
+    library: Any = importlib.import_module("textblob.en")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves the closing of its lexicon to the collector
+        library.tag("a")
+    return library.tag
+
+
 def begins_with_verb(words: str) -> bool:
     """Whether the first word of an English sentence is a verb, by its place there."""
     with _loading:
-        library: Any = importlib.import_module("textblob.en")
-        found = library.tag(words)
+        found = _tagger()(words)
     return bool(found) and str(found[0][1]).startswith("VB")

@@ -67,7 +67,7 @@ def two_paragraphs(text: str) -> bool:
 def hyphenated_sentences(text: str) -> bool:
     """Hyphens without spaces connect the sentences."""
     found = text.strip()
-    parts = sentences(re.sub(r"(?<=[.!?])-(?=\S)", " ", found))
+    parts = sentences(re.sub(r"(?<=[.!?])-", " ", found))
     return "-".join(parts) == found
 
 
@@ -82,8 +82,8 @@ def bracketed_words(text: str) -> bool:
 def wrapped_bigrams(text: str) -> bool:
     """Each two words stand in double angular brackets: <<I am>> <<at home>>."""
     words = text.split()
-    pairs = zip(words[::2], words[1::2], strict=False)
-    return len(words) > 1 and all(one.startswith("<<") and other.endswith(">>") for one, other in pairs)
+    pairs = [f"{one} {other}" for one, other in zip(words[::2], words[1::2], strict=False)]
+    return bool(pairs) and all(pair.startswith("<<") and pair.endswith(">>") and ">> <<" not in pair for pair in pairs)
 
 
 @iftrain("punctuation:punctuation_dot")

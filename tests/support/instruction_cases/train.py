@@ -1,0 +1,137 @@
+"""IFTrain: what IFBench's authors train with."""
+
+REQUEST = "Name a color."
+
+TABLE = [
+    ("keywords:word_once", {"keyword": "sun"}, ["the SUN", "Sunday"], ["sun sun", "moon", "", "sunsun"]),
+    (
+        "keywords:word_count_different_numbers",
+        {"keyword": "sun", "frequency": 2, "relation": "at least"},
+        ["sun Sun", "sunsun"],
+        ["sun", ""],
+    ),
+    (
+        "keywords:word_count_different_numbers",
+        {"keyword": "a.b", "frequency": 1, "relation": "less than"},
+        ["acb", "a b"],
+        ["a.b", "xA.By"],
+    ),
+    (
+        "keywords:exclude_word_harder",
+        {"keyword": "cat"},
+        ["cats", "concatenate", ""],
+        ["a cat sat", "Cat!", "(cat)"],
+    ),
+    (
+        "keywords:no_adjacent_consecutive",
+        {},
+        ["a c e", "b a", "one", "z a", ""],
+        ["a b", "The unicorn", "x A B"],
+    ),
+    ("keywords:palindrome", {}, ["a level road", "Noon!", "121"], ["a I", "levels", "", "oo --"]),
+    (
+        "keywords:keyword_specific_position",
+        {"keyword": ["moon"], "n": 1, "m": 3},
+        ["I saw moon.", "Oh, moon!"],
+        ["I saw Moon.", "Saw moon", "", "moon. a b moon"],
+    ),
+    ("keywords:start_end", {}, ["Yes I say yes", "so, so"], ["Yes I say yes.", "yes", "", "a b"]),
+    ("first_word:first_word_answer", {"first_word": "Well"}, ["Well, yes", "well"], ["Wells", "So well", "", "We'll"]),
+    (
+        "first_word:first_word_sent",
+        {"first_word": "We"},
+        ["We go. We stay!", "we", '"We" go. WE'],
+        ["We go. They stay.", "West", "Well. We", ""],
+    ),
+    (
+        "last_word:last_word_answer",
+        {"last_word": "end"},
+        ["This is the end.", "END!!", "the **end**"],
+        ["the ending", "end it", "", "the end 2"],
+    ),
+    (
+        "last_word:last_word_sent",
+        {"last_word": "now"},
+        ["Go now. Stay now!", "NOW", "Go (now)."],
+        ["Go now. Stay.", "now go", "", "Known"],
+    ),
+    ("count:lowercase_counting", {"N": 2}, ["TWO small words", "", "A1 B ok"], ["three small words", "a b c", "x-y z"]),
+    ("count:count_unique", {}, ["one two three", "a, b, c,", ""], ["one One", "a b a", "no. no!"]),
+    (
+        "count:count_increment_word",
+        {"keyword1": "sun", "keyword2": "moon"},
+        ["sun moon moon", "Sunday: MOON, moonlight"],
+        ["sun moon", "sun sun moon moon", "", "moon moon"],
+    ),
+    (
+        "count:counting_composition",
+        {"n_sent": 2, "n_words": 2},
+        ["A b. C d.\n* * *\nE f! G h?\n* * *\nI j. K l.", "A b. C d. *** E f. G h. *** I j. K l."],
+        [
+            "A b. C d.\n* * *\nE f. G h.",
+            "A b. C d. *** E f. *** I j. K l.",
+            "",
+            "A b. C d e. *** E f. G h. *** I j. K l.",
+        ],
+    ),
+    (
+        "letters:letter_counting",
+        {"N": 4, "relation": "at least"},
+        ["four", "a b C D 1"],
+        ["abc", "123 4567", "", "\u00e9\u00e9\u00e9\u00e9"],
+    ),
+    ("letters:letter_counting", {"N": 4, "relation": "less than"}, ["abc", "1234"], ["abcd", "a b c d"]),
+    (
+        "letters:letter_counting2",
+        {"letter": "e", "let_frequency": 2, "let_relation": "less than"},
+        ["one", "e\u0301t\u00e9"],
+        ["eel", "E e"],
+    ),
+    (
+        "copy:copy",
+        {"prompt_to_repeat": REQUEST},
+        [REQUEST, " NAME A COLOR.\n"],
+        ["Red.", REQUEST + " Red.", "", "Name a"],
+    ),
+    (
+        "copy:copying_simple",
+        {"prompt_to_repeat": REQUEST},
+        [REQUEST, "name a color."],
+        ["Name a color", "Sure: Name a color.", ""],
+    ),
+    (
+        "copy:copying_multiple",
+        {"prompt_to_repeat": REQUEST, "N": 2},
+        [f"{REQUEST}\n******\n{REQUEST}", f"{REQUEST}******{REQUEST.lower()}"],
+        [REQUEST, f"{REQUEST}******{REQUEST}******{REQUEST}", f"{REQUEST}***{REQUEST}", "", "******"],
+    ),
+    (
+        "new:copy_span_idx",
+        {"prompt_to_repeat": " Name a color.", "n_start": 1, "n_end": 4},
+        ["Name", "nam", " NAME "],
+        ["Name a", "ame", "", "Name a color."],
+    ),
+    (
+        "copy:repeat_phrase",
+        {"phrase": "the early bird catches", "small_n": 2},
+        ["the early cat catches, the late bird catches", "So: the early dog catches. (the early fox catches)"],
+        ["the early bird catches the early cat catches", "the early cat catches", "", "the late cat catches " * 2],
+    ),
+    ("paragraphs:paragraphs", {}, ["a\n***\nb", "a***b***"], ["a\n\nb", "a***b***c", "", "a"]),
+    ("paragraphs:paragraphs2", {}, ["a\n\nb", "\n\na\nb\n\nc"], ["a\nb", "a\n\nb\n\nc", "", "a\n\n\n\nb"]),
+    (
+        "detectable_format:sentence_hyphens",
+        {},
+        ["One is here.-Two is here.-Three", "A well-known fact.-Yes!", "One."],
+        ["One. Two.", "One.- Two.", "One. -Two.", "One.-Two. Three."],
+    ),
+    ("detectable_format:square_brackets", {}, ["[one] [two]", "[a]\n[b.]"], ["[one two]", "[a] b", "", "[]"]),
+    (
+        "detectable_format:bigram_wrapping",
+        {},
+        ["<<I am>> <<at home>>", "<<a b>>\n<<c d>> e"],
+        ["I am at home", "<<I am at home>>", "", "<<a>> <<b>>", "<I am>"],
+    ),
+    ("punctuation:punctuation_dot", {}, ["no dot!", "a, b"], ["dot.", "3.14", "..."]),
+    ("punctuation:punctuation_exclamation", {}, ["no.", "\u00a1no"], ["yes!", "a != b", "!"]),
+]
