@@ -112,7 +112,9 @@ async def _start(
     controller: Controller, config: dict[str, Any], placement: Placement, fleet: EngineFleet | None
 ) -> Parts:
     try:
-        if fleet is not None and config["offload_rollout"] and config["device"] == "cuda":
+        if fleet is not None and fleet.is_external:
+            await fleet.start()  # what is wrong with engines that run already is told before anything else starts
+        elif fleet is not None and config["offload_rollout"] and config["device"] == "cuda":
             # An engine sizes its cache by the memory that it finds free: all of it, before the trainer comes.
             await fleet.start()
             await fleet.release()

@@ -72,6 +72,7 @@ class FakeEngine:
     def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
         self.bracket = bracket
+        self.told = {}
         self.faults = defaultdict(list)
         self.calls = []
         self.url = ""
@@ -156,6 +157,7 @@ class FakeEngine:
             "/init_weights_update_group": self._init_group,
             "/destroy_weights_update_group": self._destroy_group,
             "/weights_checker": self._checksum,
+            "/get_weights_by_name": self._by_name,
             "/release_memory_occupation": self._release,
             "/resume_memory_occupation": self._resume_memory,
             "/v1/completions": self._completions,
@@ -372,10 +374,19 @@ class FakeEngine:
         return web.Response()
 
     async def _model_info(self, _):
-        return web.json_response({"weight_version": self.version, "model_path": "fake", "is_generation": True})
+        info = {"weight_version": self.version, "model_path": "fake", "is_generation": True}
+        return web.json_response(info | self.told.get("model", {}))
 
     async def _server_info(self, _):
-        return web.json_response({"version": "0.5.23", "max_total_num_tokens": 16384, "tp_size": 1})
+        info = {"version": "0.5.23", "max_total_num_tokens": 16384, "tp_size": 1, "dp_size": 1, "pp_size": 1}
+        return web.json_response(info | self.told.get("server", {}))
+
+    async def _by_name(self, request):
+        body = await request.json()
+        tensor = self.weights.get(body["name"])
+        if tensor is None:
+            raise Refused("Get parameter by name failed")
+        return web.json_response(tensor[: body["truncate_size"]].tolist())
 
 
 def load_directory(path):

@@ -4,7 +4,8 @@
 * Produces: ``targets``, ``router_url``, ``api_key`` for those who generate; phases; the error with which it ends.
 * Waits for: engines and router to come up, each with a deadline; answers of engines, likewise.
 * Invariants: an engine that missed a weight update gets no requests and generates nothing; a router of ours and all
-  engines need the key that this run made; after ``stop`` nothing of them runs.
+  engines of ours need the key that this run made; after ``stop`` nothing of them runs, and engines that somebody else
+  has started (``--rollout-external``) are as they were.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.sglang_utils.client import MEMORY_TAGS
-from miles.backends.sglang_utils.fleet_parts import Engine, all_of, death_of, start_engine, start_router
+from miles.backends.sglang_utils.external import adopt, external_key, let_go
+from miles.backends.sglang_utils.fleet_parts import (
+    Engine,
+    EngineService,
+    all_of,
+    death_of,
+    start_engine,
+    start_router,
+)
 from miles.backends.sglang_utils.fleet_update import Send, UpdateRunner, settings
 from miles.backends.sglang_utils.router import RouterClient
 from miles.backends.sglang_utils.server_arguments import BadEngineConfig
 from miles.backends.sglang_utils.settle import forget_stale
-from miles.backends.weight_update.messages import EngineTarget
+from miles.backends.weight_update.messages import GROUP_NAME, EngineTarget
 from miles_agents.errors import InternalError, MilesError
 from miles_controller import Controller
 from miles_controller.services import ServiceHandle
@@ -57,7 +66,8 @@ class EngineFleet:
         devices: Sequence[Sequence[int]] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
-        self.api_key = secrets.token_urlsafe(32)
+        self.is_external = bool(config.get("rollout_external"))
+        self.api_key = (external_key() if self.is_external else "") or secrets.token_urlsafe(32)
         self.router_url = ""
         self._controller = controller
         self._config = dict(config)
@@ -78,18 +88,29 @@ class EngineFleet:
 
         Raises:
             BadEngineConfig; ServiceDied, ServiceNotReady, with the last lines of a log; EngineRefused, EngineSilent,
-            WorkerNotTaken. Nothing is left then.
+            WorkerNotTaken, ExternalEngineUnfit. Nothing is left then.
         """
         try:
-            router = self._start_router()
-            await all_of(router, *(self._start_engine(rank) for rank in range(len(self._devices))))
+            if self.is_external:
+                for engine in await adopt(self._config, external_key()):
+                    self._joined(engine)
+                await self._start_router()
+            else:
+                starts = (self._start_engine(rank) for rank in range(len(self._devices)))
+                await all_of(self._start_router(), *starts)
             self._engines.sort(key=lambda engine: engine.target.rank_offset)
             if self._router is None:
                 raise AssertionError("started above")
-            await all_of(*(self._router.add(engine.target.url, self.api_key) for engine in self._engines))
+            known = {worker["url"] for worker in await self._router.workers()} if self.is_external else set()
+            new = [engine.target for engine in self._engines if engine.target.url not in known]
+            await all_of(*(self._router.add(target.url, target.api_key) for target in new))
         except BaseException:
             await self.stop()
             raise
+
+    def _joined(self, engine: Engine) -> None:
+        self._engines.append(engine)
+        self._updates.joined(engine, self._updates.state.version)
 
     async def _start_engine(self, rank: int) -> None:
         engine = await start_engine(
@@ -101,8 +122,7 @@ class EngineFleet:
             api_key=self.api_key,
             devices=self._devices[rank],
         )
-        self._engines.append(engine)
-        self._updates.joined(engine, self._updates.state.version)
+        self._joined(engine)
 
     async def _start_router(self) -> None:
         config = self._config
@@ -123,12 +143,16 @@ class EngineFleet:
         self._router = RouterClient(self.router_url, self.api_key, name="router")
 
     async def stop(self) -> None:
-        """End everything. An external router only forgets the engines."""
+        """End everything. An external router only forgets the engines; external engines are let go."""
         self._stopping = True
-        if self._router is not None and self._router_service is None:
+        if self.is_external:
+            await asyncio.gather(*(let_go(engine, GROUP_NAME) for engine in self._living))
+        elif self._router is not None and self._router_service is None:
             for engine in self._engines:
                 await self._forget(engine)
-        services = [engine.service for engine in self._engines if engine.service.phase not in ("dead", "lost")]
+        services: list[EngineService] = [
+            engine.service for engine in self._engines if engine.service.phase not in ("dead", "lost")
+        ]
         if self._router_service is not None and self._router_service.phase not in ("dead", "lost"):
             services.append(self._router_service)
         ends = await asyncio.gather(*(service.stop("the run is over") for service in services), return_exceptions=True)
@@ -157,7 +181,7 @@ class EngineFleet:
 
     async def failed(self) -> MilesError:
         """Waits until the router or an engine has died that was not fenced before; returns the error to end with."""
-        services = [engine.service for engine in self._living]
+        services: list[EngineService] = [engine.service for engine in self._living]
         if self._router_service is not None:
             services.append(self._router_service)
         watches = {asyncio.ensure_future(death_of(service)) for service in services}

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
@@ -40,12 +40,36 @@ class EngineDied(PeerFault):
     code = "E-ENG-006"
 
 
+class EngineService(Protocol):
+    """What keeps an engine: a service of ours, or what stands for it where the engine is somebody else's."""
+
+    name: str
+    phase: str
+    fault: str
+    log: str
+
+    async def pause(self) -> None:
+        """Do not probe its health until ``resume``."""
+
+    async def resume(self) -> None:
+        """Probe its health again."""
+
+    async def fence(self, why: str) -> None:
+        """It counts no more."""
+
+    async def stop(self, why: str = "") -> None:
+        """End it, or let it go."""
+
+    async def wait_for_phase(self, *phases: str, timeout_s: float) -> str:
+        """Until it is in one of these phases; returns which. Raises TimeoutError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """One engine that has started."""
 
     target: EngineTarget
-    service: ServiceHandle
+    service: EngineService
     client: EngineClient
 
 
@@ -118,7 +142,7 @@ def _argv(module: str, ports: Sequence[str], arguments: Mapping[str, Any]) -> li
     return [*program, "{host}", f"{{{by_name}}}", json.dumps(arguments)]
 
 
-async def death_of(service: ServiceHandle) -> EngineDied:
+async def death_of(service: EngineService) -> EngineDied:
     """Waits until a service is dead."""
     while True:
         try:

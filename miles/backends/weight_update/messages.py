@@ -11,6 +11,9 @@ UpdateMethod = Literal["tensor", "broadcast"]
 """``tensor``: handles of buckets in memory that both sides share (colocated: CUDA IPC, or shared memory on CPU).
 ``broadcast``: a process group of trainer and engines (disaggregated: NCCL, or gloo on CPU)."""
 
+GROUP_NAME = "miles"
+"""Of the process group of ``broadcast``."""
+
 
 @register_type
 @dataclass(frozen=True)
@@ -53,5 +56,5 @@ class WeightUpdate:
     engines: tuple[EngineTarget, ...]
     method: UpdateMethod
     bucket_bytes: int
-    group_name: str = "miles"
+    group_name: str = GROUP_NAME
     new_group: bool = True
