@@ -153,7 +153,9 @@ def is_wanted(session: Any, fixture: str) -> bool:
     """Whether a test of this pytest session uses the fixture, or has ``REAL`` among its parameters."""
     for item in session.items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if fixture in getattr(item, "fixturenames", ()) or any(value == REAL for value in parameters.values()):
+        if fixture in getattr(item, "fixturenames", ()) or any(
+            isinstance(value, str) and value == REAL for value in parameters.values()
+        ):
             return True
     return False
 
