@@ -29,33 +29,35 @@ APART += "--rm-type math --actor-num-gpus-per-node 2 --rollout-external"
 ADDRS = "--rollout-external-engine-addrs"
 
 
-class TestFlags:
-    def test_addresses_become_engines_and_take_no_gpu(self):
-        found = config(f"{ADDRS} http://10.0.0.1:30000/ [::1]:2", recipe=APART, facts=GPUS)
-        assert found["rollout_external_engine_addrs"] == ["10.0.0.1:30000", "[::1]:2"]
-        assert (found["rollout_num_gpus"], found["rollout_num_engines"]) == (0, 2)
-        assert [request.name for request in placement_requests(found)] == ["trainer"]
+def test_addresses_become_engines_and_take_no_gpu():
+    found = config(f"{ADDRS} http://10.0.0.1:30000/ [::1]:2", recipe=APART, facts=GPUS)
+    assert found["rollout_external_engine_addrs"] == ["10.0.0.1:30000", "[::1]:2"]
+    assert (found["rollout_num_gpus"], found["rollout_num_engines"]) == (0, 2)
+    assert [request.name for request in placement_requests(found)] == ["trainer"]
 
-    @pytest.mark.parametrize(
-        ("flags", "flag", "why"),
-        [
-            ("", "--rollout-external", "there is no engine to use"),
-            (f"{ADDRS} here", ADDRS, "is no address"),
-            (f"{ADDRS} h:1 h:1", ADDRS, "is given twice"),
-            (f"{ADDRS} h:1 --colocate", "--colocate", "weights reach them by broadcast only"),
-            (f"{ADDRS} h:1 --offload-rollout", "--offload-rollout", "keep their memory"),
-        ],
-    )
-    def test_what_cannot_be_is_told(self, flags, flag, why):
-        assert why in problems(flags, recipe=APART)[flag]
 
-    def test_numbers_of_gpus_have_no_effect(self):
-        told = outcome(f"{ADDRS} h:1 --rollout-num-gpus 4", recipe=APART).notices
-        assert "--rollout-num-gpus has no effect with --rollout-external: the engines run already" in told
+@pytest.mark.parametrize(
+    ("flags", "flag", "why"),
+    [
+        ("", "--rollout-external", "there is no engine to use"),
+        (f"{ADDRS} here", ADDRS, "is no address"),
+        (f"{ADDRS} h:1 h:1", ADDRS, "is given twice"),
+        (f"{ADDRS} h:1 --colocate", "--colocate", "weights reach them by broadcast only"),
+        (f"{ADDRS} h:1 --offload-rollout", "--offload-rollout", "keep their memory"),
+    ],
+)
+def test_what_cannot_be_is_told(flags, flag, why):
+    assert why in problems(flags, recipe=APART)[flag]
 
-    @pytest.mark.parametrize("wrong", ["", "h", "h:", "h:x", "h:0", "ftp://h:1", "h:1/path", "https://h:1", "u@h:1"])
-    def test_no_address(self, wrong):
-        assert plain_address(wrong) == ""
+
+def test_numbers_of_gpus_have_no_effect():
+    told = outcome(f"{ADDRS} h:1 --rollout-num-gpus 4", recipe=APART).notices
+    assert "--rollout-num-gpus has no effect with --rollout-external: the engines run already" in told
+
+
+@pytest.mark.parametrize("wrong", ["", "h", "h:", "h:x", "h:0", "ftp://h:1", "h:1/path", "https://h:1", "u@h:1"])
+def test_no_address(wrong):
+    assert plain_address(wrong) == ""
 
 
 def settings(*fakes, **more):

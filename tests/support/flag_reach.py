@@ -79,10 +79,10 @@ rollout/test_hooks.py::test_generate_functions_of_all_forms
     --custom-generate-function-path
 rollout/test_data.py::test_conversations_that_cannot_be_learnt
     --loss-mask-type
-engines/test_external.py::TestFlags::test_addresses_become_engines_and_take_no_gpu
---rollout-external --rollout-external-engine-addrs
+engines/test_external.py::test_addresses_become_engines_and_take_no_gpu
+    --rollout-external --rollout-external-engine-addrs
 engines/test_server_groups.py::test_groups_become_engines
---sglang-config
+    --sglang-config
 engines/test_fleet_update.py::test_all_engines_get_every_version
     --update-weight-buffer-size
 engines/test_fleet_update.py::test_in_place_pausing_leaves_the_cache_alone
