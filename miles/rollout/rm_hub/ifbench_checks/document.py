@@ -24,7 +24,7 @@ def tables() -> str:
     for source, published in SOURCES.items():
         rows = [_row(found) for found in sorted(BUILT.values(), key=lambda found: found.id) if found.source == source]
         parts.append(f"## {source}\n\n{published}. {len(rows)} instructions, all of them built.\n")
-        parts.append("\n".join(["| id | arguments | what the response is |", "|---|---|---|", *rows]) + "\n")
+        parts.append("\n".join(["| id | arguments | what is checked |", "|---|---|---|", *rows]) + "\n")
     refused = [f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items())]
     parts.append("\n".join(["## Refused", "", "| id | why |", "|---|---|", *refused]) + "\n")
     return "\n".join(parts) + "\n"

@@ -81,7 +81,7 @@ class Instruction:
 BUILT: dict[str, Instruction] = {}
 """By id."""
 
-_WITHDRAWN = "published without data, and left out of its authors' own table: no row can name it with meaning"
+_WITHDRAWN = "its authors left it out of their own table of checks, and no data was published for it"
 REFUSED: dict[str, str] = {
     "keywords:key_sentences": _WITHDRAWN,
     "detectable_content:rephrase_paragraph": _WITHDRAWN,
