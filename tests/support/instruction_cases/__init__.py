@@ -5,6 +5,7 @@ from support.instruction_cases import (
     bench_custom,
     bench_format,
     bench_words,
+    edges,
     ifeval_shape,
     ifeval_words,
     train,
@@ -12,7 +13,7 @@ from support.instruction_cases import (
 
 CASES = [
     (name, kwargs, verdict, text)
-    for module in (ifeval_words, ifeval_shape, bench_counts, bench_words, bench_format, bench_custom, train)
+    for module in (ifeval_words, ifeval_shape, bench_counts, bench_words, bench_format, bench_custom, train, edges)
     for name, kwargs, follow, break_it in module.TABLE
     for verdict, texts in ((True, follow), (False, break_it))
     for text in texts
