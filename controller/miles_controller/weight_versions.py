@@ -175,7 +175,8 @@ def step(state: Versions, event: Event) -> Outcome:
             return _enter(state, replace(update, waiting=frozenset()))
         case SendFailed(engines, why):
             update = _sending(state, event)
-            missed = frozenset(engines) & update.engines or update.engines
+            # Those that are named may have been fenced already: then nobody else has missed anything.
+            missed = frozenset(engines) & update.engines if engines else update.engines
             return _enter(*_without(state, replace(update, waiting=frozenset()), missed, why))
         case EngineFailed(engine, why):
             return _engine_failed(state, engine, why)

@@ -44,6 +44,12 @@ FLAGS: tuple[Flag, ...] = (
         refused(off("--no-sglang-lora-use-virtual-experts", "sglang_lora_use_virtual_experts", "kind of LoRA"), LORA),
     ),
     *grouped(
+        GROUP,
+        "ours",
+        number("--update-weight-timeout", 600.0, "seconds that an engine may take for a part of a weight update"),
+        number("--update-weight-silence-timeout", 60.0, "seconds that it may say nothing at all meanwhile"),
+    ),
+    *grouped(
         "multi-token prediction",
         "contract",
         refused(integer("--mtp-num-layers", 0, "layers of the checkpoint that predict further tokens"), MTP, only=(0,)),

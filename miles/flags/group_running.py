@@ -110,10 +110,13 @@ _DEBUGGING: tuple[Flag, ...] = (
             "not built yet: draft models",
             only=("all",),
         ),
-        refused(
-            text("--check-weight-update-skip-list", None, "tensors left out", nargs="+"), "all weights are compared"
+        text(
+            "--check-weight-update-skip-list", None, "do not compare the engine's parameters named like this", nargs="+"
         ),
-        refused(switch("--check-weight-update-allow-quant-error", "tolerance"), "weights are compared bit by bit"),
+        refused(
+            switch("--check-weight-update-allow-quant-error", "tolerance"),
+            "weights are compared bit by bit; leave quantised parameters out by --check-weight-update-skip-list",
+        ),
         refused(switch("--check-lora-weight-equal", "adapters"), "not built yet: LoRA"),
         path("--save-debug-trajectory-data", "file of each rollout's answers as text by role; holds {rollout_id}"),
         refused(

@@ -109,6 +109,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "gamma": (0, 1, "0 to 1"),
     "lambd": (0, 1, "0 to 1"),
     "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
+    "update_weight_timeout": (math.ulp(0.0), _INF, "above 0"),
+    "update_weight_silence_timeout": (math.ulp(0.0), _INF, "above 0"),
     "sgd_momentum": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "lr_warmup_fraction": (0, 1, "0 to 1"),
     "load_debug_rollout_data_subsample": (math.ulp(0.0), 1, "above 0, up to 1"),

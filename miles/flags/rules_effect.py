@@ -210,6 +210,9 @@ EFFECTS: tuple[Effect, ...] = (
         _is_set("fully_async"),
         "without --fully-async",
     ),
+    _needs(
+        "check_weight_update_skip_list", _is_set("check_weight_update_equal"), "without --check-weight-update-equal"
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""

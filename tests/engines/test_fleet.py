@@ -15,7 +15,8 @@ from support.tiny_models import tiny_model
 
 from miles.backends.base import ParallelState
 from miles.backends.sglang_utils.client import EngineClient, EngineRefused
-from miles.backends.sglang_utils.fleet import CPU_KEEPS, EngineFleet, WeightsDiffer
+from miles.backends.sglang_utils.equal_weights import WeightsDiffer
+from miles.backends.sglang_utils.fleet import CPU_KEEPS, EngineFleet
 from miles.backends.sglang_utils.fleet_parts import EngineDied, start_router
 from miles.backends.sglang_utils.router import RouterClient
 from miles.backends.weight_update.sender import make_sender
@@ -78,8 +79,15 @@ async def test_a_colocated_fleet_of_a_tensor_parallel_engine(tmp_path):
     trainer.close()
 
 
-async def test_two_engines_get_broadcasts_share_requests_and_one_that_dies_ends_it(tmp_path):
-    config = engine_config(engine_model(), rollout_num_engines=2, sglang_router_policy="round_robin")
+async def test_two_engines_of_two_groups_get_broadcasts_one_that_hangs_is_fenced_one_that_dies_ends_it(tmp_path):
+    groups = [
+        {"num_engines": 1, "num_gpus_per_engine": 1, "overrides": {"max_running_requests": running}}
+        for running in (2, 3)
+    ]
+    config = engine_config(
+        engine_model(), rollout_num_engines=2, sglang_router_policy="round_robin", engine_groups=groups,
+        update_weight_silence_timeout=10.0, sglang_schedule_policy="lpm", sglang_max_running_requests=4,
+    )  # fmt: skip
     path, weights = changed_copy(engine_model(), tmp_path / "changed", factor=0.75)
     trainer = Trainer(weights)
     async with real_cluster(tmp_path / "run") as cluster:
@@ -94,12 +102,18 @@ async def test_two_engines_get_broadcasts_share_requests_and_one_that_dies_ends_
         async with EngineClient(fleet.router_url, "", name="router") as stranger:
             with pytest.raises(EngineRefused, match="401"):
                 await stranger.generate([1, 2], GREEDY)
-        failed = asyncio.ensure_future(fleet.failed())
+        told = [await engine.client.server_info() for engine in fleet._engines]
+        assert [(info["max_running_requests"], info["schedule_policy"]) for info in told] == [(2, "lpm"), (3, "lpm")]
         cluster.identities()
-        service = next(s for s in cluster.controller.services.snapshot() if s["name"] == "engine-1")
-        os.kill(service["pid"], signal.SIGKILL)
+        pids = {s["name"]: s["pid"] for s in cluster.controller.services.snapshot()}
+        os.kill(pids["engine-1"], signal.SIGSTOP)
+        assert await fleet.weight_update(trainer) == 3
+        assert [target.name for target in fleet.targets] == ["engine-0"]
+        assert "hangs" in fleet._updates.failures["engine-1"]
+        failed = asyncio.ensure_future(fleet.failed())
+        os.kill(pids["engine-0"], signal.SIGKILL)
         error = await failed
-        assert isinstance(error, EngineDied) and "engine-1 is dead" in error.what
+        assert isinstance(error, EngineDied) and "engine-0 is dead" in error.what
         assert "SIGKILL" in error.evidence and "last lines of" in error.evidence
         await fleet.stop()
     trainer.close()

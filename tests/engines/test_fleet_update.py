@@ -58,7 +58,11 @@ class Fleet:
         return fake
 
     async def _fence(self, engine, why):
+        """As the agent does: what hangs is killed."""
         self.fenced.append((engine.target.name, why))
+        fake = self.fakes[int(engine.target.name.removeprefix("engine-"))]
+        if fake.frozen:
+            await fake.die()
 
     async def update(self, value):
         self.weights = {name: torch.full_like(tensor, value) for name, tensor in self.weights.items()}
@@ -106,6 +110,74 @@ async def test_engines_that_are_left_make_a_group_of_their_own():
         assert fleet.has(1, 3.0) and fleet.has(2, 3.0)
         assert [target.rank_offset for target in fleet.updates[-1].engines] == [1, 2]
         assert [update.new_group for update in fleet.updates] == [True, True, False]
+
+
+@pytest.mark.parametrize("colocate", [True, False])
+@pytest.mark.parametrize("bucket", [1, 2, 3])
+@pytest.mark.parametrize("fault", [500, "reset"])
+async def test_an_engine_that_fails_at_any_bucket_takes_nothing_from_the_others(colocate, bucket, fault):
+    """They have all weights of the version, or none would be committed."""
+    path = "/update_weights_from_tensor" if colocate else "/update_weights_from_distributed"
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, colocate=colocate, update_weight_buffer_size=16)
+        for _ in range(3):
+            await fleet.add()
+        fleet.weights |= {f"more{number}": torch.zeros(4) for number in range(4)}
+        await fleet.update(1.0)
+        fleet.fakes[1].faults[path] = [*[None] * (bucket - 1), fault]
+        assert await fleet.update(2.0) == 2
+        assert fleet.holds(1) is Holds.FENCED
+        for index in (0, 2):
+            if fleet.holds(index) is Holds.CURRENT:
+                assert fleet.has(index, 2.0) and fleet.fakes[index].version == "2"
+        assert Holds.CURRENT in (fleet.holds(0), fleet.holds(2))
+        assert await fleet.update(3.0) == 3
+
+
+STEPS = {**PATHS, "flush": "/flush_cache"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("fault", ["hang", "freeze"])
+async def test_an_engine_that_hangs_at_any_step_is_fenced_in_time(step, fault):
+    """``hang``: one request has no end; ``freeze``: it says nothing at all, any more."""
+    bounds = {"hang": {"update_weight_timeout": 0.5}, "freeze": {"update_weight_silence_timeout": 0.5}}[fault]
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, **bounds)
+        await fleet.add()
+        await fleet.add()
+        await fleet.update(1.0)
+        fleet.fakes[1].faults[STEPS[step]] = [fault]
+        async with asyncio.timeout(15.0):
+            assert await fleet.update(2.0) == 2
+        assert [name for name, _ in fleet.fenced] == ["engine-1"]
+        if step != "send":
+            told = "said nothing for 0.5 s" if fault == "freeze" else "was not done within 0.5 s"
+            assert told in fleet.fenced[0][1]
+        assert fleet.holds(0) is Holds.CURRENT and fleet.holds(1) is Holds.FENCED
+        assert fleet.has(0, 2.0) and fleet.fakes[0].paused is None
+
+
+@pytest.mark.parametrize("fault", ["hang", "freeze"])
+async def test_a_broadcast_that_an_engine_hangs_in_goes_on_without_it(fault):
+    bounds = {"update_weight_timeout": 1.0, "update_weight_silence_timeout": 1.0}
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, colocate=False, **bounds)
+        for _ in range(2):
+            await fleet.add()
+        await fleet.update(1.0)
+        fleet.fakes[1].faults["/update_weights_from_distributed"] = [fault]
+        async with asyncio.timeout(60.0):
+            assert await fleet.update(2.0) == 2
+        assert fleet.holds(0) is Holds.CURRENT and fleet.holds(1) is Holds.FENCED and fleet.has(0, 2.0)
+
+
+async def test_an_engine_that_takes_long_and_answers_is_left_to_it():
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, update_weight_silence_timeout=0.3)
+        fake = await fleet.add()
+        fake.slow_s = 1.0
+        assert await fleet.update(1.0) == 1 and fleet.fenced == []
 
 
 @pytest.mark.parametrize("step", PATHS)

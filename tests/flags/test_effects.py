@@ -59,6 +59,7 @@ READ = {
     "profile_target": "--use-pytorch-profiler",
     "memory_snapshot_path": "--record-memory-history --memory-recorder memray",
     "rollout_external_engine_addrs": "--rollout-external",
+    "check_weight_update_skip_list": "--check-weight-update-equal",
     "loss_mask_type": "--loss-type sft_loss",
     "sequence_parallel": "--tensor-model-parallel-size 2",
     "bias_swiglu_fusion": "--device cuda",

@@ -67,12 +67,15 @@ class Request:
 
 
 class FakeEngine:
-    """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang" or "die"."""
+    """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang", "die", or
+    "freeze": from then on it takes connections and says nothing, as a stopped process does."""
 
     def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
         self.bracket = bracket
         self.told = {}
+        self.frozen = False
+        self.slow_s = 0.0  # what each bucket takes
         self.faults = defaultdict(list)
         self.calls = []
         self.url = ""
@@ -124,15 +127,19 @@ class FakeEngine:
     @web.middleware
     async def _guard(self, request, handler):
         self.calls.append(request.path)
+        if self.frozen:
+            await self._hanging.wait()
         open_to_all = request.path.startswith(("/health", "/metrics"))
         if self.api_key and not open_to_all and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         fault = self.faults[request.path].pop(0) if self.faults[request.path] else None
-        if fault == "hang":
+        if fault == "freeze":
+            self.frozen = True
+        if fault in ("hang", "freeze"):
             await self._hanging.wait()
         if fault == "die":
             await self.die()
-        if fault in ("reset", "die", "hang") or self.dead:
+        if fault in ("reset", "die", "hang", "freeze") or self.dead:
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError(fault)
@@ -301,6 +308,7 @@ class FakeEngine:
         body = await request.json()
         self._needs_session("update_weights_from_tensor")
         assert body["flush_cache"] is False and body["load_format"] == MAP_WEIGHTS
+        await asyncio.sleep(self.slow_s)
         named = ForkingPickler.loads(base64.b64decode(body["serialized_named_tensors"][0]))
         await asyncio.to_thread(map_weights.load, SimpleNamespace(load_weights=self.load_weights), named)
         return web.json_response({"success": True})

@@ -81,6 +81,10 @@ rollout/test_data.py::test_conversations_that_cannot_be_learnt
     --loss-mask-type
 engines/test_external.py::test_addresses_become_engines_and_take_no_gpu
     --rollout-external --rollout-external-engine-addrs
+engines/test_fleet_update.py::test_an_engine_that_hangs_at_any_step_is_fenced_in_time
+    --update-weight-timeout --update-weight-silence-timeout
+engines/test_equal_weights.py::test_parameters_that_are_left_out_may_differ
+    --check-weight-update-skip-list
 engines/test_server_groups.py::test_groups_become_engines
     --sglang-config
 engines/test_fleet_update.py::test_all_engines_get_every_version

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.sglang_utils.client import MEMORY_TAGS
+from miles.backends.sglang_utils.equal_weights import check_engine
 from miles.backends.sglang_utils.external import adopt, external_key, let_go
 from miles.backends.sglang_utils.fleet_parts import (
     Engine,
@@ -32,19 +33,12 @@ from miles.backends.sglang_utils.router import RouterClient
 from miles.backends.sglang_utils.server_arguments import BadEngineConfig
 from miles.backends.sglang_utils.settle import forget_stale
 from miles.backends.weight_update.messages import GROUP_NAME, EngineTarget
-from miles_agents.errors import InternalError, MilesError
+from miles_agents.errors import MilesError
 from miles_controller import Controller
 from miles_controller.services import ServiceHandle
 
 logger = logging.getLogger(__name__)
 CPU_KEEPS = "SGLang gives no memory back on a CPU"
-_NAMES_SHOWN = 5
-
-
-class WeightsDiffer(InternalError):
-    """After a weight update an engine does not hold what the trainer exports."""
-
-    code = "E-ENG-008"
 
 
 class EngineFleet:
@@ -254,12 +248,9 @@ class EngineFleet:
         Raises:
             WeightsDiffer: the first engine that does not, both checksums, and the first parameters that differ.
         """
+        skip = self._config.get("check_weight_update_skip_list") or ()
         for engine in self._living:
-            held, held_parts = await engine.client.checksums()
-            await engine.client.update_weights_from_disk(str(export), version=self.weight_version)
-            loaded, loaded_parts = await engine.client.checksums()
-            if held != loaded:
-                raise _differ(engine.target.name, (held, loaded), held_parts, loaded_parts)
+            await check_engine(engine.client, export, version=self.weight_version, skip=skip)
 
     async def _fence(self, engine: Engine, why: str) -> None:
         """Take an engine out: no requests from the router, then no process."""
@@ -278,23 +269,3 @@ class EngineFleet:
                 await self._router.remove(engine.target.url)
         except MilesError as error:
             logger.warning("the router did not forget %s: %s", engine.target.name, error.what)
-
-
-def _differ(
-    name: str, sums: tuple[str, str], held: list[dict[str, str]], loaded: list[dict[str, str]]
-) -> WeightsDiffer:
-    parts = [
-        f"rank {rank} {parameter}: {ours.get(parameter)}, from disk {theirs.get(parameter)}"
-        for rank, (ours, theirs) in enumerate(zip(held, loaded, strict=True))
-        for parameter in sorted(ours.keys() | theirs.keys())
-        if ours.get(parameter) != theirs.get(parameter)
-    ]
-    more = f"\n... and {len(parts) - _NAMES_SHOWN} more" if len(parts) > _NAMES_SHOWN else ""
-    return WeightsDiffer(
-        f"{name} does not hold the trainer's weights",
-        evidence=f"checksum {sums[0]}, after loading the export from disk {sums[1]}\n"
-        + "\n".join(parts[:_NAMES_SHOWN])
-        + more,
-        advice="Report it with the lines above, the model's config.json and the parallel sizes.",
-        engine=name,
-    )

@@ -1,6 +1,7 @@
 """Carries out what ``weight_versions`` decides: the transaction that gives all engines new weights. No torch.
 
-Waits for: engines, each call with a deadline; the trainer, whose call the owner of ``send`` bounds.
+Waits for: engines, each call with a deadline and for as long as they give signs of life; the trainer, whose call the
+owner of ``send`` bounds, and which waits for engines in the same way: one that hangs is fenced, which ends it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from miles.backends.sglang_utils.client import PauseMode
 from miles.backends.sglang_utils.fleet_parts import Engine
+from miles.backends.sglang_utils.liveness import silence_of, while_alive
 from miles.backends.weight_update.failures import EnginesMissedUpdate
 from miles.backends.weight_update.messages import EngineTarget, UpdateMethod, WeightUpdate
 from miles_agents.errors import MilesError, PeerFault
@@ -22,6 +24,10 @@ from miles_controller.weight_versions import Step
 
 logger = logging.getLogger(__name__)
 Send = Callable[[WeightUpdate], Awaitable[Any]]
+STEP_S = 600.0
+"""Deadline of each step of an update, and of each bucket, at an engine (``--update-weight-timeout``)."""
+SILENCE_S = 60.0
+"""How long an engine may say nothing at all meanwhile (``--update-weight-silence-timeout``)."""
 
 
 class NoEngineLeft(PeerFault):
@@ -40,7 +46,16 @@ class Fences(Protocol):
 class UpdateRunner:
     """Keeps the versions of a fleet's engines, and runs one update at a time."""
 
-    def __init__(self, *, mode: PauseMode, method: UpdateMethod, bucket_bytes: int, fence: Fences) -> None:
+    def __init__(
+        self,
+        *,
+        mode: PauseMode,
+        method: UpdateMethod,
+        bucket_bytes: int,
+        fence: Fences,
+        timeout_s: float = STEP_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self.state = versions.Versions()
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -50,6 +65,8 @@ class UpdateRunner:
         self._method: UpdateMethod = method
         self._bucket_bytes = bucket_bytes
         self._fence = fence
+        self._timeout_s = timeout_s
+        self._silence_s = silence_s
         self._grouped: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
 
@@ -106,7 +123,8 @@ class UpdateRunner:
     async def _do_one(self, step: Step, engine: Engine, version: int) -> versions.Event:
         name = engine.target.name
         try:
-            await self._call(step, engine, version)
+            call = self._call(step, engine, version)
+            await while_alive(call, engine.client, silence_s=self._silence_s, timeout_s=self._timeout_s)
         except MilesError as error:
             return versions.EngineFailed(name, f"{error.what}: {error.evidence}")
         return versions.StepDone(name, step)
@@ -134,23 +152,61 @@ class UpdateRunner:
     async def _send(
         self, send: Send | None, names: tuple[str, ...], version: int
     ) -> tuple[versions.Event, BaseException | None]:
+        """Have the trainer send to these engines. A broadcast that breaks leaves those that were no cause of it without
+        the rest: they are sent everything again."""
         assert send is not None
+        missed: dict[str, str] = {}
+        watches = {name: asyncio.ensure_future(self._fence_if_silent(self._engines[name])) for name in names}
+        try:
+            while True:
+                members = tuple(name for name in names if name not in missed and self._takes_part(name))
+                if not members:
+                    break
+                try:
+                    await self._send_once(send, members, version)
+                    break
+                except EnginesMissedUpdate as error:
+                    why = f"{error.what}: {error.evidence}"
+                    missed |= {str(name): why for name in error.fields.get("engines") or members}
+                    if self._method != "broadcast":
+                        break
+                except Exception as error:  # noqa: BLE001  # whatever ended it, the engines come to a known end
+                    return versions.SendFailed((), f"the trainer did not send its weights: {error}"), error
+        finally:
+            for name, watch in watches.items():
+                if self._takes_part(name):  # else it is being fenced
+                    watch.cancel()
+            await asyncio.gather(*watches.values(), return_exceptions=True)
+        if missed:
+            return versions.SendFailed(tuple(missed), "; ".join(dict.fromkeys(missed.values()))), None
+        return versions.Sent(), None
+
+    async def _send_once(self, send: Send, names: tuple[str, ...], version: int) -> None:
         members = frozenset(names)
         targets = tuple(self._engines[name].target for name in names)
         if self._method == "broadcast":
             targets = one_after_the_other(targets)
         new_group = members != self._grouped
         self._grouped = frozenset()  # until it is known to stand
-        update = WeightUpdate(version, targets, self._method, self._bucket_bytes, new_group=new_group)
-        try:
-            await send(update)
-        except EnginesMissedUpdate as error:
-            missed = tuple(str(name) for name in error.fields.get("engines", ()))
-            return versions.SendFailed(missed, f"{error.what}: {error.evidence}"), None
-        except Exception as error:  # noqa: BLE001  # whatever ended the trainer's call, the engines come to a known end
-            return versions.SendFailed((), f"the trainer did not send its weights: {error}"), error
+        await send(
+            WeightUpdate(
+                version,
+                targets,
+                self._method,
+                self._bucket_bytes,
+                new_group=new_group,
+                timeout_s=self._timeout_s,
+            )
+        )
         self._grouped = members
-        return versions.Sent(), None
+
+    def _takes_part(self, name: str) -> bool:
+        return self.state.update is not None and name in self.state.update.engines
+
+    async def _fence_if_silent(self, engine: Engine) -> None:
+        """While the trainer sends: killing an engine that hangs ends the trainer's waiting for it."""
+        error = await silence_of(engine.client, self._silence_s)
+        await self._take(versions.EngineFailed(engine.target.name, f"{error.what}: {error.evidence}"), None)
 
     def _none_left(self, version: int) -> NoEngineLeft:
         return NoEngineLeft(
@@ -176,4 +232,6 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "mode": config.get("pause_generation_mode") or "retract",
         "method": "tensor" if config.get("colocate") else "broadcast",
         "bucket_bytes": int(config.get("update_weight_buffer_size") or 512 << 20),
+        "timeout_s": float(config.get("update_weight_timeout") or STEP_S),
+        "silence_s": float(config.get("update_weight_silence_timeout") or SILENCE_S),
     }

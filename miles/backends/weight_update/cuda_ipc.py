@@ -33,7 +33,8 @@ class CudaIpcSender(Sender):
             _gloo.append(dist.new_group(backend="gloo"))
         engine = engine_of(self.parallel, update)
         speaks = engine is not None and self.parallel.rank == engine.rank_offset - 1
-        with EngineCalls((engine,) if engine is not None and speaks else ()) as calls:
+        mine = (engine,) if engine is not None and speaks else ()
+        with EngineCalls(mine, timeout_s=update.timeout_s) as calls:
             self._pump(update, weights, calls)
             # All ranks tell of all engines, as only one rank's error is heard. Also a barrier: nobody lets go of memory
             # that another rank's engine may still read.

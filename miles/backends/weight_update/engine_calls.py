@@ -19,7 +19,9 @@ from typing import Any
 from miles.backends.weight_update.failures import EnginesMissedUpdate
 from miles.backends.weight_update.messages import EngineTarget
 
-CALL_S = 1800.0
+CALL_S = 600.0
+TELL_S = 10.0
+"""Deadline of what is said to engines that may be gone: whoever is well answers at once."""
 _SHOWN = 500
 
 
@@ -83,12 +85,13 @@ class EngineCalls:
         return longest
 
     def tell_all(self, path: str, body: Mapping[str, Any], *, names: Iterable[str] | None = None) -> None:
-        """POST to every engine (with ``names``: to these), also if it has failed; it does not matter what comes of it.
+        """POST to every engine (with ``names``: to these), also if it has failed; it does not matter what comes of it,
+        and nobody is waited for longer than ``TELL_S``.
 
         None of them may be answering a request.
         """
         wanted = self.engines if names is None else [engine for engine in self.engines if engine.name in set(names)]
-        for future in [self._pool.submit(self._post, engine, path, body) for engine in wanted]:
+        for future in [self._pool.submit(self._post, engine, path, body, TELL_S) for engine in wanted]:
             with contextlib.suppress(OSError, http.client.HTTPException, _Refused):
                 future.result()
 
@@ -104,9 +107,9 @@ class EngineCalls:
                 engines=failed,
             )
 
-    def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any]) -> float:
+    def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> float:
         start = time.perf_counter()
-        connection = self._connection(engine)
+        connection = self._connection(engine, timeout_s or self._timeout_s)
         headers = {"Content-Type": "application/json"}
         if engine.api_key:
             headers["Authorization"] = f"Bearer {engine.api_key}"
@@ -121,13 +124,15 @@ class EngineCalls:
             raise _Refused(f"POST {path} was answered with status {answer.status}: {text[:_SHOWN]}")
         return time.perf_counter() - start
 
-    def _connection(self, engine: EngineTarget) -> http.client.HTTPConnection:
+    def _connection(self, engine: EngineTarget, timeout_s: float) -> http.client.HTTPConnection:
         if engine.name not in self._connections:
             parts = urllib.parse.urlsplit(engine.url)
-            self._connections[engine.name] = http.client.HTTPConnection(
-                parts.hostname or "", parts.port, timeout=self._timeout_s
-            )
-        return self._connections[engine.name]
+            self._connections[engine.name] = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        connection = self._connections[engine.name]
+        connection.timeout = timeout_s
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout_s)
+        return connection
 
 
 class _Refused(Exception):

@@ -50,6 +50,7 @@ class WeightUpdate:
             a bucket of its own.
         group_name: Of the process group; ``broadcast`` only.
         new_group: The engines have changed since the last update: a process group must be made anew.
+        timeout_s: How long an engine may take for one request.
     """
 
     version: int
@@ -58,3 +59,4 @@ class WeightUpdate:
     bucket_bytes: int
     group_name: str = GROUP_NAME
     new_group: bool = True
+    timeout_s: float = 600.0

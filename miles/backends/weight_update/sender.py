@@ -131,7 +131,7 @@ class SharedMemorySender(Sender):
         if self._buffers is None:
             self._buffers = SharedBuffer(), SharedBuffer()
         try:
-            with EngineCalls(update.engines) as calls:
+            with EngineCalls(update.engines, timeout_s=update.timeout_s) as calls:
                 self._pump(update, weights, self._buffers, calls)
                 calls.raise_failures(f"taking weight version {update.version}")
         except BaseException:
@@ -189,7 +189,7 @@ class BroadcastSender(Sender):
     def _send(self, update: WeightUpdate, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.parallel.rank != 0:
             return
-        with EngineCalls(update.engines) as calls:
+        with EngineCalls(update.engines, timeout_s=update.timeout_s) as calls:
             requests = None
             try:
                 self._pump(update, weights, self._joined(update, calls), calls)
