@@ -21,9 +21,10 @@ def resolve_async(draft: Draft) -> None:
             "trainer and engines work at the same time, and cannot share devices",
             advice="Leave it out and give --rollout-num-gpus, or use train.py.",
         )
-    for dest in ("debug_rollout_only", "debug_train_only"):
-        if draft[dest]:
-            draft.problem(dest, "there is nothing to overlap", advice="Use train.py.")
+    if not (draft.trains and draft.generates):
+        draft["train_async"] = False
+        draft.notice("one side of the run is left out, so nothing overlaps: it goes on as with train.py")
+        return
     if draft["fully_async"]:
         _fully_async(draft)
 

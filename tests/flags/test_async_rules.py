@@ -12,8 +12,6 @@ FULLY = "--train-async --fully-async "
 REFUSED = [
     ("--fully-async", "--fully-async", "train_async.py"),
     ("--train-async --colocate", "--colocate", "at the same time"),
-    ("--train-async --debug-rollout-only", "--debug-rollout-only", "nothing to overlap"),
-    ("--train-async --debug-train-only", "--debug-train-only", "nothing to overlap"),
     (FULLY + "--partial-rollout", "--partial-rollout", "--fully-async"),
     (FULLY + "--rollout-function-path my.fn", "--rollout-function-path", "takes its place"),
     (FULLY + "--rollout-all-samples-process-path my.fn", "--rollout-all-samples-process-path", "all samples"),
@@ -32,6 +30,14 @@ def test_what_does_not_go_together_is_told(flags, flag, words):
     problems = outcome(flags, recipe=RECIPE).problems
     assert [flag] == [problem.flag for problem in problems]
     assert words in " ".join(problems[0].lines())
+
+
+@pytest.mark.parametrize("flags", ["--debug-train-only", "--debug-rollout-only", "--loss-type sft_loss"])
+def test_where_one_side_is_left_out_it_is_the_ordinary_loop(flags):
+    resolved = outcome(f"--train-async {flags}", recipe=RECIPE)
+    assert resolved.problems == ()
+    assert resolved.config["train_async"] is False
+    assert [notice for notice in resolved.notices if "nothing overlaps" in notice]
 
 
 @pytest.mark.parametrize(
