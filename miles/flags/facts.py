@@ -57,6 +57,8 @@ HOOKS = (
     "custom_megatron_before_log_prob_hook_path",
     "custom_megatron_before_train_step_hook_path",
     "custom_megatron_post_save_hook_path",
+    "generate_tool_specs_path",
+    "generate_execute_tool_function_path",
 )
 
 

@@ -153,10 +153,13 @@ FLAGS: tuple[Flag, ...] = (
             ),
             SESSION,
         ),
-        refused(text("--http-proxy", None, "proxy of requests"), "not built yet: requests to engines use no proxy"),
+        refused(
+            text("--http-proxy", None, "proxy of requests"),
+            "engines are reached without one; clients of your own code read http_proxy, which all processes get",
+        ),
         refused(
             switch("--use-distributed-post", "spread requests over nodes"),
-            "not built yet: one HTTP client serves all engines",
+            "one client of the rollout manager sends all requests, and there are no others to share them",
         ),
     ),
 )

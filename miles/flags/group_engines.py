@@ -16,7 +16,8 @@ _OF_FUNCTIONS = frozenset(
         "--max-seq-len",
     }
 )
-"""Flags that generate functions of the reference system add to the parser."""
+"""Flags that generate functions add to the parser."""
+_OF_AGENTS = ("--custom-agent-function-path", "--max-seq-len")
 MILES_ROUTER = "the router is sglang-router"
 LORA = "not built yet: LoRA"
 MTP = "not built yet: multi-token prediction"
@@ -87,5 +88,7 @@ FLAGS: tuple[Flag, ...] = (
 def reason_for_absent(name: str) -> str:
     """Why a flag of the reference system that is in no table is not taken; empty: it is none of those."""
     if name in _OF_FUNCTIONS:
-        return "the generate function has no such flag; those with turns, tools and agents are not built yet"
+        if name in _OF_AGENTS:
+            return "not built yet: generation by agents"
+        return "it is a flag of --custom-generate-function-path miles.rollout.generate_hub.multi_turn.generate"
     return "not built yet: engines for evaluation only" if name.startswith("--eval-sglang-") else ""

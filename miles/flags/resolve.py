@@ -37,6 +37,7 @@ RULES = (
     resolve_batch,
     resolve_data,
     resolve_lengths,
+    resolve_generate,
     resolve_algorithm,
     resolve_reward,
     resolve_eval,

@@ -145,8 +145,8 @@ def test_a_flag_of_user_code_that_exists_is_told():
 @pytest.mark.parametrize(
     ("flag", "why"),
     [
-        ("--generate-max-turns", "those with turns"),
-        ("--custom-agent-function-path", "agents are not built yet"),
+        ("--generate-max-turns", "it is a flag of --custom-generate-function-path miles"),
+        ("--custom-agent-function-path", "not built yet: generation by agents"),
         ("--eval-sglang-context-length", "engines for evaluation only"),
     ],
 )

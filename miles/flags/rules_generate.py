@@ -1,0 +1,50 @@
+"""Rules: flags that our own generate functions add, where one of these functions is used."""
+
+from __future__ import annotations
+
+import difflib
+
+from miles.flags.draft import Draft
+from miles.flags.problems import listed
+
+MULTI_TURN = "miles.rollout.generate_hub.multi_turn.generate"
+_SPECS, _EXECUTE = "generate_tool_specs_path", "generate_execute_tool_function_path"
+_PARSER = "generate_tool_call_parser"
+GENERATE_HOOKS = (_SPECS, _EXECUTE)
+
+
+def resolve_generate(draft: Draft) -> None:
+    """Generation in several turns: tools, who makes their calls, and how calls are written belong together."""
+    if draft["custom_generate_function_path"] != MULTI_TURN or not draft.generates:
+        return
+    for dest in GENERATE_HOOKS:
+        if why := draft.facts.hook_errors.get(draft.values.get(dest) or ""):
+            draft.problem(
+                dest,
+                why,
+                allowed="module.name",
+                advice="Correct it, or add the directory of the module to PYTHONPATH.",
+            )
+    if draft.values.get(_SPECS):
+        for dest in (_PARSER, _EXECUTE):
+            if not draft.values.get(dest):
+                draft.problem(
+                    _SPECS, f"there are tools, and no {draft.flag(dest)}", advice=f"Give {draft.flag(dest)}, too."
+                )
+    _check_parser(draft)
+    for dest, bound in (("generate_max_turns", 1), ("generate_tool_timeout", 0.001)):
+        if draft.values.get(dest, bound) < bound:
+            draft.problem(dest, "is too small", allowed=f"{bound} or more", advice="Raise it, or leave it out.")
+
+
+def _check_parser(draft: Draft) -> None:
+    parser, known = draft.values.get(_PARSER), draft.facts.engines.tool_call_parsers
+    if not parser or not known or parser in known:
+        return
+    near = difflib.get_close_matches(parser, known, 1)
+    draft.problem(
+        _PARSER,
+        "the installed SGLang has no such parser",
+        allowed=listed(known),
+        advice=f"Did you mean {near[0]}?" if near else "Give one of these.",
+    )
