@@ -17,6 +17,7 @@ from miles.flags.rules_async import resolve_async
 from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
+from miles.flags.rules_generate import resolve_generate
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_parallel import resolve_parallel
 from miles.flags.rules_reward import resolve_reward
