@@ -26,11 +26,9 @@ def resolve_generate(draft: Draft) -> None:
                 advice="Correct it, or add the directory of the module to PYTHONPATH.",
             )
     if draft.values.get(_SPECS):
-        for dest in (_PARSER, _EXECUTE):
-            if not draft.values.get(dest):
-                draft.problem(
-                    _SPECS, f"there are tools, and no {draft.flag(dest)}", advice=f"Give {draft.flag(dest)}, too."
-                )
+        missing = " and no ".join(draft.flag(dest) for dest in (_PARSER, _EXECUTE) if not draft.values.get(dest))
+        if missing:
+            draft.problem(_SPECS, f"there are tools, and no {missing}", advice="Give it, too.")
     _check_parser(draft)
     for dest, bound in (("generate_max_turns", 1), ("generate_tool_timeout", 0.001)):
         if draft.values.get(dest, bound) < bound:

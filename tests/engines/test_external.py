@@ -2,15 +2,19 @@
 
 import asyncio
 import json
-from contextlib import AsyncExitStack
+import re
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from aiohttp import ClientSession, web
 from support.cluster import error_of, real_cluster
 from support.engines import KEY, changed_copy, engine_config, engine_model
 from support.fake_engine import fake_engine
 from support.flag_cases import GPUS, config, outcome, problems
 from support.procs import eventually
+from support.tool_cases import call
 from support.training_runs import command, environment
 
 from miles.backends.base import ParallelState
@@ -20,6 +24,7 @@ from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.backends.sglang_utils.fleet_parts import EngineDied, death_of
 from miles.backends.weight_update.sender import make_sender
 from miles.flags.rules_external import plain_address
+from miles.tracking.metrics_file import read_metrics
 from miles.training.parts import placement_requests
 
 APART = (
@@ -197,26 +202,68 @@ async def test_the_real_engine_fits_and_another_model_does_not(warm_engine, tmp_
     assert "401" in error.evidence
 
 
+@asynccontextmanager
+async def in_front_of(engine):
+    """Somebody else's engine as another address: passes everything on, and adds a tool call to what is parsed."""
+
+    async def pass_on(request):
+        body = await request.read()
+        if request.path == "/parse_function_call":
+            asked = json.loads(body)
+            asked["text"] += call("calculate", expression="6*7")
+            body = json.dumps(asked).encode()
+        headers = {key: request.headers[key] for key in ("Authorization", "Content-Type") if key in request.headers}
+        async with session.request(request.method, engine.url + request.path_qs, data=body, headers=headers) as answer:
+            return web.Response(body=await answer.read(), status=answer.status, content_type=answer.content_type)
+
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{path:.*}", pass_on)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with ClientSession() as session:
+        yield f"127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tools"
+
+
 @pytest.mark.full
-async def test_a_run_trains_with_an_engine_that_it_has_not_started(warm_engine, tmp_path):
-    flags = {
-        "--rollout-external": True, "--rollout-external-engine-addrs": warm_engine.url.removeprefix("http://"),
-        "--rollout-num-gpus": None, "--sglang-max-total-tokens": None, "--num-rollout": 2,
-        "--rollout-batch-size": 2, "--n-samples-per-prompt": 2,
+async def test_a_run_trains_in_turns_with_an_engine_that_it_has_not_started(warm_engine, tmp_path):
+    """The flags of examples/tools, with its calculator."""
+    script = (EXAMPLE / "train.sh").read_text()
+    own = dict(re.findall(r"^    (--\S+) (\S+) \\$", script, re.MULTILINE)) | {"--generate-max-turns": 2}
+    assert own["--generate-execute-tool-function-path"] == "calculator.execute"
+    flags = own | {
+        "--rollout-external": True, "--rollout-num-gpus": None, "--sglang-max-total-tokens": None,
+        "--num-rollout": 2, "--rollout-batch-size": 2, "--n-samples-per-prompt": 2, "--rollout-max-response-len": 32,
+        "--rollout-stop-token-ids": tuple(range(0, 320, 2)), "--log-multi-turn": True,
     }  # fmt: skip
-    argv, run_dir = command(tmp_path, flags, model=warm_engine.model)
+    env = {**environment(), KEY_VARIABLE: KEY, "PYTHONPATH": str(EXAMPLE)}
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv, env={**environment(), KEY_VARIABLE: KEY}, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        output = (await process.communicate())[0].decode()
-        assert process.returncode == 0, output
-        async with EngineClient(warm_engine.url, KEY) as client:
+        async with in_front_of(warm_engine) as address, EngineClient(warm_engine.url, KEY) as client:
+            argv, run_dir = command(
+                tmp_path, flags | {"--rollout-external-engine-addrs": address}, model=warm_engine.model
+            )
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(
+                *argv, env=env, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+            )
+            output = (await process.communicate())[0].decode()
+            assert process.returncode == 0, output
             assert int((await client.model_info())["weight_version"]) >= 2
             assert not await client.destroy_weights_update_group("miles"), "it was left in the run's group"
             assert len((await client.generate([1, 2], {"max_new_tokens": 2}))["output_ids"]) == 2
         assert not list(run_dir.rglob("engine*.log"))
+        rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["event"] == "rollout"]
+        assert [row["multi_turn/multi_turn_metric/round_number_mean"] for row in rows] == [2.0, 2.0]
+        assert [row["rollout/raw_reward"] for row in rows] == pytest.approx([0.1, 0.1]), "each sample's call worked"
+        assert all(
+            row["multi_turn/wo_obs_response_length/response_length_mean"]
+            < row["multi_turn/raw_response_length/response_length_mean"]
+            for row in rows
+        )
     finally:
         async with EngineClient(warm_engine.url, KEY) as client:
             await client.resume()

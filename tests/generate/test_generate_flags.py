@@ -57,7 +57,11 @@ def test_the_context_is_that_of_the_model_so_that_turns_end():
     [
         ("--generate-max-turns 0", "--generate-max-turns", "is too small"),
         (f"{TOOLS} --generate-tool-timeout 0", "--generate-tool-timeout", "is too small"),
-        ("--generate-tool-specs-path a.b", "--generate-tool-specs-path", "no --generate-tool-call-parser"),
+        (
+            "--generate-tool-specs-path a.b",
+            "--generate-tool-specs-path",
+            "no --generate-tool-call-parser and no --generate-e",
+        ),
         (f"{TOOLS} --generate-tool-call-parser qwen52", "--generate-tool-call-parser", "Did you mean qwen25?"),
         (f"{TOOLS} --generate-tool-call-parser x", "--generate-tool-call-parser", "qwen25 or llama3"),
     ],
