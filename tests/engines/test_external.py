@@ -10,7 +10,7 @@ import pytest
 import torch
 from aiohttp import ClientSession, web
 from support.cluster import error_of, real_cluster
-from support.engines import KEY, changed_copy, engine_config, engine_model
+from support.engines import KEY, changed_copy, engine_config, engine_model, external_config
 from support.fake_engine import fake_engine
 from support.flag_cases import GPUS, config, outcome, problems
 from support.procs import eventually
@@ -65,15 +65,6 @@ def test_no_address(wrong):
     assert plain_address(wrong) == ""
 
 
-def settings(*fakes, **more):
-    """Of a run whose engines these are."""
-    addresses = [fake.url.removeprefix("http://") for fake in fakes]
-    return engine_config(
-        engine_model(), rollout_external=True, rollout_external_engine_addrs=addresses,
-        rollout_num_engines=len(fakes), **more,
-    )  # fmt: skip
-
-
 async def let_all_go(engines):
     for engine in engines:
         await engine.service.stop()
@@ -87,7 +78,7 @@ async def test_fit_engines_are_adopted_with_places_by_their_size():
     ):
         first.told = {"server": {"tp_size": 2}, "model": {"model_type": "qwen3", "model_path": str(engine_model())}}
         first.paused, first.session_open = "retract", True
-        engines = await adopt(settings(first, second), "key")
+        engines = await adopt(external_config(first, second), "key")
         places = [(e.target.name, e.target.tp_size, e.target.rank_offset, e.target.has_bracket) for e in engines]
         assert places == [("external-0", 2, 1, True), ("external-1", 1, 3, False)]
         assert first.paused is None and not first.session_open, "left so by a run before"
@@ -109,7 +100,7 @@ async def test_fit_engines_are_adopted_with_places_by_their_size():
 async def test_an_engine_that_does_not_fit_is_told(told, why):
     async with fake_engine(model=engine_model()) as fake:
         fake.told = told
-        error = await error_of(adopt(settings(fake, rollout_max_context_len=128), ""), ExternalEngineUnfit)
+        error = await error_of(adopt(external_config(fake, rollout_max_context_len=128), ""), ExternalEngineUnfit)
     assert f"{fake.url}: {why}" in error.evidence
 
 
@@ -125,7 +116,7 @@ async def test_all_that_is_wrong_is_told_at_once(tmp_path):
         wrong.told = {"model": {"model_path": str(other)}}
         wrong.weights = {"model.embed_tokens.weight": torch.zeros(4, 48)}
         await gone.die()
-        error = await error_of(adopt(settings(locked, wrong, gone), ""), ExternalEngineUnfit)
+        error = await error_of(adopt(external_config(locked, wrong, gone), ""), ExternalEngineUnfit)
     assert "3 of 3 external engines cannot be used" in error.what and KEY_VARIABLE in error.advice
     for told in ("401", "has num_hidden_layers 7", "has hidden_size 64", "hidden size 48", "did not answer"):
         assert told in error.evidence
@@ -162,7 +153,7 @@ async def test_a_fleet_of_them_is_updated_fenced_and_left_running(tmp_path, monk
     async with AsyncExitStack() as stack:
         fakes = [await stack.enter_async_context(fake_engine(model=engine_model(), api_key="theirs")) for _ in range(2)]
         cluster = await stack.enter_async_context(real_cluster(tmp_path / "run"))
-        fleet = EngineFleet(cluster.controller, settings(*fakes, sglang_router_policy="round_robin"))
+        fleet = EngineFleet(cluster.controller, external_config(*fakes, sglang_router_policy="round_robin"))
         await fleet.start()
         assert [s["name"] for s in cluster.controller.services.snapshot()] == ["router"]
         trainer = Trainer({"a": torch.ones(9)})

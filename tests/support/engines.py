@@ -82,6 +82,13 @@ def engine_config(model: Path, **more: Any) -> dict[str, Any]:
     }
 
 
+def external_config(*fakes: Any, **more: Any) -> dict[str, Any]:
+    """Of a run whose engines are these, which somebody else has started."""
+    addresses = [fake.url.removeprefix("http://") for fake in fakes]
+    external = {"rollout_external": True, "rollout_external_engine_addrs": addresses, "rollout_num_engines": len(fakes)}
+    return engine_config(engine_model(), **external, **more)
+
+
 @contextmanager
 def real_engine(model: Path, *, api_key: str = KEY, **config: Any) -> Iterator[RealEngine]:
     """Starts one; at the end none of its processes is left."""
