@@ -59,6 +59,7 @@ HOOKS = (
     "custom_megatron_post_save_hook_path",
     "generate_tool_specs_path",
     "generate_execute_tool_function_path",
+    "custom_agent_function_path",
 )
 
 

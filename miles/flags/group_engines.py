@@ -88,7 +88,6 @@ FLAGS: tuple[Flag, ...] = (
 def reason_for_absent(name: str) -> str:
     """Why a flag of the reference system that is in no table is not taken; empty: it is none of those."""
     if name in _OF_FUNCTIONS:
-        if name in _OF_AGENTS:
-            return "not built yet: generation by agents"
-        return "it is a flag of --custom-generate-function-path miles.rollout.generate_hub.multi_turn.generate"
+        function = "agentic_tool_call" if name in _OF_AGENTS else "multi_turn"
+        return f"it is a flag of --custom-generate-function-path miles.rollout.generate_hub.{function}.generate"
     return "not built yet: engines for evaluation only" if name.startswith("--eval-sglang-") else ""

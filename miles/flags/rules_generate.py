@@ -8,14 +8,17 @@ from miles.flags.draft import Draft
 from miles.flags.problems import listed
 
 MULTI_TURN = "miles.rollout.generate_hub.multi_turn.generate"
+AGENT = "miles.rollout.generate_hub.agentic_tool_call.generate"
+_AGENT = "custom_agent_function_path"
 _SPECS, _EXECUTE = "generate_tool_specs_path", "generate_execute_tool_function_path"
 _PARSER = "generate_tool_call_parser"
-GENERATE_HOOKS = (_SPECS, _EXECUTE)
+GENERATE_HOOKS = (_SPECS, _EXECUTE, _AGENT)
 
 
 def resolve_generate(draft: Draft) -> None:
-    """Generation in several turns: tools, who makes their calls, and how calls are written belong together."""
-    if draft["custom_generate_function_path"] != MULTI_TURN or not draft.generates:
+    """What these functions need, and what belongs together in them."""
+    used = draft["custom_generate_function_path"]
+    if used not in (MULTI_TURN, AGENT) or not draft.generates:
         return
     for dest in GENERATE_HOOKS:
         if why := draft.facts.hook_errors.get(draft.values.get(dest) or ""):
@@ -29,9 +32,16 @@ def resolve_generate(draft: Draft) -> None:
         missing = " and no ".join(draft.flag(dest) for dest in (_PARSER, _EXECUTE) if not draft.values.get(dest))
         if missing:
             draft.problem(_SPECS, f"there are tools, and no {missing}", advice="Give it, too.")
+    if used == AGENT and not draft.values.get(_AGENT):
+        draft.problem(
+            _AGENT,
+            "it is missing",
+            allowed="module.function",
+            advice="Give the agent: async run(base_url, prompt, ...).",
+        )
     _check_parser(draft)
-    for dest, bound in (("generate_max_turns", 1), ("generate_tool_timeout", 0.001)):
-        if draft.values.get(dest, bound) < bound:
+    for dest, bound in (("generate_max_turns", 1), ("generate_tool_timeout", 0.001), ("max_seq_len", 2)):
+        if (draft.values.get(dest) or bound) < bound or draft.values.get(dest) == 0:
             draft.problem(dest, "is too small", allowed=f"{bound} or more", advice="Raise it, or leave it out.")
 
 

@@ -23,6 +23,7 @@ from miles.rollout import debug_data, manager_state
 from miles.rollout.base_types import Group, RolloutFnEvalInput, RolloutFnTrainInput, RolloutFnTrainOutput
 from miles.rollout.engines import engines
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
+from miles.rollout.generate_utils.openai_endpoint_utils import close_agent_server
 from miles.rollout.hooks import close_hook_pool, load_hook
 from miles.rollout.inference_rollout.compatibility import call_rollout_function
 from miles.rollout.inference_rollout.inference_rollout_common import SharedGenerateState, need_rewards
@@ -86,6 +87,7 @@ class RolloutManager(Actor):
             self.user.run(function.close())
         set_loop_thread(None)
         self.user.stop()
+        close_agent_server()
         close_hook_pool()
         close_grader_pool()
         close_http_client()

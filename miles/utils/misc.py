@@ -27,8 +27,6 @@ class ImportFailed(UserCodeError):
 
 NOT_BUILT = {
     "miles.rollout.checkpoint_eval": "evaluation of checkpoints",
-    "miles.rollout.generate_hub.agentic_tool_call": "generation by agents",
-    "miles.rollout.generate_utils.openai_endpoint_utils": "generation by agents",
     "miles.rollout.session": "the session server",
     "miles.backends.training_utils.loss_hub.opd": "distillation over several tokens of a position",
     "miles.router": "a router other than SGLang's",

@@ -146,7 +146,7 @@ def test_a_flag_of_user_code_that_exists_is_told():
     ("flag", "why"),
     [
         ("--generate-max-turns", "it is a flag of --custom-generate-function-path miles"),
-        ("--custom-agent-function-path", "not built yet: generation by agents"),
+        ("--custom-agent-function-path", "miles.rollout.generate_hub.agentic_tool_call"),
         ("--eval-sglang-context-length", "engines for evaluation only"),
     ],
 )

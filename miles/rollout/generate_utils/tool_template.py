@@ -27,7 +27,7 @@ def tool_turn_text(
     """What comes after an answer's text: the end of its turn, the messages, the beginning of the next answer.
 
     Args:
-        messages: ``{"role": "tool", "content", "name", "tool_call_id"}``, in order.
+        messages: ``{"role": "tool", "content", "name", "tool_call_id"}``, in order, or of other roles.
         stop: The token with which the answer was ended, as text; what the template has up to its end is left out. None:
             the answer was not ended, and the template's end of a turn comes first.
 
@@ -73,10 +73,12 @@ def _rendered(
             "function": {"name": message.get("name") or _NO_CALL, "arguments": {"mark": mark}},
         }
         for place, message in enumerate(messages)
+        if message["role"] == "tool"
     ]
-    plain = {"role": "assistant", "content": mark}
+    plain: dict[str, Any] = {"role": "assistant", "content": mark}
     refusal: NoChatTemplate | None = None
-    for answer in ({**plain, "tool_calls": calls}, plain):  # some know nothing of calls, and show what was said
+    with_calls = [{**plain, "tool_calls": calls}] if calls else []
+    for answer in (*with_calls, plain):  # some know nothing of calls, and show what was said
         conversation = [{"role": "user", "content": "."}, answer, *messages]
         try:
             rendered = str(apply_chat_template(tokenizer, conversation, tools=tools, **kwargs))
