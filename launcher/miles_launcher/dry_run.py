@@ -97,7 +97,7 @@ def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
 
 def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
     engines = placement.slots.get("engines", ())
-    if not engines:
+    if not (engines or config["rollout_external"]):
         return
     import json
 

@@ -15,6 +15,7 @@ from miles_agents.errors import InternalError
 
 logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
+_told: set[str] = set()
 Sums = list[dict[str, str]]
 """By rank, then by parameter."""
 
@@ -43,7 +44,8 @@ async def check_engine(client: EngineClient, export: Path | str, *, version: int
         if differing or not skip:
             raise _differ(client.name, (sum_held, sum_loaded), differing)
     names = {name for rank in loaded for name in rank}
-    if unused := [word for word in skip if not any(word in name for name in names)]:
+    if unused := [word for word in skip if word not in _told and not any(word in name for name in names)]:
+        _told.update(unused)
         logger.warning("--check-weight-update-skip-list: no parameter of %s has %s in its name", client.name, unused)
 
 
