@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Everything that has to hold before a change goes in, from a bare checkout: environment, style, types, import
-# rules, tests. Usage: scripts/test.sh [--fast] [pytest arguments]
+# rules, tests. Usage: scripts/test.sh [--fast | --long] [pytest arguments]
 #   --fast   leaves out the tests marked "full" (real processes, seconds to minutes)
+#   --long   with those marked "long", too: further combinations of what the others show (ten minutes more)
 #   PYTHON   the interpreter to build .venv with (default: python3.11, else a newer one on PATH)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 . scripts/environment.sh
 
-pytest_args=()
+pytest_args=(-m "not long")
 for argument in "$@"; do
     case $argument in
-        --fast) pytest_args+=(-m "not full") ;;
+        --fast) pytest_args+=(-m "not full and not long") ;;
+        --long) pytest_args+=(-m "") ;;
         *) pytest_args+=("$argument") ;;
     esac
 done

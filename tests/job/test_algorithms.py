@@ -19,7 +19,13 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+IN_SHORT = "ppo, with a critic"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, id=name, marks=[pytest.mark.long] * (name != IN_SHORT)) for name, flags in RUNS.items()],
+)
 def test_the_reward_rises(tmp_path, flags):
     done = train(tmp_path, colocate=True, num_rollout=6, timeout_s=280, **flags)
     assert done.code == 0, done.output
@@ -32,6 +38,7 @@ def test_the_reward_rises(tmp_path, flags):
         assert all((tmp_path / root / "iter_0000005").is_dir() for root in ("models", "models_critic"))
 
 
+@pytest.mark.long
 def test_a_student_comes_closer_to_its_teacher(tmp_path):
     done = train(
         tmp_path, colocate=True, num_rollout=6, timeout_s=280, advantage_estimator="on_policy_distillation",

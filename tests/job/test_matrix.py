@@ -26,7 +26,13 @@ MATRIX = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", MATRIX.values(), ids=MATRIX)
+LONG = ("megatron, colocated, 1 rank, 1 engine", "fsdp, disaggregated, 1 rank, an engine of 2")
+"""One rank and these layouts are in other whole runs, too."""
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(flags, id=name, marks=[pytest.mark.long] * (name in LONG)) for name, flags in MATRIX.items()]
+)
 def test_it_trains_and_the_reward_rises(tmp_path, flags):
     # Six rollouts: after four the worst of many runs had risen by 0.24 only, and a rollout takes a second.
     done = train(tmp_path, check_weight_update_equal=True, num_rollout=6, timeout_s=580, **flags)
