@@ -179,9 +179,12 @@ async def test_an_agent_is_stopped_with_the_samples(stubborn):
         told.append(args.custom_agent_function_path)
 
     scope = request_scope.set("train-0")
-    with tool_servers(
-        lambda payload, prompt: Answer("4", hangs_after=1 if prompt.count("2+2") > 1 else None)
-    ) as servers, function_registry.temporary("tests.agents.abort", abort):
+    with (
+        tool_servers(
+            lambda payload, prompt: Answer("4", hangs_after=1 if prompt.count("2+2") > 1 else None)
+        ) as servers,
+        function_registry.temporary("tests.agents.abort", abort),
+    ):
         state = tool_state(servers, custom_agent_function_path="tests.agents.run")
         task = asyncio.create_task(made(servers, agent, state=state))
         await started.wait()
