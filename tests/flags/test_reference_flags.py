@@ -60,7 +60,7 @@ def test_a_flag_has_its_type_default_and_choices(row):
 @pytest.mark.parametrize("name", sorted(OF_GENERATE_FUNCTIONS))
 def test_flags_of_generate_functions_are_told_where_no_function_adds_them(name):
     (problem,) = parse([name, "1"], table()).problems
-    assert (problem.flag, "generate function" in problem.what) == (name, True)
+    assert (problem.flag, "--custom-generate-function-path" in problem.what) == (name, True)
 
 
 def test_there_are_285():
