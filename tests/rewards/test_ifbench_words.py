@@ -1,7 +1,5 @@
 """Words and sentences, as the checks of instructions count them."""
 
-import time
-
 import pytest
 
 from miles.rollout.rm_hub.ifbench_checks.words import (
@@ -89,19 +87,3 @@ def test_emojis_end_sentences():
     ends = ("Hi \U0001f600", "Hi \U0001f600.", "Hi \u2764\ufe0f!", "\U0001f44d\U0001f3fd", "\U0001f1eb\U0001f1f7 ")
     assert all(map(ends_with_emoji, ends))
     assert not any(map(ends_with_emoji, ("Hi", "Hi :)", "\U0001f600 hi", "", "\u4e2d", "1")))
-
-
-def splitting_takes(text):
-    """Seconds of the processor for the sentences of a text, at best."""
-    found = []
-    for _ in range(3):
-        began = time.process_time()
-        sentences(text)
-        found.append(time.process_time() - began)
-    return min(found)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("piece", ["Ab. ", "a? "])
-def test_four_times_the_text_takes_four_times_as_long(piece):
-    assert splitting_takes(piece * 100_000) < 6 * splitting_takes(piece * 25_000)
