@@ -313,8 +313,9 @@ async def test_samples_that_are_finished_make_room_for_other_prompts(tmp_path):
             batch = await rollout.generate(0)
         assert batch.num_samples == 6
         assert seen["3"] == 2
-        source = rollout._loaded.source
-        assert rollout.ledger() == f"{source.ledger.num_taken} taken = 0 trained + 0 filtered + 1 returned + 3 open"
+        taken = rollout._loaded.source.ledger.num_taken
+        assert taken >= 4  # a fifth may have found room, too
+        assert rollout.ledger() == f"{taken} taken = 0 trained + 0 filtered + {taken - 3} returned + 3 open"
 
 
 async def test_trajectories_are_text_by_role(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ids import case_id
 
 from miles_agents.errors import MilesError
 from miles_agents.wire.codec import (
@@ -184,7 +185,7 @@ def test_nested_values_arrive_as_they_were_sent_also_through_a_relay(value):
         (),
         [[], {}, set(), frozenset(), ()],
     ],
-    ids=lambda v: repr(v)[:40].encode("ascii", "replace").decode(),
+    ids=case_id,
 )
 def test_a_value_of_every_kind_arrives(value):
     got = round_trip(value)

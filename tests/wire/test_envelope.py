@@ -7,6 +7,7 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.ids import case_id
 
 from miles_agents.wire import envelope as wire
 from miles_agents.wire.envelope import (
@@ -236,7 +237,7 @@ def test_answers_do_not_share_their_buffers():
         {"body": bytearray(b"x")},
         {"buffers": [memoryview(bytes(10))[::2]]},
     ],
-    ids=repr,
+    ids=case_id,
 )
 def test_what_a_peer_would_refuse_cannot_be_sent(changes):
     with pytest.raises(UnsendableMessage):

@@ -35,7 +35,11 @@ def test_a_pair_of_two_halves_is_refused_without_showing_the_secret():
     assert NODE.secret not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["", "short", "x" * 41, "~" * 40, "é" * 40, CONTROLLER.public + "\n"])
+@pytest.mark.parametrize(
+    "key",
+    ["", "short", "x" * 41, "~" * 40, "é" * 40, CONTROLLER.public + "\n"],
+    ids=["empty", "short", "too long", "not Z85", "not ASCII", "with a line end"],
+)
 def test_what_is_not_a_key_is_refused(key):
     for make in (
         lambda: KeyPair(key, NODE.secret),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.ids import case_id
 from support.links import Acceptor, Stranger, an_envelope, met, settled, virtual
 
 from miles_agents.wire import envelope as wire
@@ -134,7 +135,7 @@ def test_what_came_short_can_still_go_the_long_way(envelope):
 
 
 def odd(**changes):
-    return pytest.param(changes, id=next(iter(changes)) + f" {str(next(iter(changes.values())))[:20]}")
+    return pytest.param(changes, id=next(iter(changes)) + f" {case_id(next(iter(changes.values())))}")
 
 
 @pytest.mark.parametrize(
