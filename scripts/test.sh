@@ -4,6 +4,9 @@
 #   --fast   leaves out the tests marked "full" (real processes, seconds to minutes)
 #   --long   with those marked "long", too: further combinations of what the others show (ten minutes more)
 #   PYTHON   the interpreter to build .venv with (default: python3.11, else a newer one on PATH)
+#   WORKERS  processes that share the tests out among them, file by file (default: one per core, 4 at most)
+# Tests start many processes and wait for them. One that fails while others run beside it is run once more, alone: what
+# fails then has failed. The report names what passed only alone, so that it can be mended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -17,6 +20,8 @@ for argument in "$@"; do
         *) pytest_args+=("$argument") ;;
     esac
 done
+
+RUN_AGAIN_MOST=10
 
 summary=()
 failed=()
@@ -41,14 +46,31 @@ report() {
     fi
 }
 
-run_pytest() {
-    "$VENV/bin/python" -m pytest "${pytest_args[@]}" 2>&1 | tee "$pytest_log"
+workers() {
+    local cores
+    cores=$(nproc)
+    echo "${WORKERS:-$((cores < 4 ? cores : 4))}"
+}
+
+# pytest_into LOG ARGUMENTS...
+pytest_into() {
+    "$VENV/bin/python" -m pytest "${@:2}" "${pytest_args[@]}" 2>&1 | tee "$1"
     return "${PIPESTATUS[0]}"
 }
 
+run_pytest() {
+    pytest_into "$pytest_log" -n "$(workers)" --dist loadfile && return
+    local failures
+    mapfile -t failures < <(grep -E '^(FAILED|ERROR) ' "$pytest_log" | cut -d' ' -f2 | sort -u)
+    [ ${#failures[@]} -gt 0 ] && [ ${#failures[@]} -le "$RUN_AGAIN_MOST" ] || return 1
+    printf '\n--- once more, alone\n'
+    pytest_into "$again_log" --last-failed --last-failed-no-failures none || return 1
+    summary+=("${failures[@]/#/passed only alone: }")
+}
+
 stage install install_environment dev,demo,trackers || report
-pytest_log=$(mktemp)
-trap 'rm -f "$pytest_log"' EXIT
+pytest_log=$(mktemp) again_log=$(mktemp)
+trap 'rm -f "$pytest_log" "$again_log"' EXIT
 stage ruff "$VENV/bin/ruff" check .
 stage format "$VENV/bin/ruff" format --check .
 stage mypy "$VENV/bin/mypy"

@@ -220,16 +220,18 @@ def _join(path: Path) -> int | None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
-    try:
-        if _locked(fd, fcntl.LOCK_EX):
-            _empty(path)  # nobody holds it, so whatever is in it was left by the dead
-        if _locked(fd, fcntl.LOCK_SH) and _is_still(path, fd):
-            kept, fd = fd, -1
-            return kept
-        return None
-    finally:
-        if fd >= 0:
-            os.close(fd)
+    if _hold(path, fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _hold(path: Path, fd: int) -> bool:
+    """Lock what was opened there, emptied if nobody else holds it. False: the path leads elsewhere meanwhile."""
+    # Where the directory was removed and made again, the lock says nothing about what others have in the new one.
+    if _locked(fd, fcntl.LOCK_EX) and _is_still(path, fd):
+        _empty(path)  # nobody holds it, so whatever is in it was left by the dead
+    return _locked(fd, fcntl.LOCK_SH) and _is_still(path, fd)
 
 
 def _remove_unless_held(path: Path, fd: int) -> bool:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from miles.flags.flag import Flag
-from miles.flags.parse import Parsed, convert, refusal
+from miles.flags.parse import KINDS, Parsed, convert, refusal
 from miles.flags.problems import Problem, listed, shown
 from miles.flags.table import Table
 
 FLAG = "--custom-config-path"
+_MAY_BE_NONE = frozenset({"str", "path", "json"})
+"""Of these kinds ``null`` says that there is none, whatever the default (``tool_key: null``)."""
 
 
 def read_config(path: str) -> dict[str, Any] | Problem:
@@ -41,6 +43,10 @@ def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
     for key, value in values.items():
         dest = key.replace("-", "_")
         flag = table.by_dest.get(dest)
+        if flag is not None and FLAG in flag.names:
+            what = "stands in the file that it names"
+            parsed.problems.append(Problem(f"{FLAG}: {dest}", shown(value), what, "other flags", "Take it out."))
+            continue
         if flag is None:
             _extra(parsed, table, key, value)
             continue
@@ -55,7 +61,7 @@ def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
     try:
         converted = _converted(flag, value)
     except ValueError as error:
-        allowed = listed(flag.choices) if flag.choices else flag.kind
+        allowed = listed(flag.choices) if flag.choices else KINDS[flag.kind]
         parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", shown(value), str(error), allowed, "Repair the file."))
         return
     if not flag.takes(converted) and converted != flag.default:
@@ -66,10 +72,18 @@ def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
 
 
 def _converted(flag: Flag, value: Any) -> Any:
+    """Raises ValueError."""
     if value is None:
+        if flag.default is not None and flag.kind not in _MAY_BE_NONE:
+            raise ValueError(f"needs a value; without one it is {shown(flag.default)}")
         return None
-    if isinstance(value, list) and (flag.nargs or flag.kind == "append"):
-        return [convert(flag, item) for item in value]
+    if flag.kind == "append" and isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]
+    takes_several = flag.nargs in ("+", "*") or flag.kind == "append"
+    if takes_several and not (flag.kind == "json" and isinstance(value, dict)):
+        return [convert(flag, item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list | dict) and flag.kind != "json":
+        raise ValueError("takes one value")
     return convert(flag, value)
 
 

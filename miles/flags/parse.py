@@ -160,7 +160,7 @@ def _converted(result: Parsed, flag: Flag, name: str, raw: Any) -> Plain:
         try:
             value = convert(flag, word)
         except ValueError as error:
-            allowed = listed(flag.choices) if flag.choices else _KINDS[flag.kind]
+            allowed = listed(flag.choices) if flag.choices else KINDS[flag.kind]
             result.problems.append(
                 Problem(name, str(word), str(error) or "is not allowed", allowed, f"Give {name} {allowed}.")
             )
@@ -169,7 +169,7 @@ def _converted(result: Parsed, flag: Flag, name: str, raw: Any) -> Plain:
     return values if isinstance(raw, list) else values[0]
 
 
-_KINDS = {
+KINDS = {
     "int": "a whole number",
     "float": "a number",
     "str": "a word",
@@ -178,7 +178,9 @@ _KINDS = {
     "count": "a whole number, such as 4096 or 4Ki",
     "yesno": "true or false",
     "append": "KEY=VALUE",
+    **dict.fromkeys(TAKES_NO_VALUE, "true or false"),
 }
+"""What is allowed, by kind of flag."""
 
 
 def convert(flag: Flag, word: Any) -> Plain:

@@ -80,7 +80,8 @@ class FlagProblems(ConfigError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         count = len(problems)
         super().__init__(
-            f"{count} problem{'s' if count != 1 else ''} with the flags: {', '.join(p.flag for p in problems)}",
+            f"{count} problem{'s' if count != 1 else ''} with the flags: "
+            f"{', '.join(dict.fromkeys(p.flag for p in problems))}",
             evidence="\n".join(line for problem in problems for line in problem.lines()),
             advice="Correct the flags that are named; --help lists all of them.",
         )

@@ -56,7 +56,10 @@ class Table:
         self.by_dest: Mapping[str, Flag] = by_dest
 
     def nearest(self, name: str) -> str | None:
-        """The known name that looks most like this one, unless none does."""
+        """The known name that this one begins, if there is one such name, else the one that looks most like it."""
+        begun = [known for known in self.by_name if known.startswith(name)]
+        if len(begun) == 1:
+            return begun[0]
         close = difflib.get_close_matches(name, self.by_name, n=1, cutoff=0.7)
         return close[0] if close else None
 

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 from miles.tracking.shell import QUEUE_LIMIT, TrackerThread
 from miles.tracking.tracker import Begun, Examples, Outcome, Point, RunInfo, Tracker
 from miles.tracking.trackers import KINDS, make
+from miles_agents.runtime_dir import runtime_dir
 
 ORPHANED_S = 20.0
 """Deadline of finishing when the controller is gone."""
@@ -134,9 +135,12 @@ def main(names: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for name in names:  # while engines start, and not when the first metrics wait
-        _import_quietly(name)
-    Host({name: partial(make, name) for name in names}, writer(answers)).run(orders_of(sys.stdin))
+    # Libraries make temporary directories when they are imported, and remove them by exit handlers, if at all.
+    with runtime_dir(f"trackers-{os.getpid()}") as directory:
+        os.environ["TMPDIR"] = str(directory)
+        for name in names:  # while engines start, and not when the first metrics wait
+            _import_quietly(name)
+        Host({name: partial(make, name) for name in names}, writer(answers)).run(orders_of(sys.stdin))
     sys.stderr.flush()
     os._exit(0)
 

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 import psutil
 
+from miles_agents.runtime_dir import sweep
+
 logger = logging.getLogger(__name__)
 Say: TypeAlias = Callable[[str], None]
 Remember: TypeAlias = Callable[[str, dict[str, Any]], None]
@@ -109,6 +111,7 @@ class TrackerProcess:
             await self._process.wait()
             self._reader.cancel()
             await _gone(below)
+            await asyncio.to_thread(sweep)  # its temporary directory, if it could not do so itself
 
     def _kill(self) -> list[psutil.Process]:
         """The process and what it has started; returns the latter. Collected first: it moves away when its parent

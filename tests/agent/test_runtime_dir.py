@@ -13,6 +13,7 @@ from miles_agents.runtime_dir import (
     InvalidRunId,
     SocketPathTooLong,
     UnsafeDirectory,
+    _hold,
     live_runs,
     runtime_dir,
     sweep,
@@ -170,6 +171,21 @@ def test_making_a_directory_sweeps_and_what_the_dead_left_in_it_is_gone(holder, 
         assert list(path.iterdir()) == []
 
 
+def test_a_directory_that_was_made_again_by_others_is_not_emptied(base):
+    """Whoever opened it before it was removed holds a lock on nothing."""
+    first = runtime_dir("r1")
+    stale = os.open(first.path, os.O_RDONLY)
+    try:
+        first.close()
+        assert not first.path.exists()
+        with runtime_dir("r1") as path:
+            (path / "agent.sock").touch()
+            assert not _hold(path, stale)
+            assert (path / "agent.sock").exists()
+    finally:
+        os.close(stale)
+
+
 def test_many_processes_joining_and_leaving_at_once_never_lose_the_directory(base):
     loop = (
         "import os\n"
@@ -181,7 +197,6 @@ def test_many_processes_joining_and_leaving_at_once_never_lose_the_directory(bas
         "        assert mine.exists()\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", loop], stderr=subprocess.PIPE) for _ in range(4)]
-    for process in processes:
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 0, stderr.decode()
+    told = [process.communicate(timeout=60)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, told
     assert list(base.iterdir()) == []

@@ -58,3 +58,35 @@ def test_a_refused_feature_may_be_said_to_be_off():
     parsed = applied({"allgather_cp": False, "lora_rank": 0})
     assert parsed.problems == []
     assert parsed.typed["allgather_cp"] is False
+
+
+def test_what_needs_a_value_gets_one():
+    """``null`` is no number; a name may be none."""
+    parsed = applied({"lr": None, "micro_batch_size": None, "tool_key": None})
+    assert [problem.flag for problem in parsed.problems] == [
+        f"--custom-config-path: {d}" for d in ("lr", "micro_batch_size")
+    ]
+    assert parsed.problems[0].what == "needs a value; without one it is 1e-06"
+    assert parsed.typed == {"tool_key": None}
+
+
+def test_one_value_of_a_flag_that_takes_several():
+    parsed = applied(
+        {"rollout_stop": "abc", "env": "A=1", "eval_prompt_data": "/x.jsonl", "profile_target": "train_overall"}
+    )
+    assert parsed.problems == []
+    assert parsed.typed == {
+        "rollout_stop": ["abc"], "env": ["A=1"], "eval_prompt_data": ["/x.jsonl"], "profile_target": ["train_overall"],
+    }  # fmt: skip
+    assert applied({"env": {"A": 1, "B": "x=y"}}).typed["env"] == ["A=1", "B=x=y"]
+
+
+def test_several_values_of_a_flag_that_takes_one():
+    parsed = applied({"hf_checkpoint": ["/a", "/b"], "lr": {"begin": 1}, "optimizer": ["adam"]})
+    assert [problem.what for problem in parsed.problems] == ["takes one value"] * 3
+
+
+def test_a_file_does_not_name_another():
+    parsed = applied({"custom-config-path": "other.yaml"})
+    assert "stands in the file that it names" in parsed.problems[0].what
+    assert parsed.typed == {}

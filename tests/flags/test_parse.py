@@ -157,3 +157,9 @@ def test_flags_that_functions_of_the_reference_add_are_refused_by_name(flag, why
 def test_a_function_that_adds_one_of_those_has_it():
     add = lambda parser: parser.add_argument("--generate-max-turns", type=int)  # noqa: E731
     assert parse(["--generate-max-turns", "4"], table(), [add]).extra == {"generate_max_turns": 4}
+
+
+def test_the_beginning_of_one_name_is_taken_for_it():
+    assert table().nearest("--rollout-temp") == "--rollout-temperature"
+    assert table().nearest("--rollout-batchsize") == "--rollout-batch-size"
+    assert table().nearest("--xyzzy") is None

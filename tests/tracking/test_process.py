@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.fake_trackers import run_info
+from support.procs import eventually
 from support.tracker_files import scalars
 
 from miles.tracking.process import TrackerProcess
@@ -104,3 +105,25 @@ async def test_the_real_one_serves_and_writes_and_ends_when_its_controller_is_go
         assert await process._process.wait() == 0
     assert scalars(tmp_path / "tensorboard")["rollout/x"] == [(0, 1.0)]
     await process.finish("failed", 1.0)
+
+
+@pytest.mark.parametrize("timeout_s", [30.0, 0.0], ids=["in good order", "killed"])
+async def test_what_libraries_put_aside_is_gone_with_the_process(tmp_path, timeout_s):
+    """wandb makes temporary directories when it is imported, and leaves them to exit handlers."""
+    (tmp_path / "tmp").mkdir()
+    said = Said()
+    process = await TrackerProcess.start(
+        ["wandb"],
+        log=tmp_path / "log",
+        env={**ENV, "TMPDIR": str(tmp_path / "tmp"), "XDG_RUNTIME_DIR": os.environ["XDG_RUNTIME_DIR"]},
+        say=said,
+        remember={}.__setitem__,
+    )
+    own = Path(os.environ["XDG_RUNTIME_DIR"]) / "miles" / f"trackers-{process.pid}"
+    try:
+        await eventually(lambda: any(own.glob("*wandb*")), PATIENCE_S)
+    finally:
+        process.grace_s = timeout_s
+        await process.finish("finished", timeout_s)
+    assert not own.exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
