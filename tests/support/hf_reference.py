@@ -8,7 +8,9 @@ import torch
 
 
 def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """In evaluation mode, with eager attention. Fails if a weight is missing or left over."""
+    """In evaluation mode, with eager attention; a padding token is a token like others, with all of its gradient.
+
+    Fails if a weight is missing or left over."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -16,6 +18,7 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32) -> torch.nn
     )
     problems = {key: value for key, value in info.items() if value}
     assert not problems, problems
+    model.get_input_embeddings().padding_idx = None
     return model.eval()
 
 

@@ -55,6 +55,8 @@ def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options
             config, dtype=options.storage, attn_implementation=attention
         )
     model.tie_weights()
+    # Else torch leaves out what this token's embedding gets as an input, and a model may well write it.
+    model.get_input_embeddings().padding_idx = None
     if options.gradient_checkpointing and options.trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(options.trained)
