@@ -21,10 +21,11 @@ from miles.rollout.base_types import (
 )
 from miles.rollout.data_buffer import DataBuffer, DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
-from miles.rollout.group_producer import GroupProducer
+from miles.rollout.group_producer import GroupProducer, most_in_vain
 from miles.rollout.hooks import load_hook
 from miles.rollout.inference_rollout.inference_rollout_common import GenerateState, SharedGenerateState
 from miles.rollout.inference_rollout.inference_rollout_eval import evaluate
+from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing
 from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.misc import load_function
 
@@ -68,13 +69,15 @@ class FullyAsyncRolloutFn:
         await self.producer.close()
 
     async def _collect(self, version: int | None) -> list[Group]:
-        target, groups = int(self.args.rollout_batch_size), list[Group]()
+        target, groups, too_old = int(self.args.rollout_batch_size), list[Group](), 0
         limit = self.args.max_weight_staleness
         try:
             while len(groups) < target:
                 [group] = await self.producer.get(1)
                 if limit is not None and version is not None and staleness(group, version) > int(limit):
                     self.producer.unused(group, "stale")
+                    too_old += 1
+                    self._check_some_are_fresh(too_old, len(groups))
                     continue
                 groups.append(group)
                 self.state.progress.finished = len(groups)
@@ -83,6 +86,16 @@ class FullyAsyncRolloutFn:
             self.source.give_back(groups, "failed")
             raise
         return groups
+
+    def _check_some_are_fresh(self, too_old: int, kept: int) -> None:
+        if not kept and too_old >= most_in_vain(self.args):
+            raise FilterKeepsNothing(
+                f"all of {too_old} prompt groups were older than --max-weight-staleness allows; none was kept",
+                evidence=f"--max-weight-staleness {self.args.max_weight_staleness}, engines have weight version "
+                f"{self.state.weight_version}",
+                advice="Raise --max-weight-staleness or --update-weights-interval, or lower "
+                "--async-max-concurrent-samples and --async-data-buffer-capacity-factor.",
+            )
 
     def _metrics(self, groups: list[Group], version: int | None) -> dict[str, Any]:
         counts, self.producer.counts = self.producer.counts, type(self.producer.counts)()

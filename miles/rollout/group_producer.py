@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from argparse import Namespace
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +25,12 @@ from miles.rollout.inference_rollout.inference_rollout_common import (
     generate_and_rm_group,
     is_engine_error,
 )
-from miles.rollout.inference_rollout.inference_rollout_train import CLEAN_UP_S, FRUITLESS_GROUPS, FilterKeepsNothing
+from miles.rollout.inference_rollout.inference_rollout_train import (
+    ABORTED_TRIES,
+    CLEAN_UP_S,
+    FRUITLESS_GROUPS,
+    FilterKeepsNothing,
+)
 from miles.rollout.tracked_source import TrackedDataSource, is_complete, reset_group
 from miles.utils.http_utils import http_client, request_scope
 
@@ -49,6 +55,11 @@ class GroupProducer:
         self._submitting = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
         self._fruitless = 0
+        """Groups in a row that came to nothing."""
+        self._engine_errors = 0
+        """In a row."""
+        self._aborts: Counter[int] = Counter()
+        """By the group's number: how often it came back unfinished by itself."""
 
     def _max_samples(self) -> int:
         given = self.args.async_max_concurrent_samples
@@ -140,7 +151,7 @@ class GroupProducer:
 
     async def _judge(self, made: Group, original: Group) -> None:
         if not is_complete(made):
-            self._unused(original, "aborted")
+            self._aborted_by_itself(original)
             return
         hook = self.state.dynamic_filter
         if hook is not None:
@@ -148,7 +159,8 @@ class GroupProducer:
             if not verdict.keep:
                 self._filter(made, verdict.reason or "filtered")
                 return
-        self._fruitless = 0
+        self._fruitless = self._engine_errors = 0
+        self._aborts.pop(_number(original), None)
         self.source.finished(made)
         await self.buffer.put(made)
 
@@ -156,6 +168,16 @@ class GroupProducer:
         """A finished group cannot be trained on any more: by ``--async-unused-samples-handler`` it is generated again,
         or dropped."""
         self._unused(group, why)
+
+    def _aborted_by_itself(self, group: Group) -> None:
+        self._aborts[_number(group)] += 1
+        if self._aborts[_number(group)] >= ABORTED_TRIES:
+            del self._aborts[_number(group)]
+            self.counts["drop_aborted"] += 1
+            self.source.filtered([group], "aborted")
+        else:
+            self._unused(group, "aborted")
+        self._in_vain("came back unfinished or were filtered")
 
     def _unused(self, group: Group, why: str) -> None:
         self.counts[why] += 1
@@ -167,24 +189,27 @@ class GroupProducer:
     def _filter(self, group: Group, reason: str) -> None:
         self.counts[f"drop_{reason}"] += 1
         self.source.filtered([group], reason)
+        self._in_vain("were filtered")
+
+    def _in_vain(self, what: str) -> None:
         self._fruitless += 1
-        if self._fruitless >= max(FRUITLESS_GROUPS, 50 * int(self.args.rollout_batch_size)):
+        if self._fruitless >= most_in_vain(self.args):
             raise FilterKeepsNothing(
-                f"{self._fruitless} prompt groups in a row were filtered",
+                f"{self._fruitless} prompt groups in a row {what}",
                 evidence=", ".join(f"{name}: {count}" for name, count in self.counts.most_common(10)),
                 advice="Look at rewards and answers (--save-debug-rollout-data); the task may be too hard or too easy, "
-                "or --dynamic-sampling-filter-path too strict.",
+                "--dynamic-sampling-filter-path too strict, or a generate function leaves its samples unfinished.",
             )
 
     def _engine_failed(self, group: Group, error: BaseException) -> None:
-        self.state.engine_errors += 1
-        self.state.progress.engine_errors = self.state.engine_errors
+        self._engine_errors += 1
+        self.state.progress.engine_errors += 1
         self.counts["engine_error"] += 1
         logger.warning("prompt group %s: no engine answered; it is generated again", flat(group)[0].group_index)
         self.source.give_back([reset_group(group)], "engine_error")
-        if self.state.engine_errors > max(8, 2 * int(self.args.rollout_batch_size)):
+        if self._engine_errors > max(8, 2 * int(self.args.rollout_batch_size)):
             raise EnginesFail(
-                f"{self.state.engine_errors} prompt groups failed at the engines",
+                f"{self._engine_errors} prompt groups in a row failed at the engines",
                 evidence=str(getattr(error, "evidence", error)),
                 advice="Look at the logs of router and engines.",
             ) from error
@@ -203,3 +228,12 @@ class GroupProducer:
         groups = [reset_group(group) for group in self._pending.values()]
         self._pending.clear()
         self.source.give_back(groups, "stopped")
+
+
+def most_in_vain(args: Namespace) -> int:
+    """So many groups in a row may come to nothing before a run ends with the reason."""
+    return max(FRUITLESS_GROUPS, 50 * int(args.rollout_batch_size))
+
+
+def _number(group: Group) -> int:
+    return flat(group)[0].group_index or 0

@@ -23,6 +23,8 @@ CASES = [
     ("Answer: 34" + "." * 291, "34", BAD, "[INVALID]"),
     ("Answer: 34" + " " * 290, "34", GOOD, "34"),
     ("x" * 1_000_000 + "Answer: 34", "34", GOOD, "34"),
+    ("Answer: 34\r\nso it is", "34", GOOD, "34"),
+    ("Answer: 34\t", "34", GOOD, "34"),
     ("Answer: $34$", "34", GOOD, "34"),
     ("Answer: \\$34", "34", GOOD, "34"),
     ("Answer: \\boxed{34}", "34", GOOD, "34"),

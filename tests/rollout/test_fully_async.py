@@ -11,8 +11,10 @@ from support.rollout_cases import Answer, adds, make_config, manager, servers, s
 
 from miles.rollout.base_types import RolloutFnTrainInput
 from miles.rollout.data_buffer import DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
+from miles.rollout.engines import EnginesFail
 from miles.rollout.fully_async_rollout import staleness
 from miles.rollout.hooks import HookFailed
+from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing
 from miles.rollout.journal import replay
 from miles.utils.misc import function_registry
 from miles.utils.types import Sample
@@ -134,6 +136,57 @@ async def test_an_error_of_user_code_in_the_producer_ends_the_call(tmp_path):
         await started(rollout, fake)
         with pytest.raises(HookFailed):
             await rollout.generate(0)
+
+
+@pytest.mark.parametrize("handler", ["drop", "retry"])
+async def test_a_generate_function_that_finishes_nothing_is_told(tmp_path, handler):
+    async def unfinished(args, sample, sampling_params):
+        sample.status = Sample.Status.ABORTED
+        return sample
+
+    with function_registry.temporary("tests.unfinished", unfinished):
+        config = config_of(
+            tmp_path, custom_generate_function_path="tests.unfinished", async_unused_samples_handler=handler
+        )
+        with servers(adds) as fake, manager(config) as rollout:
+            await started(rollout, fake)
+            with pytest.raises(FilterKeepsNothing, match="came back unfinished"):
+                await rollout.generate(0)
+            assert "aborted" in rollout.ledger() or " filtered" in rollout.ledger()
+
+
+async def test_only_answers_that_are_too_old_are_told(tmp_path):
+    async def of_old_weights(args, sample, sampling_params):
+        sample.tokens, sample.response, sample.response_length = [*sample.tokens, 1], "1", 1
+        sample.rollout_log_probs, sample.weight_versions = [-1.0], ["1"]
+        sample.status = Sample.Status.COMPLETED
+        return sample
+
+    with function_registry.temporary("tests.of_old_weights", of_old_weights):
+        config = config_of(
+            tmp_path, max_weight_staleness=0, rm_type="random", custom_generate_function_path="tests.of_old_weights"
+        )
+        with servers(adds) as fake, manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.set_weight_version(7)
+            with pytest.raises(FilterKeepsNothing, match="older than --max-weight-staleness"):
+                await rollout.generate(0)
+
+
+async def test_engines_that_fail_now_and_then_do_not_add_up(tmp_path):
+    with servers(adds) as fake, manager(config_of(tmp_path)) as rollout:
+        await started(rollout, fake)
+        producer = function_of(rollout).producer
+        [group] = producer.source.get_samples(1)
+        for rollout_id in range(3):
+            for _ in range(8):
+                producer._engine_failed(group, RuntimeError("no answer"))
+                producer.source.get_samples(1)
+            if rollout_id < 2:
+                await rollout.generate(rollout_id)
+                await rollout.trained(rollout_id)
+        with pytest.raises(EnginesFail, match="9 prompt groups in a row"):
+            producer._engine_failed(group, RuntimeError("no answer"))
 
 
 async def test_what_is_finished_and_not_trained_on_is_in_the_checkpoint_as_it_is(tmp_path):

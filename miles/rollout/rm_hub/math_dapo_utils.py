@@ -117,4 +117,4 @@ def normalize_final_answer(final_answer: str) -> str:
     for pattern, new in _PATTERNS:
         text = pattern.sub(new, text)
     text = text.replace("$", "")
-    return text.replace(",", "") if text.replace(",", "").isdigit() else text
+    return (text.replace(",", "") if text.replace(",", "").isdigit() else text).strip()
