@@ -93,7 +93,12 @@ def saved_and_loaded(path, root):
     fresh, fresh_start = values(critic_args(args))
     backbone = dict(fresh.backend.model.module.named_parameters())
     same = all(torch.equal(backbone[n], p) for n, p in actor.model.module.named_parameters() if n != NAME)
-    return trained, loaded, start, fresh_start, same
+    # Beside an actor that begins anew, a critic that was trained before keeps its head.
+    args.ref_load, args.critic_load, args.finetune = None, str(root / "actor_critic"), True
+    pretrained, pretrained_start = values(critic_args(args))
+    pretrained.fill_values(part)
+    kept = [v.clone() for v in part.columns["values"]]
+    return trained, loaded, kept, (start, fresh_start, pretrained_start), same
 
 
 @pytest.mark.full
@@ -101,10 +106,11 @@ def test_a_critic_goes_on_from_its_own_checkpoint_and_begins_from_an_actors(tmp_
     for tied in (True, False):
         path = tiny_model("qwen3", tied=tied)
         root = tmp_path / str(tied)
-        trained, loaded, start, fresh_start, same = run_ranks(1, saved_and_loaded, path, root)[0]
+        trained, loaded, kept, starts, same = run_ranks(1, saved_and_loaded, path, root)[0]
         assert any(v.any() for v in trained)
         assert all(torch.equal(a, b) for a, b in zip(trained, loaded, strict=True))
-        assert (start, fresh_start, same) == (4, 0, True)
+        assert all(torch.equal(a, b) for a, b in zip(trained, kept, strict=True))
+        assert (starts, same) == ((4, 0, 0), True)
 
 
 def test_checkpoints_of_different_rollouts_are_refused():
@@ -125,9 +131,28 @@ def test_a_critic_that_is_ahead_of_its_actor_goes_on_with_the_actors_rollout(tmp
     given = {"load": str(tmp_path / "run/"), "save": None, "lr": 1.0, "ckpt_step": None, "critic_load": None}
     found = critic_args(SimpleNamespace(**given))
     assert (found.load, found.ckpt_step) == (str(tmp_path / "run_critic"), 3)
-    # The one that is named is taken as it is.
-    found = critic_args(SimpleNamespace(**given | {"critic_load": "elsewhere", "ckpt_step": 3}))
-    assert (found.load, found.ckpt_step) == ("elsewhere", None)
+    # So does the one that is named, where it has that rollout; else it is taken as it is, and compared.
+    named = given | {"critic_load": str(tmp_path / "run_critic"), "load": str(tmp_path / "run"), "ckpt_step": 3}
+    assert critic_args(SimpleNamespace(**named)).ckpt_step == 3
+    found = critic_args(SimpleNamespace(**given | {"critic_load": str(tmp_path / "elsewhere")}))
+    assert (found.load, found.ckpt_step) == (str(tmp_path / "elsewhere"), None)
     # Without checkpoints of its own it begins with the actor's layers.
     found = critic_args(SimpleNamespace(**given | {"load": str(tmp_path / "run_critic")}))
     assert (found.load, found.ckpt_step) == (None, None)
+    assert found.ref_load == str(tmp_path / "run_critic" / iteration_name(4))
+
+
+def test_a_run_that_goes_on_finds_its_critic_where_it_saved_it(tmp_path):
+    """``--resume auto``: ``--load`` is then ``--save``, whatever ``--critic-load`` the run began with."""
+    for root, saved in (("run", (7,)), ("critics", (3, 7)), ("pretrained", (3,))):
+        for rollout_id in saved:
+            (tmp_path / root / iteration_name(rollout_id)).mkdir(parents=True)
+        (tmp_path / root / TRACKER).write_text(str(saved[-1]))
+    run, critics = str(tmp_path / "run"), str(tmp_path / "critics")
+    given = {"load": run, "save": run, "critic_save": critics, "lr": 1.0, "ckpt_step": None, "critic_load": None}
+    for began in (None, str(tmp_path / "pretrained")):
+        found = critic_args(SimpleNamespace(**given | {"critic_load": began}))
+        assert (found.load, found.ckpt_step, found.save) == (critics, 7, critics)
+    # A run that only begins with weights takes the critic that is named.
+    found = critic_args(SimpleNamespace(**given | {"finetune": True, "critic_load": str(tmp_path / "pretrained")}))
+    assert (found.load, found.ckpt_step) == (str(tmp_path / "pretrained"), None)

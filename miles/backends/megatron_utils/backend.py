@@ -117,7 +117,7 @@ class MegatronBackend(TrainBackend):
         self.stage = Stage.of(self.config, self.shape, self.parallel)
         model = self._build_model()
         if source.resumes is None:
-            self._load_weights(model, source.weights)
+            self._load_weights(model, source.weights, without_head=self.is_critic and not source.is_own)
         self.model = wrap_data_parallel(args, model)
         self.optimizer = build_optimizer(args, self.model) if has_optimizer(args) else None
         self.scheduler = build_scheduler(args, self.optimizer) if self.optimizer is not None else None
@@ -137,13 +137,13 @@ class MegatronBackend(TrainBackend):
         self._load_weights(model, source)
         return model.requires_grad_(False).eval()
 
-    def _load_weights(self, model: Any, source: Path) -> None:
-        """From a Hugging Face directory, or one of checkpoints."""
+    def _load_weights(self, model: Any, source: Path, *, without_head: bool = False) -> None:
+        """From a Hugging Face directory, or one of checkpoints, which may be without a critic's value head."""
         if is_hf_directory(source):
             directory = HFDirectory(source)
             load_hf_weights(model, self.rules, directory, stage=self.stage, parallel=self.parallel)
         else:
-            load_checkpoint(source, replace(self._state(model), without_head=self.is_critic), generators=False)
+            load_checkpoint(source, replace(self._state(model), without_head=without_head), generators=False)
 
     def _resume(self, found: FoundCheckpoint) -> int:
         args = self.args

@@ -11,10 +11,12 @@ from miles.backends.checkpoint_layout import FoundCheckpoint, NoSuchCheckpoint, 
 
 @dataclass(frozen=True)
 class Source:
-    """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from."""
+    """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from.
+    ``is_own``: it is ``--load``, and so has what only a model of this role has (a critic's value head)."""
 
     weights: Path
     resumes: FoundCheckpoint | None = None
+    is_own: bool = False
 
 
 def choose_source(args: Namespace) -> Source:
@@ -25,7 +27,7 @@ def choose_source(args: Namespace) -> Source:
     found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
     if found is not None:
         weights_only = found.rollout_id is None or getattr(args, "finetune", False)
-        return Source(found.directory, None if weights_only else found)
+        return Source(found.directory, None if weights_only else found, is_own=True)
     if args.load is not None and is_hf_directory(Path(args.load)):
         return Source(Path(args.load))
     return Source(reference_source(args))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from miles.backends.base import MicroBatch, TrainBackend
-from miles.backends.checkpoint_layout import find_checkpoint
+from miles.backends.checkpoint_layout import FoundCheckpoint, find_checkpoint, iteration_name
 from miles.backends.training_utils import log_utils
 from miles.backends.training_utils.data import RankData, pieces
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, Losses
@@ -38,7 +38,7 @@ def has_critic(args: Any) -> bool:
 def critic_args(args: Any) -> Any:
     """The flags as the critic's backend sees them: its own checkpoints, learning rate and warm-up.
 
-    ``--critic-load`` unset: the critic beside ``--load``, if there is one; else its layers begin as the actor's do.
+    Without a checkpoint of its own, its layers begin as the actor's do.
     """
     found = copy.copy(args)
     for name in ("load", "save", "lr", "lr_warmup_iters"):
@@ -46,16 +46,35 @@ def critic_args(args: Any) -> Any:
     if found.lr is None:
         found.lr = args.lr
     found.lr_warmup_iters = found.lr_warmup_iters or 0
-    found.ckpt_step = None
-    if found.load is None and args.load and (actor := find_checkpoint(args.load, args.ckpt_step)) is not None:
-        beside = Path(str(args.load).rstrip("/") + SUFFIX)
-        if find_checkpoint(beside) is not None:
-            # Its checkpoint is written first: after a crash between the two, its newest may be ahead of the actor's.
-            found.load, found.ckpt_step = str(beside), actor.rollout_id
     if found.save is None and getattr(args, "save", None):
         found.save = str(args.save).rstrip("/") + SUFFIX
+    actor = find_checkpoint(args.load, args.ckpt_step)
+    found.load, found.ckpt_step = _own_checkpoint(args, found.save, actor)
+    if found.load is None and args.load is not None:
+        found.ref_load, found.ref_ckpt_step = str(args.load if actor is None else actor.directory), None
     found.use_kl_loss, found.kl_coef, found.opd_type = False, 0.0, None
     return found
+
+
+def _own_checkpoint(args: Any, save: str | None, actor: FoundCheckpoint | None) -> tuple[str | None, int | None]:
+    """Directory and rollout of the critic's checkpoint.
+
+    Where the actor goes on, it is that of the actor's rollout: after a crash between the two the critic's newest may be
+    ahead, as it is written first. It is looked for where this run writes it, if the actor goes on from there, then in
+    ``--critic-load``, or without that beside ``--load``. Else it is ``--critic-load``, as it is.
+    """
+    if actor is None or actor.rollout_id is None or getattr(args, "finetune", False):
+        return args.critic_load, None
+    root = str(args.load).rstrip("/")
+    goes_on_there = getattr(args, "save", None) is not None and str(args.save).rstrip("/") == root
+    places = [save if goes_on_there else None, args.critic_load or root + SUFFIX]
+    there = [place for place in places if place is not None and find_checkpoint(place) is not None]
+    for place in there:
+        if (Path(place) / iteration_name(actor.rollout_id)).is_dir():
+            return place, actor.rollout_id
+    if args.critic_load is not None or not there:
+        return args.critic_load, None
+    return there[0], actor.rollout_id  # which is told to be missing
 
 
 class Critic:
@@ -109,5 +128,5 @@ def check_same_start(actor: int, critic: int, args: Any) -> None:
         raise CriticElsewhere(
             "the checkpoints of actor and critic are not of the same rollout",
             evidence=f"the actor goes on at rollout {actor}, the critic ({args.load}) at {critic}",
-            advice="Give --critic-load and --load of the same run, or choose the step with --ckpt-step.",
+            advice="Give --critic-load and --load of the same run; --ckpt-step names a rollout that both have.",
         )
