@@ -9,9 +9,11 @@
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-cd "$SCRIPT_DIR/../.."
-PYTHON="$(realpath -s "${PYTHON:-.venv/bin/python}")"
-RECIPE_DIR="$(realpath -m "${RECIPE_DIR:-runs/recipe-$(date +%Y%m%d-%H%M%S)}")"
+REPOSITORY="$(cd -- "$SCRIPT_DIR/../.." && pwd)"
+PYTHON="${PYTHON:-$REPOSITORY/.venv/bin/python}"
+RECIPE_DIR="$(realpath -m "${RECIPE_DIR:-$REPOSITORY/runs/recipe-$(date +%Y%m%d-%H%M%S)}")"
+case $PYTHON in */*) PYTHON="$(realpath -s "$PYTHON")" ;; esac # a plain name is looked up on PATH
+cd "$REPOSITORY"
 WARM_STEPS="${WARM_STEPS:-240}"
 export OMP_NUM_THREADS=1
 # Where --custom-rm-path and the other paths of functions are looked for.

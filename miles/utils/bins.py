@@ -74,6 +74,11 @@ def heaviest_first_within(weights: Weights, lengths: Lengths, count: int, capaci
     return _unsorted(order, places)
 
 
+MOST_LAYERS = 256
+"""Beyond that differencing by layers is left out: its time grows with the square of the layers, and with so many items
+in each bin the heaviest-first rule is as even."""
+
+
 def differencing_by_layers(weights: Weights, count: int) -> Labels:
     """Layers of ``count`` items, the heaviest first; the two layers that differ most within are laid upon each other,
     heaviest on lightest, until one is left: each bin has one item of each layer.
@@ -149,7 +154,10 @@ def balanced(weights: Weights, count: int, limit: int | None = None) -> Labels:
 
     With ``limit``, no bin has more items than that; ``count * limit`` is at least the number of items.
     """
-    best = differencing_by_layers(weights, count)
+    if len(weights) > MOST_LAYERS * count:
+        best = heaviest_first(weights, count, limit)
+    else:
+        best = differencing_by_layers(weights, count)
     heaviest = _heaviest(best, weights, count)
     slack = TIES * float(weights.sum()) / count if limit is not None else 0.0  # layers also keep step: see dp_schedule
     for labels in _others(weights, count, limit):
@@ -225,7 +233,8 @@ def _even(lengths: Lengths, capacity: int, count: int) -> tuple[Labels] | None:
         return None
     labels = np.empty(len(lengths), np.int64)
     labels[over] = np.arange(alone)
-    for method in (differencing_by_layers, heaviest_first):
+    few_layers = len(rest) <= MOST_LAYERS * (count - alone)
+    for method in (differencing_by_layers, heaviest_first) if few_layers else (heaviest_first,):
         found = method(rest, count - alone)
         if _heaviest(found, rest, count - alone) <= capacity:
             labels[~over] = alone + found

@@ -156,3 +156,10 @@ def test_a_reverse_index_leads_back(permutation):
     values = [chr(ord("a") + i) for i in range(12)]
     moved = [values[i] for i in permutation]
     assert [moved[i] for i in get_reverse_idx(permutation)] == values
+
+
+def test_many_items_in_few_bins_are_even_without_layers():
+    """Whose number would be squared: a hundred thousand samples for two bins took minutes."""
+    weights = np.random.default_rng(0).lognormal(6.0, 1.0, 100_000)
+    sums = np.bincount(bins.balanced(weights, 2), weights, minlength=2)
+    assert sums.max() / sums.mean() < 1.0001

@@ -37,7 +37,7 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0, distributed: bool = True
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0, distributed: bool = True
 ) -> list[Any]:
     """Results of ``function(*args)`` by rank.
 

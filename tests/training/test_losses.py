@@ -8,8 +8,8 @@ from support.plain_losses import HIDDEN, VOCAB, assert_close, flags, plain_loss,
 from support.ranks import run_ranks
 from support.tiny_backend import TinyBackend, make_parallel, tiny_logits, tiny_parameters
 
-from miles.backends.base import ParallelState
-from miles.backends.training_utils.data import RankData
+from miles.backends.base import MicroBatch, ParallelState
+from miles.backends.training_utils.data import RankData, StepPlan
 from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, BadLossFunction, Losses
 from miles.backends.training_utils.loss_hub.settings import UnsupportedLoss
@@ -308,3 +308,27 @@ def test_stock_corrections_bound_or_drop_what_is_far_off(function, kept):
     torch.testing.assert_close(loss, torch.tensor(kept))
     torch.testing.assert_close(metrics["tis_clipfrac"], torch.tensor([1.0, 0.0, 1.0]))
     assert len(masks) == 1
+
+
+@pytest.mark.parametrize("changed", [{"kl_loss_type": "k3"}, {"kl_loss_type": "k1", "use_unbiased_kl": True}])
+def test_what_is_not_trained_leaves_gradients_finite(changed):
+    """Also where a token that does not count is further from the reference than an exponential can say."""
+    args = flags(advantage_estimator="grpo", use_kl_loss=True, kl_loss_coef=0.1, **changed)
+    log_probs = torch.tensor([-2.0, -300.0, -2.0])
+    batch = MicroBatch(
+        tokens=torch.tensor([1, 2, 4, 3, 5]),
+        position_ids=torch.arange(5),
+        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+        total_lengths=[5],
+        response_lengths=[3],
+        loss_masks=[torch.tensor([1.0, 0.0, 1.0])],
+        sample_positions=[0],
+        columns={"advantages": [torch.ones(3)], "log_probs": [log_probs], "ref_log_probs": [torch.full((3,), -2.0)]},
+    )
+    logits = torch.zeros(5, 8)
+    logits[2, 3] = -200.0
+    logits.requires_grad_()
+    output = Losses(args, ParallelState()).for_step(StepPlan([[0]], 1, 2.0))(logits, batch)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert logits.grad.isfinite().all()

@@ -195,7 +195,11 @@ class Losses:
         return _column(batch, "log_probs", log_probs)
 
     def _kl(self, batch: MicroBatch, log_probs: torch.Tensor, old: torch.Tensor, reduce: Reducer) -> torch.Tensor:
-        reference = _column(batch, "ref_log_probs", log_probs)
+        # Before anything is exponentiated: what overflows there has no gradient that could be masked afterwards.
+        log_probs, old, reference = (
+            torch.where(reduce.active, values, 0.0)
+            for values in (log_probs, old, _column(batch, "ref_log_probs", log_probs))
+        )
         importance = (log_probs - old).exp() if self.settings.use_unbiased_kl else None
         kl = compute_approx_kl(log_probs, reference, self.settings.kl_loss_type, importance)
         return _trained_and_finite(kl, reduce)
