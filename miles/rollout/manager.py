@@ -238,7 +238,7 @@ class RolloutManager(Actor):
 
     def set_engines_now(self, targets: list[EngineTarget], router_url: str, api_key: str) -> None:
         """Engines and router, for our code and for ``args`` of user code."""
-        engines.set(targets, router_url, api_key)
+        engines.set(targets, router_url, api_key, are_restarted=bool(getattr(self.args, "use_fault_tolerance", False)))
         if router_url:
             parts = urlsplit(router_url)
             vars(self.args).update(sglang_router_ip=parts.hostname, sglang_router_port=parts.port)
