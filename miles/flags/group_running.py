@@ -14,7 +14,7 @@ _FAULTS: tuple[Flag, ...] = (
     *grouped(
         "fault tolerance",
         "contract",
-        refused(switch("--use-fault-tolerance", "recover ranks and engines"), FAULTS),
+        switch("--use-fault-tolerance", "a process that dies is started again, and the run goes on (docs/recovery.md)"),
         refused(
             integer("--rollout-health-check-first-wait", 0, "seconds before the first heartbeat"), FAULTS, only=(0,)
         ),
@@ -29,10 +29,20 @@ _FAULTS: tuple[Flag, ...] = (
         refused(switch("--mini-ft-controller-enable", "heal in a loop"), FAULTS),
         refused(number("--mini-ft-controller-poll-interval", 10.0, "seconds"), FAULTS),
         refused(number("--mini-ft-controller-resume-delay", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-interval", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-timeout", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-first-wait", 300.0, "seconds"), FAULTS),
-        refused(integer("--trainer-heartbeat-checker-failure-threshold", 3, "misses"), FAULTS),
+        number("--trainer-heartbeat-checker-interval", 10.0, "seconds between heartbeats of the trainer's ranks"),
+        number("--trainer-heartbeat-checker-timeout", 10.0, "seconds in which one is to be answered"),
+        number("--trainer-heartbeat-checker-first-wait", 300.0, "seconds before the first, in which ranks load"),
+        integer("--trainer-heartbeat-checker-failure-threshold", 3, "so many left out in a row end the rank"),
+    ),
+    *grouped(
+        "fault tolerance",
+        "ours",
+        integer(
+            "--recovery-interval",
+            32,
+            "rollouts that are trained on again at most when ranks die: after so many without a checkpoint in --save "
+            "one is written to the run directory",
+        ),
     ),
 )
 

@@ -142,8 +142,12 @@ class TrainingLoop:
         with watch.measure("rollout"):
             batch = await self._next_batch(rollout_id)
         metrics: dict[str, float] = dict(batch.metrics)
+        steps: list[dict[str, float]] = []
         if self.trainer is not None:
             metrics.update(await self._train(rollout_id, batch.refs, watch))
+            steps = await self._steps_of_it()
+        elif parts.recovery is not None:
+            parts.recovery.trained = rollout_id
         await self.rollout.trained.call_one(rollout_id)
         asked = self._is_save_asked_for()
         if iteration.save or asked:
@@ -151,11 +155,14 @@ class TrainingLoop:
                 await self._save(rollout_id)
             if asked:
                 await asyncio.to_thread(Path(self.config["save_trigger_sentinel"]).unlink, missing_ok=True)
+        elif parts.recovery is not None:
+            with watch.measure("save"):
+                await parts.recovery.after(rollout_id)
         if self.trainer is not None and parts.fleet is not None and self._is_update_due(rollout_id):
             await self._before_update(watch)
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
-        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, await self._steps_of_it())
+        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, steps)
         if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
@@ -206,13 +213,15 @@ class TrainingLoop:
         self._has_newer_weights = True
         with watch.measure("train"), self.console.phase("train"):
             answers = await trainer.train.call(rollout_id, refs)
+        if self.parts.recovery is not None:
+            self.parts.recovery.trained = rollout_id  # ranks that begin anew from now on are brought here
         return dict(answers.at(gpus=0))
 
     async def _steps_of_it(self) -> list[dict[str, float]]:
         """Metrics of each optimizer step of the rollout that was trained on, if it had several."""
         if self.parts.trainer is None or self.config["num_steps_per_rollout"] in (None, 1):
             return []
-        first = self.parts.trainer.slice(gpus=0).options(timeout_s=60.0)
+        first = self.parts.calls(self.parts.trainer, 60.0).slice(gpus=0)
         steps: list[dict[str, float]] = await first.last_steps.call_one()
         return steps
 
@@ -312,6 +321,8 @@ class TrainingLoop:
         await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
         paths = await trainer.save.call(rollout_id)
         await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
+        if self.parts.recovery is not None:
+            await self.parts.recovery.saved(rollout_id)
         self.tracking.saved(self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
         export = None

@@ -46,7 +46,7 @@ def critic_args(args: Any) -> Any:
     if found.lr is None:
         found.lr = args.lr
     found.lr_warmup_iters = found.lr_warmup_iters or 0
-    found.ckpt_step = None
+    found.ckpt_step = getattr(args, "critic_ckpt_step", None)
     if found.load is None and args.load and (actor := find_checkpoint(args.load, args.ckpt_step)) is not None:
         beside = Path(str(args.load).rstrip("/") + SUFFIX)
         if find_checkpoint(beside) is not None:
