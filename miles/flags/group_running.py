@@ -15,11 +15,9 @@ _FAULTS: tuple[Flag, ...] = (
         "fault tolerance",
         "contract",
         switch("--use-fault-tolerance", "a process that dies is started again, and the run goes on (docs/recovery.md)"),
-        refused(
-            integer("--rollout-health-check-first-wait", 0, "seconds before the first heartbeat"), FAULTS, only=(0,)
-        ),
-        refused(integer("--rollout-health-check-interval", 30, "seconds between heartbeats"), FAULTS, only=(30,)),
-        refused(integer("--rollout-health-check-timeout", 30, "deadline of a heartbeat"), FAULTS, only=(30,)),
+        integer("--rollout-health-check-first-wait", 0, "seconds until an engine that is ready, or goes on, is judged"),
+        integer("--rollout-health-check-interval", 30, "seconds between heartbeats of engines and router"),
+        integer("--rollout-health-check-timeout", 30, "seconds in which one is to be answered, as is its repetition"),
     ),
     *grouped(
         "fault tolerance",

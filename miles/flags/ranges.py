@@ -58,8 +58,11 @@ _AT_LEAST_1 = (
     "ddp_bucket_size",
     "ddp_num_buckets",
     "seq_length",
+    "rollout_health_check_interval",
+    "rollout_health_check_timeout",
 )
 _AT_LEAST_0 = (
+    "rollout_health_check_first_wait",
     "profile_step_start",
     "num_rollout",
     "start_rollout_id",

@@ -146,6 +146,11 @@ EFFECTS: tuple[Effect, ...] = (
         "without --load",
     ),
     _needs("no_save_rng", _is_set("save"), "without --save"),
+    _needs(
+        "rollout_health_check_interval rollout_health_check_timeout rollout_health_check_first_wait",
+        _is_set("use_fault_tolerance"),
+        "without --use-fault-tolerance",
+    ),
     _needs("offload_rollout_level", _is_set("offload_rollout"), "unless engines are offloaded"),
     _needs("offload_train_target", _is_set("offload_train"), "unless the trainer is offloaded"),
     _needs(
@@ -233,7 +238,8 @@ ONLY_TRAINER = (
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "
     "dynamic_sampling_filter_path over_sampling_batch_size partial_rollout sglang_server_concurrency "
-    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine "
+    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine rollout_health_check_interval "
+    "rollout_health_check_timeout rollout_health_check_first_wait "
 )
 
 

@@ -37,6 +37,7 @@ class EngineRecovery:
         catch_up: Sends the trainer's weights to the engines that wait for them.
         update: An ordinary weight update, whatever else it needs.
         can_catch_up: Whether the trainer has the engines' weights, and has them in memory.
+        say: Shows a line to the person.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class EngineRecovery:
         catch_up: Callable[[], Awaitable[None]],
         update: Callable[[], Awaitable[None]],
         can_catch_up: Callable[[], bool],
+        say: Callable[[str], None] = logger.info,
     ) -> None:
         self._parts = parts
         self._catch_up = catch_up
         self._update = update
         self._can_catch_up = can_catch_up
+        self._say = say
 
     @property
     def _recovery(self) -> Any:
@@ -94,6 +97,7 @@ class EngineRecovery:
         if self._recovery is None:
             yield
             return
+        self._recovery.say = self._say
         task = asyncio.ensure_future(self._tell())
         try:
             yield

@@ -90,7 +90,11 @@ class TrainingLoop:
         self._has_newer_weights = False
         """The trainer has trained since engines got its weights."""
         self.engines = EngineRecovery(
-            parts, catch_up=self._catch_up, update=self._update_at_once, can_catch_up=self._can_catch_up
+            parts,
+            catch_up=self._catch_up,
+            update=self._update_at_once,
+            can_catch_up=self._can_catch_up,
+            say=console.say,
         )
 
     async def run(self) -> Outcome:

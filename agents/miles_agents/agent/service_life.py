@@ -408,7 +408,8 @@ def _gone(state: Life, text: str, ports_in_use: bool, now: float) -> Step:
         text = f"{state.story[-1].cause}; then {text}"
     recent = tuple(at for at in state.restarts if at > now - numbers.restart_window_s)
     if len(recent) >= numbers.max_restarts:
-        reason = f"{text}; {len(recent)} restarts in {numbers.restart_window_s:g} s are used up"
+        used_up = f"; {len(recent)} restarts in {numbers.restart_window_s:g} s are used up"
+        reason = text + (used_up if numbers.max_restarts else "")
         dead, effects = _move(gone, Phase.DEAD, reason, now)
         return dead, [*effects, GiveUp(reason)]
     wait = min(numbers.max_backoff_s, numbers.backoff_s * 2.0 ** len(recent))

@@ -60,6 +60,8 @@ class FleetRecovery:
         found = dict(services)
         loop = asyncio.get_running_loop()
         self.over: asyncio.Future[MilesError] = loop.create_future()
+        self.say: Callable[[str], None] = logger.info
+        """Told of each recovery, in a line."""
         self._loop = loop
         self._hands = hands
         self._emit = emit
@@ -129,8 +131,8 @@ class FleetRecovery:
         for effect in effects:
             match effect:
                 case lives.Retire(name, number, cause):
-                    self._do(self._hands.note_failure(name, cause), f"note the failure of {name}")
                     self._do(self._retire(name, number, cause), f"retire {name}")
+                    self._do(self._hands.note_failure(name, cause), f"note the failure of {name}")
                 case lives.Start(name, number):
                     self._do(self._begin(name, number), f"restart {name}")
                 case lives.Recovered():
@@ -204,12 +206,14 @@ class FleetRecovery:
                 self._take(lives.Tick())
 
     def _tell(self, effect: lives.Recovered) -> None:
-        weights = "" if effect.name == ROUTER else f" at weight version {effect.version}"
-        text = f"back after {effect.seconds:.1f} s{weights} (restart {effect.restarts}; {effect.cause})"
+        weights = "" if effect.name == ROUTER else f"weight version {effect.version}, "
+        how = f"{weights}restart {effect.restarts} of {self._state.policy.max_restarts}"
+        text = f"recovered {effect.name} in {effect.seconds:.1f} s ({how}) after: {effect.cause}"
         self._emit(
-            "engine_recovered", effect.name, text,
+            "recovered", effect.name, text,
             cause=effect.cause, seconds=round(effect.seconds, 3), version=effect.version, restarts=effect.restarts,
         )  # fmt: skip
+        self.say(text)
 
     def _give_up(self, effect: lives.GiveUp) -> None:
         self._emit("engine_given_up", effect.name, effect.reason, causes=list(effect.causes))
