@@ -218,6 +218,12 @@ EFFECTS: tuple[Effect, ...] = (
     _needs(
         "check_weight_update_skip_list", _is_set("check_weight_update_equal"), "without --check-weight-update-equal"
     ),
+    _needs(
+        "trainer_heartbeat_checker_interval trainer_heartbeat_checker_timeout trainer_heartbeat_checker_first_wait "
+        "trainer_heartbeat_checker_failure_threshold recovery_interval",
+        _is_set("use_fault_tolerance"),
+        "without --use-fault-tolerance",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""
@@ -231,7 +237,9 @@ ONLY_TRAINER = (
     "gradient_checkpointing save_hf ref_load qkv_format recompute_loss_function reset_optimizer_states "
     "use_pytorch_profiler profile record_memory_history custom_megatron_init_path "
     "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "
-    "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
+    "custom_megatron_post_save_hook_path trainer_heartbeat_checker_interval trainer_heartbeat_checker_timeout "
+    "trainer_heartbeat_checker_first_wait trainer_heartbeat_checker_failure_threshold recovery_interval "
+    "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
     "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load "
 )

@@ -167,7 +167,9 @@ class Recovery:
         return mesh
 
     def _rollout_is_back(self, cause: str, seconds: float) -> None:
-        self._tell("the rollout manager", f"state after rollout {self.trained}", cause, seconds)
+        begun = self.trained >= self._start
+        state = f"state after rollout {self.trained}" if begun else "the run's beginning"
+        self._tell("the rollout manager", state, cause, seconds)
 
     # -- the trainer -----------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ def pinned(config: Mapping[str, Any]) -> dict[str, Any]:
     steps: dict[str, Any] = {}
     for load, step in (("load", "ckpt_step"), ("critic_load", "critic_ckpt_step")):
         found = find_checkpoint(config.get(load), config.get(step))
-        if found is not None and found.rollout_id is not None:
+        if found is not None and found.rollout_id is not None and found.directory != Path(config[load]):
             steps[step] = found.rollout_id
     return {**config, **steps}
 
