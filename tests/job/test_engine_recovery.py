@@ -1,0 +1,62 @@
+"""Runs whose engines are killed or stopped, with ``--use-fault-tolerance``: they go on, with the same weights."""
+
+import json
+
+import psutil
+import pytest
+from support.training_runs import all_gone, running
+
+from miles.tracking.metrics_file import read_metrics
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
+QUICK = {
+    "use_fault_tolerance": True,
+    "rollout_health_check_interval": 1,
+    "rollout_health_check_timeout": 10,
+    "check_weight_update_equal": True,
+}
+RUN_S = 300
+
+
+def events(tmp_path, kind):
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def trained(tmp_path, num_rollout):
+    """Samples by rollout, none of which was left out or trained on twice."""
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["event"] == "rollout"]
+    assert [row["rollout_id"] for row in rows] == list(range(num_rollout))
+    return rows
+
+
+def finishes(process, tmp_path, name, version_at_least):
+    below = psutil.Process(process.pid).children(recursive=True)
+    output, _ = process.communicate(timeout=RUN_S)
+    assert process.returncode == 0, output
+    [told] = events(tmp_path, "recovered")
+    assert told["subject"].startswith(name) and told["fields"]["version"] >= version_at_least
+    assert told["text"] in output and told["fields"]["seconds"] > 0
+    assert all_gone(below)
+    return told, output
+
+
+def test_a_colocated_run_outlives_its_only_engine(tmp_path):
+    """Generation waits; the trainer, which is asleep, is woken for an update at once."""
+    strike = {"custom_rm_path": "engine_strikes.reward", "env": "STRIKE=90,SIGKILL"}
+    with running(tmp_path, colocate=True, num_rollout=3, **QUICK, **strike) as process:
+        told, _ = finishes(process, tmp_path, "engine-0", 2)
+    assert "SIGKILL" in told["fields"]["cause"]
+    trained(tmp_path, 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_one_of_two_engines_comes_back_while_the_other_serves(tmp_path, name, asynchronous):
+    """Weights are broadcast: those that are left are a group without it, and it gets one of its own to catch up."""
+    strike = {"custom_rm_path": "engine_strikes.reward", "env": f"STRIKE=90,{name}"}
+    with running(tmp_path, rollout_num_gpus=2, num_rollout=40, train_async=asynchronous, **QUICK, **strike) as process:
+        told, _ = finishes(process, tmp_path, "engine-", 2)
+    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told["fields"]["cause"]
+    trained(tmp_path, 40)
