@@ -2,11 +2,15 @@
 
 import asyncio
 import signal
+from contextlib import AsyncExitStack
 
 import pytest
-from support.cluster import error_of
-from support.recovering_fleet import QUICK, recovering
+from support.cluster import error_of, real_cluster
+from support.engines import engine_model, external_config
+from support.fake_engine import fake_engine
+from support.recovering_fleet import HEALTH, QUICK, recovering
 
+from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.backends.sglang_utils.fleet_recovery import EngineGivenUp
 from miles_controller.policy import Policy
 
@@ -49,8 +53,9 @@ async def test_what_dies_or_hangs_comes_back_with_the_current_weights(tmp_path):
         assert [target.name for target in job.trainer.updates[-1].engines] == ["engine-1"]
         # In training: nobody can give it the engines' weights any more, so it joins in the next update.
         job.train()
-        job.strike("engine-0", KILL)
+        job.strike("engine-0", STOP)
         await job.fleet.recovery.until(lambda: job.fleet.recovery.num_waiting == 1)
+        assert "2 health probes failed" in job.cluster.events("engine_lost")[-1].text
         assert versions(await job.generate(4)) == {"1"} and len(job.fleet.targets) == 1
         await job.update()
         await all_are_well(job, 2)
@@ -68,6 +73,7 @@ async def test_what_dies_or_hangs_comes_back_with_the_current_weights(tmp_path):
         assert [event.subject for event in job.recoveries()] == ["engine-1", "engine-0", "engine-1", "router"]
 
 
+@pytest.mark.long
 async def test_a_mute_engine_is_found_by_its_heartbeats(tmp_path):
     async with recovering(tmp_path / "run") as job:
         assert versions(await strike_while_generating(job, "engine-1", STOP)) == {"1"}
@@ -117,6 +123,41 @@ async def test_an_update_that_no_engine_survives_is_made_again(tmp_path):
         job.trainer.before_send = lambda: [job.strike(f"engine-{number}", KILL) for number in (0, 1)]
         await job.update()
         await all_are_well(job, 2)
+
+
+@pytest.mark.long
+async def test_engines_without_memory_are_neither_judged_nor_started(tmp_path):
+    """As on a GPU, where memory changes hands. Who is down joins in the next update."""
+    config = {"device": "cuda", "offload_rollout": True, "update_weight_silence_timeout": 3.0}
+    async with recovering(tmp_path / "run", **config) as job:
+        assert (await job.fleet.release())["released"]
+        job.train()
+        job.strike("engine-1", KILL)
+        job.strike("engine-0", STOP)
+        await job.cluster.event("engine_lost", "engine-1")
+        assert job.fleet.recovery.num_starting == 0 and not job.cluster.events("engine_lost", "engine-0")
+        await job.fleet.resume_memory("weights")
+        await job.cluster.event("engine_lost", "engine-0")
+        assert "said nothing for 3 s" in job.cluster.events("engine_lost", "engine-0")[0].text
+        await job.fleet.resume_memory("kv_cache")
+        await job.update()
+        await all_are_well(job, 2)
+
+
+async def test_engines_of_others_are_left_out_and_the_last_ends_the_run(tmp_path):
+    async with AsyncExitStack() as stack:
+        fakes = [await stack.enter_async_context(fake_engine(model=engine_model())) for _ in range(2)]
+        cluster = await stack.enter_async_context(real_cluster(tmp_path / "run"))
+        fleet = EngineFleet(cluster.controller, external_config(*fakes, **HEALTH))
+        await fleet.start()
+        stack.push_async_callback(fleet.stop)
+        await fakes[0].die()
+        lost = await cluster.event("engine_lost", "external-0")
+        assert "did not answer" in lost.text
+        assert [target.name for target in fleet.targets] == ["external-1"] and not fleet.recovery.over.done()
+        await fakes[1].die()
+        error = await asyncio.wait_for(fleet.failed(), 60.0)
+        assert isinstance(error, EngineGivenUp) and "no engine is left" in error.what
 
 
 async def test_a_budget_that_is_used_up_ends_the_run_with_all_causes(tmp_path):

@@ -32,8 +32,10 @@ _WATCH_S = 3600.0
 # No agent restarts an engine: a new one would answer with old weights. That is for whoever gives it new ones.
 _LIFE = {"max_restarts": 0, "probe_interval_s": 1.0, "probe_timeout_s": 30.0, "grace_s": 3.0}
 _ROUTER_START_S = 60.0
-_HEARTBEATS = 2
+HEARTBEATS = 2
 """Unanswered, one after the other: then it is mute."""
+AGAIN_S = 1.0
+"""Between one that is not answered and its repetition."""
 LAUNCHER = "miles.backends.sglang_utils.launch_engine"
 
 
@@ -48,8 +50,8 @@ def health_numbers(config: Mapping[str, Any]) -> dict[str, float]:
         "probe_timeout_s": float(config["rollout_health_check_timeout"]),
         "first_wait_s": float(config["rollout_health_check_first_wait"]),
         "starting_interval_s": 1.0,
-        "again_interval_s": 1.0,
-        "failures_until_unhealthy": _HEARTBEATS,
+        "again_interval_s": AGAIN_S,
+        "failures_until_unhealthy": HEARTBEATS,
     }
 
 
