@@ -14,6 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from miles.backends.weight_update.failures import EnginesMissedUpdate, GroupNotMade
 from miles.training.errors import JobPartDied
 from miles.training.recovery_plan import Begin, Broke, Died, GiveUp, Life, Rebuilt, RecoveryGivenUp, Wanted, step
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
@@ -41,8 +42,8 @@ class DiedAgain(PeerFault):
 
 async def is_death(mesh: OwnedMesh, error: BaseException) -> bool:
     """Whether a call of the mesh failed because the mesh has."""
-    if isinstance(error, UserCodeError | ConfigError):
-        return False
+    if isinstance(error, EnginesMissedUpdate | GroupNotMade):
+        return mesh.failure is not None  # the ranks are well, and say what engines did
     try:
         async with asyncio.timeout(GROUP_ENDS_S if isinstance(error, WorkerDied) else DEATH_S):
             return await mesh.wait_failed() is not None
@@ -169,6 +170,8 @@ class Keeper:
             try:
                 return await work(mesh)
             except Exception as error:
+                if isinstance(error, UserCodeError | ConfigError):
+                    raise
                 if self.mesh is mesh and not await is_death(mesh, error):
                     raise
                 logger.info("a call of %s is made again: %s", self.name, _brief(error))

@@ -29,7 +29,7 @@ from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.training.heartbeats import watch_heartbeats
 from miles.training.keeper import DiedAgain, Keeper, Lasting, is_death
 from miles.training.recovery_plan import Checkpoint, Replay, is_checkpoint_due, plan_replay
-from miles_agents.errors import PeerFault
+from miles_agents.errors import ConfigError, PeerFault, UserCodeError
 from miles_controller import Controller, OwnedMesh, Policy
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ async def _begun(starting: Any) -> OwnedMesh:
 
 async def _end(mesh: OwnedMesh, error: Exception) -> None:
     """Nothing is left of an attempt that failed. Raises DiedAgain if it failed by a death of its own."""
-    died = await is_death(mesh, error)
+    died = not isinstance(error, UserCodeError | ConfigError) and await is_death(mesh, error)
     failure = mesh.failure
     await mesh.stop(grace_s=0.0)
     if died and failure is not None:
