@@ -203,14 +203,14 @@ class RolloutManager(Actor):
     @endpoint
     async def recover(self, trained: int, weight_version: int) -> None:
         """Go on where a manager that died was. ``trained``: the last rollout that was trained on; ``weight_version``:
-        what engines have now.
+        what engines have now; 0: nobody gave them any.
 
         Raises:
             NoStateKept, HookFailed.
         """
         self._recovery = self._new_recovery()
-        await self._on_user_loop(self._recovery.restore(trained))
-        self.weight_version = weight_version
+        counters = await self._on_user_loop(self._recovery.restore(trained))
+        self.weight_version = weight_version or counters.get("weight_version")
         for rollout_id in self._recovery.batches.rollouts():
             if rollout_id < trained:
                 continue  # its data has left the store

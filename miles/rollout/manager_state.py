@@ -113,13 +113,20 @@ async def _write(args: Namespace, source: TrackedDataSource, head: dict[str, Any
     async with source.saving:  # ``args.save`` is one for all
         before, vars(args)["save"] = getattr(args, "save", None), str(directory)
         try:
+            if hook.is_async:
+                await hook(rollout_id)
             # In a thread: whoever holds the data source at this moment may need the loop to let go of it.
-            cut = partial(source.cut, lambda: hook.call(rollout_id), take)
+            save = _done if hook.is_async else partial(hook.call, rollout_id)
+            cut = partial(source.cut, save, take)
             plain, groups = await asyncio.get_running_loop().run_in_executor(hook_pool(), cut)
         finally:
             vars(args)["save"] = before
     values = {"version": _VERSION, "source": plain, "random": _random_states(), **head}
     await asyncio.to_thread(write_values, state_path(directory, rollout_id), [values, *map(plain_group, groups)])
+
+
+def _done() -> None:
+    """Nothing is left to do."""
 
 
 def _publish(aside: Path, path: Path) -> None:
