@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, number, path, refused, switch, text
 
-FAULTS = "not built yet: recovery of ranks and engines (--use-fault-tolerance)"
+FAULTS = "the controller recovers all parts by itself, with --use-fault-tolerance (docs/recovery.md)"
 DUMPER = "not built yet: the tensor dumper"
 DASHBOARD = "not built yet: the dashboard"
 CI = "for the reference system's own tests"

@@ -18,7 +18,7 @@ from miles.backends.weight_update.failures import EnginesMissedUpdate, GroupNotM
 from miles.training.errors import JobPartDied
 from miles.training.recovery_plan import Begin, Broke, Died, GiveUp, Life, Rebuilt, RecoveryGivenUp, Wanted, step
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
-from miles_agents.rpc.errors import WorkerDied
+from miles_agents.rpc.errors import DeadlineExceeded, WorkerDied
 from miles_agents.rpc.mesh import ActorMesh
 from miles_controller import OwnedMesh, Policy
 from miles_controller.owned_mesh import MeshFailed
@@ -29,7 +29,7 @@ DEATH_S = 5.0
 """How long after an error that looks like another's a death may come that explains it: when a rank dies, those that
 are in a collective with it often say so first."""
 GROUP_ENDS_S = 60.0
-"""How long the survivors of a death that was seen may take to end."""
+"""How long the survivors of a death that was seen may take to end, and a hang to be found."""
 
 Change = Callable[[ActorMesh], ActorMesh]
 
@@ -45,7 +45,8 @@ async def is_death(mesh: OwnedMesh, error: BaseException) -> bool:
     if isinstance(error, EnginesMissedUpdate | GroupNotMade):
         return mesh.failure is not None  # the ranks are well, and say what engines did
     try:
-        async with asyncio.timeout(GROUP_ENDS_S if isinstance(error, WorkerDied) else DEATH_S):
+        known = isinstance(error, WorkerDied | DeadlineExceeded)  # of a rank that hangs, heartbeats will tell
+        async with asyncio.timeout(GROUP_ENDS_S if known else DEATH_S):
             return await mesh.wait_failed() is not None
     except TimeoutError:
         return False
