@@ -3,21 +3,28 @@
 Consumes: the parts of a rollout as they went into the store. Produces: the same parts, as long as no checkpoint covers
 them. Waits for: the disk. Invariants: a file that has its name is whole and on the disk (written aside, made durable,
 renamed); it is written before the trainer hears of the rollout. No file is executed on reading: values are in the
-runtime's own encoding.
+store's encoding, which has no limit of size.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import msgpack
 
 from miles.rollout.messages import RolloutBatchRefs
-from miles.rollout.saved_state import read_values, write_values
+from miles.rollout.saved_state import NotSavable, cannot_save
+from miles.utils.rollout_state import sync
 from miles_agents.errors import EnvironmentFault, MilesError
+from miles_agents.wire.codec import Gathered, decode_bulk, encode_bulk
+from miles_agents.wire.codec_types import CannotTravel
 
+_MAGIC = b"miles batch 1\n"
 _NAME = re.compile(r"batch_(\d{7,})\.msgpack")
 
 
@@ -53,7 +60,25 @@ class BatchJournal:
             CannotSave: The disk is full, or the directory cannot be written.
             NotSavable: A column that a conversion of the user's made holds an object that cannot be saved.
         """
-        write_values(self._path(rollout_id), _values(batch))
+        path = self._path(rollout_id)
+        aside = path.with_name(f".{path.name}.aside")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                _write(file, {"answer": batch.answer, "parts": batch.parts})
+            aside.rename(path)
+            sync(path.parent)
+        except OSError as error:
+            raise cannot_save(path, error) from error
+        except CannotTravel as error:
+            raise NotSavable(
+                f"{path.name}: the train data of a rollout cannot be saved",
+                evidence=f"{error.what}\n{error.evidence}",
+                advice="Keep plain values, arrays or registered types in what is converted to train data.",
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def read(self, rollout_id: int) -> Batch:
         """Inverse of ``write``.
@@ -63,8 +88,10 @@ class BatchJournal:
         """
         path = self._path(rollout_id)
         try:
-            return _batch(iter(read_values(path)))
-        except (OSError, ValueError, KeyError, TypeError, StopIteration, MilesError) as error:
+            with path.open("rb") as file:
+                found = _read(file)
+            return Batch(found["answer"], found["parts"])
+        except (OSError, ValueError, KeyError, TypeError, MilesError) as error:
             raise DamagedBatch(
                 f"{path} cannot be read",
                 evidence=f"{type(error).__name__}: {error}",
@@ -98,14 +125,38 @@ class BatchJournal:
         return self.directory / f"batch_{rollout_id:07d}.msgpack"
 
 
-def _values(batch: Batch) -> Iterator[Any]:
-    """A head, then each column by itself: a value may have 256 MiB, and a rollout has more."""
-    yield {"version": 1, "answer": batch.answer, "columns": [list(part) for part in batch.parts]}
-    for part in batch.parts:
-        yield from part.values()
+def _write(file: BinaryIO, value: Any) -> None:
+    body, buffers = encode_bulk(value, what="batch")
+    sizes = msgpack.packb([len(body), [buffer.nbytes for buffer in buffers]])
+    file.write(_MAGIC + len(sizes).to_bytes(8, "little") + sizes + body)
+    for buffer in buffers:
+        if isinstance(buffer, Gathered):
+            ordered = bytearray(buffer.nbytes)
+            buffer.write(memoryview(ordered))
+            file.write(ordered)
+        else:
+            file.write(buffer)
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _batch(values: Iterator[Any]) -> Batch:
-    head: Mapping[str, Any] = next(values)
-    parts = [{name: next(values) for name in names} for names in head["columns"]]
-    return Batch(head["answer"], parts)
+def _read(file: BinaryIO) -> Any:
+    if _exactly(file, len(_MAGIC)) != _MAGIC:
+        raise ValueError("it does not begin as a batch does")
+    length = int.from_bytes(_exactly(file, 8), "little")
+    body_size, sizes = msgpack.unpackb(_exactly(file, length))
+    body = _exactly(file, body_size)
+    buffers = [_exactly(file, size) for size in sizes]
+    if file.read(1):
+        raise ValueError("something follows the batch")
+    return decode_bulk(body, buffers)
+
+
+def _exactly(file: BinaryIO, size: int) -> bytearray:
+    """So many bytes, which arrays may then be views of."""
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError("it is cut off")
+    found = bytearray(size)
+    if file.readinto(found) != size:  # type: ignore[attr-defined]
+        raise ValueError("it is cut off")
+    return found
