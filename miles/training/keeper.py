@@ -20,6 +20,7 @@ from miles.training.recovery_plan import Begin, Broke, Died, GiveUp, Life, Rebui
 from miles_agents.errors import ConfigError, MilesError, PeerFault, UserCodeError
 from miles_agents.rpc.errors import DeadlineExceeded, WorkerDied
 from miles_agents.rpc.mesh import ActorMesh
+from miles_agents.wire.remote_error import RemoteError
 from miles_controller import OwnedMesh, Policy
 from miles_controller.owned_mesh import MeshFailed
 
@@ -38,6 +39,12 @@ class DiedAgain(PeerFault):
     """A process died while its part was being started anew. Only ever caught."""
 
     code = "E-REC-002"
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether it would come again: user code or a flag has to be changed. What other libraries raise, torch above all,
+    may be the consequence of a death."""
+    return isinstance(error, UserCodeError | ConfigError) and not isinstance(error, RemoteError)
 
 
 async def is_death(mesh: OwnedMesh, error: BaseException) -> bool:
@@ -171,9 +178,7 @@ class Keeper:
             try:
                 return await work(mesh)
             except Exception as error:
-                if isinstance(error, UserCodeError | ConfigError):
-                    raise
-                if self.mesh is mesh and not await is_death(mesh, error):
+                if is_final(error) or (self.mesh is mesh and not await is_death(mesh, error)):
                     raise
                 logger.info("a call of %s is made again: %s", self.name, _brief(error))
 

@@ -27,9 +27,9 @@ from typing import Any
 from miles.backends.checkpoint_layout import find_checkpoint, iteration_name
 from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.training.heartbeats import watch_heartbeats
-from miles.training.keeper import DiedAgain, Keeper, Lasting, is_death
+from miles.training.keeper import DiedAgain, Keeper, Lasting, is_death, is_final
 from miles.training.recovery_plan import Checkpoint, Replay, is_checkpoint_due, plan_replay
-from miles_agents.errors import ConfigError, PeerFault, UserCodeError
+from miles_agents.errors import PeerFault
 from miles_controller import Controller, OwnedMesh, Policy
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ async def _begun(starting: Any) -> OwnedMesh:
 
 async def _end(mesh: OwnedMesh, error: Exception) -> None:
     """Nothing is left of an attempt that failed. Raises DiedAgain if it failed by a death of its own."""
-    died = not isinstance(error, UserCodeError | ConfigError) and await is_death(mesh, error)
+    died = not is_final(error) and await is_death(mesh, error)
     failure = mesh.failure
     await mesh.stop(grace_s=0.0)
     if died and failure is not None:

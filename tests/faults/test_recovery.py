@@ -129,6 +129,14 @@ async def test_a_rank_that_dies_is_back_in_its_state(cluster, tmp_path, where):
         assert event.fields["seconds"] > 0
 
 
+async def test_an_error_that_a_death_explains_is_none(cluster, tmp_path):
+    async with running(cluster, tmp_path) as run:
+        await run.iterate(0)
+        run.ask("lose-each-other")
+        assert await run.iterate(1) == after(0, 1)
+        assert "SIGABRT" in run.told[0]
+
+
 async def test_a_stopped_rank_is_found_by_its_heartbeats(cluster, tmp_path):
     async with running(cluster, tmp_path) as run:
         await run.iterate(0)

@@ -65,10 +65,25 @@ class TextTrainer(Actor):
         before = self.state
         self.state += f"half of {rollout_id};"
         self._maybe_die("train")
+        self._lose_each_other()
         while (self.directory / f"wait-{self.rank}").exists():
             time.sleep(0.01)
         self.state = before + f"{rollout_id}: {', '.join(refs)};"
         return self.state
+
+    def _lose_each_other(self) -> None:
+        """As in a collective: rank 0 raises because of rank 1, and is heard of before rank 1 is."""
+        asked, lost = self.directory / "lose-each-other", self.directory / "lost"
+        if not asked.exists():
+            return
+        if self.rank == 0:
+            lost.touch()
+            raise RuntimeError("Connection closed by peer")
+        while not lost.exists():
+            time.sleep(0.01)
+        asked.unlink()
+        time.sleep(0.5)
+        os.abort()
 
     @endpoint
     def save(self, rollout_id: int, directory: str) -> str:
