@@ -5,6 +5,7 @@
 * An update goes through its steps with all its engines in step: pause, flush, open, send, commit, close, resume. The
   shell answers each ``Do`` with one ``StepDone`` or ``EngineFailed`` per engine, and ``Send`` with ``Sent`` or
   ``SendFailed``.
+* A catch-up goes through the same steps with the engines that are stale, and gives them the committed version.
 * Invariants: versions only grow; an engine is resumed only with exactly the weights of the version that it reports; one
   that failed in an update is fenced and never resumed; one that comes without the current version (``Joined``) does
   not generate before an update has given it one.
@@ -59,6 +60,11 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
+class CatchUp:
+    """Stale engines get the committed version. Only while the trainer's weights still are that version."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """An engine has done what the current step asks."""
 
@@ -102,7 +108,7 @@ class Left:
     engine: str
 
 
-Event: TypeAlias = Begin | StepDone | EngineFailed | Sent | SendFailed | Joined | Left
+Event: TypeAlias = Begin | CatchUp | StepDone | EngineFailed | Sent | SendFailed | Joined | Left
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,7 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The update is over: ``engines`` generate with ``version``; none: it has failed."""
+    """The update, or catch-up, is over: ``engines`` generate with ``version``; none: it has failed."""
 
     version: int
     engines: tuple[str, ...]
@@ -143,12 +149,14 @@ Effect: TypeAlias = Do | Send | Fence | Finished
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One that is under way. ``waiting``: engines that have not done the current step."""
+    """One that is under way. ``waiting``: engines that have not done the current step. ``is_catch_up``: ``version`` was
+    committed before, and other engines have it."""
 
     version: int
     step: Step
     engines: frozenset[str]
     waiting: frozenset[str]
+    is_catch_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,8 @@ def step(state: Versions, event: Event) -> Outcome:
     match event:
         case Begin(version):
             return _begin(state, version)
+        case CatchUp():
+            return _begin_catch_up(state)
         case StepDone(engine, of_step):
             return _step_done(state, engine, of_step)
         case Sent():
@@ -192,10 +202,20 @@ def _begin(state: Versions, version: int) -> Outcome:
     if state.update is not None or version <= state.version:
         raise _out_of_order(state, Begin(version))
     members = frozenset(name for name, holds in state.engines.items() if holds is not Holds.FENCED)
-    if not members:
-        return state, [Finished(version, ())]
-    update = Update(version, Step.PAUSE, members, members)
-    return replace(state, update=update), [Do(Step.PAUSE, tuple(sorted(members)), version)]
+    return _pause(state, Update(version, Step.PAUSE, members, members))
+
+
+def _begin_catch_up(state: Versions) -> Outcome:
+    if state.update is not None:
+        raise _out_of_order(state, CatchUp())
+    stale = frozenset(name for name, holds in state.engines.items() if holds is Holds.STALE)
+    return _pause(state, Update(state.version, Step.PAUSE, stale, stale, is_catch_up=True))
+
+
+def _pause(state: Versions, update: Update) -> Outcome:
+    if not update.engines:
+        return state, [Finished(update.version, ())]
+    return replace(state, update=update), [Do(Step.PAUSE, tuple(sorted(update.engines)), update.version)]
 
 
 def _step_done(state: Versions, engine: str, of_step: Step) -> Outcome:
@@ -255,7 +275,10 @@ def _enter(state: Versions, update: Update, effects: list[Effect] | None = None)
 
 
 def _committed(state: Versions, update: Update) -> Versions:
-    """All engines of the update hold the version. Others that are not fenced do not, any more."""
+    """All engines of the update hold the version. Others that are not fenced do not, any more, if it is a new one."""
+    if update.is_catch_up:
+        caught_up = dict.fromkeys(update.engines, Holds.CURRENT)
+        return replace(state, engines=MappingProxyType({**state.engines, **caught_up}))
     holds = {
         name: Holds.CURRENT if name in update.engines else Holds.FENCED if held is Holds.FENCED else Holds.STALE
         for name, held in state.engines.items()

@@ -18,6 +18,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 
 from miles.backends.base import TrainBackend
 from miles.backends.training_utils.checkpoints import commit_checkpoint
-from miles.backends.training_utils.critic import Critic, check_same_start, critic_args, has_critic
+from miles.backends.training_utils.critic import SUFFIX, Critic, check_same_start, critic_args, has_critic
 from miles.backends.training_utils.hooks import TrainerHooks
 from miles.backends.training_utils.loss_hub.settings import LossSettings
 from miles.backends.training_utils.profiling import MemoryRecorder
@@ -164,20 +165,22 @@ class Trainer(Actor):
         return [] if self._trainer is None else self._trainer.last_steps
 
     @endpoint
-    def save(self, rollout_id: int) -> str:
-        """Write a checkpoint below ``--save``; returns its directory.
+    def save(self, rollout_id: int, directory: str | None = None) -> str:
+        """Write a checkpoint below ``--save``, or below a directory for recovery; returns its own directory.
 
         Raises:
             CannotSave: Nothing has changed on the disk.
         """
         backend, _ = self._ready()
-        if not getattr(self.args, "save", None):
+        if not (directory or getattr(self.args, "save", None)):
             raise NowhereToSave("there is no place for a checkpoint", advice="Give --save.")
         self._wake()
         path = ""
         with self._timers.measure("save_model"):
             for part in self._backends:
-                root = self.args.save if part is backend else critic_args(self.args).save
+                root = directory or self.args.save
+                if part is not backend:
+                    root = directory + SUFFIX if directory else critic_args(self.args).save
                 path = str(commit_checkpoint(Path(root), rollout_id, partial(_write, part, rollout_id), part.device))
         return path
 
@@ -213,6 +216,8 @@ class Trainer(Actor):
             self._wake()
         sender = self._senders.get(update.method)
         if sender is None:
+            # Ranks that begin anew are in no group, whatever engines were in with those before them.
+            update = replace(update, new_group=True)
             sender = self._senders[update.method] = make_sender(backend.parallel, update, backend.device, self.args)
         with self._timers.measure("update_weights"):
             seconds: dict[str, float] = sender.send(update, backend.hf_weights())

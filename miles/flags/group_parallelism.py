@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, off, refused, switch, text, tri
 
+ONE_GROUP = "all ranks are one group, which recovers as a whole (--use-fault-tolerance)"
+
 GROUP = "parallelism and memory"
 CPU_BACKEND = "gloo is PyTorch's backend for tensors on the CPU"
 
@@ -126,8 +128,8 @@ FLAGS: tuple[Flag, ...] = (
         refused(
             switch("--allgather-cp", "context parallel by all-gather"), "not built yet: other kinds of context parallel"
         ),
-        refused(switch("--indep-dp", "replicas are worlds of their own"), "not built yet: recovery of ranks"),
-        refused(switch("--delay-split-train-data-by-dp", "ranks split the data"), "not built yet: recovery of ranks"),
+        refused(switch("--indep-dp", "replicas are worlds of their own"), ONE_GROUP),
+        refused(switch("--delay-split-train-data-by-dp", "ranks split the data"), ONE_GROUP),
         refused(switch("--rematerialize-param-from-master-weight", "rebuild parameters at wake-up"), "not built yet"),
         refused(switch("--check-rematerialize-param-from-master-weight", "check it"), "not built yet"),
         refused(

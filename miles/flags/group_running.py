@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from miles.flags.flag import Flag, grouped, integer, number, path, refused, switch, text
 
-FAULTS = "not built yet: recovery of ranks and engines (--use-fault-tolerance)"
+FAULTS = "the controller recovers all parts by itself, with --use-fault-tolerance (docs/recovery.md)"
 DUMPER = "not built yet: the tensor dumper"
 DASHBOARD = "not built yet: the dashboard"
 CI = "for the reference system's own tests"
@@ -14,12 +14,10 @@ _FAULTS: tuple[Flag, ...] = (
     *grouped(
         "fault tolerance",
         "contract",
-        refused(switch("--use-fault-tolerance", "recover ranks and engines"), FAULTS),
-        refused(
-            integer("--rollout-health-check-first-wait", 0, "seconds before the first heartbeat"), FAULTS, only=(0,)
-        ),
-        refused(integer("--rollout-health-check-interval", 30, "seconds between heartbeats"), FAULTS, only=(30,)),
-        refused(integer("--rollout-health-check-timeout", 30, "deadline of a heartbeat"), FAULTS, only=(30,)),
+        switch("--use-fault-tolerance", "a process that dies is started again, and the run goes on (docs/recovery.md)"),
+        integer("--rollout-health-check-first-wait", 0, "seconds until an engine that is ready, or goes on, is judged"),
+        integer("--rollout-health-check-interval", 30, "seconds between heartbeats of engines and router"),
+        integer("--rollout-health-check-timeout", 30, "seconds in which one is to be answered, as is its repetition"),
     ),
     *grouped(
         "fault tolerance",
@@ -29,10 +27,20 @@ _FAULTS: tuple[Flag, ...] = (
         refused(switch("--mini-ft-controller-enable", "heal in a loop"), FAULTS),
         refused(number("--mini-ft-controller-poll-interval", 10.0, "seconds"), FAULTS),
         refused(number("--mini-ft-controller-resume-delay", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-interval", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-timeout", 10.0, "seconds"), FAULTS),
-        refused(number("--trainer-heartbeat-checker-first-wait", 300.0, "seconds"), FAULTS),
-        refused(integer("--trainer-heartbeat-checker-failure-threshold", 3, "misses"), FAULTS),
+        number("--trainer-heartbeat-checker-interval", 10.0, "seconds between heartbeats of the trainer's ranks"),
+        number("--trainer-heartbeat-checker-timeout", 10.0, "seconds in which one is to be answered"),
+        number("--trainer-heartbeat-checker-first-wait", 300.0, "seconds before the first, in which ranks load"),
+        integer("--trainer-heartbeat-checker-failure-threshold", 3, "so many left out in a row end the rank"),
+    ),
+    *grouped(
+        "fault tolerance",
+        "ours",
+        integer(
+            "--recovery-interval",
+            32,
+            "rollouts that are trained on again at most when ranks die: after so many without a checkpoint in --save "
+            "one is written to the run directory",
+        ),
     ),
 )
 

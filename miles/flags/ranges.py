@@ -58,8 +58,14 @@ _AT_LEAST_1 = (
     "ddp_bucket_size",
     "ddp_num_buckets",
     "seq_length",
+    "rollout_health_check_interval",
+    "recovery_interval",
+    "trainer_heartbeat_checker_failure_threshold",
+    "rollout_health_check_timeout",
 )
 _AT_LEAST_0 = (
+    "rollout_health_check_first_wait",
+    "trainer_heartbeat_checker_first_wait",
     "profile_step_start",
     "num_rollout",
     "start_rollout_id",
@@ -108,6 +114,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "mfu_peak_tflops": (math.ulp(0.0), _INF, "above 0"),
     "gamma": (0, 1, "0 to 1"),
     "lambd": (0, 1, "0 to 1"),
+    "trainer_heartbeat_checker_interval": (math.ulp(0.0), _INF, "above 0"),
+    "trainer_heartbeat_checker_timeout": (math.ulp(0.0), _INF, "above 0"),
     "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_silence_timeout": (math.ulp(0.0), _INF, "above 0"),

@@ -146,6 +146,11 @@ EFFECTS: tuple[Effect, ...] = (
         "without --load",
     ),
     _needs("no_save_rng", _is_set("save"), "without --save"),
+    _needs(
+        "rollout_health_check_interval rollout_health_check_timeout rollout_health_check_first_wait",
+        _is_set("use_fault_tolerance"),
+        "without --use-fault-tolerance",
+    ),
     _needs("offload_rollout_level", _is_set("offload_rollout"), "unless engines are offloaded"),
     _needs("offload_train_target", _is_set("offload_train"), "unless the trainer is offloaded"),
     _needs(
@@ -213,6 +218,12 @@ EFFECTS: tuple[Effect, ...] = (
     _needs(
         "check_weight_update_skip_list", _is_set("check_weight_update_equal"), "without --check-weight-update-equal"
     ),
+    _needs(
+        "trainer_heartbeat_checker_interval trainer_heartbeat_checker_timeout trainer_heartbeat_checker_first_wait "
+        "trainer_heartbeat_checker_failure_threshold recovery_interval",
+        _is_set("use_fault_tolerance"),
+        "without --use-fault-tolerance",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""
@@ -226,14 +237,17 @@ ONLY_TRAINER = (
     "gradient_checkpointing save_hf ref_load qkv_format recompute_loss_function reset_optimizer_states "
     "use_pytorch_profiler profile record_memory_history custom_megatron_init_path "
     "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "
-    "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
+    "custom_megatron_post_save_hook_path trainer_heartbeat_checker_interval trainer_heartbeat_checker_timeout "
+    "trainer_heartbeat_checker_first_wait trainer_heartbeat_checker_failure_threshold recovery_interval "
+    "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
     "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "
     "dynamic_sampling_filter_path over_sampling_batch_size partial_rollout sglang_server_concurrency "
-    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine "
+    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine rollout_health_check_interval "
+    "rollout_health_check_timeout rollout_health_check_first_wait "
 )
 
 

@@ -192,6 +192,13 @@ def resolve_checkpoints(draft: Draft) -> None:
         draft.problem("save_interval", "there is no directory to save to", advice="Give --save DIR.")
     if draft["no_save_optim"] and not draft["save"] and "no_save_optim" in draft.typed:
         draft.problem("no_save_optim", "nothing is saved", advice="Give --save DIR, or leave it out.")
+    for dest in ("no_save_optim", "no_save_rng"):
+        if draft["use_fault_tolerance"] and draft[dest] and dest in draft.typed and draft.trains:
+            draft.problem(
+                dest,
+                "with --use-fault-tolerance, ranks that die begin again from checkpoints, which must have everything",
+                advice=f"Leave {draft.flag(dest)} or --use-fault-tolerance out.",
+            )
 
 
 def _check_start(draft: Draft, resumes: bool) -> None:

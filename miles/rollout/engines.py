@@ -34,19 +34,27 @@ class Engines:
     router_url: str = ""
     targets: list[EngineTarget] = field(default_factory=list)
     _turn: itertools.count[int] = field(default_factory=itertools.count)
+    _routers: set[str] = field(default_factory=set)
+    _engines: set[str] = field(default_factory=set)
 
-    def set(self, targets: Sequence[EngineTarget], router_url: str, api_key: str) -> None:
-        """These are the engines from now on."""
+    def set(
+        self, targets: Sequence[EngineTarget], router_url: str, api_key: str, *, are_restarted: bool = False
+    ) -> None:
+        """These are the engines from now on. Requests to those that were there before, and are not now, go to them.
+
+        ``are_restarted``: those that die are started again, and requests wait for that."""
         self.targets, self.router_url = list(targets), router_url.rstrip("/")
         client = http_client()
         if router_url:
-            client.register(router_url, api_key, is_router=True)
+            client.register(router_url, api_key, is_router=True, is_restarted=are_restarted)
+            _move(self._routers, [origin_of(router_url)])
         for target in targets:
-            client.register(target.url, target.api_key)
+            client.register(target.url, target.api_key, is_restarted=are_restarted)
+        _move(self._engines, [origin_of(target.url) for target in targets])
 
     def owns(self, url: str) -> bool:
-        """Whether this is an address of the router or of an engine."""
-        return origin_of(url) in {origin_of(u) for u in (self.router_url, *(t.url for t in self.targets)) if u}
+        """Whether this is, or was, an address of the router or of an engine."""
+        return origin_of(url) in self._routers | self._engines
 
     def next_engine_url(self) -> str:
         """Of one engine after the other: for requests with fields that the router drops."""
@@ -72,6 +80,13 @@ class Engines:
         while rids := http_client().in_flight(scope):
             await self.abort(rids)
             await asyncio.sleep(ABORT_AGAIN_S)
+
+
+def _move(known: set[str], now: list[str]) -> None:
+    """``known`` are all that there were. While there are none, requests are repeated where they were sent to."""
+    for origin in known - set(now) if now else ():
+        http_client().moved(origin, now)
+    known.update(now)
 
 
 engines = Engines()

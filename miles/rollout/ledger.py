@@ -19,6 +19,7 @@ filtered if only some of its samples are trained on.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -180,9 +181,11 @@ class Ledger:
             sequence=int(plain["sequence"]),
         )
 
-    def closed(self, why: str) -> Ledger:
-        """A copy in which every open group is in the buffer: what a checkpoint holds."""
+    def closed(self, why: str, kept: Collection[int] = ()) -> Ledger:
+        """A copy in which every open group but those that are ``kept`` is in the buffer: what a checkpoint holds."""
         copy = Ledger.from_plain(self.to_plain())
         for group, rollout_id in list(copy.open.items()):
+            if group in kept:
+                continue
             copy.apply(Transition("give_back", group, rollout_id, why))
         return copy

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from miles.backends.weight_update.messages import EngineTarget
 from miles.rollout import debug_data, manager_state
 from miles.rollout.base_types import Group, RolloutFnEvalInput, RolloutFnTrainInput, RolloutFnTrainOutput
+from miles.rollout.batch_journal import Batch, BatchJournal
 from miles.rollout.engines import engines
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.generate_utils.openai_endpoint_utils import close_agent_server
@@ -31,6 +32,7 @@ from miles.rollout.loading import Loaded, load_all
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
 from miles.rollout.progress import progress_now
+from miles.rollout.recovery import RolloutRecovery
 from miles.rollout.rm_hub.grader_pool import close_grader_pool
 from miles.rollout.train_data import convert, trim, untrained
 from miles.rollout.trajectories import save_trajectories
@@ -73,6 +75,8 @@ class RolloutManager(Actor):
         self.watchdog = Watchdog(self.user, self.progress_now)
         self._restored_weight_version = 0
         self._refs: dict[int, list[Ref]] = {}
+        self._replayed: dict[int, list[Ref]] = {}
+        self._recovery: RolloutRecovery | None = None
         self._loaded: Loaded | None = None
         # Reading prompts and importing transformers takes seconds, in which engines start.
         self._loading: Future[Loaded] = asyncio.run_coroutine_threadsafe(
@@ -138,6 +142,8 @@ class RolloutManager(Actor):
             HookFailed: User code raised. EnginesFail, NothingToTrain and others of docs/errors.md.
         """
         loaded = self._needed()
+        if self._recovery is not None and (made := await self._recovery.again(rollout_id)) is not None:
+            return made.answer
         loaded.source.begin(rollout_id)
         began = time.perf_counter()
         try:
@@ -148,16 +154,20 @@ class RolloutManager(Actor):
             kept, surplus = (groups, []) if self.args.debug_rollout_only else trim(self.args, groups)
             loaded.source.give_back(surplus, "trimmed")
             metrics = await self._on_user_loop(self._rollout_metrics(rollout_id, kept, output, rollout_time))
-            refs, num_samples, num_dropped = await self._ship(rollout_id, kept)
+            parts, refs, num_dropped = await self._ship(rollout_id, kept)
             if num_dropped:
                 metrics["rollout/dropped_samples"] = float(num_dropped)
+            answer = RolloutBatchRefs(refs, metrics, _num_samples(self.args, kept, parts))
+            if self._recovery is not None:
+                work = self._recovery.shipped(self._counters(), rollout_id, Batch(answer, parts))
+                await self._on_user_loop(work)
         except BaseException:
             if not loaded.keeps_groups_open:
                 loaded.source.take_back_open(rollout_id, "failed")
             raise
         finally:
             self.progress_now.phase = "idle"
-        return RolloutBatchRefs(refs, metrics, num_samples)
+        return answer
 
     @endpoint(group="evaluate")
     async def evaluate(self, rollout_id: int) -> EvalResult:
@@ -179,6 +189,58 @@ class RolloutManager(Actor):
         for ref in self._refs.pop(rollout_id, []):
             await self._remove(ref)
         return count
+
+    @endpoint
+    async def keep(self, rollout_id: int) -> None:
+        """``--use-fault-tolerance``: keep what a successor needs, from the state after this rollout on, which is now.
+
+        Raises:
+            CannotSave, NotSavable, HookFailed.
+        """
+        self._recovery = self._new_recovery()
+        await self._on_user_loop(self._recovery.begin(self._counters(), rollout_id))
+
+    @endpoint
+    async def recover(self, trained: int, weight_version: int) -> None:
+        """Go on where a manager that died was. ``trained``: the last rollout that was trained on; ``weight_version``:
+        what engines have now; 0: nobody gave them any.
+
+        Raises:
+            NoStateKept, HookFailed.
+        """
+        self._recovery = self._new_recovery()
+        counters = await self._on_user_loop(self._recovery.restore(trained))
+        self.weight_version = weight_version or counters.get("weight_version")
+        for rollout_id in self._recovery.batches.rollouts():
+            if rollout_id < trained:
+                continue  # its data has left the store
+            batch = await asyncio.to_thread(self._recovery.batches.read, rollout_id)
+            self._refs[rollout_id] = batch.answer.refs
+        await self.trained(trained)
+
+    @endpoint
+    async def kept(self) -> tuple[list[int], int]:
+        """Rollouts whose batches the journal has, and how many bytes it has in all."""
+        batches = self._kept_batches()
+        return await asyncio.to_thread(lambda: (batches.rollouts(), batches.num_bytes()))
+
+    @endpoint
+    async def replay(self, rollout_id: int) -> list[Ref]:
+        """A kept batch into the store once more, until ``replayed``. Raises DamagedBatch."""
+        batch = await asyncio.to_thread(self._kept_batches().read, rollout_id)
+        self._replayed[rollout_id] = refs = await self._put(batch.parts)
+        return refs
+
+    @endpoint
+    async def replayed(self, rollout_id: int) -> None:
+        """What ``replay`` put into the store is not needed any more."""
+        for ref in self._replayed.pop(rollout_id, []):
+            await self._remove(ref)
+
+    @endpoint
+    async def covered(self, rollout_id: int) -> None:
+        """A checkpoint has this rollout: batches up to it are not kept any longer."""
+        await asyncio.to_thread(self._kept_batches().remove_through, rollout_id)
 
     @endpoint
     async def set_weight_version(self, version: int) -> None:
@@ -238,7 +300,7 @@ class RolloutManager(Actor):
 
     def set_engines_now(self, targets: list[EngineTarget], router_url: str, api_key: str) -> None:
         """Engines and router, for our code and for ``args`` of user code."""
-        engines.set(targets, router_url, api_key)
+        engines.set(targets, router_url, api_key, are_restarted=bool(getattr(self.args, "use_fault_tolerance", False)))
         if router_url:
             parts = urlsplit(router_url)
             vars(self.args).update(sglang_router_ip=parts.hostname, sglang_router_port=parts.port)
@@ -301,18 +363,18 @@ class RolloutManager(Actor):
                 return take_logged()
         return rollout_metrics(self.args, groups, rollout_time) | numbers_of(extra) | take_logged()
 
-    async def _ship(self, rollout_id: int, groups: list[Group]) -> tuple[list[Ref], int, int]:
+    async def _ship(self, rollout_id: int, groups: list[Group]) -> tuple[list[dict[str, Any]], list[Ref], int]:
         """Train data of the groups, a part for each data-parallel rank, into the store.
 
         Returns:
-            References, how many samples are trained on, and how many are not.
+            The parts, their references, and how many samples are not trained on.
 
         What does not fill an optimizer step is not trained on, and ends otherwise in the ledger: a whole group goes
         back to the buffer; one whose other samples are trained on cannot, and is filtered.
         """
         samples = [sample for group in groups for sample in flat(group)]
         if self.args.debug_rollout_only:
-            return [], len(samples), 0
+            return [], [], 0
         data = await self._on_user_loop(convert(self.args, samples))
         parts = await asyncio.to_thread(split_train_data, self.args, data)
         whole, part = untrained(groups, data, parts)
@@ -321,8 +383,7 @@ class RolloutManager(Actor):
         source = self._needed().source
         source.give_back(whole, "no_full_step")
         source.filtered(part, "partly_trained")
-        count = sum(len(rank["partition"]) for rank in parts)
-        return refs, count, len(data["tokens"]) - count
+        return parts, refs, len(data["tokens"]) - _num_trained(parts)
 
     async def _put(self, parts: list[dict[str, Any]]) -> list[Ref]:
         return await store.put_parts_async(parts)
@@ -346,6 +407,27 @@ class RolloutManager(Actor):
 
     def _counters(self) -> dict[str, Any]:
         return {"weight_version": self.weight_version}
+
+    def _new_recovery(self) -> RolloutRecovery:
+        return RolloutRecovery(self.args, self._needed().source, Path(self.args.run_dir) / "recovery")
+
+    def _kept_batches(self) -> BatchJournal:
+        if self._recovery is None:
+            raise NotStarted(
+                "the rollout manager keeps no batches",
+                evidence="keep() was not called, or has failed",
+                advice="Give --use-fault-tolerance.",
+            )
+        return self._recovery.batches
+
+
+def _num_trained(parts: list[dict[str, Any]]) -> int:
+    return sum(len(rank["partition"]) for rank in parts)
+
+
+def _num_samples(args: Any, groups: list[Group], parts: list[dict[str, Any]]) -> int:
+    """How many are trained on; without a trainer, how many there are."""
+    return sum(len(flat(group)) for group in groups) if args.debug_rollout_only else _num_trained(parts)
 
 
 def _are_groups(groups: Any) -> bool:

@@ -27,13 +27,15 @@ import random
 import shutil
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from miles.rollout.hooks import Hook
+from miles.rollout.base_types import Group
+from miles.rollout.hooks import Hook, hook_pool
 from miles.rollout.saved_state import cannot_save, group_from_plain, plain_group, read_values, write_values
 from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.rollout_state import (
@@ -47,6 +49,7 @@ from miles.utils.rollout_state import (
 )
 
 logger = logging.getLogger(__name__)
+Take: TypeAlias = Callable[[], tuple[dict[str, Any], list[Group]]]
 _VERSION = 1
 
 
@@ -67,27 +70,70 @@ async def save(
     aside = pending.with_name(pending.name + ".tmp")
     try:
         await asyncio.to_thread(_begin, directory, aside)
-        vars(args)["save"] = str(aside)
-        try:
-            await _source_hook(args, source.inner.save)(rollout_id)
-        finally:
-            vars(args)["save"] = str(directory)
-        plain, groups = source.checkpoint()
         token = uuid.uuid4().hex
-        head = {
-            "version": _VERSION,
-            "rollout_id": rollout_id,
-            "source": plain,
-            "counters": counters,
-            "token": token,
-            "random": _random_states(),
-        }
-        await asyncio.to_thread(write_values, state_path(aside, rollout_id), [head, *map(plain_group, groups)])
+        head = {"rollout_id": rollout_id, "counters": counters, "token": token}
+        await _write(args, source, head, aside, source.checkpoint)
         await asyncio.to_thread(_end, aside, pending, token)
     except OSError as error:
         raise cannot_save(pending, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+async def write_state(
+    args: Namespace, source: TrackedDataSource, counters: dict[str, Any], rollout_id: int, path: Path
+) -> None:
+    """A state by itself, of no checkpoint, with groups that are selected kept so. ``path`` is a directory that is whole
+    whenever it has its name; one that is there is replaced.
+
+    Raises:
+        CannotSave, NotSavable, HookFailed: What has that name is as it was.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        await _write(args, source, {"rollout_id": rollout_id, "counters": counters}, aside, source.snapshot)
+        await asyncio.to_thread(_publish, aside, path)
+    except OSError as error:
+        raise cannot_save(path, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+async def read_state(args: Namespace, source: TrackedDataSource, rollout_id: int, path: Path) -> dict[str, Any]:
+    """Inverse of ``write_state``; returns the counters. Raises HookFailed, and what reading raises."""
+    return await _read(args, source, rollout_id, path)
+
+
+async def _write(args: Namespace, source: TrackedDataSource, head: dict[str, Any], directory: Path, take: Take) -> None:
+    """The data source's own files and ours, all of one moment. ``head`` has the rollout, and what else there is."""
+    rollout_id: int = head["rollout_id"]
+    hook = _source_hook(args, source.inner.save)
+    async with source.saving:  # ``args.save`` is one for all
+        before, vars(args)["save"] = getattr(args, "save", None), str(directory)
+        try:
+            if hook.is_async:
+                await hook(rollout_id)
+            # In a thread: whoever holds the data source at this moment may need the loop to let go of it.
+            save = _done if hook.is_async else partial(hook.call, rollout_id)
+            cut = partial(source.cut, save, take)
+            plain, groups = await asyncio.get_running_loop().run_in_executor(hook_pool(), cut)
+        finally:
+            vars(args)["save"] = before
+    values = {"version": _VERSION, "source": plain, "random": _random_states(), **head}
+    await asyncio.to_thread(write_values, state_path(directory, rollout_id), [values, *map(plain_group, groups)])
+
+
+def _done() -> None:
+    """Nothing is left to do."""
+
+
+def _publish(aside: Path, path: Path) -> None:
+    _make_durable(aside)
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+    sync(path.parent)
 
 
 def _begin(directory: Path, aside: Path) -> None:
@@ -104,12 +150,16 @@ def _begin(directory: Path, aside: Path) -> None:
 
 def _end(aside: Path, pending: Path, token: str) -> None:
     (aside / STATE_MARK).write_text(token)
-    for parent, _, names in os.walk(aside):
+    _make_durable(aside)
+    aside.rename(pending)
+    sync(pending.parent)
+
+
+def _make_durable(directory: Path) -> None:
+    for parent, _, names in os.walk(directory):
         for name in names:
             sync(Path(parent) / name)
         sync(Path(parent))
-    aside.rename(pending)
-    sync(pending.parent)
 
 
 def commit(rollout_id: int, directory: Path) -> None:
@@ -174,17 +224,23 @@ async def load(args: Namespace, source: TrackedDataSource, rollout_id: int, dire
     position = path.with_name(f"global_dataset_state_dict_{rollout_id}.pt")
     if not path.exists() and not position.exists():
         return None
-    values = read_values(path) if path.exists() else iter(())
-    head: dict[str, Any] = next(values, {})
+    head: dict[str, Any] = next(read_values(path), {}) if path.exists() else {}
     made_for, token = head.get("token"), checkpoint_token(directory, rollout_id)
     if made_for and token and made_for != token:
         logger.warning("%s was not made with the checkpoint of rollout %d, and does not count", path, rollout_id)
         return None
-    vars(args)["load"] = str(base)
+    return await _read(args, source, rollout_id, base)
+
+
+async def _read(args: Namespace, source: TrackedDataSource, rollout_id: int, base: Path) -> dict[str, Any]:
+    before, vars(args)["load"] = getattr(args, "load", None), str(base)
     try:
         await _source_hook(args, source.inner.load)(rollout_id)
     finally:
-        vars(args)["load"] = str(directory)
+        vars(args)["load"] = before
+    path = state_path(base, rollout_id)
+    values = read_values(path) if path.exists() else iter(())
+    head: dict[str, Any] = next(values, {})
     if not head:
         return {}
     source.restore(head["source"], map(group_from_plain, values))

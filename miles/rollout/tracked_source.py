@@ -7,10 +7,12 @@ Calls come from any thread; each is short.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from miles.rollout.base_types import Group
 from miles.rollout.data_source import DataSource, NoBuffer
@@ -19,6 +21,8 @@ from miles.rollout.hooks import Hook, HookFailed
 from miles.rollout.journal import Journal
 from miles.rollout.ledger import Ledger, Transition
 from miles.utils.types import Sample, SampleStatus
+
+T = TypeVar("T")
 
 
 class TrackedDataSource(DataSource):
@@ -35,6 +39,11 @@ class TrackedDataSource(DataSource):
         self._next_group = 0
         self._next_index = 0
         self._lock = threading.RLock()
+        self._quiet = threading.Condition()
+        self._num_moves = 0
+        """How many moves of groups between the data source and here are under way: then neither side is complete."""
+        self._is_cutting = False
+        self.saving = asyncio.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -43,6 +52,10 @@ class TrackedDataSource(DataSource):
 
     def get_samples(self, num_samples: int) -> list[Group]:
         """Take groups."""
+        with self._move():
+            return self._take(num_samples)
+
+    def _take(self, num_samples: int) -> list[Group]:
         with self._lock:
             groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
         if len(groups) < num_samples:
@@ -97,6 +110,10 @@ class TrackedDataSource(DataSource):
 
     def give_back(self, groups: Sequence[Group], why: str) -> None:
         """Give groups back, and say why. One that is back already is left alone."""
+        with self._move():
+            self._give_back(groups, why)
+
+    def _give_back(self, groups: Sequence[Group], why: str) -> None:
         with self._lock:
             numbered: dict[int, Group] = {}
             for group in groups:
@@ -186,11 +203,12 @@ class TrackedDataSource(DataSource):
 
     def take_back_open(self, rollout_id: int, why: str) -> int:
         """Groups of a rollout that failed go to the buffer, without what was generated: how many."""
-        with self._lock:
-            numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
-            groups = [reset_group(self._open[n]) for n in numbers]
-            self._end(numbers, "give_back", why)
-        self._put_back(groups)
+        with self._move():
+            with self._lock:
+                numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
+                groups = [reset_group(self._open[n]) for n in numbers]
+                self._end(numbers, "give_back", why)
+            self._put_back(groups)
         return len(groups)
 
     def trained(self, rollout_id: int) -> int:
@@ -201,6 +219,33 @@ class TrackedDataSource(DataSource):
             self._sync()
         return len(numbers)
 
+    def cut(self, save: Callable[[], None], take: Callable[[], T]) -> T:
+        """``save`` the data source and ``take`` what is here at one moment: no group moves in between. It waits, on
+        the thread that calls it, until none is being taken or given back."""
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._num_moves and not self._is_cutting)
+            self._is_cutting = True
+        try:
+            save()
+            return take()
+        finally:
+            with self._quiet:
+                self._is_cutting = False
+                self._quiet.notify_all()
+
+    @contextmanager
+    def _move(self) -> Iterator[None]:
+        """A group is taken or given back inside. Moves do not wait for each other, a data source may be slow."""
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._is_cutting)
+            self._num_moves += 1
+        try:
+            yield
+        finally:
+            with self._quiet:
+                self._num_moves -= 1
+                self._quiet.notify_all()
+
     def checkpoint(self) -> tuple[dict[str, Any], list[Group]]:
         """What has to be saved beside the data source: plain values, and groups.
 
@@ -208,27 +253,42 @@ class TrackedDataSource(DataSource):
         and not trained on yet, with it.
         """
         with self._lock:
-            under_way = [
-                copy.deepcopy(group)
-                if number in self.ledger.selected or number in self._finished
-                else reset_group(copy.copy(group))
-                for number, group in self._open.items()
-            ]
-            plain = {
-                "ledger": self.ledger.closed("checkpoint").to_plain(),
-                "next_group": self._next_group,
-                "next_index": self._next_index,
-            }
-            return plain, [*self.overflow, *under_way]
+            return self._plain(frozenset(), "checkpoint"), [*self.overflow, *self._under_way(self._open)]
+
+    def snapshot(self) -> tuple[dict[str, Any], list[Group]]:
+        """The same, but groups that are selected stay so: the trainer has them, or is about to. They come first."""
+        with self._lock:
+            selected = self.ledger.selected
+            kept = [copy.deepcopy(group) for number, group in self._open.items() if number in selected]
+            others = [number for number in self._open if number not in selected]
+            plain = {**self._plain(selected, "snapshot"), "num_selected": len(kept)}
+            return plain, [*kept, *self.overflow, *self._under_way(others)]
+
+    def _plain(self, kept: Collection[int], why: str) -> dict[str, Any]:
+        return {
+            "ledger": self.ledger.closed(why, kept).to_plain(),
+            "next_group": self._next_group,
+            "next_index": self._next_index,
+        }
+
+    def _under_way(self, numbers: Iterable[int]) -> list[Group]:
+        return [
+            copy.deepcopy(self._open[number])
+            if number in self.ledger.selected or number in self._finished
+            else reset_group(copy.copy(self._open[number]))
+            for number in numbers
+        ]
 
     def restore(self, plain: dict[str, Any], groups: Iterable[Group]) -> None:
-        """Inverse of ``checkpoint``; whatever is open is forgotten."""
+        """Inverse of ``checkpoint`` and ``snapshot``; whatever is open is forgotten."""
+        found = list(groups)
+        num_selected = plain.get("num_selected", 0)
         with self._lock:
             self.ledger = Ledger.from_plain(plain["ledger"])
             self._next_group, self._next_index = plain["next_group"], plain["next_index"]
-            self._open.clear()
+            self._open = {self._number(group): group for group in found[:num_selected]}
             self._finished.clear()
-            self.overflow = list(groups)
+            self.overflow = found[num_selected:]
             if self.journal is not None:
                 self.journal.state(self.ledger, "restored from a checkpoint")
 

@@ -61,7 +61,7 @@ class AsyncTrainingLoop(TrainingLoop):
     async def _before_update(self, watch: Stopwatch) -> None:
         if self._ahead is not None:
             with watch.measure("rollout_ahead"):
-                await asyncio.wait({self._ahead})
+                await self.engines.until_update(self._ahead)
 
 
 def loop_class(config: Mapping[str, Any]) -> type[TrainingLoop]:

@@ -14,8 +14,8 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from miles.training.async_loop import loop_class
 from miles.training.errors import exit_code, first_of, story
 from miles.training.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
 from miles.training.loop import Outcome
-from miles.training.parts import start
+from miles.training.parts import Parts, start
 from miles.training.watch import run_watched
 from miles_agents.errors import MilesError
 from miles_agents.run_files import UnusableRunDirectory, usable_directory
@@ -137,7 +137,8 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
                 shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")
             tracking.begin(controller.run_id, parts.start_rollout_id)
             try:
-                outcome = await run_watched(parts, loop_class(config)(parts, config, tracking, shown).run())
+                async with _recovering(parts, shown):
+                    outcome = await run_watched(parts, loop_class(config)(parts, config, tracking, shown).run())
                 how = "finished"
                 return outcome
             finally:
@@ -148,6 +149,17 @@ async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsol
         raise
     finally:
         await tracking.close(how)
+
+
+@asynccontextmanager
+async def _recovering(parts: Parts, shown: RunConsole) -> AsyncIterator[None]:
+    """Deaths are answered inside, with ``--use-fault-tolerance``."""
+    if parts.recovery is None:
+        yield
+        return
+    parts.recovery.say = shown.say
+    async with parts.recovery.running():
+        yield
 
 
 class _Warnings(logging.Handler):

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
 from miles.tracking.metric_check import MetricCheck
+from miles.training.engine_recovery import EngineRecovery
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
 
@@ -86,12 +87,22 @@ class TrainingLoop:
         """Behind the last rollout of this process."""
         self.rollout = parts.calls(parts.rollout)
         self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
+        self._has_newer_weights = False
+        """The trainer has trained since engines got its weights."""
+        self.engines = EngineRecovery(
+            parts,
+            catch_up=self._catch_up,
+            update=self._update_at_once,
+            can_catch_up=self._can_catch_up,
+            say=console.say,
+        )
 
     async def run(self) -> Outcome:
         """All iterations."""
         self.console.shows_reward = self.config["loss_type"] != "sft_loss"
         with self.console.bars(self.config["num_rollout"], self.parts.start_rollout_id):
-            return await self._run()
+            async with self.engines.telling():
+                return await self._run()
 
     async def _run(self) -> Outcome:
         config, parts = self.config, self.parts
@@ -135,8 +146,12 @@ class TrainingLoop:
         with watch.measure("rollout"):
             batch = await self._next_batch(rollout_id)
         metrics: dict[str, float] = dict(batch.metrics)
+        steps: list[dict[str, float]] = []
         if self.trainer is not None:
             metrics.update(await self._train(rollout_id, batch.refs, watch))
+            steps = await self._steps_of_it()
+        elif parts.recovery is not None:
+            parts.recovery.trained = rollout_id
         await self.rollout.trained.call_one(rollout_id)
         asked = self._is_save_asked_for()
         if iteration.save or asked:
@@ -144,11 +159,14 @@ class TrainingLoop:
                 await self._save(rollout_id)
             if asked:
                 await asyncio.to_thread(Path(self.config["save_trigger_sentinel"]).unlink, missing_ok=True)
+        elif parts.recovery is not None:
+            with watch.measure("save"):
+                await parts.recovery.after(rollout_id)
         if self.trainer is not None and parts.fleet is not None and self._is_update_due(rollout_id):
             await self._before_update(watch)
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
-        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, await self._steps_of_it())
+        self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, steps)
         if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
@@ -173,8 +191,9 @@ class TrainingLoop:
         return batch
 
     async def _shown(self, phase: str, call: Any) -> Any:
-        """Wait for a call of the rollout manager, showing how far it is."""
-        task = asyncio.ensure_future(_awaited(call))
+        """Wait for a call of the rollout manager, showing how far it is. Engines that come back get weights."""
+        called = asyncio.ensure_future(_awaited(call))
+        task = asyncio.ensure_future(self.engines.result_of(called))
         progress = self.parts.calls(self.parts.rollout, 30.0).progress
         try:
             with self.console.phase(phase):
@@ -185,6 +204,7 @@ class TrainingLoop:
                 return await task
         finally:
             task.cancel()
+            called.cancel()
 
     async def _train(self, rollout_id: int, refs: list[Any], watch: Stopwatch) -> dict[str, float]:
         trainer, fleet = self._needed_trainer(), self.parts.fleet
@@ -194,15 +214,18 @@ class TrainingLoop:
         if self.config["offload_train"] and fleet is not None:
             with watch.measure("offload"):
                 await trainer.wake_up.call()
+        self._has_newer_weights = True
         with watch.measure("train"), self.console.phase("train"):
             answers = await trainer.train.call(rollout_id, refs)
+        if self.parts.recovery is not None:
+            self.parts.recovery.trained = rollout_id  # ranks that begin anew from now on are brought here
         return dict(answers.at(gpus=0))
 
     async def _steps_of_it(self) -> list[dict[str, float]]:
         """Metrics of each optimizer step of the rollout that was trained on, if it had several."""
         if self.parts.trainer is None or self.config["num_steps_per_rollout"] in (None, 1):
             return []
-        first = self.parts.trainer.slice(gpus=0).options(timeout_s=60.0)
+        first = self.parts.calls(self.parts.trainer, 60.0).slice(gpus=0)
         steps: list[dict[str, float]] = await first.last_steps.call_one()
         return steps
 
@@ -232,20 +255,43 @@ class TrainingLoop:
         return memory | {f"perf/update_weights/{name}_time": seconds for name, seconds in timings.items()}
 
     async def _send_weights(self) -> dict[str, float]:
-        trainer, fleet = self._needed_trainer(), self.parts.fleet
+        fleet = self.parts.fleet
         timings: dict[str, float] = {}
+        if fleet is not None and not self.config.get("debug_skip_weight_update"):
+            before = fleet.targets
+            send = self._sender(timings)
+            version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
+            self._has_newer_weights = False
+            await self.rollout.set_weight_version.call_one(version)
+            if fleet.targets != before and fleet.recovery is None:
+                await self._use_fewer_engines(before)
+        return timings
+
+    def _sender(self, timings: dict[str, float]) -> Callable[[WeightUpdate], Awaitable[None]]:
+        trainer = self._needed_trainer()
 
         async def send(update: WeightUpdate) -> None:
             answers = await trainer.update_weights.call(update)
             timings.update(answers.at(gpus=0))
 
-        if fleet is not None and not self.config.get("debug_skip_weight_update"):
-            before = fleet.targets
-            version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
-            await self.rollout.set_weight_version.call_one(version)
-            if fleet.targets != before:
-                await self._use_fewer_engines(before)
-        return timings
+        return send
+
+    def _can_catch_up(self) -> bool:
+        return self.trainer is not None and not self._has_newer_weights and not self.config["offload_train"]
+
+    async def _catch_up(self) -> None:
+        """Engines that have come back get the version of the others, and requests."""
+        if self.parts.fleet is not None:
+            await self.parts.fleet.catch_up(self._sender({}))
+
+    async def _update_at_once(self) -> None:
+        """No engine serves, and those that have come back wait for weights that only an update can give."""
+        if self.trainer is None or self.parts.fleet is None:
+            return
+        if self.config["offload_train"]:
+            await self.parts.fleet.release()
+            await self.trainer.wake_up.call()
+        await self._update_weights(Stopwatch())
 
     async def _use_fewer_engines(self, before: list[EngineTarget]) -> None:
         """Some engines failed in the update and are fenced: requests go to the others."""
@@ -279,6 +325,8 @@ class TrainingLoop:
         await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
         paths = await trainer.save.call(rollout_id)
         await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
+        if self.parts.recovery is not None:
+            await self.parts.recovery.saved(rollout_id)
         self.tracking.saved(self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
         export = None

@@ -17,6 +17,7 @@ from miles.backends.checkpoint_layout import find_checkpoint
 from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.backends.sglang_utils.server_arguments import slots_of_engines
 from miles.training.errors import CheckpointsDisagree, first_of
+from miles.training.recovery import Recovery, Starts, pinned
 from miles_agents.rpc.mesh import ActorMesh
 from miles_controller import Controller, OwnedMesh, Placement, Policy, Request
 
@@ -56,9 +57,13 @@ class Parts:
     """The last one of the run that is resumed."""
     num_too_long: int = 0
     """Prompts that were left out because they leave no room for an answer."""
+    recovery: Recovery | None = None
+    """With ``--use-fault-tolerance``: what keeps trainer and rollout manager alive."""
 
     def calls(self, mesh: ActorMesh, timeout_s: float = LONG_S) -> Any:
-        """The mesh with a deadline for its calls."""
+        """The mesh with a deadline for its calls, which outlast deaths if there is recovery."""
+        if self.recovery is not None:
+            return self.recovery.calls(mesh.name, timeout_s)
         return mesh.options(timeout_s=timeout_s)
 
 
@@ -118,6 +123,8 @@ async def _start(
             # An engine sizes its cache by the memory that it finds free: all of it, before the trainer comes.
             await fleet.start()
             await fleet.release()
+        if config.get("use_fault_tolerance"):
+            config = pinned(config)
         async with asyncio.TaskGroup() as group:
             rollout = group.create_task(_start_rollout(controller, config))
             trainer = group.create_task(_start_trainer(controller, config, placement))
@@ -127,15 +134,29 @@ async def _start(
         raise first_of(errors) from None
     mesh, start_rollout_id = trainer.result()
     parts = Parts(rollout.result(), mesh, fleet, start_rollout_id, None)
-    engines = [] if fleet is None else fleet.targets
-    url, key = ("", "") if fleet is None else (fleet.router_url, fleet.api_key)
-    facts = await parts.calls(parts.rollout, LOAD_S).start.call_one(engines, url, key)
+    facts = await _init_rollout(parts.rollout, fleet)
     parts.num_rollout_per_epoch = facts["num_rollout_per_epoch"]
     parts.num_too_long = facts.get("num_too_long") or 0
     if start_rollout_id > 0 and config["load"]:
         await _load_rollout_state(parts, config)
         parts.weight_version = await parts.calls(parts.rollout, LOAD_S).restored_weight_version.call_one()
+    if config.get("use_fault_tolerance"):
+        parts.recovery = _recovery(controller, config, placement, parts)
+        await parts.recovery.begin()
     return parts
+
+
+def _recovery(controller: Controller, config: Mapping[str, Any], placement: Placement, parts: Parts) -> Recovery:
+    starts = Starts(
+        trainer=lambda changed: _spawn_trainer(controller, changed, placement),
+        init_trainer=_init_trainer,
+        rollout=lambda: _start_rollout(controller, config),
+        init_rollout=lambda mesh: _init_rollout(mesh, parts.fleet),
+    )
+    return Recovery(
+        controller, config, starts,
+        rollout=parts.rollout, trainer=parts.trainer, fleet=parts.fleet, start=parts.start_rollout_id,
+    )  # fmt: skip
 
 
 def engine_seed(config: Mapping[str, Any]) -> int:
@@ -148,7 +169,15 @@ def engine_seed(config: Mapping[str, Any]) -> int:
     return int((config["seed"] + 1_000_003 * resumed) % 2**31)
 
 
-async def _start_rollout(controller: Controller, config: dict[str, Any]) -> OwnedMesh:
+async def _init_rollout(mesh: OwnedMesh, fleet: EngineFleet | None) -> dict[str, Any]:
+    """The rollout manager knows its engines and has loaded its prompts: facts about these."""
+    engines = [] if fleet is None else fleet.targets
+    url, key = ("", "") if fleet is None else (fleet.router_url, fleet.api_key)
+    facts: dict[str, Any] = await mesh.options(timeout_s=LOAD_S).start.call_one(engines, url, key)
+    return facts
+
+
+async def _start_rollout(controller: Controller, config: Mapping[str, Any]) -> OwnedMesh:
     return await controller.spawn(
         "rollout",
         "miles.rollout.manager:RolloutManager",
@@ -162,10 +191,15 @@ async def _start_rollout(controller: Controller, config: dict[str, Any]) -> Owne
 
 
 async def _start_trainer(
-    controller: Controller, config: dict[str, Any], placement: Placement
+    controller: Controller, config: Mapping[str, Any], placement: Placement
 ) -> tuple[OwnedMesh | None, int]:
     if config["debug_rollout_only"]:
         return None, config["start_rollout_id"] or 0
+    trainer = await _spawn_trainer(controller, config, placement)
+    return trainer, await _init_trainer(trainer, config)
+
+
+async def _spawn_trainer(controller: Controller, config: Mapping[str, Any], placement: Placement) -> OwnedMesh:
     size = config["world_size"]
     local = [slots[0].local_rank for slots in placement.slots["trainer"]]
     on_cpu = config["device"] == "cpu"
@@ -174,10 +208,10 @@ async def _start_trainer(
         env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local[rank])}
         return env if on_cpu else {**env, "CUDA_VISIBLE_DEVICES": "own"}
 
-    trainer = await controller.spawn(
+    return await controller.spawn(
         "trainer",
         "miles.backends.trainer:Trainer",
-        config,
+        dict(config),
         dims={"gpus": size},
         placement=placement,
         policy=Policy("kill_group"),
@@ -186,16 +220,21 @@ async def _start_trainer(
         start_timeout_s=300.0,
         preload=preload(config),
     )
+
+
+async def _init_trainer(trainer: OwnedMesh, config: Mapping[str, Any]) -> int:
+    """The ranks meet and load; the first rollout."""
     host, port = await trainer.slice(gpus=0).options(timeout_s=60.0).rendezvous.call_one()
     answers = await trainer.options(timeout_s=LOAD_S).init.call(host, port)
-    starts = {answer["start_rollout_id"] for answer in answers.values}
+    starts = {int(answer["start_rollout_id"]) for answer in answers.values}
     if len(starts) != 1:
         raise CheckpointsDisagree(
             "the trainer's ranks would begin at different rollouts",
             evidence=", ".join(f"rank {point['gpus']}: {a['start_rollout_id']}" for point, a in answers.items()),
             advice="Make sure that all nodes see the same --load directory.",
         )
-    return trainer, starts.pop() if config["start_rollout_id"] is None else config["start_rollout_id"]
+    given = config["start_rollout_id"]
+    return starts.pop() if given is None else int(given)
 
 
 def trainer_env(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Deaths that end a job, as one thing to wait for."""
+"""Deaths that end a job, as one thing to wait for. With recovery, those that it has given up."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ async def run_watched(parts: Parts, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _first_death(parts: Parts) -> BaseException:
-    watches: list[Coroutine[Any, Any, BaseException]] = [_mesh_death(parts.rollout)]
-    if parts.trainer is not None:
-        watches.append(_mesh_death(parts.trainer))
+    watches: list[Coroutine[Any, Any, BaseException]] = []
+    if parts.recovery is not None:
+        watches.append(parts.recovery.given_up())
+    else:
+        watches += [_mesh_death(mesh) for mesh in (parts.rollout, parts.trainer) if mesh is not None]
     if parts.fleet is not None:
         watches.append(parts.fleet.failed())
     tasks = [asyncio.ensure_future(watch) for watch in watches]

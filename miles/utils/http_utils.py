@@ -15,7 +15,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -62,21 +62,37 @@ class HttpClient:
         self._session: aiohttp.ClientSession | None = None
         self._keys: dict[str, str] = {}
         self._routers: set[str] = set()
+        self._restarted: set[str] = set()
+        self._successors: dict[str, tuple[str, ...]] = {}
         self._in_flight: dict[str, str] = {}
         self._lock = threading.Lock()
         self.retries = 0
 
     # -- addresses of this run -------------------------------------------------------------------------------
 
-    def register(self, url: str, api_key: str, *, is_router: bool = False) -> None:
-        """An address of this run: requests to it carry the key; of a router's, ids are kept."""
+    def register(self, url: str, api_key: str, *, is_router: bool = False, is_restarted: bool = False) -> None:
+        """An address of this run: requests to it carry the key; of a router's, ids are kept. ``is_restarted``: who
+        dies there is restarted, so that requests wait for that until their deadline."""
         origin = origin_of(url)
         with self._lock:
             self._keys.pop(origin, None)
+            self._successors.pop(origin, None)
+            if is_restarted:
+                self._restarted.add(origin)
             if api_key:
                 self._keys[origin] = api_key
             if is_router:
                 self._routers.add(origin)
+
+    def moved(self, origin: str, to: Sequence[str]) -> None:
+        """Who was there is gone: requests to it, those that are being repeated, too, go to one of these origins."""
+        with self._lock:
+            self._successors[origin] = tuple(to)
+
+    def _where(self, url: str) -> str:
+        with self._lock:
+            successors = self._successors.get(origin_of(url))
+        return urlsplit(url)._replace(netloc=random.choice(successors)).geturl() if successors else url  # noqa: S311
 
     def in_flight(self, scope: str) -> list[str]:
         """Ids of requests of this scope that engines may be working on."""
@@ -107,7 +123,8 @@ class HttpClient:
             method: ``GET`` or ``POST``.
             url: Where.
             payload: Sent as JSON.
-            max_retries: How often it is repeated if nobody answers or the answer is a passing trouble (5xx, 429).
+            max_retries: How often it is repeated if nobody answers or the answer is a passing trouble (5xx, 429). The
+                default, and more, is without bound where those who die are restarted (``register``).
             headers: Sent, too.
             deadline_s: For all attempts together.
 
@@ -136,11 +153,15 @@ class HttpClient:
                 attempt += 1
                 self.retries += 1
                 wait_s = min(MAX_BACKOFF_S, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311
-                if attempt > call.max_retries or time.monotonic() + wait_s > call.deadline:
+                is_last = attempt > call.max_retries and not self._waits_for_restart(call)
+                if is_last or time.monotonic() + wait_s > call.deadline:
                     raise _failed(call, attempt, trouble) from trouble.__cause__
                 if attempt in (1, 10):
                     logger.warning("%s %s: %s; trying again", call.method, call.url, trouble)
                 await asyncio.sleep(wait_s)
+
+    def _waits_for_restart(self, call: _Call) -> bool:
+        return call.max_retries >= DEFAULT_RETRIES and origin_of(call.url) in self._restarted
 
     @asynccontextmanager
     async def _tracking(self, rid: str, scope: str) -> AsyncIterator[None]:
@@ -166,15 +187,15 @@ class HttpClient:
 
     async def _once(self, call: _Call, rid: str) -> Any:
         payload = {**call.payload, "rid": rid} if call.tracked else call.payload
-        headers = dict(call.headers)
-        key = self._keys.get(origin_of(call.url))
+        headers, url = dict(call.headers), self._where(call.url)
+        key = self._keys.get(origin_of(url))
         if key and "Authorization" not in headers:
             headers["Authorization"] = f"Bearer {key}"
         left_s = max(0.001, call.deadline - time.monotonic())
         timeout = aiohttp.ClientTimeout(total=left_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._get_session().request(
-                call.method, call.url, json=payload, headers=headers, timeout=timeout
+                call.method, url, json=payload, headers=headers, timeout=timeout
             ) as response:
                 body = await response.read()
                 return _answer(call, response.status, body)

@@ -1,5 +1,7 @@
 """The life of a service as a pure machine: each path by hand, then a random world that never breaks the rules."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -453,3 +455,24 @@ def test_every_phase_can_be_reached(phase):
         run.now += 5
         run.send(event)
     assert run.phase is phase
+
+
+def test_a_service_that_is_ready_is_not_judged_before_its_first_wait_nor_after_each_resumption():
+    numbers = replace(NUMBERS, first_wait_s=60, starting_interval_s=1, again_interval_s=0.5, probe_interval_s=30)
+    run = Run(numbers)
+    run.send(Started(1, 7))
+    run.send(Tick())
+    run.send(ProbeFailed(1, "not yet"))
+    assert wake_at(run.state) == 1.0, "while it starts, it is asked often"
+    run.now = 1.0
+    assert run.send(Tick()) == [Probe(1)]
+    run.send(ProbeOk(1))
+    assert run.state.phase is Phase.READY and wake_at(run.state) == 61.0
+    run.send(PauseAsked())
+    run.now = 5.0
+    run.send(ResumeAsked())
+    assert wake_at(run.state) == 65.0
+    run.now = 65.0
+    assert run.send(Tick()) == [Probe(1)]
+    run.send(ProbeFailed(1, "silent"))
+    assert wake_at(run.state) == 65.5, "one that fails is repeated soon"

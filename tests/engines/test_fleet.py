@@ -102,7 +102,7 @@ async def test_two_engines_of_two_groups_get_broadcasts_one_that_hangs_is_fenced
         async with EngineClient(fleet.router_url, "", name="router") as stranger:
             with pytest.raises(EngineRefused, match="401"):
                 await stranger.generate([1, 2], GREEDY)
-        told = [await engine.client.server_info() for engine in fleet._engines]
+        told = [await engine.client.server_info() for engine in fleet._roster.engines]
         assert [(info["max_running_requests"], info["schedule_policy"]) for info in told] == [(2, "lpm"), (3, "lpm")]
         cluster.identities()
         pids = {s["name"]: s["pid"] for s in cluster.controller.services.snapshot()}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from miles_controller.weight_versions import (
     Begin,
+    CatchUp,
     Do,
     EngineFailed,
     Fence,
@@ -65,6 +66,13 @@ class World:
                 case Finished():
                     self.finished.append(effect)
         self.check()
+
+    def come_back(self, name):
+        """It dies, and its successor has loaded something from disk; it does not generate."""
+        self.happen(EngineFailed(name, "died"))
+        self.fenced.discard(name)
+        self.bytes[name], self.reported[name] = "disk", "default"
+        self.happen(Joined(name, None))
 
     def check(self):
         for name, generating in self.generating.items():
@@ -229,6 +237,46 @@ def test_whatever_fails_no_engine_generates_with_weights_that_it_does_not_report
         for name, holds in world.state.engines.items():
             assert (holds is Holds.FENCED) == (name in world.fenced)
             assert (holds is Holds.CURRENT) == world.generating[name]
+
+
+def test_a_catch_up_gives_stale_engines_the_committed_version_and_leaves_the_others_alone():
+    world = World(["a", "b"])
+    world.happen(Begin(1))
+    play(world, Decide(0, 0.0))
+    world.come_back("b")
+    world.steps.clear()
+    world.happen(CatchUp())
+    play(world, Decide(0, 0.0))
+    assert {name for effect in world.steps if isinstance(effect, Do | Send) for name in effect.engines} == {"b"}
+    assert [e.step if isinstance(e, Do) else Step.SEND for e in world.steps if isinstance(e, Do | Send)] == ORDER
+    assert world.finished[-1] == Finished(1, ("b",)) and world.committed == [0, 1]
+    assert set(world.state.engines.values()) == {Holds.CURRENT} and all(world.generating.values())
+
+
+def test_a_catch_up_without_stale_engines_does_nothing_and_none_begins_in_an_update():
+    state = fleet("a")
+    assert step(state, CatchUp()) == (state, [Finished(0, ())])
+    state, _ = step(state, Begin(1))
+    with pytest.raises(UpdateOutOfOrder):
+        step(state, CatchUp())
+
+
+@given(st.integers(2, 4), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.3]))
+def test_engines_that_come_back_and_catch_up_generate_with_what_they_report(num_engines, seed, chance):
+    world, decide = World([f"e{index}" for index in range(num_engines)]), Decide(seed, chance)
+    for _ in range(8):
+        for name in [name for name in world.generating if name in world.fenced or decide.random.random() < 0.2]:
+            world.come_back(name)
+        others = {name for name, holds in world.state.engines.items() if holds is Holds.CURRENT}
+        version, is_catch_up = world.state.version, decide.random.random() < 0.5
+        world.happen(CatchUp() if is_catch_up else Begin(version + 1))
+        play(world, decide)
+        assert world.state.update is None
+        if is_catch_up:
+            assert world.state.version == version and all(world.generating[name] for name in others)
+        for name, holds in world.state.engines.items():
+            assert (holds is Holds.CURRENT) == world.generating[name]
+            assert holds is not Holds.CURRENT or world.bytes[name] == world.state.version
 
 
 def _until_send(state):

@@ -42,6 +42,8 @@ READ = {
     "no_load_optim": "--load M",
     "no_save_rng": "--save S",
     "offload_rollout_level": "--offload-rollout",
+    "rollout_health_check_interval": "--use-fault-tolerance",
+    "trainer_heartbeat_checker_interval": "--use-fault-tolerance",
     "offload_train_target": "--offload-train",
     "offload_train_disk_dir": "--offload-train --offload-train-target disk",
     "rm_url": "--rm-type remote_rm --rm-url http://h",

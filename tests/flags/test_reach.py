@@ -54,6 +54,13 @@ def router(values):
     return router_arguments(values)
 
 
+def health(values):
+    """As agents are told."""
+    from miles.backends.sglang_utils.fleet_parts import health_numbers
+
+    return health_numbers(values)
+
+
 def offloaded(values):
     from miles.backends.sglang_utils.fleet import EngineFleet
 
@@ -246,6 +253,10 @@ FAST = [
     ("--seed 5", engine, "random_seed", 6),
     ("--model-name Qwen3-4B", resolved, "qk_layernorm", True),
     ("--eps-clip 0.3", resolved, "eps_clip_high", 0.3),
+    ("--use-fault-tolerance --rollout-health-check-interval 7", health, "probe_interval_s", 7.0),
+    ("--rollout-health-check-interval 7 --use-fault-tolerance", health, "probe_interval_s", 7.0),
+    ("--rollout-health-check-timeout 8 --use-fault-tolerance", health, "probe_timeout_s", 8.0),
+    ("--rollout-health-check-first-wait 9 --use-fault-tolerance", health, "first_wait_s", 9.0),
     ("--sglang-router-policy random", router, "router_policy", "random"),
     ("--sglang-router-request-timeout-secs 9", router, "router_request_timeout_secs", 9),
     (f"{EVAL} --n-samples-per-eval-prompt 3", evaluation, "n_samples_per_eval_prompt", 3),

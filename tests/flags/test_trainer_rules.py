@@ -45,6 +45,10 @@ FSDP = "--train-backend fsdp"
         ("--use-pytorch-profiler --profile-target train_all", "--profile-target", "train_log_probs"),
         ("--record-memory-history", "--record-memory-history", "--memory-recorder memray"),
         ("--memory-snapshot-num-steps 0", "--memory-snapshot-num-steps", "1 or more"),
+        ("--use-fault-tolerance --save S --no-save-optim", "--no-save-optim", "must have everything"),
+        ("--use-fault-tolerance --save S --no-save-rng", "--no-save-rng", "must have everything"),
+        ("--use-fault-tolerance --recovery-interval 0", "--recovery-interval", "1 or more"),
+        ("--trainer-heartbeat-checker-timeout 0", "--trainer-heartbeat-checker-timeout", "above 0"),
     ],
 )
 def test_what_cannot_be_done_is_told_by_name(words, flag, text):

@@ -7,36 +7,9 @@ import subprocess
 import psutil
 import pytest
 from support.recorded_rollouts import write_rollouts
-from support.training_runs import running, train
+from support.training_runs import all_gone, find_below, running, train, until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
-
-
-def until(process, text):
-    """Read a run's output up to the line with that text."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
-    raise AssertionError("it ended before: " + "".join(lines))
-
-
-def find_below(pid, word):
-    """The processes below ``pid`` with that word on their command line."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if any(word in part for part in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
-def all_gone(processes):
-    """Whether none of them runs any more."""
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def test_ctrl_c_while_it_trains_ends_everything_and_keeps_what_was_saved(tmp_path):

@@ -1,6 +1,7 @@
 """What the job asks of nodes and engines."""
 
 from miles.training.parts import engine_seed, placement_requests, trainer_env
+from miles.training.recovery import pinned
 
 
 def config(**changed):
@@ -45,3 +46,16 @@ def test_deterministic_ranks_on_gpus_tell_their_libraries():
     found = trainer_env(config(device="cuda", deterministic_mode=True, train_env_vars={"NCCL_ALGO": "Tree"}))
     assert found == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Tree"}
     assert "NCCL_ALGO" not in trainer_env(config(deterministic_mode=True))
+
+
+def test_ranks_that_begin_again_take_what_the_run_began_with(tmp_path):
+    """Not what it has written to the same directory since."""
+    for rollout_id in (2, 5):
+        (tmp_path / f"iter_{rollout_id:07d}").mkdir()
+        (tmp_path / f"iter_{rollout_id:07d}" / "metadata.json").write_text("{}")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("2")
+    found = pinned(config(load=str(tmp_path), critic_load=str(tmp_path / "iter_0000005")))
+    tracker.write_text("5")
+    assert found == {**config(load=str(tmp_path), critic_load=str(tmp_path / "iter_0000005")), "ckpt_step": 2}
+    assert pinned(config()) == config()

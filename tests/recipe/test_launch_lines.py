@@ -86,7 +86,6 @@ CASES = {
         "eval": None,
         "refused": {
             "--attn-implementation": "flash_attention_2, sdpa or eager",
-            "--use-fault-tolerance": "not built yet: recovery",
         },
         "resolves": {
             "dp_size": 8,

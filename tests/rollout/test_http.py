@@ -9,11 +9,14 @@ from support.http_server import server
 from support.procs import eventually
 from support.rollout_cases import Answer, servers
 
+from miles.backends.weight_update.messages import EngineTarget
 from miles.rollout.engines import Engines
 from miles.utils.async_utils import WouldBlockLoop, run, stop_loop_thread
 from miles.utils.http_utils import (
+    DEFAULT_RETRIES,
     RequestFailed,
     RequestRefused,
+    _Call,
     close_http_client,
     find_available_port,
     get,
@@ -109,6 +112,57 @@ async def test_a_request_is_aborted_by_its_id_also_if_its_caller_has_gone():
         await eventually(lambda: not fake.engines[0].running)
         http_client().forget("train-1")
         await engines.abort_all("train-1")
+
+
+async def test_a_request_to_an_address_that_has_moved_is_made_again_at_its_successor():
+    """Of the router, and of engines; also one that is being repeated while they move."""
+    tries = []
+
+    async def failing(request, number):
+        tries.append(number)
+        return web.Response(status=503)
+
+    async def well(request, number):
+        return web.json_response({"path": request.path, "key": request.headers.get("Authorization")})
+
+    engines = Engines()
+    with server(failing) as old, server(failing) as engine, server(well) as new, server(well) as other:
+        engines.set([target("engine-0", engine)], old, "first")
+        repeated = [asyncio.ensure_future(post(url + "/x", {})) for url in (old, engine)]
+        await eventually(lambda: len(tries) >= 4)
+        engines.set([], old, "first")
+        assert engines.owns(engine), "what fails there is no user's fault"
+        engines.set([target("engine-0", other)], new, "second")
+        assert await repeated[0] == {"path": "/x", "key": "Bearer second"}
+        assert (await repeated[1])["key"] == "Bearer key-of-engine-0"
+        assert await post(old + "/y", {}) == {"path": "/y", "key": "Bearer second"}
+        assert engines.owns(old) and engines.owns(new) and not engines.owns("http://elsewhere:1")
+
+
+async def test_requests_to_those_that_are_restarted_wait_for_them():
+    """As long as their deadline, unless fewer tries are asked for."""
+
+    async def late(request, number):
+        return web.Response(status=503) if number <= 4 else web.json_response({"n": number})
+
+    engines, retries = Engines(), http_client().retries
+    with server(late) as url:
+        engines.set([], url, "", are_restarted=True)
+        with pytest.raises(RequestFailed):
+            await post(url + "/x", {}, max_retries=1)
+        assert http_client().retries == retries + 2
+        assert http_client()._waits_for_restart(call_to(url, DEFAULT_RETRIES))
+        assert not http_client()._waits_for_restart(call_to(url, 1))
+        assert not http_client()._waits_for_restart(call_to("http://elsewhere:1", DEFAULT_RETRIES))
+        assert await post(url + "/x", {}) == {"n": 5}
+
+
+def target(name, url):
+    return EngineTarget(name, url, f"key-of-{name}", 1, 1, True)
+
+
+def call_to(url, max_retries):
+    return _Call("POST", url + "/x", {}, {}, max_retries, 0.0, "", False)
 
 
 def test_a_coroutine_can_be_run_from_ordinary_code():

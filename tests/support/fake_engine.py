@@ -387,6 +387,7 @@ class FakeEngine:
 
     async def _server_info(self, _):
         info = {"version": "0.5.23", "max_total_num_tokens": 16384, "tp_size": 1, "dp_size": 1, "pp_size": 1}
+        info["num_running"] = sum(1 for answer in self.requests.values() if answer.tokens)
         return web.json_response(info | self.told.get("server", {}))
 
     async def _by_name(self, request):

@@ -144,10 +144,6 @@ NOT_BUILT = """\
 --mtp-num-layers
 --enable-mtp-training
 --mtp-loss-scaling-factor
---use-fault-tolerance
---rollout-health-check-first-wait
---rollout-health-check-interval
---rollout-health-check-timeout
 """.splitlines()
 """Flags of the contract that are refused for now, or taken with the value that is what is done."""
 

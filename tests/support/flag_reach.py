@@ -106,6 +106,13 @@ flags/test_resolve_reward.py::test_clips_and_keys_follow
     --eval-reward-key
 megatron/test_checkpoint_choice.py::test_generators_are_taken_over_unless_told
     --no-load-rng
+faults/test_recovery.py::test_a_stopped_rank_is_found_by_its_heartbeats
+    --trainer-heartbeat-checker-interval --trainer-heartbeat-checker-timeout --trainer-heartbeat-checker-first-wait
+    --trainer-heartbeat-checker-failure-threshold
+job/test_recovery.py::test_a_rank_that_is_killed_in_training_changes_nothing
+    --use-fault-tolerance
+faults/test_recovery.py::test_the_newest_checkpoint_is_where_it_begins
+    --recovery-interval
 rollout/test_conversion.py::test_whole_groups_are_trimmed
     --disable-rollout-trim-samples
 rollout/test_train_rollout.py::test_samples_that_are_finished_make_room_for_other_prompts

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from miles.tracking.metrics_file import read_metrics
 from support.tiny_models import tiny_model
@@ -95,6 +97,33 @@ def running(tmp_path: Path, **flags: object) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+def until(process: subprocess.Popen[str], text: str) -> str:
+    """Read a run's output up to the line with that text."""
+    lines: list[str] = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError("it ended before: " + "".join(lines))
+
+
+def find_below(pid: int, word: str) -> list[psutil.Process]:
+    """The processes below ``pid`` with that word on their command line."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if any(word in part for part in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def all_gone(processes: Iterable[psutil.Process]) -> bool:
+    """Whether none of them runs any more."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def environment() -> dict[str, str]:

@@ -42,13 +42,20 @@ class Process(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LifeNumbers:
-    """Times in seconds. ``max_restarts`` counts within ``restart_window_s``; ports in use do not cost any of it."""
+    """Times in seconds. ``max_restarts`` counts within ``restart_window_s``; ports in use do not cost any of it.
+
+    ``first_wait_s`` passes between ready (again) and the first probe that counts; ``starting_interval_s`` is between
+    probes until then, ``again_interval_s`` after one that failed; None: as ``probe_interval_s``.
+    """
 
     start_timeout_s: float = 600.0
     resume_timeout_s: float = 120.0
     release_timeout_s: float = 120.0
     probe_interval_s: float = 2.0
     probe_timeout_s: float = 5.0
+    first_wait_s: float = 0.0
+    starting_interval_s: float | None = None
+    again_interval_s: float | None = None
     failures_until_unhealthy: int = 3
     max_restarts: int = 3
     restart_window_s: float = 3600.0
@@ -364,7 +371,8 @@ def _probe_ok(state: Life, now: float) -> Step:
     well = replace(state, probing=False, failures=0, last_failure="answered", probe_at=now + numbers.probe_interval_s)
     if state.phase is Phase.READY:
         return well, []
-    ready, effects = _move(replace(well, port_retries=0), Phase.READY, "the health probe was answered", now)
+    first = replace(well, port_retries=0, probe_at=now + max(numbers.first_wait_s, numbers.probe_interval_s))
+    ready, effects = _move(first, Phase.READY, "the health probe was answered", now)
     if not ready.pause_wanted:
         return ready, effects
     paused, more = _move(ready, Phase.PAUSED, "health checks are paused", now)
@@ -374,7 +382,9 @@ def _probe_ok(state: Life, now: float) -> Step:
 def _probe_failed(state: Life, why: str, now: float) -> Step:
     numbers = state.numbers
     failures = state.failures + 1
-    failed = replace(state, probing=False, failures=failures, last_failure=why, probe_at=now + numbers.probe_interval_s)
+    interval = numbers.again_interval_s if state.phase is Phase.READY else numbers.starting_interval_s
+    probe_at = now + (numbers.probe_interval_s if interval is None else interval)
+    failed = replace(state, probing=False, failures=failures, last_failure=why, probe_at=probe_at)
     # While starting and resuming silence is normal: there the deadline counts, not the number.
     if state.phase is not Phase.READY or failures < numbers.failures_until_unhealthy:
         return failed, []
@@ -398,7 +408,8 @@ def _gone(state: Life, text: str, ports_in_use: bool, now: float) -> Step:
         text = f"{state.story[-1].cause}; then {text}"
     recent = tuple(at for at in state.restarts if at > now - numbers.restart_window_s)
     if len(recent) >= numbers.max_restarts:
-        reason = f"{text}; {len(recent)} restarts in {numbers.restart_window_s:g} s are used up"
+        used_up = f"; {len(recent)} restarts in {numbers.restart_window_s:g} s are used up"
+        reason = text + (used_up if numbers.max_restarts else "")
         dead, effects = _move(gone, Phase.DEAD, reason, now)
         return dead, [*effects, GiveUp(reason)]
     wait = min(numbers.max_backoff_s, numbers.backoff_s * 2.0 ** len(recent))
@@ -439,7 +450,7 @@ def _asked(state: Life, event: Event, now: float) -> Step:
         case ReleaseDone(), Phase.READY | Phase.PAUSED | Phase.RESUMING:
             return _move(state, Phase.RELEASED, "its memory is released", now)
         case ResumeAsked(), Phase.PAUSED:
-            awake = replace(state, pause_wanted=False, failures=0, probe_at=now)
+            awake = replace(state, pause_wanted=False, failures=0, probe_at=now + numbers.first_wait_s)
             return _move(awake, Phase.READY, "health checks go on", now)
         case ResumeAsked(), Phase.RELEASED:
             awake = replace(state, pause_wanted=False, failures=0, probe_at=now, last_failure="never probed")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.sglang_utils.client import EngineClient, EngineRefused, EngineSilent
-from miles.backends.sglang_utils.fleet_parts import Engine
+from miles.backends.sglang_utils.fleet_parts import AGAIN_S, HEARTBEATS, Engine
 from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.errors import ConfigError, MilesError
 
@@ -45,13 +45,25 @@ class ExternalService:
         phase: ``ready``, ``paused``, ``fenced``, ``lost`` (it has stopped answering), ``dead`` (it was let go).
     """
 
-    def __init__(self, client: EngineClient, *, probe_every_s: float = PROBE_EVERY_S, probe_s: float = PROBE_S) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        probe_every_s: float = PROBE_EVERY_S,
+        probe_s: float = PROBE_S,
+        first_wait_s: float = 0.0,
+        again_s: float | None = None,
+        misses: int = _MISSES,
+    ) -> None:
         self.name = client.name
         self.phase = "ready"
         self.fault = ""
         self.log = f"the log of the engine at {client.url}, where it was started"
         self._client = client
         self._changed = asyncio.Event()
+        self._misses = misses
+        self._again_s = probe_every_s if again_s is None else again_s
+        self._first_wait_s = self._waits_s = first_wait_s
         self._probing = asyncio.ensure_future(self._probe(probe_every_s, probe_s))
 
     async def pause(self) -> None:
@@ -59,7 +71,8 @@ class ExternalService:
         self._enter("paused", self.phase == "ready")
 
     async def resume(self) -> None:
-        """Ask after it again."""
+        """Ask after it again, not before the first wait is over."""
+        self._waits_s = self._first_wait_s
         self._enter("ready", self.phase == "paused")
 
     async def fence(self, why: str) -> None:
@@ -89,9 +102,10 @@ class ExternalService:
 
     async def _probe(self, every_s: float, probe_s: float) -> None:
         misses = 0
-        while misses < _MISSES:
-            await asyncio.sleep(every_s)
-            if self.phase != "ready":
+        while misses < self._misses:
+            wait_s, self._waits_s = max(self._again_s if misses else every_s, self._waits_s), 0.0
+            await asyncio.sleep(wait_s)
+            if self.phase != "ready" or self._waits_s:
                 continue
             try:
                 await self._client.call("GET", "/health", timeout_s=probe_s)
@@ -100,6 +114,19 @@ class ExternalService:
                 misses += 1
                 self.fault = f"{error.what}: {error.evidence}"
         self._enter("lost", self.phase == "ready")
+
+
+def probe_timing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``ExternalService``: with ``--use-fault-tolerance`` as the flags say."""
+    if not config.get("use_fault_tolerance"):
+        return {}
+    return {
+        "probe_every_s": float(config["rollout_health_check_interval"]),
+        "probe_s": float(config["rollout_health_check_timeout"]),
+        "first_wait_s": float(config["rollout_health_check_first_wait"]),
+        "again_s": AGAIN_S,
+        "misses": HEARTBEATS,
+    }
 
 
 def external_key() -> str:
@@ -137,10 +164,11 @@ async def _adopted(clients: Sequence[EngineClient], config: Mapping[str, Any], a
             f"key of theirs is given by the variable {KEY_VARIABLE}.",
         )
     brackets = await asyncio.gather(*(_made_ready(client) for client in clients))
+    timing = probe_timing(config)
     engines, offset = [], 1
     for client, (size, _), bracket in zip(clients, looks, brackets, strict=True):
         target = EngineTarget(client.name, client.url, api_key, size, offset, bracket)
-        engines.append(Engine(target, ExternalService(client), client))
+        engines.append(Engine(target, ExternalService(client, **timing), client))
         offset += size
     return engines
 

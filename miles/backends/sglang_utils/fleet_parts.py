@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,13 +14,14 @@ from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE
 from miles.backends.sglang_utils.server_arguments import (
+    BadEngineConfig,
     engine_size,
     rank_offset,
     router_arguments,
     server_arguments,
 )
 from miles.backends.weight_update.messages import EngineTarget
-from miles_agents.errors import PeerFault
+from miles_agents.errors import MilesError, PeerFault
 from miles_controller import Controller
 from miles_controller.services import ServiceHandle
 
@@ -28,10 +29,30 @@ START_S = 1800.0
 """Until an engine answers: a large model has to be read from a disk."""
 _WATCH_S = 3600.0
 
-# A dead engine ends the run with its log: what it was doing is lost, and a new one would have old weights.
-_ENGINE_LIFE = {"max_restarts": 0, "start_timeout_s": START_S, "probe_interval_s": 1.0, "probe_timeout_s": 30.0}
-_ROUTER_LIFE = {"max_restarts": 0, "start_timeout_s": 60.0, "probe_interval_s": 1.0, "probe_timeout_s": 30.0}
-_GRACE_S = 3.0
+# No agent restarts an engine: a new one would answer with old weights. That is for whoever gives it new ones.
+_LIFE = {"max_restarts": 0, "probe_interval_s": 1.0, "probe_timeout_s": 30.0, "grace_s": 3.0}
+_ROUTER_START_S = 60.0
+HEARTBEATS = 2
+"""Unanswered, one after the other: then it is mute."""
+AGAIN_S = 1.0
+"""Between one that is not answered and its repetition."""
+LAUNCHER = "miles.backends.sglang_utils.launch_engine"
+
+
+def health_numbers(config: Mapping[str, Any]) -> dict[str, float]:
+    """When engines and router are asked for their health, as fields of the agent's ``LifeNumbers``. Without
+    ``--use-fault-tolerance``: each second, and the third that fails counts."""
+    if not config.get("use_fault_tolerance"):
+        return {**_LIFE}
+    return {
+        **_LIFE,
+        "probe_interval_s": float(config["rollout_health_check_interval"]),
+        "probe_timeout_s": float(config["rollout_health_check_timeout"]),
+        "first_wait_s": float(config["rollout_health_check_first_wait"]),
+        "starting_interval_s": 1.0,
+        "again_interval_s": AGAIN_S,
+        "failures_until_unhealthy": HEARTBEATS,
+    }
 
 
 class EngineDied(PeerFault):
@@ -73,6 +94,11 @@ class Engine:
     client: EngineClient
 
 
+def loads_weights() -> bool:
+    """Whether engines read their weights from disk when they start. If not, the first weight update brings them."""
+    return os.environ.get("MILES_SGLANG_DUMMY_LOAD") != "1"
+
+
 async def start_engine(
     controller: Controller,
     config: Mapping[str, Any],
@@ -83,13 +109,14 @@ async def start_engine(
     api_key: str,
     devices: Sequence[int],
 ) -> Engine:
-    """Start engine ``rank`` and wait until it answers.
+    """Start engine ``rank`` and wait until it answers. ``engine_launcher`` of ``config`` may name another module than
+    ours that is run in its place, with the same arguments.
 
     Raises:
         BadEngineConfig; what ``Controller.start_service`` raises, with the last lines of the engine's log.
     """
     name, size, arguments = f"engine-{rank}", engine_size(config, rank), server_arguments(config, rank)
-    if os.environ.get("MILES_SGLANG_DUMMY_LOAD") == "1":  # the first weight update brings the weights
+    if not loads_weights():
         arguments["load_format"] = "dummy"
     env = engine_environment(
         config["device"],
@@ -101,12 +128,12 @@ async def start_engine(
     )
     service = await controller.start_service(
         name,
-        _argv("launch_engine", ("http", "nccl"), arguments),
+        _argv(str(config.get("engine_launcher") or LAUNCHER), ("http", "nccl"), arguments),
         node=node,
         host=host,
         env={**env, KEY_VARIABLE: api_key},
         ports=["http", "nccl"],
-        numbers={**_ENGINE_LIFE, "grace_s": _GRACE_S},
+        numbers={**health_numbers(config), "start_timeout_s": START_S},
         ready_timeout_s=START_S,
     )
     client = EngineClient(service.url, api_key, name=name, vocab_size=config["hf_config"].get("vocab_size"))
@@ -114,6 +141,7 @@ async def start_engine(
         bracket = await client.has_bracket()
     except BaseException:
         await client.close()
+        await service.stop("it did not answer")
         raise
     target = EngineTarget(name, service.url, api_key, size, rank_offset(config, rank), bracket)
     return Engine(target, service, client)
@@ -125,20 +153,32 @@ async def start_router(
     """Start sglang-router and wait until it answers."""
     return await controller.start_service(
         "router",
-        _argv("launch_router", ("http", "metrics"), router_arguments(config)),
+        _argv("miles.backends.sglang_utils.launch_router", ("http", "metrics"), router_arguments(config)),
         node=node,
         host=host,
         env={KEY_VARIABLE: api_key},
         ports=["http", "metrics"],
-        numbers={**_ROUTER_LIFE, "grace_s": _GRACE_S},
-        ready_timeout_s=60.0,
+        numbers={**health_numbers(config), "first_wait_s": 0.0, "start_timeout_s": _ROUTER_START_S},
+        ready_timeout_s=_ROUTER_START_S,
     )
+
+
+def url_of_others(config: Mapping[str, Any]) -> str:
+    """Of the router that somebody else has started (``--sglang-router-ip``). Raises BadEngineConfig."""
+    if not config.get("sglang_router_port"):
+        raise BadEngineConfig(
+            "--sglang-router-ip names a router without its port",
+            evidence=f"--sglang-router-ip {config['sglang_router_ip']}, no --sglang-router-port",
+            advice="Give --sglang-router-port too, or leave both out: a router is started then.",
+        )
+    host = str(config["sglang_router_ip"])
+    return f"http://{f'[{host}]' if ':' in host else host}:{config['sglang_router_port']}"
 
 
 def _argv(module: str, ports: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
     """Command line of a launcher of ours; the agent puts host and ports in."""
     by_name = ", ".join(f'"{port}": {{ports[{port}]}}' for port in ports)
-    program = [sys.executable, "-m", f"miles.backends.sglang_utils.{module}"]
+    program = [sys.executable, "-m", module]
     return [*program, "{host}", f"{{{by_name}}}", json.dumps(arguments)]
 
 
@@ -160,6 +200,24 @@ async def death_of(service: EngineService) -> EngineDied:
             advice=f"Read {service.log}; the first error in it is usually the cause.",
             engine=service.name,
         )
+
+
+async def first_death(services: Iterable[EngineService], is_expected: Callable[[str], bool]) -> MilesError:
+    """Waits until one of these is dead whose death is not expected then, by its name; without end if none is."""
+    watches = {asyncio.ensure_future(death_of(service)) for service in services}
+    try:
+        while watches:
+            done, watches = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            for watch in done:
+                error = watch.result()
+                if not is_expected(str(error.fields["engine"])):
+                    return error
+        nothing_left: asyncio.Future[MilesError] = asyncio.get_running_loop().create_future()
+        return await nothing_left
+    finally:
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
 
 
 async def all_of(*calls: Any) -> None:

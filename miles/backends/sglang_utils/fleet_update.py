@@ -53,6 +53,7 @@ class UpdateRunner:
         method: UpdateMethod,
         bucket_bytes: int,
         fence: Fences,
+        are_judged: Callable[[], bool] = lambda: True,
         timeout_s: float = STEP_S,
         silence_s: float = SILENCE_S,
     ) -> None:
@@ -65,6 +66,7 @@ class UpdateRunner:
         self._method: UpdateMethod = method
         self._bucket_bytes = bucket_bytes
         self._fence = fence
+        self._are_judged = are_judged
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._grouped: frozenset[str] = frozenset()
@@ -75,9 +77,25 @@ class UpdateRunner:
         self._engines[engine.target.name] = engine
         self.state, _ = versions.step(self.state, versions.Joined(engine.target.name, version))
 
-    async def failed(self, name: str, why: str) -> None:
-        """An engine has died."""
-        await self._take(versions.EngineFailed(name, why), None)
+    async def failed(self, engine: Engine, why: str) -> None:
+        """An engine has died. An update that is under way finds that out by itself, and is waited for."""
+        async with self._lock:
+            if self._engines.get(engine.target.name) is engine:
+                await self._take(versions.EngineFailed(engine.target.name, why), None)
+
+    async def replaced(self, engine: Engine, version: int | None) -> None:
+        """Another process lives under a name that was known. Waits for an update that is under way."""
+        name = engine.target.name
+        async with self._lock:
+            before = self._engines.get(name)
+            if before is not None:
+                await self._take(versions.EngineFailed(name, "its place is taken by another"), None)
+                self._grouped = frozenset()  # the group of this name's earlier life is gone with it
+            self.joined(engine, version)
+
+    def holds(self, name: str) -> versions.Holds | None:
+        """What an engine has; None: it is not known."""
+        return self.state.engines.get(name)
 
     async def update(self, send: Send, version: int | None = None) -> int:
         """One update to ``version`` (default: the next). Returns it.
@@ -88,11 +106,24 @@ class UpdateRunner:
         """
         async with self._lock:
             wanted = self.state.version + 1 if version is None else version
-            self.failures, self.seconds = {}, {}
-            error = await self._take(versions.Begin(wanted), send)
-            if error is not None:
-                raise error
+            await self._run(versions.Begin(wanted), send)
             return wanted
+
+    async def catch_up(self, send: Send) -> None:
+        """Give stale engines the committed version, which the trainer has to have still. Others generate meanwhile.
+
+        Raises:
+            As ``update``; NoEngineLeft: none of the stale ones has come through it.
+        """
+        async with self._lock:
+            if versions.Holds.STALE in self.state.engines.values():
+                await self._run(versions.CatchUp(), send)
+
+    async def _run(self, begin: versions.Begin | versions.CatchUp, send: Send) -> None:
+        self.failures, self.seconds = {}, {}
+        error = await self._take(begin, send)
+        if error is not None:
+            raise error
 
     async def _take(self, event: versions.Event, send: Send | None) -> BaseException | None:
         """Carry out an event's effects, and those of the events that come of them. Returns what ``send`` raised."""
@@ -145,7 +176,8 @@ class UpdateRunner:
                 await client.end_weight_update()
             case Step.RESUME:
                 await client.resume()
-                await engine.service.resume()
+                if self._are_judged():
+                    await engine.service.resume()
             case _:
                 pass
 

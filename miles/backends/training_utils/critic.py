@@ -64,7 +64,7 @@ def _own_checkpoint(args: Any, save: str | None, actor: FoundCheckpoint | None) 
     ``--critic-load``, or without that beside ``--load``. Else it is ``--critic-load``, as it is.
     """
     if actor is None or actor.rollout_id is None or getattr(args, "finetune", False):
-        return args.critic_load, None
+        return args.critic_load, getattr(args, "critic_ckpt_step", None)
     root = str(args.load).rstrip("/")
     goes_on_there = getattr(args, "save", None) is not None and str(args.save).rstrip("/") == root
     places = [save if goes_on_there else None, args.critic_load or root + SUFFIX]
@@ -73,7 +73,7 @@ def _own_checkpoint(args: Any, save: str | None, actor: FoundCheckpoint | None) 
         if (Path(place) / iteration_name(actor.rollout_id)).is_dir():
             return place, actor.rollout_id
     if args.critic_load is not None or not there:
-        return args.critic_load, None
+        return args.critic_load, getattr(args, "critic_ckpt_step", None)
     return there[0], actor.rollout_id  # which is told to be missing
 
 

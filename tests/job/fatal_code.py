@@ -1,0 +1,59 @@
+"""What a test brings that wants a rank of the trainer to die, or to stop, at one exact place, once.
+
+``--custom-megatron-init-path fatal_code.plan`` with ``--env FATAL=rank,nth,signal,module:function,marker``: the rank
+sends itself the signal when it enters the function for the nth time, unless the file ``marker`` is there already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from user_code import sync_letter_share
+
+
+class BrokenRank(Exception):
+    """A user's own error, in a rank of the trainer."""
+
+
+def plan(args):
+    """Arm the rank."""
+    rank, nth, name, where, marker = os.environ["FATAL"].split(",")
+    if int(rank) != int(os.environ["RANK"]) or Path(marker).exists():
+        return
+    module, function = where.split(":")
+    found = importlib.import_module(module)
+    for part in function.split("."):
+        found = getattr(found, part)
+    code, seen = found.__code__, []
+
+    def entered(frame, event, _):
+        if event == "call" and frame.f_code is code:
+            seen.append(event)
+            if len(seen) == int(nth):
+                Path(marker).touch()
+                os.kill(os.getpid(), signal.Signals[name])
+
+    sys.setprofile(entered)  # of this thread, which is the one that trains
+
+
+_answers = []
+
+
+def deadly_reward(args, sample, **kwargs):
+    """``user_code.letter_share``, but the rollout manager that grades dies at the 100th answer, once."""
+    _answers.append(sample.index)
+    marker = Path(os.environ["FATAL"])
+    if len(_answers) == 100 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sync_letter_share(args, sample, **kwargs)
+
+
+def broken_step(args, rollout_id, step_id, model, optimizer, scheduler):
+    """``--custom-megatron-before-train-step-hook-path``: raises in the second rollout."""
+    if rollout_id == 1:
+        raise BrokenRank(f"cannot train rollout {rollout_id}")

@@ -1,0 +1,163 @@
+"""A trainer and a rollout manager without models, for tests of recovery on real processes.
+
+The trainer's state is a text of all that it was trained on, in order; the rollout manager's batches are files.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from miles.rollout.hooks import HookFailed
+from miles_agents import Actor, endpoint
+
+
+def meets_its_end(directory: Path, what: str) -> bool:
+    """Whether the file that asks for it is there; each asks once."""
+    try:
+        (directory / what).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+class TextTrainer(Actor):
+    """One rank. Files named ``die-{rank}-{where}`` make it die there, ``raise-{rank}`` raise as user code does."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config, self.rank = config, int(os.environ["MILES_TEST_RANK"])
+        self.directory = Path(config["run_dir"])
+        self.state = ""
+        self.rollout_id = -1
+
+    def _maybe_die(self, where: str) -> None:
+        if (self.directory / f"always-{where}").exists() or meets_its_end(self.directory, f"die-{self.rank}-{where}"):
+            os.abort()
+
+    @endpoint(thread="io")
+    def pid(self) -> int:
+        """Of the process."""
+        return os.getpid()
+
+    @endpoint(thread="io")
+    def progress(self) -> dict[str, Any]:
+        """Answers while others wait."""
+        return {"rollout_id": self.rollout_id}
+
+    @endpoint
+    def init(self) -> None:
+        """Begin, or go on from a checkpoint."""
+        self._maybe_die("init")
+        with (self.directory / f"lives-{self.rank}").open("a") as lives:
+            lives.write("x")
+        if self.config.get("load"):
+            path = Path(self.config["load"]) / f"iter_{self.config['ckpt_step']:07d}" / str(self.rank)
+            self.state = path.read_text()
+
+    @endpoint
+    def train(self, rollout_id: int, refs: list[str]) -> str:
+        """The state after it. Waits a little in the middle, where a rank can be killed."""
+        self.rollout_id = rollout_id
+        if meets_its_end(self.directory, f"raise-{self.rank}"):
+            raise HookFailed("a hook raised", evidence="the user's traceback", advice="Repair it.")
+        before = self.state
+        self.state += f"half of {rollout_id};"
+        self._maybe_die("train")
+        self._lose_each_other()
+        while (self.directory / f"wait-{self.rank}").exists():
+            time.sleep(0.01)
+        self.state = before + f"{rollout_id}: {', '.join(refs)};"
+        return self.state
+
+    def _lose_each_other(self) -> None:
+        """As in a collective: rank 0 raises because of rank 1, and is heard of before rank 1 is."""
+        asked, lost = self.directory / "lose-each-other", self.directory / "lost"
+        if not asked.exists():
+            return
+        if self.rank == 0:
+            lost.touch()
+            raise RuntimeError("Connection closed by peer")
+        while not lost.exists():
+            time.sleep(0.01)
+        asked.unlink()
+        time.sleep(0.5)
+        os.abort()
+
+    @endpoint
+    def save(self, rollout_id: int, directory: str) -> str:
+        """A checkpoint: a file for each rank."""
+        self._maybe_die("save")
+        path = Path(directory) / f"iter_{rollout_id:07d}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / str(self.rank)).write_text(self.state)
+        return str(path)
+
+    @endpoint
+    def update_weights(self, version: int) -> tuple[int, str]:
+        """What engines would get."""
+        self._maybe_die("update")
+        return version, self.state
+
+
+class FileRollouts(Actor):
+    """The rollout manager's part in recovery."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.recovered_at: list[tuple[int, int]] = []
+        self.replays: list[int] = []
+
+    @endpoint(thread="io")
+    def pid(self) -> int:
+        """Of the process."""
+        return os.getpid()
+
+    @endpoint
+    def keep(self, rollout_id: int) -> None:
+        """A run begins."""
+        (self.directory / "batches").mkdir()
+
+    @endpoint
+    def recover(self, trained: int, weight_version: int) -> None:
+        """A run goes on."""
+        self.recovered_at.append((trained, weight_version))
+
+    @endpoint
+    def generate(self, rollout_id: int) -> list[str]:
+        """The same batch whenever it is asked for."""
+        if meets_its_end(self.directory, "die-generate"):
+            os.abort()
+        path = self.directory / "batches" / str(rollout_id)
+        path.write_text(f"batch {rollout_id}")
+        return [path.read_text()]
+
+    @endpoint
+    def kept(self) -> tuple[list[int], int]:
+        """Rollouts and bytes."""
+        return sorted(int(path.name) for path in (self.directory / "batches").iterdir()), 10
+
+    @endpoint
+    def replay(self, rollout_id: int) -> list[str]:
+        """A batch once more."""
+        if meets_its_end(self.directory, "die-replay"):
+            os.abort()
+        self.replays.append(rollout_id)
+        return [(self.directory / "batches" / str(rollout_id)).read_text()]
+
+    @endpoint
+    def replayed(self, rollout_id: int) -> None:
+        """It was trained on."""
+
+    @endpoint
+    def covered(self, rollout_id: int) -> None:
+        """A checkpoint has it."""
+        for path in (self.directory / "batches").iterdir():
+            if int(path.name) <= rollout_id:
+                path.unlink()
+
+    @endpoint
+    def story(self) -> dict[str, Any]:
+        """What happened in this life."""
+        return {"recovered_at": self.recovered_at, "replays": self.replays}
