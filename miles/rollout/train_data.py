@@ -165,7 +165,7 @@ def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
     """Columns that all samples have. One that only some have is left out where it is a statistic, else refused."""
     columns: RolloutBatch = {}
     for name in _OPTIONAL:
-        if _all_have(samples, name):
+        if _all_have([s for s in samples if name != "rollout_routed_experts" or _trains(s)], name):
             columns[name] = [getattr(sample, name) for sample in samples]
     if any(sample.train_metadata is not None for sample in samples):
         columns["metadata"] = [sample.train_metadata or {} for sample in samples]
@@ -174,6 +174,11 @@ def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
     if all(sample.weight_versions for sample in samples):
         columns["weight_versions"] = [sample.weight_versions for sample in samples]
     return columns
+
+
+def _trains(sample: Sample) -> bool:
+    """One without a trained token may be without a recording of its experts, too: it was never generated, say."""
+    return any(_loss_mask(sample))
 
 
 def _all_have(samples: Sequence[Sample], name: str) -> bool:
