@@ -58,7 +58,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
         "moe-upcycling-granularity "
         "ep-overlap-early-attn-memory-release use-fused-weighted-squared-relu",
     ),
-    (MOE + " (and its routing replay)", "moe-enable-routing-replay"),
+    ("it is --use-routing-replay", "moe-enable-routing-replay"),
     (
         PIPELINE,
         "pipeline-model-parallel-comm-backend overlap-p2p-communication-warmup-flush "

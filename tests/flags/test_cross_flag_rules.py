@@ -21,6 +21,21 @@ EMPTY = with_directory("E", DirectoryFacts(exists=True))
 RPP = "--normalize-advantages --advantage-estimator reinforce_plus_plus"
 PPO, OPD = "--advantage-estimator ppo", "--use-opd --opd-type"
 URLS, STEP = "--opd-teacher-urls", "--opd-teacher-ckpt-step"
+WITH_EXPERTS = with_directory(
+    "M",
+    replace(
+        MODEL,
+        config={
+            **MODEL.config,
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+)
 EVALS = replace(FACTS, eval_sets=(EvalSet("D", "prompt", "label"),))
 
 
@@ -147,6 +162,19 @@ CASES = [
         told("--skip-actor-forward-only", "2 optimizer"),
     ),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
+    (47, "--use-rollout-routing-replay", WITH_EXPERTS, values(use_routing_replay=True)),
+    (47, "--use-rollout-routing-replay", FACTS, told("--use-rollout-routing-replay", "no experts")),
+    (47, "--use-routing-replay", WITH_EXPERTS, values(use_rollout_routing_replay=False)),
+    (47, "--use-routing-replay", FACTS, told("--use-routing-replay", "no experts")),
+    (47, "--use-routing-replay --loss-type sft_loss", WITH_EXPERTS, told("--use-routing-replay", "no pass before")),
+    (47, "--use-routing-replay --use-rollout-logprobs", WITH_EXPERTS, told("--use-routing-replay", "no pass over old")),
+    (
+        47,
+        "--use-routing-replay --skip-actor-forward-only --num-steps-per-rollout 1",
+        WITH_EXPERTS,
+        told("--use-routing-replay", "--skip-actor-forward-only"),
+    ),
+    (47, "--use-rollout-routing-replay --use-rollout-logprobs", WITH_EXPERTS, values(use_routing_replay=True)),
     (53, "--skip-actor-forward-only --loss-type custom_loss", FACTS, told("--skip-actor-forward-only", "no such pass")),
     (53, f"--skip-actor-forward-only {RPP} --kl-coef 0.1", FACTS, told("--skip-actor-forward-only", "--kl-coef")),
     (
@@ -177,7 +205,6 @@ REFUSED = {
     37: "--rematerialize-param-from-master-weight",
     41: "--eval-hf-dir",
     46: "--enable-mtp-training",
-    47: "--use-rollout-routing-replay",
     49: "--use-indexer-replay",
 }
 """Rules of features that are not built: their flags are refused by name."""

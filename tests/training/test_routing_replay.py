@@ -1,4 +1,4 @@
-"""Replay of routing: a rollout in each layout against a Hugging Face model whose routers are told which experts to take."""
+"""Replay of routing: a rollout in each layout against a Hugging Face model whose routers are told the experts."""
 
 import functools
 
@@ -9,7 +9,11 @@ from support.hf_reference import load_hf_model
 from support.plain_losses import assert_close, plain_log_probs
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
-from support.trained_rollouts import args_of, data_of, plain_steps, trained
+from support.trained_rollouts import args_of, backend_of, data_of, plain_steps, trained
+
+from miles.backends.training_utils.rollout_trainer import RolloutTrainer
+from miles.backends.training_utils.timers import Timers
+from miles.utils.train_data import split_train_data
 
 pytestmark = pytest.mark.full
 
@@ -145,7 +149,7 @@ def cases():
                 yield pytest.param(dense, name, replayed, marks=tier, id=f"{name}-{replayed}-dense{list(dense)}")
 
 
-@pytest.mark.parametrize(("dense", "name", "replayed"), cases())
+@pytest.mark.parametrize(("dense", "name", "replayed"), list(cases()))
 def test_training_goes_through_the_experts_that_were_recorded(dense, name, replayed):
     path, flags, more, means, weights = expected(dense)[replayed]
     layout = {"dp_size": 1, **flags, **LAYOUTS[name]}
@@ -154,3 +158,75 @@ def test_training_goes_through_the_experts_that_were_recorded(dense, name, repla
         assert set(found) == set(weights)
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, weights[key], rtol=2e-5, atol=2e-5, msg=key)
+
+
+def engine_of(path, changed):
+    """A rollout as an engine with other routers made it: experts, and log-probs of the responses."""
+    args, data = args_of(path, "fsdp", **changed), data_of(SEED)
+    model = Routed(load_hf_model(path))
+    model.experts = with_last(data, foreign_experts())
+    return {"rollout_routed_experts": foreign_experts(), "rollout_log_probs": plain_log_probs(args, model, data)}
+
+
+def test_an_engine_that_chose_other_experts_gave_the_trainers_log_probs():
+    path, name = tiny_model("qwen3_moe", layers=LAYERS), "train/train_rollout_logprob_abs_diff"
+    engine = run_ranks(1, engine_of, path, {}, distributed=False)[0]
+    found = {}
+    for replays in (True, False):
+        flags = {"dp_size": 1, "use_rollout_routing_replay": replays, "global_batch_size": 8}
+        found[replays] = run_ranks(1, trained, path, "megatron", flags, SEED, engine)[0][0][name]
+    assert found[True] < 1e-6 and found[False] > 1e-3, found
+
+
+@pytest.mark.parametrize("layout", [{}, FULL | {"bf16": True, "params_dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_replay_of_its_own_choice_changes_no_bit(layout):
+    path = tiny_model("qwen3_moe", layers=LAYERS)
+    flags = {"dp_size": 1, "global_batch_size": 8, **layout}
+    plain, replayed = (
+        run_ranks(1, trained, path, "megatron", flags | {"use_routing_replay": replays}, SEED)[0]
+        for replays in (False, True)
+    )
+    numbers = [name for name in plain[0] if name.startswith("train/")]
+    assert len(numbers) > 5 and {n: plain[0][n] for n in numbers} == {n: replayed[0][n] for n in numbers}
+    assert all(torch.equal(tensor, replayed[1][name]) for name, tensor in plain[1].items())
+
+
+def refusals(path, cases):
+    """What each case's experts are refused with."""
+    from miles.backends.megatron_utils.errors import UnsupportedSetting
+    from miles.backends.megatron_utils.families import Experts
+    from miles.backends.megatron_utils.routing_replay import RoutingReplay
+    from miles.backends.training_utils.routing import BadRoutedExperts
+
+    found, args = {}, args_of(path, "megatron", dp_size=1, use_rollout_routing_replay=True)
+    backend = backend_of("megatron", args)
+    backend.init()
+    trainer = RolloutTrainer(args, backend, Timers(backend.device))
+    for name, experts in cases.items():
+        part = split_train_data(args, data_of(SEED) | ({"rollout_routed_experts": experts} if experts else {}))[0]
+        try:
+            trainer.train(0, functools.partial(dict, part))
+        except BadRoutedExperts as error:
+            found[name] = error.evidence
+    try:
+        RoutingReplay(torch.nn.Linear(2, 2), Experts(4, 2, 8, True, (0,)), None, layers=range(2), again=False)
+    except UnsupportedSetting as error:
+        found["no routers"] = error.evidence
+    return found
+
+
+def test_experts_that_do_not_fit_are_refused():
+    good = foreign_experts()
+    cases = {"none": None}
+    for name, row in {"twice": [1, 1], "half": [-1, 2], "too high": [1, 4], "below": [-2, 1]}.items():
+        changed = [part.copy() for part in good]
+        changed[0][0, 0] = row
+        cases[name] = changed
+    cases["one layer"] = [part[:, :1] for part in good]
+    cases["three each"] = [np.concatenate([p, p[..., :1]], -1) for p in good]
+    found = run_ranks(1, refusals, tiny_model("qwen3_moe", layers=LAYERS), cases)[0]
+    shown = {"twice": "[1, 1]", "half": "[-1, 2]", "too high": "[1, 4]", "below": "[-2, 1]"}
+    for name, words in shown.items():
+        assert words in found[name]
+    assert "--use-rollout-routing-replay" in found["none"] and "1, 2)" in found["one layer"]
+    assert "three each" in found and "in layers []" in found["no routers"]

@@ -1,6 +1,6 @@
 """Routers of megatron.core whose choice is recorded, or comes from a recording (``training_utils.routing``).
 
-``TopKRouter`` asks the object that it has as ``router_replay`` for scores and numbers of the chosen experts, in place of
+``TopKRouter`` asks the object that it has as ``router_replay`` for scores and numbers of the chosen experts, not
 ``torch.topk``. megatron.core's own such object keeps one recording for all models of the process and one micro-batch;
 this one knows the samples of each micro-batch, the rows of this rank, and which pass of the model is running.
 
