@@ -19,6 +19,7 @@ from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_generate import resolve_generate
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
+from miles.flags.rules_mtp import resolve_mtp
 from miles.flags.rules_parallel import resolve_parallel
 from miles.flags.rules_replay import resolve_replay
 from miles.flags.rules_reward import resolve_reward
@@ -47,6 +48,7 @@ RULES = (
     resolve_training,
     resolve_trainer,
     resolve_replay,
+    resolve_mtp,
     resolve_async,
     resolve_tracking,
 )

@@ -82,6 +82,7 @@ EFFECTS: tuple[Effect, ...] = (
         _is("advantage_estimator", *GROUP_RELATIVE),
         "with this --advantage-estimator, which takes rewards as they are",
     ),
+    _needs("mtp_loss_scaling_factor", _is_set("enable_mtp_training"), "without --enable-mtp-training"),
     _needs("opsm_delta", _is_set("use_opsm"), "without --use-opsm"),
     _needs("opd_kl_coef opd_teacher_key", _is_set("use_opd"), "without --use-opd"),
     _needs("loss_mask_type", _is("loss_type", "sft_loss"), "without --loss-type sft_loss"),

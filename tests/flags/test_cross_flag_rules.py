@@ -36,6 +36,19 @@ WITH_EXPERTS = with_directory(
         },
     ),
 )
+MIMO = with_directory(
+    "M",
+    replace(
+        MODEL,
+        config={
+            **MODEL.config,
+            "architectures": ["MiMoForCausalLM"],
+            "model_type": "mimo",
+            "attention_bias": True,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+)
 EVALS = replace(FACTS, eval_sets=(EvalSet("D", "prompt", "label"),))
 
 
@@ -162,6 +175,26 @@ CASES = [
         told("--skip-actor-forward-only", "2 optimizer"),
     ),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
+    (46, "--enable-mtp-training", FACTS, told("--enable-mtp-training", "no such layers")),
+    (46, "--enable-mtp-training --mtp-num-layers 1", MIMO, values(mtp_num_layers=1, mtp_loss_scaling_factor=0.2)),
+    (46, "--mtp-num-layers 1", FACTS, told("--mtp-num-layers", "none of ours")),
+    (46, "--mtp-num-layers 2", MIMO, told("--mtp-num-layers", "0 or 1")),
+    (46, "", MIMO, values(mtp_num_layers=0, add_qkv_bias=True)),
+    (46, "--mtp-num-layers 1 --pipeline-model-parallel-size 2", MIMO, told("--mtp-num-layers", "pipeline stages")),
+    (46, "--mtp-num-layers 1 --train-backend fsdp", MIMO, told("--mtp-num-layers", "Megatron")),
+    (46, "--train-backend fsdp", MIMO, told("--train-backend", "MiMo")),
+    (
+        46,
+        "--mtp-num-layers 1 --custom-model-provider-path m.f",
+        MIMO,
+        told("--mtp-num-layers", "a model of your own"),
+    ),
+    (
+        46,
+        "--enable-mtp-training --mtp-num-layers 1 --mtp-loss-scaling-factor -1",
+        MIMO,
+        told("--mtp-loss-scaling-factor", "unlearn"),
+    ),
     (47, "--use-rollout-routing-replay", WITH_EXPERTS, values(use_routing_replay=True)),
     (47, "--use-rollout-routing-replay", FACTS, told("--use-rollout-routing-replay", "no experts")),
     (47, "--use-routing-replay", WITH_EXPERTS, values(use_rollout_routing_replay=False)),
@@ -204,7 +237,6 @@ REFUSED = {
     33: "--update-weight-transfer-mode --update-weight-disk-dir",
     37: "--rematerialize-param-from-master-weight",
     41: "--eval-hf-dir",
-    46: "--enable-mtp-training",
     49: "--use-indexer-replay",
 }
 """Rules of features that are not built: their flags are refused by name."""

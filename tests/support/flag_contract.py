@@ -139,9 +139,6 @@ NOT_BUILT = """\
 --optimizer-cpu-offload
 --overlap-cpu-optimizer-d2h-h2d
 --use-precision-aware-optimizer
---mtp-num-layers
---enable-mtp-training
---mtp-loss-scaling-factor
 --use-fault-tolerance
 --rollout-health-check-first-wait
 --rollout-health-check-interval

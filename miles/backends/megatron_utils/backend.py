@@ -35,6 +35,7 @@ from miles.backends.megatron_utils.errors import NonFiniteGradients, Unsupported
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
+from miles.backends.megatron_utils.mtp import make_mtp
 from miles.backends.megatron_utils.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -83,6 +84,8 @@ class MegatronBackend(TrainBackend):
             self.parallel = parallel
         if self.is_critic:
             self.shape = replace(self.shape, tied=False)
+        if self.is_critic or not getattr(args, "mtp_num_layers", None):
+            self.shape = replace(self.shape, mtp_layers=0)
         rules = weight_rules(self.shape, padded_vocab(args, self.shape.vocab))
         self.rules = [rule for rule in rules if not (self.is_critic and rule.megatron == VALUE_HEAD)]
 
@@ -112,6 +115,7 @@ class MegatronBackend(TrainBackend):
         model = self._build_model()
         layers = self.stage.layers[self.stage.rank]
         self._replay = None if self.is_critic else make_replay(args, model, self.shape.experts, self.parallel, layers)
+        self._mtp = make_mtp(args, model, self.shape.mtp_layers, stages=self.parallel.pp_size)
         self._logits_of = self._make_logits_of()
         if source.resumes is None:
             self._load_weights(model, source.weights, without_head=self.is_critic and not source.is_own)
@@ -134,6 +138,7 @@ class MegatronBackend(TrainBackend):
             multiple=passes.row_multiple(self.args, self.parallel),
             padded=getattr(self.args, "qkv_format", None) == "bshd",
             replay=self._replay,
+            mtp=self._mtp,
         )
 
     def _build_model(self) -> Any:
