@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from miles.rollout.base_types import Group
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import load_hook
@@ -129,6 +131,7 @@ async def convert(args: Any, samples: list[Sample]) -> RolloutBatch:
 async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> RolloutBatch:
     """Train data by the default rules."""
     for sample in samples:
+        _fill_experts(sample)
         sample.validate()
     raw_rewards, rewards = await post_process_rewards(args, samples)
     masks = [_loss_mask(sample) for sample in samples]
@@ -153,6 +156,19 @@ async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> Rol
     if args.use_dynamic_global_batch_size:
         data["dynamic_global_batch_size"] = len(set(executions))
     return data
+
+
+def _fill_experts(sample: Sample) -> None:
+    """What was appended behind the last answer of an engine, a tool's result for one, has no recorded experts, and needs
+    none: no trained token comes after it. Rows of -1 say so."""
+    experts, mask = sample.rollout_routed_experts, _loss_mask(sample)
+    if experts is None:
+        return
+    trained = max((i for i, kept in enumerate(mask) if kept), default=-1)
+    needed = len(sample.tokens) - len(mask) + trained if trained >= 0 else 0
+    if needed <= len(experts) < len(sample.tokens) - 1:
+        missing = np.full((len(sample.tokens) - 1 - len(experts), *experts.shape[1:]), -1, experts.dtype)
+        sample.rollout_routed_experts = np.concatenate([experts, missing])
 
 
 def _loss_mask(sample: Sample) -> list[int]:
