@@ -159,8 +159,8 @@ async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> Rol
 
 
 def _fill_experts(sample: Sample) -> None:
-    """What was appended behind the last answer of an engine, a tool's result for one, has no recorded experts, and needs
-    none: no trained token comes after it. Rows of -1 say so."""
+    """What was appended behind the last answer of an engine, a tool's result for one, has no recorded experts, and
+    needs none: no trained token comes after it. Rows of -1 say so."""
     experts, mask = sample.rollout_routed_experts, _loss_mask(sample)
     if experts is None:
         return

@@ -270,8 +270,8 @@ async def test_experts_are_known_for_what_is_trained():
     assert found[2] is None and found[0] is rows
     np.testing.assert_array_equal(found[1], np.concatenate([rows, np.full((2, 2, 2), -1)]))
     for bad in ({"loss_mask": [1, 1, 1, 1, 0]}, {"loss_mask": None}):
+        unknown = sample(1, 0.0, length=5, rollout_routed_experts=rows, **bad)
         with pytest.raises(BadSample, match="does not fit"):
-            unknown = sample(1, 0.0, length=5, rollout_routed_experts=rows, **bad)
             await convert_samples_to_train_data(make_args(), [whole, unknown])
     with pytest.raises(NothingToTrain, match="1 of 2 samples have no rollout_routed_experts"):
         await convert_samples_to_train_data(make_args(), [whole, sample(1, 0.0)])
