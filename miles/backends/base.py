@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+from miles.backends.training_utils.routing import Routing
 from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 ModelTag: TypeAlias = Literal["actor", "ref", "teacher"]
@@ -122,6 +123,9 @@ class MicroBatch:
             or plain numbers.
         layout: Set by a backend that gives a rank other rows than the tokens as they are. Losses see all response
             tokens either way: what is computed of logits is shared among the ranks of ``cp_group``.
+        further_logits: Set by a backend that trains layers for further tokens (``--enable-mtp-training``): of each in
+            turn logits like the model's own, whose row at position i predicts token i + 2, i + 3, and so on.
+        routing: Where a model with experts records or finds those of these samples; None: routers choose.
     """
 
     tokens: torch.Tensor
@@ -133,6 +137,8 @@ class MicroBatch:
     sample_positions: list[int] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     layout: SequenceLayout | None = None
+    further_logits: list[torch.Tensor] = field(default_factory=list)
+    routing: Routing | None = None
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The shape of a model in Megatron's words, from its ``config.json``. Pure.
 
 Sources: the configuration classes of Qwen2, Qwen3, Qwen3-MoE and Llama in transformers (names and defaults of
-fields), and the argument names of Megatron-LM.
+fields), MiMo's published ``config.json``, and the argument names of Megatron-LM.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "LlamaForCausalLM": "llama",
+    "MiMoForCausalLM": "mimo",
 }
 """Architectures that are built, and their ``model_type``."""
 
@@ -23,6 +24,7 @@ _NAMES = {
     "qwen3_moe": r"qwen3([-_]?moe|[-_]\d+b[-_]a\d+b)",
     "qwen3": r"qwen3",
     "llama": r"llama([23](\.\d)?)?",
+    "mimo": r"mimo(?!-v2)",
 }
 _MORE = r"(config|forcausallm|[-_]((?!a\d+b|moe|vl|omni|next)[a-z0-9.]+))*"
 """What may follow a family's name: sizes and variants, but none that is a family of its own."""
@@ -41,7 +43,7 @@ class UnknownArchitecture(ValueError):
 
 
 def family(config: Mapping[str, Any]) -> str:
-    """``qwen2``, ``qwen3``, ``qwen3_moe`` or ``llama``.
+    """``qwen2``, ``qwen3``, ``qwen3_moe``, ``llama`` or ``mimo``.
 
     Raises:
         UnknownArchitecture: It is another one.
@@ -84,7 +86,7 @@ def shape(config: Mapping[str, Any]) -> dict[str, Any]:
         **_rotary(config),
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": kind == "qwen2",
+        "add_qkv_bias": kind in _QKV_BIAS,
         "qk_layernorm": kind in {"qwen3", "qwen3_moe"},
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         **(_experts(config) if kind == "qwen3_moe" else dict.fromkeys(EXPERTS)),
@@ -110,7 +112,8 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(EXPERTS, values, strict=True))
 
 
-_CONTEXT = {"qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768, "llama": 2048}
+_CONTEXT = {"qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768, "llama": 2048, "mimo": 32768}
+_QKV_BIAS = ("qwen2", "mimo")
 
 
 def _head_width(kind: str, config: Mapping[str, Any], heads: int) -> int:
@@ -145,7 +148,7 @@ def _refuse_features(kind: str, config: Mapping[str, Any]) -> None:
         "rotary scaling of type " + str(rope["rope_type"]): rope["rope_type"] not in {"default", "llama3"},
         "a sliding window": bool(config.get("use_sliding_window")),
         f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
-        "biases in attention": kind != "qwen2" and bool(config.get("attention_bias")),
+        "biases in attention": kind not in _QKV_BIAS and bool(config.get("attention_bias")),
         "biases in the MLP": bool(config.get("mlp_bias")),
         "a partial rotary embedding": (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1)
         != 1,

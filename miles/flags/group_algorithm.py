@@ -6,7 +6,7 @@ from miles.flags.flag import Flag, grouped, integer, number, off, path, refused,
 
 GROUP = "algorithm"
 TOP_K = "not built yet: distillation over several tokens of a position; the sampled one is compared"
-REPLAY = "not built yet: routing replay"
+INDEXER = "not built yet: models with a sparse attention's indexer"
 ESTIMATORS = (
     "grpo",
     "gspo",
@@ -28,8 +28,8 @@ FLAGS: tuple[Flag, ...] = (
         number("--eps-clip", 0.2, "lower clip of the ratio"),
         number("--eps-clip-high", None, "upper clip of the ratio (unset: --eps-clip)"),
         switch("--use-tis", "weigh losses by the distance between trainer and engine (truncated importance sampling)"),
-        refused(switch("--use-routing-replay", "replay the routing of experts"), REPLAY),
-        refused(switch("--use-rollout-routing-replay", "replay the engine's routing"), REPLAY),
+        switch("--use-routing-replay", "training gives tokens to the experts of the pass over old log-probs"),
+        switch("--use-rollout-routing-replay", "both passes give tokens to the experts that engines gave them to"),
         switch("--calculate-per-token-loss", "mean over tokens, not over samples"),
         off(
             "--no-check-for-nan-in-loss-and-grad",
@@ -73,8 +73,8 @@ FLAGS: tuple[Flag, ...] = (
         number("--tis-clip", 2.0, "upper bound of its weight"),
         number("--tis-clip-low", 0.0, "lower bound of its weight"),
         text("--custom-tis-function-path", None, "function that replaces it"),
-        refused(switch("--use-indexer-replay", "replay the indexer's top-k"), REPLAY),
-        refused(switch("--use-rollout-indexer-replay", "replay the engine's top-k"), REPLAY),
+        refused(switch("--use-indexer-replay", "replay the indexer's top-k"), INDEXER),
+        refused(switch("--use-rollout-indexer-replay", "replay the engine's top-k"), INDEXER),
         switch("--use-opsm", "leave tokens of bad responses that have become too unlikely out of the loss (OPSM)"),
         number("--opsm-delta", 0.0001, "mean log-ratio of a response above which it does"),
         integer("--num-critic-only-steps", 0, "rollouts at the start in which only the critic learns"),

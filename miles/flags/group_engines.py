@@ -20,7 +20,6 @@ _OF_FUNCTIONS = frozenset(
 _OF_AGENTS = ("--custom-agent-function-path", "--max-seq-len")
 MILES_ROUTER = "the router is sglang-router"
 LORA = "not built yet: LoRA"
-MTP = "not built yet: multi-token prediction"
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(
@@ -53,9 +52,9 @@ FLAGS: tuple[Flag, ...] = (
     *grouped(
         "multi-token prediction",
         "contract",
-        refused(integer("--mtp-num-layers", 0, "layers of the checkpoint that predict further tokens"), MTP, only=(0,)),
-        refused(switch("--enable-mtp-training", "train them"), MTP),
-        refused(number("--mtp-loss-scaling-factor", 0.2, "weight of their loss"), MTP),
+        integer("--mtp-num-layers", 0, "layers of the checkpoint that predict further tokens (0: they are left out)"),
+        switch("--enable-mtp-training", "train them beside the model, which they do not change"),
+        number("--mtp-loss-scaling-factor", 0.2, "weight of their loss"),
     ),
     *grouped(
         "LoRA",

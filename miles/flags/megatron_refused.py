@@ -11,7 +11,7 @@ from functools import cache
 
 MOE = "not built yet: other experts and routers than those of Qwen3-MoE"
 MLA = "not built yet: multi-latent attention"
-MTP = "not built yet: multi-token prediction"
+MTP = "not built yet: multi-token prediction on a pipeline stage of its own"
 PIPELINE = "not built yet: other pipelines than one stage on each rank"
 CONTEXT = "not built yet: other kinds of context parallel"
 FAMILY = "not built yet: model families beyond Qwen2, Qwen3, Qwen3-MoE and Llama"
@@ -58,7 +58,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
         "moe-upcycling-granularity "
         "ep-overlap-early-attn-memory-release use-fused-weighted-squared-relu",
     ),
-    (MOE + " (and its routing replay)", "moe-enable-routing-replay"),
+    ("it is --use-routing-replay", "moe-enable-routing-replay"),
     (
         PIPELINE,
         "pipeline-model-parallel-comm-backend overlap-p2p-communication-warmup-flush "

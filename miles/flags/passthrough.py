@@ -46,7 +46,7 @@ _EXCLUDED: dict[str, str] = {
     "base_gpu_id": _RUN_DECIDES,
     "device": "it is --device",
     "skip_server_warmup": _RUN_DECIDES,
-    "enable_return_routed_experts": "it follows --use-rollout-routing-replay, not built yet",
+    "enable_return_routed_experts": "it follows --use-rollout-routing-replay",
     "enable_return_indexer_topk": "it follows --use-rollout-indexer-replay, not built yet",
     "lora_paths": "not built yet: LoRA",
     "worker_urls": "engines register themselves",

@@ -19,7 +19,9 @@ from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_generate import resolve_generate
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
+from miles.flags.rules_mtp import resolve_mtp
 from miles.flags.rules_parallel import resolve_parallel
+from miles.flags.rules_replay import resolve_replay
 from miles.flags.rules_reward import resolve_reward
 from miles.flags.rules_run import resolve_backend, resolve_cluster, resolve_device, resolve_parts
 from miles.flags.rules_tracking import resolve_tracking
@@ -45,6 +47,8 @@ RULES = (
     resolve_checkpoints,
     resolve_training,
     resolve_trainer,
+    resolve_replay,
+    resolve_mtp,
     resolve_async,
     resolve_tracking,
 )

@@ -82,6 +82,7 @@ EFFECTS: tuple[Effect, ...] = (
         _is("advantage_estimator", *GROUP_RELATIVE),
         "with this --advantage-estimator, which takes rewards as they are",
     ),
+    _needs("mtp_loss_scaling_factor", _is_set("enable_mtp_training"), "without --enable-mtp-training"),
     _needs("opsm_delta", _is_set("use_opsm"), "without --use-opsm"),
     _needs("opd_kl_coef opd_teacher_key", _is_set("use_opd"), "without --use-opd"),
     _needs("loss_mask_type", _is("loss_type", "sft_loss"), "without --loss-type sft_loss"),
@@ -241,7 +242,7 @@ ONLY_TRAINER = (
     "trainer_heartbeat_checker_first_wait trainer_heartbeat_checker_failure_threshold recovery_interval "
     "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
-    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load "
+    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

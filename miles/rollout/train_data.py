@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from miles.rollout.base_types import Group
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
 from miles.rollout.hooks import load_hook
@@ -129,6 +131,7 @@ async def convert(args: Any, samples: list[Sample]) -> RolloutBatch:
 async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> RolloutBatch:
     """Train data by the default rules."""
     for sample in samples:
+        _fill_experts(sample)
         sample.validate()
     raw_rewards, rewards = await post_process_rewards(args, samples)
     masks = [_loss_mask(sample) for sample in samples]
@@ -155,6 +158,19 @@ async def convert_samples_to_train_data(args: Any, samples: list[Sample]) -> Rol
     return data
 
 
+def _fill_experts(sample: Sample) -> None:
+    """What was appended behind the last answer of an engine, a tool's result for one, has no recorded experts, and
+    needs none: no trained token comes after it. Rows of -1 say so."""
+    experts, mask = sample.rollout_routed_experts, _loss_mask(sample)
+    if experts is None:
+        return
+    trained = max((i for i, kept in enumerate(mask) if kept), default=-1)
+    needed = len(sample.tokens) - len(mask) + trained if trained >= 0 else 0
+    if needed <= len(experts) < len(sample.tokens) - 1:
+        missing = np.full((len(sample.tokens) - 1 - len(experts), *experts.shape[1:]), -1, experts.dtype)
+        sample.rollout_routed_experts = np.concatenate([experts, missing])
+
+
 def _loss_mask(sample: Sample) -> list[int]:
     if sample.remove_sample:
         return [0] * sample.response_length
@@ -165,7 +181,7 @@ def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
     """Columns that all samples have. One that only some have is left out where it is a statistic, else refused."""
     columns: RolloutBatch = {}
     for name in _OPTIONAL:
-        if _all_have(samples, name):
+        if _all_have([s for s in samples if name != "rollout_routed_experts" or _trains(s)], name):
             columns[name] = [getattr(sample, name) for sample in samples]
     if any(sample.train_metadata is not None for sample in samples):
         columns["metadata"] = [sample.train_metadata or {} for sample in samples]
@@ -174,6 +190,11 @@ def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
     if all(sample.weight_versions for sample in samples):
         columns["weight_versions"] = [sample.weight_versions for sample in samples]
     return columns
+
+
+def _trains(sample: Sample) -> bool:
+    """One without a trained token may be without a recording of its experts, too: it was never generated, say."""
+    return any(_loss_mask(sample))
 
 
 def _all_have(samples: Sequence[Sample], name: str) -> bool:

@@ -13,6 +13,8 @@ A part is a dict of plain values and numpy arrays:
 ``loss_masks``      int8 (float32 if not whole numbers), all responses; ``response_lengths`` int64 ``[n]``
 ``per_token``       by name: float32, all responses one after the other (``rollout_log_probs``, ...)
 ``per_sample``      by name: float64 or int64 ``[n]`` (``rewards``, ``rollout_ids``, ``rollout_mask_sums``, ...)
+``routed_experts``  with ``--use-rollout-routing-replay``: int32 ``[sum (T_i - 1), layers, k]``, all samples one after
+                    the other: the experts that engines gave each token to; -1 where that is not known
 ``objects``         by name: a list of ``n`` values of any kind that travels (``weight_versions``, ...)
 ``shared``          by name: what is not per sample, the same for all ranks
 ``steps``           per optimizer step: ``micro_batches`` (places in the partition), ``num_rollouts`` and
@@ -37,6 +39,7 @@ from miles_agents.errors import ConfigError
 log = logging.getLogger(__name__)
 
 REQUIRED = ("tokens", "response_lengths", "loss_masks")
+ROUTED_EXPERTS = "rollout_routed_experts"
 ALWAYS_PER_TOKEN = frozenset({"rollout_log_probs", "teacher_log_probs", "opd_reverse_kl"})
 _Ints = npt.NDArray[np.int64]
 
@@ -65,6 +68,7 @@ def split_train_data(args: Any, train_data: Mapping[str, Any]) -> list[dict[str,
     lengths, responses = _lengths(train_data)
     masks = [_mask(mask) for mask in train_data["loss_masks"]]
     columns = _Columns(train_data, responses, masks)
+    routed = _routed_experts(args, train_data.get(ROUTED_EXPERTS), lengths)
     schedule, forward = _schedules(args, train_data, lengths, columns.per_sample["rollout_ids"])
     mask_tokens = np.array([max(float(mask.sum()), 1.0) for mask in masks])
     num_tokens = _tokens_by_step(schedule, mask_tokens)
@@ -84,6 +88,8 @@ def split_train_data(args: Any, train_data: Mapping[str, Any]) -> list[dict[str,
             "steps": _steps(schedule, rank, num_tokens),
             "forward": forward[rank],
         }
+        if routed is not None:
+            part["routed_experts"] = np.concatenate([routed[i] for i in partition] or [routed[0][:0]])
         parts.append(part)
     return parts
 
@@ -104,7 +110,7 @@ class _Columns:
         self.objects: dict[str, list[Any]] = {}
         self.shared: dict[str, Any] = {}
         for name, values in train_data.items():
-            if name not in REQUIRED:
+            if name not in (*REQUIRED, ROUTED_EXPERTS):
                 self._sort(name, values)
         self._fill_in(masks)
 
@@ -195,6 +201,22 @@ def _lengths(train_data: Mapping[str, Any]) -> tuple[_Ints, _Ints]:
         if not 0 <= response < max(total, 1):
             raise _misfit("tokens", sample, f"{total} tokens, {response} of them response: a prompt token is needed")
     return lengths, responses
+
+
+def _routed_experts(args: Any, values: Sequence[Any] | None, lengths: _Ints) -> list[npt.NDArray[np.int32]] | None:
+    """Of each sample int32 ``[T_i - 1, layers, k]``; None: the run replays none, or no sample has any."""
+    known = [] if values is None else [np.asarray(value) for value in values if value is not None]
+    if values is None or not known or not getattr(args, "use_rollout_routing_replay", False):
+        return None
+    found, inner = [], known[0].shape[1:]
+    for sample, (value, length) in enumerate(zip(values, lengths, strict=True)):
+        # The last token has none: no engine computes it.
+        wanted = (max(int(length) - 1, 0), *inner)
+        array = np.full(wanted, -1, np.int32) if value is None else np.asarray(value)
+        if array.ndim != 3 or array.shape != wanted or array.dtype.kind not in "iu":
+            raise _misfit(ROUTED_EXPERTS, sample, f"shape {array.shape} of {array.dtype}, of {length} tokens: {wanted}")
+        found.append(array.astype(np.int32, copy=False))
+    return found
 
 
 def _misfit(name: str, sample: int, what: str) -> BadTrainData:

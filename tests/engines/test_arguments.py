@@ -77,7 +77,6 @@ def test_an_engine_on_gpus_gets_the_memory_saver_and_nothing_that_is_for_cpus():
         ("sglang_pp_size", 2, "--sglang-pp-size 2"),
         ("sglang_dp_size", 2, "--sglang-dp-size 2"),
         ("sglang_admin_api_key", "k", "--sglang-admin-api-key"),
-        ("sglang_enable_return_routed_experts", True, "--sglang-enable-return-routed-experts"),
     ],
 )
 def test_what_is_not_served_is_refused_by_its_flag(flag, value, words):

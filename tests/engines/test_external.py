@@ -94,13 +94,16 @@ async def test_fit_engines_are_adopted_with_places_by_their_size():
         ({"model": {"is_generation": False}}, "it does not generate"),
         ({"server": {"version": "0.5.9"}}, "it is SGLang 0.5.9; 0.5.16 is the oldest"),
         ({"server": {"dp_size": 2}}, "dp_size is 2"),
+        ({"server": {"enable_return_routed_experts": False}}, "it records no experts: start it with --enable-return"),
         ({"server": {"context_length": 64}}, "its context has 64 tokens, --rollout-max-context-len is 128"),
     ],
 )
 async def test_an_engine_that_does_not_fit_is_told(told, why):
     async with fake_engine(model=engine_model()) as fake:
         fake.told = told
-        error = await error_of(adopt(external_config(fake, rollout_max_context_len=128), ""), ExternalEngineUnfit)
+        config = external_config(fake, rollout_max_context_len=128, use_rollout_routing_replay=True)
+        fake.told.setdefault("server", {}).setdefault("enable_return_routed_experts", True)
+        error = await error_of(adopt(config, ""), ExternalEngineUnfit)
     assert f"{fake.url}: {why}" in error.evidence
 
 

@@ -226,5 +226,5 @@ def test_a_models_name_that_fits_changes_nothing():
 
 
 def test_an_unknown_name_lists_the_families_and_another_one_is_told():
-    assert "qwen2, qwen3, qwen3_moe or llama" in problems("--model-name deepseek-v3")["--model-name"]
+    assert "qwen2, qwen3, qwen3_moe, llama or mimo" in problems("--model-name deepseek-v3")["--model-name"]
     assert "of the family qwen3" in problems("--model-name qwen2.5-7B")["--model-name"]

@@ -21,6 +21,34 @@ EMPTY = with_directory("E", DirectoryFacts(exists=True))
 RPP = "--normalize-advantages --advantage-estimator reinforce_plus_plus"
 PPO, OPD = "--advantage-estimator ppo", "--use-opd --opd-type"
 URLS, STEP = "--opd-teacher-urls", "--opd-teacher-ckpt-step"
+WITH_EXPERTS = with_directory(
+    "M",
+    replace(
+        MODEL,
+        config={
+            **MODEL.config,
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+)
+MIMO = with_directory(
+    "M",
+    replace(
+        MODEL,
+        config={
+            **MODEL.config,
+            "architectures": ["MiMoForCausalLM"],
+            "model_type": "mimo",
+            "attention_bias": True,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+)
 EVALS = replace(FACTS, eval_sets=(EvalSet("D", "prompt", "label"),))
 
 
@@ -147,6 +175,39 @@ CASES = [
         told("--skip-actor-forward-only", "2 optimizer"),
     ),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
+    (46, "--enable-mtp-training", FACTS, told("--enable-mtp-training", "no such layers")),
+    (46, "--enable-mtp-training --mtp-num-layers 1", MIMO, values(mtp_num_layers=1, mtp_loss_scaling_factor=0.2)),
+    (46, "--mtp-num-layers 1", FACTS, told("--mtp-num-layers", "none of ours")),
+    (46, "--mtp-num-layers 2", MIMO, told("--mtp-num-layers", "0 or 1")),
+    (46, "", MIMO, values(mtp_num_layers=0, add_qkv_bias=True)),
+    (46, "--mtp-num-layers 1 --pipeline-model-parallel-size 2", MIMO, told("--mtp-num-layers", "pipeline stages")),
+    (46, "--mtp-num-layers 1 --train-backend fsdp", MIMO, told("--mtp-num-layers", "Megatron")),
+    (46, "--train-backend fsdp", MIMO, told("--train-backend", "MiMo")),
+    (
+        46,
+        "--mtp-num-layers 1 --custom-model-provider-path m.f",
+        MIMO,
+        told("--mtp-num-layers", "a model of your own"),
+    ),
+    (
+        46,
+        "--enable-mtp-training --mtp-num-layers 1 --mtp-loss-scaling-factor -1",
+        MIMO,
+        told("--mtp-loss-scaling-factor", "unlearn"),
+    ),
+    (47, "--use-rollout-routing-replay", WITH_EXPERTS, values(use_routing_replay=True)),
+    (47, "--use-rollout-routing-replay", FACTS, told("--use-rollout-routing-replay", "no experts")),
+    (47, "--use-routing-replay", WITH_EXPERTS, values(use_rollout_routing_replay=False)),
+    (47, "--use-routing-replay", FACTS, told("--use-routing-replay", "no experts")),
+    (47, "--use-routing-replay --loss-type sft_loss", WITH_EXPERTS, told("--use-routing-replay", "no pass before")),
+    (47, "--use-routing-replay --use-rollout-logprobs", WITH_EXPERTS, told("--use-routing-replay", "no pass over old")),
+    (
+        47,
+        "--use-routing-replay --skip-actor-forward-only --num-steps-per-rollout 1",
+        WITH_EXPERTS,
+        told("--use-routing-replay", "--skip-actor-forward-only"),
+    ),
+    (47, "--use-rollout-routing-replay --use-rollout-logprobs", WITH_EXPERTS, values(use_routing_replay=True)),
     (53, "--skip-actor-forward-only --loss-type custom_loss", FACTS, told("--skip-actor-forward-only", "no such pass")),
     (53, f"--skip-actor-forward-only {RPP} --kl-coef 0.1", FACTS, told("--skip-actor-forward-only", "--kl-coef")),
     (
@@ -176,8 +237,6 @@ REFUSED = {
     33: "--update-weight-transfer-mode --update-weight-disk-dir",
     37: "--rematerialize-param-from-master-weight",
     41: "--eval-hf-dir",
-    46: "--enable-mtp-training",
-    47: "--use-rollout-routing-replay",
     49: "--use-indexer-replay",
 }
 """Rules of features that are not built: their flags are refused by name."""

@@ -21,6 +21,7 @@ READ = {
     "gamma": "--advantage-estimator reinforce_plus_plus --normalize-advantages",
     "rewards_normalization": "--advantage-estimator gspo",
     "opsm_delta": "--use-opsm",
+    "mtp_loss_scaling_factor": "--enable-mtp-training",
     "opd_kl_coef": "--use-opd --opd-type sglang --rm-url http://h",
     "grpo_std_normalization": "",
     "eval_prompt_data": "--eval-interval 2 --eval-prompt-data name D",

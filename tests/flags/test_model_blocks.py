@@ -11,7 +11,7 @@ import torch
 from support.flag_cases import FACTS, MODEL, RECIPE, with_directory
 from support.ranks import run_ranks, warm_process
 
-from miles.flags.megatron_refused import FAMILY, MLA, MOE, MTP, SINKS, WINDOW
+from miles.flags.megatron_refused import FAMILY, MLA, MOE, SINKS, WINDOW
 from miles.flags.parse import parse
 from miles.flags.resolve import resolve
 from miles.flags.table import table
@@ -96,9 +96,11 @@ DENSE = {
         "tie_word_embeddings": False,
         "hidden_act": "silu",
     },
-    "mimo-7B-rl without its MTP layer": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+    "mimo-7B-rl": {
+        "architectures": ["MiMoForCausalLM"],
+        "model_type": "mimo",
+        "num_nextn_predict_layers": 1,
+        "attention_bias": True,
         "num_hidden_layers": 36,
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -138,9 +140,7 @@ SHAPES = {
     "qwen3-0.6B": (28, 1024, 3072, 16, 8, 128, 1e-6, False, True, 151936, True, 1e6, None, 40960),
     "qwen3-4B": (36, 2560, 9728, 32, 8, 128, 1e-6, False, True, 151936, True, 1e6, None, 40960),
     "llama3.1-8B-Instruct": (32, 4096, 14336, 32, 8, 128, 1e-5, False, False, 128256, False, 5e5, 8.0, 131072),
-    "mimo-7B-rl without its MTP layer": (
-        *(36, 4096, 11008, 32, 8, 128, 1e-5, True, False, 151680, False, 640000, None, 32768),
-    ),
+    "mimo-7B-rl": (*(36, 4096, 11008, 32, 8, 128, 1e-5, True, False, 151680, False, 640000, None, 32768),),
 }
 SAME_FOR_ALL = {
     "normalization": "RMSNorm",
@@ -205,18 +205,13 @@ MISSING = {
     "deepseek-v3": [MLA, MOE],
     "kimi-k2": [MLA, MOE],
     "gpt-oss-20b": [SINKS, WINDOW],
-    "mimo-7B-rl": [MTP],
     "nemotron-3-nano-4b": [FAMILY],
     "qwen3.5-4B": [FAMILY],
 }
 
 
 def block(name):
-    words = BLOCKS[name.removesuffix(" without its MTP layer")]
-    if name in BLOCKS:
-        return words
-    place = words.index("--mtp-num-layers")
-    return words[:place] + words[place + 2 :]
+    return BLOCKS[name]
 
 
 def resolved(words, config, *, recipe=RECIPE):
@@ -232,7 +227,7 @@ def todays(config):
 
 
 def test_every_block_is_either_dense_or_misses_something():
-    assert set(BLOCKS) == {*DENSE, *MISSING, "qwen3-30B-A3B"} - {"mimo-7B-rl without its MTP layer"}
+    assert set(BLOCKS) == {*DENSE, *MISSING, "qwen3-30B-A3B"}
     assert set(DENSE) == set(SHAPES)
 
 
@@ -293,7 +288,8 @@ def test_a_dense_block_agrees_with_its_model(name, form):
     typed, untyped = (resolved(words, form(DENSE[name])) for words in (block(name), []))
     assert typed.problems == untyped.problems == ()
     different = {key for key, value in typed.config.items() if untyped.config[key] != value}
-    assert different == {"explicit_flags"}
+    own = {"mtp_num_layers"} if "--mtp-num-layers" in block(name) else set()  # 0 leaves them out
+    assert different == {"explicit_flags"} | own
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -56,9 +56,13 @@ def test_a_model_with_experts_trains_in_a_whole_run_is_exported_and_converted(tm
     done = train(
         tmp_path, model=model, colocate=True, actor_num_gpus_per_node=2, expert_model_parallel_size=2,
         rollout_num_gpus_per_engine=2, check_weight_update_equal=True, num_rollout=4, save=tmp_path / "save",
+        use_rollout_routing_replay=True, save_debug_rollout_data=tmp_path / "rollout-{rollout_id}.pt",
         save_hf=tmp_path / "{rollout_id}", timeout_s=580,
     )  # fmt: skip
     check(done)
+    for sample in torch.load(tmp_path / "rollout-3.pt", weights_only=True)["samples"]:
+        experts = sample["rollout_routed_experts"]
+        assert experts.shape == (len(sample["tokens"]) - 1, 2, 2) and (experts[..., 0] != experts[..., 1]).all()
     exported, original = weights(tmp_path / "3"), weights(model)
     assert {name: value.shape for name, value in exported.items()} == {
         name: value.shape for name, value in original.items()

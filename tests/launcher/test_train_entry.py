@@ -67,12 +67,12 @@ def test_exit_codes_of_a_run_are_defined_once():
 
 
 def test_all_problems_are_told_and_nothing_is_started(place):
-    done = train(place, f"{BASE} --prompt-data none.jsonl --lr fast --use-routing-replay --num-rolout 3")
+    done = train(place, f"{BASE} --prompt-data none.jsonl --lr fast --use-indexer-replay --num-rolout 3")
     assert done.returncode == 2
     for line in (
         "--prompt-data none.jsonl: there is no data file none.jsonl",
         "--lr fast: is not a number",
-        "--use-routing-replay: refused: not built yet",
+        "--use-indexer-replay: refused: not built yet",
         "Did you mean --num-rollout?",
         "4 problems with the flags",
         "E-FLAG-001",
@@ -211,7 +211,7 @@ class TestListing:
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
     def test_why_one_is_refused(self):
-        assert "refused: not built yet: routing replay" in self.run("--use-routing-replay").stdout
+        assert "refused: not built yet: models with" in self.run("--use-indexer-replay").stdout
 
     def test_as_json(self):
         rows = json.loads(self.run("--json", "eps-clip").stdout)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.hf_reference import load_hf_model
 from support.megatron_cases import make_backend, save_backend, train_one, weights_of
 from support.ranks import run_ranks
-from support.tiny_models import ARCHITECTURES, MOE, tiny_model
+from support.tiny_models import ARCHITECTURES, MIMO, MOE, tiny_model
 
 from miles.backends import hf_export
 from miles.backends.checkpoint_layout import EXPORTED
@@ -54,7 +54,7 @@ def captured(arguments, limit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, MOE])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, MOE, MIMO])
 def test_there_and_back_is_exact(tmp_path, architecture, dtype):
     origin = tiny_model(architecture, tied=architecture == "qwen3", shards=2, vocab=300, dtype=dtype)
     there, back = tmp_path / "torch_dist", tmp_path / "deep" / "hf"

@@ -14,7 +14,7 @@ from miles.backends.hf_directory import HFDirectory, UnreadableModelDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory, UnsupportedModel
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.stages import Stage
-from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Vocabulary
+from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, SwappedHalves, Vocabulary
 from miles.backends.megatron_utils.weights import load_hf_weights
 from miles.flags.architecture import shape as flags_shape
 
@@ -46,6 +46,12 @@ def test_gate_and_up(size, rows):
     there_and_back(GateAndUp(), [numbered(rows * size, 3), -numbered(rows * size, 3)], size)
 
 
+@given(size=SIZES, rows=st.integers(1, 4))
+def test_halves_that_change_places(size, rows):
+    there_and_back(SwappedHalves(), [numbered(rows * size, 6)], size)
+    assert SwappedHalves().shard([torch.tensor([[0, 1, 2, 3]])], 0, 1).tolist() == [[2, 3, 0, 1]]
+
+
 @given(size=SIZES, dim=st.sampled_from([0, 1]))
 def test_linears(size, dim):
     there_and_back(Cut(dim), [numbered(8, 12)], size)
@@ -69,7 +75,7 @@ def test_queries_stand_before_the_key_and_the_value_of_their_group():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mimo"])
 def test_the_table_names_every_tensor_once(architecture, tied):
     config = json.loads((tiny_model(architecture, tied=tied) / "config.json").read_text())
     named = [entry for rule in weight_rules(read_shape(config), 384) for entry in rule.hf.items()]

@@ -204,7 +204,10 @@ def test_turns_of_a_conversation_become_one_sample():
     tokenizer = shared_tokenizer(make_args().hf_checkpoint)
     one = Sample(tokens=[1, 2, 3], response_length=1, rollout_log_probs=[-1.0], weight_versions=["1"])
     two = Sample(tokens=[1, 2, 3, 8, 9, 4], response_length=1, rollout_log_probs=[-2.0], weight_versions=["2"])
+    one.rollout_routed_experts = np.zeros((2, 1, 1), np.int32)
+    two.rollout_routed_experts = np.arange(5, dtype=np.int32).reshape(5, 1, 1)  # of the whole request
     merged = merge_samples([one, two], tokenizer)
+    assert merged.rollout_routed_experts is two.rollout_routed_experts
     assert merged.tokens == two.tokens
     assert merged.response_length == 4
     assert merged.loss_mask == [1, 0, 0, 1]
@@ -255,6 +258,23 @@ def test_numbers_made_of_samples():
     args = make_args(wandb_always_use_train_step=True, global_batch_size=4)
     assert compute_rollout_step(args, 3) == 6
     assert compute_rollout_step(make_args(), 3) == 3
+
+
+async def test_experts_are_known_for_what_is_trained():
+    rows = np.arange(12, dtype=np.int32).reshape(3, 2, 2)
+    whole = sample(0, 1.0, rollout_routed_experts=rows)
+    tool = sample(1, 0.0, length=5, loss_mask=[1, 1, 1, 0, 0], rollout_routed_experts=rows)
+    untrained = sample(2, 0.0, remove_sample=True)
+    data = await convert_samples_to_train_data(make_args(), [whole, tool, untrained])
+    found = data["rollout_routed_experts"]
+    assert found[2] is None and found[0] is rows
+    np.testing.assert_array_equal(found[1], np.concatenate([rows, np.full((2, 2, 2), -1)]))
+    for bad in ({"loss_mask": [1, 1, 1, 1, 0]}, {"loss_mask": None}):
+        unknown = sample(1, 0.0, length=5, rollout_routed_experts=rows, **bad)
+        with pytest.raises(BadSample, match="does not fit"):
+            await convert_samples_to_train_data(make_args(), [whole, unknown])
+    with pytest.raises(NothingToTrain, match="1 of 2 samples have no rollout_routed_experts"):
+        await convert_samples_to_train_data(make_args(), [whole, sample(1, 0.0)])
 
 
 # -- recorded rollouts ---------------------------------------------------------------------------------------

@@ -136,14 +136,9 @@ CHOICES = {
 
 NOT_BUILT = """\
 --fsdp-cpu-backend
---use-routing-replay
---use-rollout-routing-replay
 --optimizer-cpu-offload
 --overlap-cpu-optimizer-d2h-h2d
 --use-precision-aware-optimizer
---mtp-num-layers
---enable-mtp-training
---mtp-loss-scaling-factor
 """.splitlines()
 """Flags of the contract that are refused for now, or taken with the value that is what is done."""
 

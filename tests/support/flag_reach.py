@@ -63,6 +63,10 @@ rollout/test_hooks.py::test_a_step_of_dynamic_size_counts_executions
 training/test_parallelism.py::test_each_size_divides_what_it_names
     --pipeline-model-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers
+training/test_mtp.py::test_a_rollout_gives_the_numbers_of_the_formula
+    --mtp-num-layers --enable-mtp-training --mtp-loss-scaling-factor
+training/test_routing_replay.py::test_training_goes_through_the_experts_that_were_recorded
+    --use-routing-replay --use-rollout-routing-replay
 training/test_parallelism.py::test_a_rollout_gives_the_numbers_of_one_rank
     --context-parallel-size
 flags/test_parallel_rules.py::test_kernels_that_are_not_there_are_told

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 MOE = "qwen3_moe"
+MIMO = "mimo"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 """Ids 0 to 255 stand for the bytes of UTF-8 (in the order of their symbols); these follow."""
@@ -48,17 +49,20 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     rope_scaling: str | None = None,
     mlp_only_layers: tuple[int, ...] = (),
+    mtp_layers: int = 1,
     seed: int = 0,
 ) -> Path:
     """A directory that ``AutoModelForCausalLM``, ``AutoTokenizer`` and SGLang load.
 
     Args:
-        architecture: One of ``ARCHITECTURES``, or ``MOE``: four experts of which two are chosen.
+        architecture: One of ``ARCHITECTURES``, or ``MOE``: four experts of which two are chosen; or ``MIMO``, which
+            transformers does not know.
         head_dim: Qwen3 and Llama only; default ``hidden // heads``.
         vocab: Rows of the embedding, at least ``MIN_VOCAB``; ids from there on are never produced by the tokenizer.
         shards: Weight files; more than one come with ``model.safetensors.index.json``.
         rope_scaling: "llama3": Llama 3.1's, small enough to show at a few dozen positions.
         mlp_only_layers: Of ``MOE``: layers without experts.
+        mtp_layers: Of ``MIMO``: layers that predict further tokens.
     """
     if vocab < MIN_VOCAB:
         raise ValueError(f"vocab must be at least {MIN_VOCAB}")
@@ -67,6 +71,8 @@ def tiny_model(
         config["rope_scaling"] = _LLAMA3_ROPE
     if architecture == MOE:
         config |= _EXPERTS | {"mlp_only_layers": list(mlp_only_layers)}
+    if architecture == MIMO:
+        config["num_nextn_predict_layers"] = mtp_layers
     path = Path(tempfile.mkdtemp(prefix=f"{architecture}-", dir=_base()))
     write_model(path, config, shards=shards, seed=seed, dtype=dtype)
     write_tokenizer(path)
@@ -120,12 +126,17 @@ def tensor_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     query, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     yield "model.embed_tokens.weight", (vocab, hidden)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
+    prefixes = [f"model.layers.{layer}." for layer in range(config["num_hidden_layers"])]
+    further = [f"model.mtp_layers.{layer}." for layer in range(config.get("num_nextn_predict_layers", 0))]
+    for prefix in further:
+        for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+            yield f"{prefix}{name}.weight", (hidden,)
+        yield prefix + "input_proj.weight", (hidden, 2 * hidden)
+    for layer, prefix in enumerate([*prefixes, *further]):
         yield prefix + "input_layernorm.weight", (hidden,)
         for name, rows in (("q", query), ("k", kv), ("v", kv)):
             yield f"{prefix}self_attn.{name}_proj.weight", (rows, hidden)
-            if config["model_type"] == "qwen2":
+            if config["model_type"] in ("qwen2", MIMO):
                 yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
         if config["model_type"] in ("qwen3", MOE):
             yield prefix + "self_attn.q_norm.weight", (head_dim,)
@@ -173,6 +184,7 @@ def _config(architecture, hidden, layers, heads, kv_heads, head_dim, ffn, vocab,
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         MOE: "Qwen3MoeForCausalLM",
+        MIMO: "MiMoForCausalLM",
         "llama": "LlamaForCausalLM",
     }
     config = {

@@ -29,11 +29,12 @@ def backend_of(kind, args):
     return FSDPBackend(args)
 
 
-def trained(path, kind, changed, seed):
+def trained(path, kind, changed, seed, more=None):
+    """``more``: further columns of the train data."""
     args = args_of(path, kind, **changed)
     backend = backend_of(kind, args)
     assert backend.init() == 0
-    parts = split_train_data(args, data_of(seed))
+    parts = split_train_data(args, data_of(seed) | (more or {}))
     trainer = RolloutTrainer(args, backend, Timers(backend.device))
     metrics = trainer.train(0, lambda: parts[backend.parallel.dp_rank])
     return metrics, {name: tensor.clone() for name, tensor in backend.hf_weights()}
@@ -53,12 +54,22 @@ def plain(path, changed, seed):
         return module(tokens[None]).logits[0].float()
 
     own = plain_log_probs(args, model, data)
-    data |= {"log_probs": own, "ref_log_probs": own}
+    return plain_steps(args, module, model, data | {"log_probs": own, "ref_log_probs": own})
+
+
+def plain_steps(args, module, model, data, more=None):
+    """Two steps of gradient descent on ``module``, whose logits ``model`` computes of a sample's tokens. ``more``: of a
+    step's samples a factor, the name of a metric, and what it is the value of, for a further part of the loss."""
     steps = []
     for first in (0, 4):
         module.zero_grad()
         metrics = plain_loss(args, model, data, range(first, first + 4))
-        metrics["loss"].backward()
+        total = metrics["loss"]
+        if more is not None:
+            factor, name, value = more(range(first, first + 4))
+            metrics[name] = value
+            total = total + factor * value
+        total.backward()
         norm = sum(float(p.grad.square().sum()) for p in module.parameters()) ** 0.5
         steps.append({name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()})
         steps[-1]["grad_norm"] = norm

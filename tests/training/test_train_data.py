@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plain_losses import random_train_data
 
 from miles.backends.training_utils.data import RankData, response_rows
 from miles.utils.train_data import BadTrainData, split_train_data
@@ -154,3 +155,46 @@ def test_parts_are_compact():
     assert part["tokens"].dtype == np.int32
     assert part["tokens"].shape == (800,)
     assert part["loss_masks"].dtype == np.int8
+
+
+class TestRoutedExperts:
+    """``[T_i - 1, layers, k]`` of each sample travel with it."""
+
+    ARGS = {"use_rollout_routing_replay": True}
+
+    def data(self):
+        data = random_train_data(3)
+        rows = [len(tokens) - 1 for tokens in data["tokens"]]
+        experts = [np.full((n, 3, 2), i, np.int32) for i, n in enumerate(rows)]
+        return data | {"rollout_routed_experts": experts}
+
+    def test_each_rank_gets_those_of_its_samples(self):
+        for part in split_train_data(flags(dp_size=2, **self.ARGS), self.data()):
+            data = RankData.from_wire(part)
+            assert part["routed_experts"].dtype == np.int32
+            for place, tokens, experts in zip(data.partition, data.tokens, data.routed_experts, strict=True):
+                assert experts.shape == (len(tokens) - 1, 3, 2) and (experts == place).all()
+            seen = data.as_dict()
+            assert [len(e) for e in seen["rollout_routed_experts"]] == [len(t) - 1 for t in data.tokens]
+            data.take_over(seen)
+
+    def test_a_sample_without_any_is_routed_by_the_trainer(self):
+        data = self.data()
+        data["rollout_routed_experts"][2] = None
+        parts = [RankData.from_wire(part) for part in split_train_data(flags(dp_size=1, **self.ARGS), data)]
+        at = parts[0].partition.index(2)
+        assert (parts[0].routed_experts[at] == -1).all()
+        assert len(parts[0].routed_experts[at]) == len(data["tokens"][2]) - 1
+
+    def test_a_run_that_replays_none_carries_none(self):
+        assert "routed_experts" not in split_train_data(flags(), self.data())[0]
+        assert "rollout_routed_experts" not in split_train_data(flags(), self.data())[0]["objects"]
+
+    @pytest.mark.parametrize("bad", ["rows", "layers", "kind"])
+    def test_those_of_another_shape_are_refused(self, bad):
+        data = self.data()
+        value = data["rollout_routed_experts"][1]
+        changed = {"rows": value[:-1], "layers": value[:, :2], "kind": value.astype(np.float32)}[bad]
+        data["rollout_routed_experts"][1] = changed
+        with pytest.raises(BadTrainData, match="rollout_routed_experts of sample 1"):
+            split_train_data(flags(**self.ARGS), data)

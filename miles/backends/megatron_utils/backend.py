@@ -35,6 +35,7 @@ from miles.backends.megatron_utils.errors import NonFiniteGradients, Unsupported
 from miles.backends.megatron_utils.families import read_shape, weight_rules
 from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
+from miles.backends.megatron_utils.mtp import make_mtp
 from miles.backends.megatron_utils.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -45,6 +46,7 @@ from miles.backends.megatron_utils.optimizer import (
     wrap_data_parallel,
 )
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
+from miles.backends.megatron_utils.routing_replay import make_replay
 from miles.backends.megatron_utils.sleeping import fall_asleep
 from miles.backends.megatron_utils.sources import choose_source, reference_source, teacher_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
@@ -82,6 +84,8 @@ class MegatronBackend(TrainBackend):
             self.parallel = parallel
         if self.is_critic:
             self.shape = replace(self.shape, tied=False)
+        if self.is_critic or not getattr(args, "mtp_num_layers", None):
+            self.shape = replace(self.shape, mtp_layers=0)
         rules = weight_rules(self.shape, padded_vocab(args, self.shape.vocab))
         self.rules = [rule for rule in rules if not (self.is_critic and rule.megatron == VALUE_HEAD)]
 
@@ -102,13 +106,6 @@ class MegatronBackend(TrainBackend):
             self.parallel = init_parallel(args)
         sequence_parallel = bool(getattr(args, "sequence_parallel", False))
         check_experts(self.shape, self.parallel, sequence_parallel=sequence_parallel)
-        self._logits_of = passes.make_logits_of(
-            self.device,
-            self.shape.vocab,
-            self.parallel,
-            multiple=passes.row_multiple(args, self.parallel),
-            padded=getattr(args, "qkv_format", None) == "bshd",
-        )
         self._memory = SleepingMemory(args)
         if self._owns_groups:
             call_init_hook(args)
@@ -116,6 +113,10 @@ class MegatronBackend(TrainBackend):
         self.config = transformer_config(args, self.shape, self.dtype)
         self.stage = Stage.of(self.config, self.shape, self.parallel)
         model = self._build_model()
+        layers = self.stage.layers[self.stage.rank]
+        self._replay = None if self.is_critic else make_replay(args, model, self.shape.experts, self.parallel, layers)
+        self._mtp = make_mtp(args, model, self.shape.mtp_layers, stages=self.parallel.pp_size)
+        self._logits_of = self._make_logits_of()
         if source.resumes is None:
             self._load_weights(model, source.weights, without_head=self.is_critic and not source.is_own)
         self.model = wrap_data_parallel(args, model)
@@ -128,6 +129,17 @@ class MegatronBackend(TrainBackend):
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
         return start
+
+    def _make_logits_of(self) -> passes.LogitsOf:
+        return passes.make_logits_of(
+            self.device,
+            self.shape.vocab,
+            self.parallel,
+            multiple=passes.row_multiple(self.args, self.parallel),
+            padded=getattr(self.args, "qkv_format", None) == "bshd",
+            replay=self._replay,
+            mtp=self._mtp,
+        )
 
     def _build_model(self) -> Any:
         return build_model(self.args, self.shape, self.config, is_critic=self.is_critic)
@@ -190,6 +202,8 @@ class MegatronBackend(TrainBackend):
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         metrics = passes.forward_backward(self.model, batches, loss_function, self._logits_of)
+        if self._replay is not None:
+            self._replay.end_step()
         if self.optimizer is None or self.scheduler is None:
             return StepOutcome(metrics, gradient_norm(self.model), 0.0, stepped=False)
         self.optimizer.prepare_grads()

@@ -10,16 +10,26 @@ from typing import Any
 import torch
 
 from miles.backends.megatron_utils.errors import UnsupportedModel
-from miles.backends.megatron_utils.weight_layouts import Cut, FusedQKV, GateAndUp, Layout, Replicated, Vocabulary
+from miles.backends.megatron_utils.weight_layouts import (
+    Cut,
+    FusedQKV,
+    GateAndUp,
+    Layout,
+    Replicated,
+    SwappedHalves,
+    Vocabulary,
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family of decoder-only models from another."""
+    """What tells one family of decoder-only models from another. ``has_mtp``: layers that predict further tokens,
+    as many as ``num_nextn_predict_layers`` says."""
 
     qkv_bias: bool
     qk_norm: bool
     has_experts: bool = False
+    has_mtp: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -27,8 +37,13 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(qkv_bias=False, qk_norm=True),
     "qwen3_moe": Family(qkv_bias=False, qk_norm=True, has_experts=True),
     "llama": Family(qkv_bias=False, qk_norm=False),
+    "mimo": Family(qkv_bias=True, qk_norm=False, has_mtp=True),
 }
 """By ``model_type``."""
+
+
+MTP_LAYERS = "model.mtp_layers."
+"""What the names of MiMo's layers for further tokens begin with."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as its ``config.json`` describes it."""
+    """A model as its ``config.json`` describes it. ``mtp_layers``: those that predict further tokens."""
 
     model_type: str
     family: Family
@@ -88,6 +103,7 @@ class Shape:
     rope: Rope
     max_positions: int
     experts: Experts | None = None
+    mtp_layers: int = 0
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
@@ -105,7 +121,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
             advice="Use a model of a known type, or --train-backend fsdp.",
             model_type=model_type,
         )
-    _refuse_variants(config, model_type)
+    _refuse_variants(config, model_type, family)
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     return Shape(
@@ -124,6 +140,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         rope=_read_rope(config),
         max_positions=int(config.get("max_position_embeddings", 32768)),
         experts=_read_experts(config) if family.has_experts else None,
+        mtp_layers=int(config.get("num_nextn_predict_layers") or 0) if family.has_mtp else 0,
     )
 
 
@@ -141,10 +158,10 @@ def _read_experts(config: Mapping[str, Any]) -> Experts:
     )
 
 
-def _refuse_variants(config: Mapping[str, Any], model_type: str) -> None:
+def _refuse_variants(config: Mapping[str, Any], model_type: str, family: Family) -> None:
     wrong = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "attention_bias": bool(config.get("attention_bias")),
+        "attention_bias": bool(config.get("attention_bias")) and not family.qkv_bias,
         "mlp_bias": bool(config.get("mlp_bias")),
         "use_sliding_window": bool(config.get("use_sliding_window")),
         "quantization_config": bool(config.get("quantization_config")),
@@ -201,7 +218,25 @@ def weight_rules(shape: Shape, padded_vocab: int) -> list[Rule]:
     rules.append(Rule("decoder.final_layernorm.weight", {"model.norm.weight": (shape.hidden,)}, Replicated()))
     if not shape.tied:
         rules.append(Rule("output_layer.weight", {"lm_head.weight": rows}, vocabulary))
+    for number in range(shape.mtp_layers):
+        rules += _mtp_rules(shape, f"mtp.layers.{number}.", f"{MTP_LAYERS}{number}.")
     return rules
+
+
+def _mtp_rules(shape: Shape, ours: str, theirs: str) -> list[Rule]:
+    """Of a layer that predicts further tokens, as MiMo names it: a decoder layer, and what leads to it and from it."""
+    hidden = shape.hidden
+    norms = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "final_layernorm": "final_layernorm"}
+    # Theirs is of [hidden state, embedding], ours of [embedding, hidden state].
+    projection = {theirs + "input_proj.weight": (hidden, 2 * hidden)}
+    return [
+        *(
+            Rule(f"{ours}{own}.weight", {f"{theirs}{its}.weight": (hidden,)}, Replicated())
+            for own, its in norms.items()
+        ),
+        Rule(ours + "eh_proj.weight", projection, SwappedHalves()),
+        *_layer_rules(shape, shape.layers, ours + "transformer_layer.", theirs),
+    ]
 
 
 def _layer_rules(shape: Shape, layer: int, ours: str, theirs: str) -> list[Rule]:

@@ -147,6 +147,15 @@ def packed(layout: SequenceLayout, device: torch.device) -> PackedSeqParams:
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """This pipeline stage's layers of a decoder, and its final norm."""
+    has_experts = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
+    specs = [layer_spec(config, with_experts=bool(moe)) for moe in has_experts]
+    first = get_transformer_layer_offset(config)
+    own = specs[first : first + get_num_layers_to_build(config)]
+    return TransformerBlockSubmodules(layer_specs=own, layer_norm=RMSNorm)
+
+
+def layer_spec(config: TransformerConfig, *, with_experts: bool = False) -> ModuleSpec:
+    """A layer of a decoder."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -160,26 +169,18 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         ),
     )
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    dense = ModuleSpec(module=MLP, submodules=linears)
-    experts = ModuleSpec(
-        module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears))
+    mlp = ModuleSpec(module=MLP, submodules=linears)
+    if with_experts:
+        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
     )
-
-    def layer(mlp: ModuleSpec) -> ModuleSpec:
-        return ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=RMSNorm,
-                self_attention=attention,
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=RMSNorm,
-                mlp=mlp,
-                mlp_bda=get_bias_dropout_add,
-            ),
-        )
-
-    has_experts = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
-    specs = [layer(experts if moe else dense) for moe in has_experts]
-    first = get_transformer_layer_offset(config)
-    own = specs[first : first + get_num_layers_to_build(config)]
-    return TransformerBlockSubmodules(layer_specs=own, layer_norm=RMSNorm)

@@ -19,6 +19,7 @@ from miles.backends.megatron_utils.errors import UnsupportedParallelism
 from miles.backends.megatron_utils.families import Shape
 from miles.backends.megatron_utils.flag_fields import TRANSFORMER, fields
 from miles.backends.megatron_utils.layer_spec import block_spec, packed
+from miles.backends.megatron_utils.mtp import mtp_block
 from miles.backends.megatron_utils.value_head import ValueHead
 from miles.backends.training_utils.hooks import takes, trainer_hook
 from miles.backends.training_utils.sequence_layout import SequenceLayout
@@ -134,6 +135,8 @@ def default_model(
     )
     frequencies = shape.rope.inverse_frequencies(shape.head_dim)
     model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if shape.mtp_layers and post_process:
+        model.mtp = mtp_block(config, shape.mtp_layers)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,22 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from miles.backends.base import LogitsFunction, LossFunction, MicroBatch, ParallelState
 from miles.backends.megatron_utils.model import hide_padding, output_of
+from miles.backends.megatron_utils.mtp import MTPTraining
+from miles.backends.megatron_utils.routing_replay import RoutingReplay
 from miles.backends.training_utils.sequence_layout import SequenceLayout
 
 LogitsOf = Callable[[Any, MicroBatch], torch.Tensor]
 
 
 def make_logits_of(
-    device: torch.device, vocab: int, parallel: ParallelState, *, multiple: int, padded: bool = False
+    device: torch.device,
+    vocab: int,
+    parallel: ParallelState,
+    *,
+    multiple: int,
+    padded: bool = False,
+    replay: RoutingReplay | None = None,
+    mtp: MTPTraining | None = None,
 ) -> LogitsOf:
     """A function of model and micro-batch that gives float32 logits ``[rows, V / tp]``, and what the next pipeline
     stage takes before the last one.
@@ -28,6 +38,8 @@ def make_logits_of(
     Args:
         multiple: Of what a rank's row has tokens; of a padded batch, each row.
         padded: ``--qkv-format bshd``: a row for each sample, all as long as the longest.
+        replay: Of the model that is trained; other models are given micro-batches without ``routing``.
+        mtp: Layers that are trained to predict further tokens; their logits become those of the micro-batch.
     """
 
     def compute(model: Any, batch: MicroBatch) -> torch.Tensor:
@@ -37,9 +49,14 @@ def make_logits_of(
         else:
             layout = SequenceLayout(lengths, parallel.cp_size, parallel.cp_rank, multiple)
         batch.layout = None if layout.is_whole else layout
-        output = output_of(model, layout.local_tokens(batch.tokens.to(device)), layout)
+        routed = contextlib.nullcontext() if replay is None else replay.forward(batch, layout, training=model.training)
+        with routed:
+            output = output_of(model, layout.local_tokens(batch.tokens.to(device)), layout)
         if not parallel.has_logits:
             return output
+        if mtp is not None and model.training:
+            further = mtp.logits(batch.tokens.to(device), layout)
+            batch.further_logits = [hide_padding(part.float(), vocab, parallel.tp_rank) for part in further]
         return hide_padding(output.flatten(0, 1).float(), vocab, parallel.tp_rank)
 
     return compute

@@ -119,3 +119,16 @@ class GateAndUp(Layout):
         if len(halves) == 1:
             return list(halves[0])
         return [torch.cat([pair[i] for pair in halves]) for i in range(2)]
+
+
+class SwappedHalves(Layout):
+    """``[H, 2 H]`` of two inputs side by side, which come in the other order; column parallel."""
+
+    def shard(self, tensors: Tensors, rank: int, size: int) -> torch.Tensor:
+        """See ``Layout``."""
+        return torch.cat(tensors[0].chunk(size)[rank].chunk(2, 1)[::-1], 1)
+
+    def merge(self, shards: Tensors) -> list[torch.Tensor]:
+        """See ``Layout``."""
+        whole = shards[0] if len(shards) == 1 else torch.cat(list(shards))
+        return [torch.cat(whole.chunk(2, 1)[::-1], 1)]

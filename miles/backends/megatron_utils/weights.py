@@ -11,7 +11,7 @@ import torch.distributed as dist
 from miles.backends.base import ParallelState
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory
-from miles.backends.megatron_utils.families import Rule
+from miles.backends.megatron_utils.families import MTP_LAYERS, Rule
 from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 
@@ -63,7 +63,10 @@ def _compare_shapes(rule: Rule, tensors: Sequence[torch.Tensor], directory: HFDi
 def _compare_names(rules: Sequence[Rule], directory: HFDirectory) -> None:
     expected = {name for rule in rules for name in rule.hf}
     missing = sorted(expected - directory.names)
-    extra = sorted(name for name in directory.names - expected if not name.endswith(IGNORED))
+    # Layers for further tokens may be left out, all of them.
+    left_out = () if any(name.startswith(MTP_LAYERS) for name in expected) else (MTP_LAYERS,)
+    others = (name for name in directory.names - expected if not name.startswith(left_out))
+    extra = sorted(name for name in others if not name.endswith(IGNORED))
     if missing or extra:
         raise BadModelDirectory(
             f"{directory.path} does not hold the weights that its config.json describes",

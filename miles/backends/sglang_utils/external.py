@@ -230,6 +230,8 @@ def _of_server(server: Mapping[str, Any], model: Mapping[str, Any], config: Mapp
         faults.append(f"it does only {model['disaggregation_mode']}: prefill and decode apart are not built yet")
     if not model.get("is_generation", True):
         faults.append("it does not generate")
+    if config.get("use_rollout_routing_replay") and not server.get("enable_return_routed_experts"):
+        faults.append("it records no experts: start it with --enable-return-routed-experts")
     context, wanted = server.get("context_length"), config.get("rollout_max_context_len")
     if context and wanted and context < wanted:
         faults.append(f"its context has {context} tokens, --rollout-max-context-len is {wanted}")

@@ -26,6 +26,21 @@ def prepare_process() -> None:
     from tqdm.std import TqdmDefaultWriteLock  # type: ignore[import-untyped]
 
     TqdmDefaultWriteLock.mp_lock = None  # no semaphore for progress bars, which a kill would leave in the system
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" and json.loads(sys.argv[3]).get("enable_return_routed_experts"):
+        keep_routed_experts_unpinned()
+
+
+def keep_routed_experts_unpinned() -> None:
+    """SGLang keeps the experts that tokens were given to in memory that it pins for CUDA, also where there is none. Its
+    table of allocators by device has no entry for a CPU: this is one that pins nothing."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: tuple[int, ...], *, dtype: Any, device: str, **_: Any) -> Any:
+        import torch
+
+        return torch.empty(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
 if __name__ == "__mp_main__":

@@ -52,7 +52,7 @@ def server_arguments(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
     typed |= group_of(config, rank).get("overrides") or {}
     on_cpu = config["device"] == "cpu"
-    _check(config, typed, on_cpu=on_cpu)
+    _check(typed)
     arguments = typed | _forced(config, rank, on_cpu=on_cpu)
     if arguments.get("dtype", "auto") == "auto":
         arguments["dtype"] = config["params_dtype"]
@@ -75,6 +75,7 @@ def _forced(config: Mapping[str, Any], rank: int, *, on_cpu: bool) -> dict[str, 
         "skip_server_warmup": True,
         "enable_draft_weights_cpu_backup": not on_cpu,
         "enable_metrics": True,
+        **({"enable_return_routed_experts": True} if config.get("use_rollout_routing_replay") else {}),
     }
 
 
@@ -153,7 +154,7 @@ def router_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check(config: Mapping[str, Any], typed: Mapping[str, Any], *, on_cpu: bool) -> None:
+def _check(typed: Mapping[str, Any]) -> None:
     for name, values in (("pp_size", (None, 1)), ("dp_size", (None, 1)), ("nnodes", (None, 1))):
         if typed.get(name) not in values:
             flag = f"--sglang-{name.replace('_', '-')}"
@@ -167,10 +168,4 @@ def _check(config: Mapping[str, Any], typed: Mapping[str, Any], *, on_cpu: bool)
             "--sglang-admin-api-key is not served",
             evidence="with it engines take weight updates from nobody who has only the run's key",
             advice="Leave it out: every run makes a key of its own.",
-        )
-    if on_cpu and typed.get("enable_return_routed_experts"):
-        raise BadEngineConfig(
-            "--sglang-enable-return-routed-experts does not work on a CPU",
-            evidence="SGLang's capture of routed experts needs CUDA",
-            advice="Leave the flag out, or use GPUs.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from miles.backends.base import MicroBatch
+from miles.backends.training_utils.routing import COLUMN as ROUTED_EXPERTS
+from miles.backends.training_utils.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class RankData:
         partition: Place of each sample in the rollout.
         steps: Optimizer steps.
         forward: Micro-batches of passes without gradient, over all steps.
+        routed_experts: What engines recorded (``training_utils.routing.COLUMN``), int32 ``[T_i - 1, layers, k]`` each.
+        routing: Of the passes of the model that is trained.
     """
 
     tokens: list[torch.Tensor]
@@ -53,6 +58,8 @@ class RankData:
     forward: list[list[int]]
     dp_rank: int = 0
     dp_size: int = 1
+    routed_experts: list[torch.Tensor] | None = None
+    routing: Routing | None = None
     total_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +75,7 @@ class RankData:
         columns: dict[str, list[Any]] = {name: values.tolist() for name, values in part["per_sample"].items()}
         columns |= {name: list(values) for name, values in part["objects"].items()}
         columns |= {name: pieces(values, responses) for name, values in part["per_token"].items()}
+        routed = part.get("routed_experts")
         return cls(
             tokens=pieces(part["tokens"], part["total_lengths"]),
             response_lengths=responses,
@@ -82,7 +90,12 @@ class RankData:
             forward=[list(micro_batch) for micro_batch in part["forward"]],
             dp_rank=int(part["dp_rank"]),
             dp_size=int(part["dp_size"]),
+            routed_experts=None if routed is None else pieces(routed, [n - 1 for n in part["total_lengths"]]),
         )
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Around the pass whose routing training replays."""
+        return nullcontext() if self.routing is None else self.routing.recording()
 
     def as_dict(self) -> dict[str, Any]:
         """As users see it: lists with an entry per sample, by name. Tensors are copies."""
@@ -92,17 +105,18 @@ class RankData:
             "response_lengths": list(self.response_lengths),
             "total_lengths": list(self.total_lengths),
             "partition": list(self.partition),
+            **({} if self.routed_experts is None else {ROUTED_EXPERTS: [e.clone() for e in self.routed_experts]}),
             **{name: [_copy(value) for value in values] for name, values in self.columns.items()},
         }
 
     def take_over(self, changed: Mapping[str, Any]) -> None:
         """What ``as_dict`` gave, after a user has changed values or added columns. Samples, their tokens and the steps
-        they are in stay.
+        they are in stay, and so do recorded experts.
 
         Raises:
             ValueError: A list of another length, or a tensor of one; the message says which.
         """
-        fixed = {"tokens", "response_lengths", "total_lengths", "partition"}
+        fixed = {"tokens", "response_lengths", "total_lengths", "partition", ROUTED_EXPERTS}
         for name, values in changed.items():
             if name in fixed:
                 continue
@@ -115,18 +129,22 @@ class RankData:
         self.loss_masks = [torch.as_tensor(mask).float() for mask in changed["loss_masks"]]
         self.columns = {name: list(v) for name, v in changed.items() if name not in fixed | {"loss_masks"}}
 
-    def micro_batch(self, samples: Sequence[int], device: torch.device, names: Iterable[str] = ()) -> MicroBatch:
+    def micro_batch(
+        self, samples: Sequence[int], device: torch.device, names: Iterable[str] = (), *, routed: bool = False
+    ) -> MicroBatch:
         """Pack samples. None at all gives one token that nothing is computed of: ranks must stay in step.
 
         Args:
             samples: Places in this data.
             device: Where the model is.
             names: Columns that the loss needs; those that are not there are left out.
+            routed: For the model whose routing is recorded and replayed.
         """
+        routing = self.routing if routed else None
         if not samples:
             zero = torch.zeros(1, dtype=torch.int64, device=device)
             bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-            return MicroBatch(zero, zero.clone(), bounds, [1], [0], [torch.zeros(0, device=device)])
+            return MicroBatch(zero, zero.clone(), bounds, [1], [0], [torch.zeros(0, device=device)], routing=routing)
         lengths = [self.total_lengths[i] for i in samples]
         bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
         return MicroBatch(
@@ -140,6 +158,7 @@ class RankData:
             columns={
                 name: [_on(self.columns[name][i], device) for i in samples] for name in names if name in self.columns
             },
+            routing=routing,
         )
 
 

@@ -18,6 +18,7 @@ from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, LogProbO
 from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
 from miles.backends.training_utils.parallel import set_parallel_state
 from miles.backends.training_utils.profiling import StepProfiler
+from miles.backends.training_utils.routing import Routing
 from miles.backends.training_utils.timers import Timers
 from miles.rollout.hooks import BadHookResult, Hook
 
@@ -50,6 +51,7 @@ class RolloutTrainer:
         with self.profiler.step("train_overall"), self.timers.measure("train"):
             with self.timers.measure("data_preprocess"):
                 data = RankData.from_wire(fetch())
+                data.routing = Routing.of(args, data.routed_experts)
             if getattr(args, "reset_optimizer_states", False):
                 backend.reset_optimizer()
             if self.critic is not None:
@@ -97,7 +99,7 @@ class RolloutTrainer:
             with self.timers.measure("teacher_log_probs"):
                 self._log_probs(data, "teacher", "teacher_log_probs")
         if self.losses.settings.needs_old_log_probs:
-            with self.timers.measure("log_probs"):
+            with self.timers.measure("log_probs"), data.recording():
                 self._log_probs(
                     data, "actor", "log_probs", with_entropy=getattr(self.args, "use_rollout_entropy", False)
                 )
@@ -107,7 +109,7 @@ class RolloutTrainer:
         if self.hooks.before_log_prob is not None:
             prefix = "" if model == "actor" else f"{model}_"
             self.hooks.before_log_prob.call(self.args, self.backend.objects(model).model, prefix)
-        batches = [data.micro_batch(samples, self.backend.device) for samples in data.forward]
+        batches = [data.micro_batch(s, self.backend.device, routed=model == "actor") for s in data.forward]
         function = self.losses.log_prob_function(with_entropy=with_entropy)
         with self.profiler.step("train_log_probs"):
             outputs = self.backend.forward_only(batches, function, model=model)
@@ -126,7 +128,7 @@ class RolloutTrainer:
         metrics = []
         for number, step in enumerate(data.steps):
             self.step_of = (number, len(data.steps))
-            batches = [data.micro_batch(samples, backend.device, names) for samples in step.micro_batches]
+            batches = [data.micro_batch(s, backend.device, names, routed=True) for s in step.micro_batches]
             if self.hooks.before_train_step is not None:
                 seen = backend.objects()
                 self.hooks.before_train_step.call(

@@ -114,19 +114,20 @@ class SequenceLayout:
         """Rows are the packed tokens as they are."""
         return self.width is None and self.cp_size == 1 and len(self.padded_lengths) == len(self.lengths)
 
-    def predicting_rows(self, response_lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def predicting_rows(self, response_lengths: list[int], *, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of this rank whose logits predict response tokens, and the places of these tokens. int64, as many each.
 
-        A response at positions ``[start, end)`` is predicted by positions ``[start - 1, end - 1)``.
+        A response at positions ``[start, end)`` is predicted by positions ``[start - 1, end - 1)``; of logits that
+        predict ``ahead`` tokens further on, by so many before these. Tokens that none predicts have no row.
         """
         rows, places, row, place = [], [], 0, 0
         for number, chunks in enumerate(self.rows_of_chunks):
             if number == len(self.lengths):
                 break
             total, response = self.lengths[number], response_lengths[number]
-            first = total - response - 1
+            first = total - response - 1 - ahead
             for _, positions in chunks:
-                begin, end = max(positions.start, first, 0), min(positions.stop, total - 1)
+                begin, end = max(positions.start, first, 0), min(positions.stop, total - 1 - ahead)
                 if begin < end and response:
                     rows.append(torch.arange(begin, end) - positions.start + row)
                     places.append(torch.arange(begin, end) - first + place)

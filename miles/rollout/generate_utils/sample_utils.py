@@ -47,6 +47,9 @@ def _append(merged: Sample, nxt: Sample) -> None:
     merged.weight_versions = merged.weight_versions + nxt.weight_versions
     merged.status, merged.reward = nxt.status, nxt.reward
     merged.metadata = {**merged.metadata, **nxt.metadata}
+    for name in ("rollout_routed_experts", "rollout_indexer_topk"):
+        if getattr(nxt, name) is not None:  # engines answer for the whole request
+            setattr(merged, name, getattr(nxt, name))
     merged.non_generation_time += nxt.non_generation_time
     for name in ("spec_info", "prefix_cache_info"):
         sums, more = getattr(merged, name), getattr(nxt, name)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from miles.backends.base import LossFunction, LossOutput, MicroBatch, ParallelState
 from miles.backends.training_utils.collectives import share_places
 from miles.backends.training_utils.data import StepPlan, pieces, response_rows, response_tokens
+from miles.backends.training_utils.loss_hub.further_tokens import further_tokens_loss
 from miles.backends.training_utils.loss_hub.math_utils import (
     compute_approx_kl,
     compute_policy_loss,
@@ -71,7 +72,18 @@ class Losses:
         def loss(logits: torch.Tensor, batch: MicroBatch) -> LossOutput:
             return kind(logits, batch, Reducer(batch, step, per_token=self.settings.per_token))
 
-        return _computed_twice(loss) if self.settings.recompute else loss
+        whole = _computed_twice(loss) if self.settings.recompute else loss
+
+        def with_further_tokens(logits: torch.Tensor, batch: MicroBatch) -> LossOutput:
+            output = whole(logits, batch)
+            if not batch.further_logits:
+                return output
+            reduce = Reducer(batch, step, per_token=self.settings.per_token)
+            further = further_tokens_loss(batch, reduce, self.settings, self.parallel)
+            total = output.loss + self.settings.mtp_factor * further
+            return LossOutput(total, output.metrics | {"mtp_loss": further.detach()})
+
+        return with_further_tokens
 
     def log_prob_function(self, *, with_entropy: bool) -> Callable[[torch.Tensor, MicroBatch], LogProbOutput]:
         """For ``forward_only``."""

@@ -53,6 +53,7 @@ class LossSettings:
     use_opsm: bool
     opsm_delta: float
     value_clip: float
+    mtp_factor: float
 
     @classmethod
     def from_args(cls, args: Any) -> LossSettings:
@@ -89,6 +90,7 @@ class LossSettings:
             use_opsm=_flag(args, "use_opsm"),
             opsm_delta=float(getattr(args, "opsm_delta", None) or 0.0),
             value_clip=float(getattr(args, "value_clip", 0.2)),
+            mtp_factor=float(getattr(args, "mtp_loss_scaling_factor", 0.2)),
         )
 
     @property
