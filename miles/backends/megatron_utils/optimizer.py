@@ -46,7 +46,7 @@ def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParal
         use_distributed_optimizer=args.optimizer == "adam" and has_optimizer(args),
     )
     if buckets := getattr(args, "ddp_num_buckets", None):
-        config.bucket_size = math.ceil(sum(parameter.numel() for parameter in model.parameters()) / buckets)
+        config.bucket_size = math.ceil(sum(p.numel() for p in model.parameters() if p.requires_grad) / buckets)
     return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
 
 

@@ -53,6 +53,7 @@ def critic_args(args: Any) -> Any:
     if found.load is None and args.load is not None:
         found.ref_load, found.ref_ckpt_step = str(args.load if actor is None else actor.directory), None
     found.use_kl_loss, found.kl_coef, found.opd_type = False, 0.0, None
+    found.lora_rank = 0  # all of a critic is trained: what it is to learn is not in the weights that it begins with
     return found
 
 
