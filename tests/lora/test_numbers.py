@@ -34,6 +34,7 @@ MORE = {
 }
 EXPERTS = {
     "one rank": ("megatron", 1, {}),
+    "SP 2": ("megatron", 2, SP2),
     "EP 2, SP 2": ("megatron", 2, {**SP2, "expert_model_parallel_size": 2}),
     "EP 2, PP 2": ("megatron", 4, {"dp_size": 2, "expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }

@@ -95,14 +95,17 @@ class Adapter(torch.nn.Module):
         self._mark(base.weight)
         self.register_buffer("mask", self._mask(settings.rank, rank, size), persistent=False)
 
-    def _mark(self, weight: torch.Tensor) -> None:
+    def _mark(self, weight: Any) -> None:
         """As megatron.core asks: what is cut, what is reduced over which ranks."""
-        for name, parameter, is_cut, dim in (("a", self.a, not self.is_column, 1), ("b", self.b, self.is_column, 0)):
-            set_tensor_model_parallel_attributes(parameter, is_cut or self.is_expert, dim, 1)
-            parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+        for parameter, is_cut, dim in ((self.a, not self.is_column, 1), (self.b, self.is_column, 0)):
+            if self.is_expert:  # whole, as the weight is
+                set_tensor_model_parallel_attributes(parameter, weight.tensor_model_parallel, dim, 1)
+                for mark in ("allreduce", "sequence_parallel"):
+                    setattr(parameter, mark, getattr(weight, mark, mark == "allreduce"))
+                continue
+            set_tensor_model_parallel_attributes(parameter, is_cut, dim, 1)
             # Each tensor-parallel rank sees some rows only: their gradients are added up.
-            sees_part = self.sequence_parallel and name == ("a" if self.is_column else "b")
-            parameter.sequence_parallel = sees_part  # type: ignore[attr-defined]
+            parameter.sequence_parallel = self.sequence_parallel and not is_cut
 
     def _mask(self, rank_of_adapter: int, rank: int, size: int) -> torch.Tensor | None:
         """``[out, count * rank]`` of 0 and 1: which blocks of ``a`` each row of ``b`` works on. None: all of one."""
