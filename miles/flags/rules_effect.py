@@ -213,6 +213,11 @@ EFFECTS: tuple[Effect, ...] = (
     _needs(
         "check_weight_update_skip_list", _is_set("check_weight_update_equal"), "without --check-weight-update-equal"
     ),
+    _needs(
+        "lora_alpha lora_dropout lora_type target_modules exclude_modules lora_adapter_path",
+        _is_set("lora_rank"),
+        "without --lora-rank",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""
@@ -228,7 +233,7 @@ ONLY_TRAINER = (
     "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "
     "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
-    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load "
+    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load lora_rank "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

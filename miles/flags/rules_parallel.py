@@ -120,11 +120,12 @@ def _check_experts(draft: Draft) -> None:
             advice="Give --sequence-parallel, too.",
         )
     cut, size = draft["expert_tensor_parallel_size"], draft["tensor_model_parallel_size"]
-    if draft["num_experts"] and draft["expert_model_parallel_size"] == 1 and cut not in (1, size):
+    fits = (draft["moe_ffn_hidden_size"] or cut) % cut == 0
+    if draft["num_experts"] and fits and draft["expert_model_parallel_size"] == 1 and cut not in (1, size):
         draft.problem(
             "expert_tensor_parallel_size",
             f"with experts on each rank it is all or nothing of --tensor-model-parallel-size {size}",
-            allowed=f"1 or {size}",
+            allowed=f"1 or {size}" if size > 1 else "1",
             advice="Choose one of these, or give --expert-model-parallel-size above 1.",
         )
 

@@ -35,7 +35,7 @@ from miles.backends.base import (
     TrainBackend,
     TrainedObjects,
 )
-from miles.backends.checkpoint_layout import TRACKER
+from miles.backends.checkpoint_layout import TRACKER, holds_adapter
 from miles.backends.fsdp_utils.checkpoint import (
     Progress,
     RankState,
@@ -52,7 +52,7 @@ from miles.backends.fsdp_utils.packing import packed_layout
 from miles.backends.fsdp_utils.settings import settings_of
 from miles.backends.fsdp_utils.shards import named_shards
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
-from miles.backends.lora.files import check_checkpoint, has_adapter
+from miles.backends.lora.files import check_checkpoint
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.backends.training_utils.storages import distinct_storages
@@ -279,7 +279,7 @@ class FSDPBackend(TrainBackend):
         directory = None
         if loads.load is not None and is_checkpoint(loads.load, loads.step):
             directory = checkpoint_directory(loads.load, loads.step)
-            if loads.finetune and not has_adapter(directory):
+            if loads.finetune and not holds_adapter(directory):
                 base, step, directory = loads.load, loads.step, None
         elif loads.load is not None and (loads.load / "config.json").is_file():
             base, step = loads.load, None
@@ -290,7 +290,7 @@ class FSDPBackend(TrainBackend):
         self._adapters = Adapters(self._model, fresh, base)
         if directory is None:
             return 0
-        if has_adapter(directory):
+        if holds_adapter(directory):
             check_checkpoint(directory, lora, self._adapters.checksum)
         return self._go_on(cast("Path", loads.load))
 

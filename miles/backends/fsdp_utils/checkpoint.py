@@ -23,11 +23,10 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from miles.backends.checkpoint_layout import FSDP_META, TRACKER, iteration_name
+from miles.backends.checkpoint_layout import FSDP_META, TRACKER, holds_adapter, iteration_name
 from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 from miles.backends.fsdp_utils.shards import base_shards, is_part_of_adapter, saved_shards
-from miles.backends.lora.files import has_adapter
 from miles.utils.replace_directory import recover_all
 
 FORMAT = 1
@@ -148,7 +147,7 @@ def load_checkpoint(
 
 
 def _check_kind(directory: Path, *, is_adapter: bool) -> None:
-    if has_adapter(directory) == is_adapter:
+    if holds_adapter(directory) == is_adapter:
         return
     holds, asked = ("whole weights", "an adapter is") if is_adapter else ("an adapter alone", "whole weights are")
     raise _bad(

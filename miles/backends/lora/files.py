@@ -60,11 +60,6 @@ def _config(settings: LoraSettings, base: str) -> dict[str, Any]:
     }
 
 
-def has_adapter(checkpoint: Path) -> bool:
-    """Whether a checkpoint's directory is that of an adapter."""
-    return (checkpoint / ADAPTER_DIRECTORY / ADAPTER_CONFIG).is_file()
-
-
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
     """``adapter_config.json``, and the pairs by the layer's full name.
 

@@ -6,8 +6,13 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from miles.backends.checkpoint_layout import FoundCheckpoint, NoSuchCheckpoint, find_checkpoint, is_hf_directory
-from miles.backends.lora.files import has_adapter
+from miles.backends.checkpoint_layout import (
+    FoundCheckpoint,
+    NoSuchCheckpoint,
+    find_checkpoint,
+    holds_adapter,
+    is_hf_directory,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def choose_source(args: Namespace) -> Source:
     found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
     if found is not None:
         weights_only = found.rollout_id is None or getattr(args, "finetune", False)
-        if getattr(args, "lora_rank", 0) and has_adapter(found.directory):
+        if getattr(args, "lora_rank", 0) and holds_adapter(found.directory):
             return Source(reference_source(args), None if weights_only else found, adapter=found.directory)
         return Source(found.directory, None if weights_only else found, is_own=True)
     if args.load is not None and is_hf_directory(Path(args.load)):
