@@ -116,12 +116,20 @@ def check_checkpoint(checkpoint: Path, settings: LoraSettings, checksum: int) ->
     check_base(checkpoint, checksum)
 
 
+def base_checksum(checkpoint: Path) -> int:
+    """Of the weights that the adapter in a checkpoint belongs to."""
+    checksum = _json(checkpoint / ADAPTER_DIRECTORY, BASE).get("checksum")
+    if not isinstance(checksum, int):
+        raise _bad(checkpoint / ADAPTER_DIRECTORY, f"{BASE} holds no checksum")
+    return checksum
+
+
 def check_base(checkpoint: Path, checksum: int) -> None:
     """Raises:
     BadAdapter: The adapter in the checkpoint belongs to weights of another checksum.
     """
     directory = checkpoint / ADAPTER_DIRECTORY
-    belongs = _json(directory, BASE).get("checksum")
+    belongs = base_checksum(checkpoint)
     if belongs != checksum:
         path = _json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
         raise _bad(
