@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("source", type=Path, help="--save directory of a run, or one of its iter_ directories")
     back.add_argument("destination", type=Path, help="a new directory")
     back.add_argument(
-        "--hf-checkpoint", type=Path, required=True,
+        "--hf-checkpoint",
+        type=Path,
+        required=True,
         help="directory that config and tokenizer are taken from, and the weights that an adapter belongs to",
     )
     back.add_argument("--ckpt-step", type=int, help="rollout whose checkpoint is converted; default: the newest")

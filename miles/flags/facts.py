@@ -69,8 +69,8 @@ HOOKS = (
 class CheckpointFacts:
     """A checkpoint: the ``--train-backend`` that reads it, and the rollout after which it was written.
 
-    ``rollout_id`` is None for weights alone, as ``miles convert`` writes them. ``adapter``: it is one of LoRA, without the
-    weights below.
+    ``rollout_id`` is None for weights alone, as ``miles convert`` writes them. ``adapter``: it is one of LoRA, without
+    the weights below.
     """
 
     backend: str

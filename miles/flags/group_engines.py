@@ -76,7 +76,9 @@ FLAGS: tuple[Flag, ...] = (
         refused(switch("--lora-sync-from-tensor", "send adapters as tensors"), MERGED),
         refused(switch("--lora-base-cpu-backup", "base weights on the CPU"), MERGED),
         refused(switch("--lora-train-only", "do not serve adapters"), MERGED),
-        refused(switch("--experts-shared-outer-loras", "layout for experts"), "not built yet: adapters shared by experts"),
+        refused(
+            switch("--experts-shared-outer-loras", "layout for experts"), "not built yet: adapters shared by experts"
+        ),
         refused(integer("--multi-lora-n-adapters", 0, "adapters"), MULTI_LORA, only=(0,)),
         refused(text("--multi-lora-adapter", [], "NAME CONFIG", nargs="+"), MULTI_LORA),
         refused(number("--multi-lora-idle-poll-s", 5.0, "poll"), MULTI_LORA),

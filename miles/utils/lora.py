@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) by the flags: which linear layers have one, and how they
 share. Imports no torch.
 
-Layers are called as in Hugging Face checkpoints, by the last part of their names. An adapter adds ``alpha / rank * B A x``
-to what a layer makes of ``x``; ``A`` is ``[rank, in]``, ``B`` is ``[out, rank]``.
+Layers are called as in Hugging Face checkpoints, by the last part of their names. An adapter adds ``alpha / rank * B A
+x`` to what a layer makes of ``x``; ``A`` is ``[rank, in]``, ``B`` is ``[out, rank]``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 ALL_LINEAR = "all-linear"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of a decoder layer, of its MLP or of each of its experts. Routers, embeddings and the output layer get no
-adapter."""
+"""Linear layers of a decoder layer, of its MLP or of each of its experts. Routers, embeddings and the output layer get
+no adapter."""
 JOINED = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "linear_proj": ("o_proj",),

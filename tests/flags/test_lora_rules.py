@@ -1,10 +1,12 @@
 """LoRA: which layers have an adapter, and which checkpoints, adapters and layouts go with it."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from support.flag_cases import CHECKPOINT, FACTS, MODEL, QWEN3, config, problems, with_directory
+from support.flag_cases import CHECKPOINT, FACTS, GPUS, MODEL, QWEN3, config, outcome, problems, with_directory
 
 from miles.flags.facts import CheckpointFacts, DirectoryFacts, gather, look_at
 from miles.flags.table import table
@@ -12,7 +14,10 @@ from miles.utils.lora import MODULES, LoraSettings, target_modules
 
 LORA = "--lora-rank 4 --lora-alpha 8 --target-modules all-linear"
 ADAPTED = DirectoryFacts(
-    exists=True, newest=CheckpointFacts("megatron", 7, True), steps={3: "megatron", 7: "megatron"}, adapters=frozenset({7})
+    exists=True,
+    newest=CheckpointFacts("megatron", 7, True),
+    steps={3: "megatron", 7: "megatron"},
+    adapters=frozenset({7}),
 )
 WHOLE, BOTH = with_directory("L", CHECKPOINT), with_directory("L", ADAPTED)
 EXPERTS = QWEN3 | {
@@ -91,6 +96,15 @@ def test_what_does_not_go_with_it_is_told(flags, facts, flag, words):
 )  # fmt: skip
 def test_what_goes_with_it(flags, facts):
     config(flags, facts=facts)
+
+
+def test_the_command_of_the_page_can_be_run():
+    page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text()
+    words = re.search(r"```bash\npython train.py (.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
+    facts = replace(GPUS, directories={"Qwen3-4B": MODEL}, data={"math.jsonl": FACTS.data["D"]})
+    found = outcome(recipe=words, facts=facts)
+    assert (found.problems, [notice for notice in found.notices if "no effect" in notice]) == ((), [])
+    assert {found.config[name] for name in ("lora_rank", "lora_alpha", "target_modules")} == {16, 32, "all-linear"}
 
 
 def test_a_path_becomes_absolute():

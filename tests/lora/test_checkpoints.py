@@ -1,4 +1,5 @@
-"""A checkpoint holds the adapter, what its optimizer keeps, and no weight below; it goes on bit for bit, on its own base."""
+"""A checkpoint holds the adapter, what its optimizer keeps, and no weight below; it goes on bit for bit, on its own
+base."""
 
 import json
 
@@ -97,7 +98,9 @@ def test_other_layouts_take_it_over(run, world):
     for start, weights in run_ranks(world, started_weights, path, "megatron", {**layout, "load": str(root)}):
         assert start == 1
         assert_same(weights, saved)
-    (start, weights), *_ = run_ranks(1, started_weights, path, "fsdp", {"lora_adapter_path": str(root / "iter_0000000/adapter")})
+    (start, weights), *_ = run_ranks(
+        1, started_weights, path, "fsdp", {"lora_adapter_path": str(root / "iter_0000000/adapter")}
+    )
     assert start == 0
     for key, value in saved.items():
         torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-6, msg=key)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from miles.backends.fsdp_utils.shards import base_shards, first_row, named_shards, whole
+from miles.backends.fsdp_utils.shards import base_shards, first_row, whole
 from miles.backends.lora.files import Pair, write_adapter
 from miles.backends.lora.values import FirstValues, Switch, bit_sum, merged
 from miles.utils.lora import LoraSettings

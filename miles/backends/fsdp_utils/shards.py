@@ -40,7 +40,9 @@ def whole(shard: DTensor, device: torch.device | None = None, dtype: torch.dtype
         dtype: To convert to, before gathering.
     """
     mesh = shard.device_mesh
-    device = device or torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    if device is None:
+        on_gpu = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     with torch.no_grad():
         local = shard.to_local().to(device, dtype or shard.dtype)
         part = DTensor.from_local(

@@ -33,8 +33,8 @@ def load_hf_weights(model: nn.Module, path: Path) -> None:
 
 
 def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, on all ranks, in the order of the model, with what adapters add to it. Collective: all ranks
-    must exhaust it.
+    """Each parameter whole, on all ranks, in the order of the model, with what adapters add to it. Collective: all
+    ranks must exhaust it.
 
     Args:
         device: Where tensors are gathered, also when shards are kept on the host.

@@ -1,6 +1,7 @@
 """Adapters in the layout that ``peft`` reads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Beside them lies ``base.json``, with the checksum of the weights that the adapter belongs to: on others it would be noise.
+Beside them lies ``base.json``, with the checksum of the weights that the adapter belongs to: on others it would be
+noise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class BadAdapter(ConfigError):
     code = "E-MODEL-004"
 
 
-def write_adapter(directory: Path, pairs: Mapping[str, Pair], settings: LoraSettings, *, base: str, checksum: int) -> None:
+def write_adapter(
+    directory: Path, pairs: Mapping[str, Pair], settings: LoraSettings, *, base: str, checksum: int
+) -> None:
     """Into a new directory. ``pairs``: by the layer's full name; ``base``: the path of the weights below.
 
     Raises:
@@ -134,7 +137,7 @@ def check_base(checkpoint: Path, checksum: int) -> None:
         path = _json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
         raise _bad(
             directory,
-            f"it belongs to other weights: their checksum is {belongs}, and was {path}; that of this run's is {checksum}",
+            f"it belongs to other weights, those of {path}: their checksum is {belongs}, this run has {checksum}",
             advice="Give --ref-load or --hf-checkpoint as it was made with, in the same dtype.",
         )
 
@@ -167,5 +170,7 @@ def _json(directory: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _bad(directory: Path, evidence: str, advice: str = "Give the directory of a LoRA adapter in peft's layout.") -> BadAdapter:
+def _bad(
+    directory: Path, evidence: str, advice: str = "Give the directory of a LoRA adapter in peft's layout."
+) -> BadAdapter:
     return BadAdapter(f"the adapter {directory} cannot be used", evidence=evidence, advice=advice, path=str(directory))

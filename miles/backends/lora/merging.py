@@ -1,4 +1,4 @@
-"""A checkpoint's adapter merged into the Hugging Face directory that it belongs to, tensor by tensor, without a model."""
+"""A checkpoint's adapter merged into the Hugging Face directory that it belongs to, without a model."""
 
 from __future__ import annotations
 

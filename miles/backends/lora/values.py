@@ -66,7 +66,7 @@ class FirstValues:
 
 
 def fresh_a(name: str, rank: int, columns: int, seed: int) -> torch.Tensor:
-    """float32 ``[rank, columns]``, uniform in ``±1 / sqrt(columns)`` (Kaiming's with a = sqrt 5, as ``peft`` has it)."""
+    """float32 ``[rank, columns]``, uniform in ``±1 / sqrt(columns)``: Kaiming's with a = sqrt 5, as ``peft`` has it."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     bound = 1 / math.sqrt(columns)
@@ -85,5 +85,5 @@ def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     Exact, so that it does not depend on order: sums over the parts of a tensor, on whatever ranks, add up to its own.
     """
     flat = tensor.detach().reshape(-1)
-    parts = [part.float().view(torch.int32).sum(dtype=torch.int64) for part in flat.split(_ROWS)]
+    parts = [part.float().view(torch.int32).sum(dtype=torch.int64) for part in torch.split(flat, _ROWS)]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.int64, device=tensor.device)

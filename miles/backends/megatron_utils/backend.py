@@ -144,9 +144,7 @@ class MegatronBackend(TrainBackend):
             return None
         if source.adapter is not None:
             settings = replace(settings, adapter_path=None)
-        adapters = Adapters(
-            model, self.rules, settings, stage=self.stage, parallel=self.parallel, base=source.weights
-        )
+        adapters = Adapters(model, self.rules, settings, stage=self.stage, parallel=self.parallel, base=source.weights)
         if source.adapter is not None:
             check_checkpoint(source.adapter, settings, adapters.checksum)
             if source.resumes is None:

@@ -241,10 +241,16 @@ def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: 
             path=str(directory),
         )
     if bool(common.get("is_adapter")) != state.is_adapter:
-        holds, asks = ("an adapter alone", "whole weights are") if common.get("is_adapter") else ("whole weights", "an adapter is")
+        holds, asks = (
+            ("an adapter alone", "whole weights are")
+            if common.get("is_adapter")
+            else ("whole weights", "an adapter is")
+        )
         raise CheckpointMismatch(
             f"the checkpoint {directory} holds {holds}, and {asks} asked for",
-            evidence="it was saved with --lora-rank" if common.get("is_adapter") else "it was saved without --lora-rank",
+            evidence="it was saved with --lora-rank"
+            if common.get("is_adapter")
+            else "it was saved without --lora-rank",
             advice="Give --lora-rank as it was saved; make whole weights of an adapter with `miles convert`; or begin "
             "an adapter on these weights with --finetune.",
             path=str(directory),

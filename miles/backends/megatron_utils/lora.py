@@ -93,6 +93,7 @@ class Adapter(torch.nn.Module):
         self.a = torch.nn.Parameter(base.weight.new_empty(plan.count * settings.rank, columns))
         self.b = torch.nn.Parameter(base.weight.new_empty(rows, settings.rank))
         self._mark(base.weight)
+        self.mask: torch.Tensor | None
         self.register_buffer("mask", self._mask(settings.rank, rank, size), persistent=False)
 
     def _mark(self, weight: Any) -> None:
@@ -105,7 +106,7 @@ class Adapter(torch.nn.Module):
                 continue
             set_tensor_model_parallel_attributes(parameter, is_cut, dim, 1)
             # Each tensor-parallel rank sees some rows only: their gradients are added up.
-            parameter.sequence_parallel = self.sequence_parallel and not is_cut
+            parameter.sequence_parallel = self.sequence_parallel and not is_cut  # type: ignore[attr-defined]
 
     def _mask(self, rank_of_adapter: int, rank: int, size: int) -> torch.Tensor | None:
         """``[out, count * rank]`` of 0 and 1: which blocks of ``a`` each row of ``b`` works on. None: all of one."""
@@ -136,10 +137,14 @@ class Adapter(torch.nn.Module):
                 else reduce_from_tensor_model_parallel_region
             )
             hidden = reduce(hidden)
-        b = self.b
-        if self.mask is not None:
-            b = b.repeat(1, self.plan.count) * self.mask
-        return F.linear(hidden, b) * self.scaling
+        return F.linear(hidden, self._widened()) * self.scaling
+
+    def _widened(self) -> torch.Tensor:
+        """``b`` ``[out, count * rank]``, for all blocks of ``a`` at once."""
+        if self.mask is None:
+            return self.b
+        widened: torch.Tensor = self.b.repeat(1, self.plan.count) * self.mask
+        return widened
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not self.dropout or not self.training:
@@ -153,7 +158,10 @@ class Adapter(torch.nn.Module):
     def fill(self, values: FirstValues, rank: int, size: int) -> None:
         """This rank's part of whole pairs."""
         plan = self.plan
-        pairs = [None if block is None else values.pair(module) for module, block in zip(plan.modules, plan.blocks, strict=True)]
+        pairs = [
+            None if block is None else values.pair(module)
+            for module, block in zip(plan.modules, plan.blocks, strict=True)
+        ]
         blocks: dict[int, torch.Tensor] = {}
         halves = []
         for block, pair, shape in zip(plan.blocks, pairs, plan.rule.hf.values(), strict=True):
@@ -232,7 +240,9 @@ class Adapters:
         self._plans = plans
         self.checksum = _checksum(model, rules, stage, parallel)
         model.requires_grad_(False)
-        values = FirstValues(settings, {name: width for plan in plans.values() for name, width in plan.widths().items()})
+        values = FirstValues(
+            settings, {name: width for plan in plans.values() for name, width in plan.widths().items()}
+        )
         self._own: dict[str, Adapter] = {}
         for name, rule in stage.local_rules(rules):
             if rule.megatron in plans and rule.layer is not None:
@@ -242,10 +252,13 @@ class Adapters:
     def _attach(self, name: str, plan: Plan, values: FirstValues) -> Adapter:
         linear = self._model.get_submodule(name.removesuffix(WEIGHT))
         rank, size = tensor_parallel(plan.rule, self._parallel)
-        if not isinstance(linear, ColumnParallelLinear | RowParallelLinear) or (plan.rule.expert is not None and size > 1):
+        if not isinstance(linear, ColumnParallelLinear | RowParallelLinear) or (
+            plan.rule.expert is not None and size > 1
+        ):
             raise UnsupportedSetting(
                 f"--lora-rank {self.settings.rank}: {name.removesuffix(WEIGHT)} can have no adapter",
-                evidence=f"it is a {type(linear).__name__}" + (f", an expert cut over {size} ranks" if size > 1 else ""),
+                evidence=f"it is a {type(linear).__name__}"
+                + (f", an expert cut over {size} ranks" if size > 1 else ""),
                 advice="Leave its layers out with --exclude-modules; experts need --expert-tensor-parallel-size 1.",
             )
         adapter = Adapter(linear, plan, self.settings, rank, size)
@@ -301,8 +314,8 @@ class Adapters:
 
     def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """This rank's, by the names of its parameters in the model."""
-        found = {}
-        for name, rule in self._stage.local_rules(list(plan.rule for plan in self._plans.values())):
+        found: dict[str, Any] = {}
+        for name, rule in self._stage.local_rules([plan.rule for plan in self._plans.values()]):
             if rule.megatron in self._own and rule.layer is not None:
                 local, key = (full.removesuffix(WEIGHT) + ".adapter" for full in (name, rule.megatron))
                 parts = self._own[rule.megatron].sharded(key, self._parallel)

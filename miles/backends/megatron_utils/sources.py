@@ -30,8 +30,8 @@ class Source:
 def choose_source(args: Namespace) -> Source:
     """``--load`` if it holds a checkpoint, else ``--ref-load``, else ``--hf-checkpoint``.
 
-    A checkpoint of ``miles convert``, or ``--finetune``, gives weights only. One of adapters says nothing of the weights
-    below, which are those that a fresh start has.
+    A checkpoint of ``miles convert``, or ``--finetune``, gives weights only. One of adapters says nothing of the
+    weights below, which are those that a fresh start has.
     """
     found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
     if found is not None:
