@@ -10,7 +10,7 @@ from support.tiny_models import tiny_model
 from support.training_runs import train
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
-LORA = {"lora_rank": 8, "lora_alpha": 32, "target_modules": "all-linear", "lr": 1e-2}
+LORA = {"lora_rank": 8, "lora_alpha": 32, "target_modules": "all-linear", "lr": 3e-2}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}
 LAYOUTS = {
     "megatron, colocated, SP 2": {
