@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 LORA = {"lora_rank": 8, "lora_alpha": 32, "target_modules": "all-linear", "lr": 3e-2}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}
 LAYOUTS = {
+    "megatron, colocated, 1 rank": {"colocate": True},
     "megatron, colocated, SP 2": {
         "colocate": True, "actor_num_gpus_per_node": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
     },
@@ -21,7 +22,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (not name.startswith("megatron"))) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=[pytest.mark.long] * ("1 rank" not in name)) for name in LAYOUTS]
 )
 def test_the_reward_rises_and_engines_hold_the_merged_weights(tmp_path, name):
     model = tiny_model("qwen3", hidden=64, layers=2)
@@ -44,6 +45,7 @@ def test_the_reward_rises_and_engines_hold_the_merged_weights(tmp_path, name):
     assert len(pairs) == 2 * 7
 
 
+@pytest.mark.long
 def test_supervised_training_of_an_adapter(tmp_path):
     model = tiny_model("qwen3", hidden=64, layers=2)
     chats = [

@@ -114,7 +114,7 @@ def replicated(run):
     ("kind", "changed"),
     [
         ("megatron", SP2),
-        ("fsdp", {"dp_size": 2}),
+        pytest.param("fsdp", {"dp_size": 2}, marks=pytest.mark.long),
         pytest.param("megatron", {"tensor_model_parallel_size": 2}, marks=pytest.mark.long),
     ],
 )
