@@ -178,10 +178,17 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, kind):
         assert words in str(failure.value)
 
 
-def test_a_critic_is_trained_whole():
+def test_a_critic_is_trained_whole(tmp_path):
     from support.trained_rollouts import args_of
 
     from miles.backends.training_utils.critic import critic_args
 
-    args = args_of(tiny_model("qwen3"), "megatron", **lora_flags())
+    adapter = tmp_path / "iter_0000000" / "adapter"
+    adapter.mkdir(parents=True)
+    for file in (adapter.parent / "metadata.json", adapter / "adapter_config.json"):
+        file.write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("0")
+    args = args_of(tiny_model("qwen3"), "megatron", critic_load=None, critic_lr=None, **lora_flags())
     assert (critic_args(args).lora_rank, args.lora_rank) == (0, 3)
+    args.load = str(tmp_path)
+    assert critic_args(args).ref_load == args.ref_load, "an adapter has no layers to begin with"
