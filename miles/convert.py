@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("source", type=Path, help="--save directory of a run, or one of its iter_ directories")
     back.add_argument("destination", type=Path, help="a new directory")
     back.add_argument(
-        "--hf-checkpoint", type=Path, required=True, help="directory that config and tokenizer are taken from"
+        "--hf-checkpoint",
+        type=Path,
+        required=True,
+        help="directory that config and tokenizer are taken from, and the weights that an adapter belongs to",
     )
     back.add_argument("--ckpt-step", type=int, help="rollout whose checkpoint is converted; default: the newest")
     return parser
@@ -87,20 +90,22 @@ def hf_to_torch_dist(source: Path, destination: Path) -> None:
 
 
 def torch_dist_to_hf(source: Path, destination: Path, hf_checkpoint: Path, *, step: int | None = None) -> None:
-    """Write the weights of a checkpoint as a Hugging Face directory.
+    """Write the weights of a checkpoint as a Hugging Face directory. An adapter (``--lora-rank``) is merged into the
+    weights of ``hf_checkpoint``.
 
     Raises:
-        NoSuchCheckpoint, DamagedCheckpoint, CheckpointMismatch: Of the source.
+        NoSuchCheckpoint, DamagedCheckpoint, CheckpointMismatch, BadAdapter: Of the source.
         DestinationExists: There is something already.
         CannotExport: The disk is full, or forbids it.
     """
-    from miles.backends.checkpoint_layout import NoSuchCheckpoint, find_checkpoint
-    from miles.backends.hf_directory import read_config
+    from miles.backends.checkpoint_layout import NoSuchCheckpoint, find_checkpoint, holds_adapter
+    from miles.backends.hf_directory import HFDirectory, read_config
     from miles.backends.hf_export import export_hf
+    from miles.backends.lora.merging import MergedModel
     from miles.backends.megatron_utils.standalone import StandaloneModel, checkpoint_dtype
 
     _refuse_existing(destination)
-    config = read_config(hf_checkpoint)
+    config, args = read_config(hf_checkpoint), Namespace(hf_checkpoint=str(hf_checkpoint))
     found = find_checkpoint(source, step)
     if found is None:
         raise NoSuchCheckpoint(
@@ -110,9 +115,12 @@ def torch_dist_to_hf(source: Path, destination: Path, hf_checkpoint: Path, *, st
             path=str(source),
         )
     with _single_rank():
+        if holds_adapter(found.directory):
+            export_hf(MergedModel(HFDirectory(hf_checkpoint), found.directory), args, destination)
+            return
         model = StandaloneModel(config, checkpoint_dtype(found.directory))
         model.load_torch_dist(found.directory)
-        export_hf(model, Namespace(hf_checkpoint=str(hf_checkpoint)), destination)
+        export_hf(model, args, destination)
 
 
 def _refuse_existing(destination: Path) -> None:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from miles.utils.lora import ADAPTER_CONFIG, ADAPTER_DIRECTORY
 from miles.utils.replace_directory import recover_all
 from miles_agents.errors import ConfigError, EnvironmentFault
 
@@ -60,6 +61,11 @@ def backend_of(directory: Path) -> str | None:
     if (directory / FORMAT).is_file():
         return "megatron"
     return "fsdp" if (directory / FSDP_META).is_file() and (directory / "model").is_dir() else None
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Whether a checkpoint's directory is that of an adapter, without the weights below."""
+    return (directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG).is_file()
 
 
 def find_checkpoint(root: str | Path | None, step: int | None = None) -> FoundCheckpoint | None:

@@ -19,6 +19,7 @@ from miles.backends.checkpoint_layout import (
     DamagedCheckpoint,
     backend_of,
     find_checkpoint,
+    holds_adapter,
     rollout_of,
 )
 from miles.flags.engine_facts import EngineFacts, look_at_engines
@@ -26,6 +27,7 @@ from miles.flags.prompt_facts import DataFacts, read_data
 from miles.flags.row_checks import row_checks
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
 from miles.utils.eval_config import BadEvalConfig, Entries, EvalDatasetConfig, read_entries, resolve_entries
+from miles.utils.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from miles.utils.misc import not_built
 from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
@@ -67,11 +69,13 @@ HOOKS = (
 class CheckpointFacts:
     """A checkpoint: the ``--train-backend`` that reads it, and the rollout after which it was written.
 
-    ``rollout_id`` is None for weights alone, as ``miles convert`` writes them.
+    ``rollout_id`` is None for weights alone, as ``miles convert`` writes them. ``adapter``: it is one of LoRA, without
+    the weights below.
     """
 
     backend: str
     rollout_id: int | None
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class DirectoryFacts:
         has_weights: It has safetensors.
         newest: The checkpoint that the tracker file names, or that the directory is; None: there is none.
         steps: Backends of the checkpoints below it, by rollout.
+        adapters: Of those, the ones that are adapters of LoRA.
         is_checkpoint: It is the directory of a checkpoint itself.
         checkpoint_error: Why the checkpoint that the tracker file names cannot be used.
     """
@@ -97,6 +102,7 @@ class DirectoryFacts:
     has_weights: bool = False
     newest: CheckpointFacts | None = None
     steps: Mapping[int, str] = field(default_factory=dict)
+    adapters: frozenset[int] = frozenset()
     is_checkpoint: bool = False
     checkpoint_error: str = ""
 
@@ -142,6 +148,8 @@ class Facts:
         cores: CPU cores that this process may use.
         tracking: What trackers find.
         engines: What --sglang-config says, and SGLang's arguments.
+        adapter: ``adapter_config.json`` of ``--lora-adapter-path``.
+        adapter_error: Why there is none.
         default_run_dir: Where a run without ``--run-dir`` writes.
         cwd: What relative paths are relative to.
     """
@@ -161,6 +169,8 @@ class Facts:
     cores: int = 1
     tracking: TrackingFacts = field(default_factory=TrackingFacts)
     engines: EngineFacts = field(default_factory=EngineFacts)
+    adapter: Mapping[str, Any] | None = None
+    adapter_error: str = ""
     default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
     cwd: str = "/"
 
@@ -182,6 +192,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         kinds.setdefault(found.path, []).append(
             replace(found.kinds, **row_checks(found.rm_type or rm_type, custom, found.added))
         )
+    adapter, adapter_error = _read_adapter(values.get("lora_adapter_path"))
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
     named_files = [path for key in NAMED_FILES if (path := values.get(key))]
@@ -201,6 +212,8 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         cores=usable_cores(),
         tracking=look_at_tracking(values),
         engines=look_at_engines(values),
+        adapter=adapter,
+        adapter_error=adapter_error,
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )
@@ -223,17 +236,27 @@ def look_at(path: Path) -> DirectoryFacts:
         has_weights=any(name.endswith(".safetensors") for name in names),
         newest=newest,
         steps={rollout: backend for name, rollout in rollouts.items() if (backend := backend_of(path / name))},
+        adapters=frozenset(rollout for name, rollout in rollouts.items() if holds_adapter(path / name)),
         is_checkpoint=backend_of(path) is not None,
         checkpoint_error=checkpoint_error,
     )
+
+
+def _read_adapter(path: str | None) -> tuple[dict[str, Any] | None, str]:
+    if not path:
+        return None, ""
+    absent = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (Path(path) / name).is_file()]
+    if absent:
+        return None, f"it has no {absent[0]}"
+    return _read_config(Path(path) / ADAPTER_CONFIG)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        return None, f"config.json cannot be read: {error}"
-    return (config, "") if isinstance(config, dict) else (None, "config.json is not a JSON object")
+        return None, f"{path.name} cannot be read: {error}"
+    return (config, "") if isinstance(config, dict) else (None, f"{path.name} is not a JSON object")
 
 
 def _newest(path: Path) -> tuple[CheckpointFacts | None, str]:
@@ -248,7 +271,7 @@ def _newest(path: Path) -> tuple[CheckpointFacts | None, str]:
     backend = backend_of(found.directory)
     if backend is None:
         return None, f"{found.directory.name} is incomplete, or no checkpoint"
-    return CheckpointFacts(backend, found.rollout_id), ""
+    return CheckpointFacts(backend, found.rollout_id, holds_adapter(found.directory)), ""
 
 
 def why_unwritable(path: Path) -> str:

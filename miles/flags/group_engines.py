@@ -19,7 +19,8 @@ _OF_FUNCTIONS = frozenset(
 """Flags that generate functions add to the parser."""
 _OF_AGENTS = ("--custom-agent-function-path", "--max-seq-len")
 MILES_ROUTER = "the router is sglang-router"
-LORA = "not built yet: LoRA"
+MERGED = "engines get the adapter merged into their weights, and serve no other"
+MULTI_LORA = "not built yet: several adapters at once (multi-LoRA)"
 
 FLAGS: tuple[Flag, ...] = (
     *grouped(
@@ -41,7 +42,7 @@ FLAGS: tuple[Flag, ...] = (
         refused(integer("--miles-router-max-connections", None, "its connections"), MILES_ROUTER),
         refused(integer("--miles-router-health-check-failure-threshold", 3, "its patience"), MILES_ROUTER),
         refused(switch("--recompute-logprobs-via-prefill", "score responses again"), "not built yet"),
-        refused(off("--no-sglang-lora-use-virtual-experts", "sglang_lora_use_virtual_experts", "kind of LoRA"), LORA),
+        refused(off("--no-sglang-lora-use-virtual-experts", "sglang_lora_use_virtual_experts", "kind of LoRA"), MERGED),
     ),
     *grouped(
         GROUP,
@@ -59,27 +60,34 @@ FLAGS: tuple[Flag, ...] = (
     *grouped(
         "LoRA",
         "reference",
-        refused(integer("--lora-rank", 0, "rank (0: no LoRA)"), LORA, only=(0,)),
-        refused(integer("--lora-alpha", 16, "scale"), LORA),
-        refused(number("--lora-dropout", 0.0, "dropout"), LORA),
-        refused(text("--lora-type", "lora", "variant", choices=("lora", "canonical_lora")), LORA),
-        refused(text("--target-modules", None, "which layers"), LORA),
-        refused(text("--exclude-modules", None, "which layers not"), LORA),
-        refused(path("--lora-adapter-path", "adapter to start from"), LORA),
-        refused(switch("--lora-sync-from-tensor", "send adapters as tensors"), LORA),
-        refused(switch("--lora-base-cpu-backup", "base weights on the CPU"), LORA),
-        refused(switch("--lora-train-only", "do not serve adapters"), LORA),
-        refused(switch("--experts-shared-outer-loras", "layout for experts"), LORA),
-        refused(integer("--multi-lora-n-adapters", 0, "adapters"), LORA, only=(0,)),
-        refused(text("--multi-lora-adapter", [], "NAME CONFIG", nargs="+"), LORA),
-        refused(number("--multi-lora-idle-poll-s", 5.0, "poll"), LORA),
-        refused(text("--multi-lora-http-server-path", None, "class"), LORA),
-        refused(text("--multi-lora-backend-path", None, "class"), LORA),
-        refused(integer("--multi-lora-api-port", 8068, "port"), LORA),
-        refused(off("--multi-lora-disable-service-mode", "multi_lora_service_mode", "end when done"), LORA),
-        refused(integer("--multi-lora-max-adapter-global-batch-size", None, "bound"), LORA),
-        refused(number("--multi-lora-max-coalesce-wait-s", 0.5, "wait"), LORA),
-        refused(number("--multi-lora-max-empty-wait-s", 30.0, "wait"), LORA),
+        integer("--lora-rank", 0, "rank of the adapters that are trained in place of the weights (0: none)"),
+        integer("--lora-alpha", 16, "what an adapter adds is scaled by this, divided by the rank"),
+        number("--lora-dropout", 0.0, "share of an adapter's input that is left out in training"),
+        text(
+            "--lora-type",
+            "lora",
+            "whether layers that Megatron joins (q, k, v; gate, up) share their A, or each has its own",
+            choices=("lora", "canonical_lora"),
+        ),
+        text("--target-modules", None, "layers with an adapter: all-linear, or names with commas between"),
+        text("--exclude-modules", None, "of these, the ones without"),
+        path("--lora-adapter-path", "directory of an adapter in peft's layout to begin with"),
+        refused(switch("--lora-sync-from-tensor", "send adapters as tensors"), MERGED),
+        refused(switch("--lora-base-cpu-backup", "base weights on the CPU"), MERGED),
+        refused(switch("--lora-train-only", "do not serve adapters"), MERGED),
+        refused(
+            switch("--experts-shared-outer-loras", "layout for experts"), "not built yet: adapters shared by experts"
+        ),
+        refused(integer("--multi-lora-n-adapters", 0, "adapters"), MULTI_LORA, only=(0,)),
+        refused(text("--multi-lora-adapter", [], "NAME CONFIG", nargs="+"), MULTI_LORA),
+        refused(number("--multi-lora-idle-poll-s", 5.0, "poll"), MULTI_LORA),
+        refused(text("--multi-lora-http-server-path", None, "class"), MULTI_LORA),
+        refused(text("--multi-lora-backend-path", None, "class"), MULTI_LORA),
+        refused(integer("--multi-lora-api-port", 8068, "port"), MULTI_LORA),
+        refused(off("--multi-lora-disable-service-mode", "multi_lora_service_mode", "end when done"), MULTI_LORA),
+        refused(integer("--multi-lora-max-adapter-global-batch-size", None, "bound"), MULTI_LORA),
+        refused(number("--multi-lora-max-coalesce-wait-s", 0.5, "wait"), MULTI_LORA),
+        refused(number("--multi-lora-max-empty-wait-s", 30.0, "wait"), MULTI_LORA),
     ),
 )
 

@@ -125,7 +125,10 @@ _DEBUGGING: tuple[Flag, ...] = (
             switch("--check-weight-update-allow-quant-error", "tolerance"),
             "weights are compared bit by bit; leave quantised parameters out by --check-weight-update-skip-list",
         ),
-        refused(switch("--check-lora-weight-equal", "adapters"), "not built yet: LoRA"),
+        refused(
+            switch("--check-lora-weight-equal", "adapters"),
+            "engines hold weights with adapters merged in: --check-weight-update-equal compares these",
+        ),
         path("--save-debug-trajectory-data", "file of each rollout's answers as text by role; holds {rollout_id}"),
         refused(
             path("--save-debug-event-data", "directory of the run's events"),

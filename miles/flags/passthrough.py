@@ -48,7 +48,7 @@ _EXCLUDED: dict[str, str] = {
     "skip_server_warmup": _RUN_DECIDES,
     "enable_return_routed_experts": "it follows --use-rollout-routing-replay",
     "enable_return_indexer_topk": "it follows --use-rollout-indexer-replay, not built yet",
-    "lora_paths": "not built yet: LoRA",
+    "lora_paths": "engines get the trainer's adapter merged into their weights: --lora-rank",
     "worker_urls": "engines register themselves",
 }
 

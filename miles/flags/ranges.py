@@ -62,6 +62,7 @@ _AT_LEAST_1 = (
     "recovery_interval",
     "trainer_heartbeat_checker_failure_threshold",
     "rollout_health_check_timeout",
+    "lora_alpha",
 )
 _AT_LEAST_0 = (
     "rollout_health_check_first_wait",
@@ -99,6 +100,7 @@ _AT_LEAST_0 = (
     "critic_lr_warmup_iters",
     "opd_teacher_ckpt_step",
     "max_weight_staleness",
+    "lora_rank",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -110,6 +112,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "adam_beta2": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "attention_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "hidden_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
+    "lora_dropout": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "async_data_buffer_capacity_factor": (math.ulp(0.0), _INF, "above 0"),
     "mfu_peak_tflops": (math.ulp(0.0), _INF, "above 0"),
     "gamma": (0, 1, "0 to 1"),

@@ -18,6 +18,7 @@ from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, re
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
 from miles.flags.rules_generate import resolve_generate
+from miles.flags.rules_lora import resolve_lora
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_mtp import resolve_mtp
 from miles.flags.rules_parallel import resolve_parallel
@@ -45,6 +46,7 @@ RULES = (
     resolve_reward,
     resolve_eval,
     resolve_checkpoints,
+    resolve_lora,
     resolve_training,
     resolve_trainer,
     resolve_replay,
@@ -56,7 +58,7 @@ RULES = (
 
 _MADE_ABSOLUTE = (
     "hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", "critic_load",
-    "opd_teacher_load", *WRITTEN,
+    "opd_teacher_load", "lora_adapter_path", *WRITTEN,
 )  # fmt: skip
 
 

@@ -225,6 +225,11 @@ EFFECTS: tuple[Effect, ...] = (
         _is_set("use_fault_tolerance"),
         "without --use-fault-tolerance",
     ),
+    _needs(
+        "lora_alpha lora_dropout lora_type target_modules exclude_modules lora_adapter_path",
+        _is_set("lora_rank"),
+        "without --lora-rank",
+    ),
     _needs("rollout_external_engine_addrs", _is_set("rollout_external"), "without --rollout-external"),
 )
 """In no order: each flag stands in one line."""
@@ -242,7 +247,7 @@ ONLY_TRAINER = (
     "trainer_heartbeat_checker_first_wait trainer_heartbeat_checker_failure_threshold recovery_interval "
     "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
-    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay "
+    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay lora_rank "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

@@ -12,6 +12,7 @@ from miles.flags.facts import CheckpointFacts, DirectoryFacts
 from miles.flags.flag import TAKES_NO_VALUE, Plain
 from miles.flags.layer_pattern import layer_pattern
 from miles.flags.problems import listed
+from miles.flags.rules_lora import check_kind
 from miles.flags.table import table
 
 DOWNLOAD = "Give a local directory: hf download NAME --local-dir DIR makes one."
@@ -297,7 +298,7 @@ def choose_checkpoint(draft: Draft, dest: str, step_dest: str) -> CheckpointFact
         elif chosen.rollout_id is not None:
             draft[dest], draft[step_dest] = str(PurePosixPath(path).parent), chosen.rollout_id
     elif step is not None:
-        chosen = CheckpointFacts(found.steps[step], step) if step in found.steps else None
+        chosen = CheckpointFacts(found.steps[step], step, step in found.adapters) if step in found.steps else None
         if not path:
             _no_such_step(draft, step_dest, f"it names a checkpoint of {flag}, which is missing")
         elif chosen is None:
@@ -320,6 +321,8 @@ def choose_checkpoint(draft: Draft, dest: str, step_dest: str) -> CheckpointFact
             + (", or make a Hugging Face directory of it: miles convert." if chosen.backend == "megatron" else "."),
             value=path,
         )
+    if chosen is not None and draft.trains:
+        check_kind(draft, dest, chosen, path)
     return chosen
 
 

@@ -119,6 +119,15 @@ def _check_experts(draft: Draft) -> None:
             allowed="1, or more with --sequence-parallel",
             advice="Give --sequence-parallel, too.",
         )
+    cut, size = draft["expert_tensor_parallel_size"], draft["tensor_model_parallel_size"]
+    fits = (draft["moe_ffn_hidden_size"] or cut) % cut == 0
+    if draft["num_experts"] and fits and draft["expert_model_parallel_size"] == 1 and cut not in (1, size):
+        draft.problem(
+            "expert_tensor_parallel_size",
+            f"with experts on each rank it is all or nothing of --tensor-model-parallel-size {size}",
+            allowed=f"1 or {size}" if size > 1 else "1",
+            advice="Choose one of these, or give --expert-model-parallel-size above 1.",
+        )
 
 
 def _check_context(draft: Draft) -> None:

@@ -66,6 +66,7 @@ READ = {
     "loss_mask_type": "--loss-type sft_loss",
     "sequence_parallel": "--tensor-model-parallel-size 2",
     "bias_swiglu_fusion": "--device cuda",
+    "lora_alpha": "--lora-rank 2 --target-modules q_proj",
 }
 """By the first flag of a line: with this, it is read."""
 NEVER = {"seq_length", "moe_grouped_gemm"}

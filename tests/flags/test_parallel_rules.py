@@ -84,6 +84,11 @@ def test_what_does_not_fit_is_told(flags, flag, words):
     [
         ("--expert-model-parallel-size 4", "--expert-model-parallel-size", "6 experts cannot be divided by 4"),
         ("--expert-tensor-parallel-size 8", "--expert-tensor-parallel-size", "100 columns of an expert cannot"),
+        ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size", "all or nothing"),
+        (
+            "--expert-tensor-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel",
+            *("--expert-tensor-parallel-size", "all or nothing of --tensor-model-parallel-size 4"),
+        ),
         ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size", "need sequence parallelism"),
         (
             "--expert-model-parallel-size 2 --expert-tensor-parallel-size 2 --pipeline-model-parallel-size 4",

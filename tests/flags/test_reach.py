@@ -234,10 +234,18 @@ def padded(values):
     return {"rows": padded_vocab(Namespace(**values), 1000)}
 
 
+def adapters(values):
+    from miles.utils.lora import LoraSettings
+
+    found = LoraSettings.from_args(Namespace(**values))
+    return {} if found is None else {**vars(found), "scaling": found.scaling}
+
+
 EVAL = "--eval-interval 1 --eval-prompt-data x D"
 TEN = "--num-rollout 10 --lr 1"
 PPO, RPP = "--advantage-estimator ppo", "--advantage-estimator reinforce_plus_plus --normalize-advantages"
 TEACHER = "--opd-type sglang --rm-url http://h"
+LORA = "--lora-rank 4 --target-modules q_proj"
 OPD = f"--use-opd {TEACHER}"
 FAST = [
     ("--offload-train --rollout-num-gpus 1", resolved, "offload_train", True),
@@ -297,6 +305,9 @@ FAST = [
     ("--log-correct-samples", measured, "correct", True),
     (f"{EVAL} --ci-metric-checker-key eval/x --ci-metric-checker-threshold 0.9", verdict, "reached", False),
     (f"{EVAL} --ci-metric-checker-threshold 0.9 --ci-metric-checker-key eval/x", verdict, "reached", False),
+    (LORA, adapters, "rank", 4),
+    (f"--lora-alpha 2 {LORA}", adapters, "scaling", 0.5),
+    (f"--lora-dropout 0.5 {LORA}", adapters, "dropout", 0.5),
     ("--run-dir here", resolved, "run_dir", "/home/me/here"),
     ("--disable-compute-advantages-and-returns", resolved, "compute_advantages_and_returns", False),
 ]

@@ -262,6 +262,8 @@ backends/test_teacher.py::test_a_teacher_is_frozen_and_its_log_probs_count
     --opd-type --opd-teacher-load --opd-teacher-ckpt-step
 rollout/test_distillation.py::test_each_sample_has_its_teacher
     --opd-teacher-urls --opd-teacher-key
+lora/test_numbers.py::test_each_choice_of_layers
+    --target-modules --exclude-modules --lora-type --lora-adapter-path
 flags/test_resolve_run.py::test_gpus_are_used_if_torch_can
     --device --bf16
 """

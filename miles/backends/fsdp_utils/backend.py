@@ -7,11 +7,13 @@ parameters are sharded and no gradient is left; the schedule counts the steps th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,23 +35,28 @@ from miles.backends.base import (
     TrainBackend,
     TrainedObjects,
 )
-from miles.backends.checkpoint_layout import TRACKER
+from miles.backends.checkpoint_layout import TRACKER, holds_adapter
 from miles.backends.fsdp_utils.checkpoint import (
     Progress,
     RankState,
+    checkpoint_directory,
     is_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
-from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules, named_shards
+from miles.backends.fsdp_utils.lora import Adapters
+from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 from miles.backends.fsdp_utils.packing import packed_layout
 from miles.backends.fsdp_utils.settings import settings_of
+from miles.backends.fsdp_utils.shards import named_shards
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
+from miles.backends.lora.files import check_checkpoint
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.backends.training_utils.storages import distinct_storages
+from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +89,7 @@ class FSDPBackend(TrainBackend):
         )
         self._model: Any = None
         self._frozen: dict[ModelTag, Any] = {}
+        self._adapters: Adapters | None = None
         self._optimizer: ShardedOptimizer | None = None
         self._memory = SleepingMemory(args)
 
@@ -97,7 +105,7 @@ class FSDPBackend(TrainBackend):
             self._model, settings.optimizer, settings.schedule, _shards_group(self._mesh)
         )
         start = self._load()
-        if settings.needs_reference:
+        if settings.needs_reference and not self._is_below(settings.loads.reference):
             self._frozen["ref"] = self._make_frozen(settings.loads.reference, settings.loads.ref_step, "--ref-load")
         if settings.needs_teacher:
             source = cast("Path", settings.loads.teacher)
@@ -111,7 +119,8 @@ class FSDPBackend(TrainBackend):
         self._memory.check_awake("compute", level=2)
         network = self._network(model)
         network.eval()
-        with torch.no_grad():
+        without = self._adapters.switch.off() if self._adapters and self._stands_in(model) else contextlib.nullcontext()
+        with torch.no_grad(), without:
             results = [function(self._logits(network, batch), batch) for batch in batches]
         _reshard(network)
         return results
@@ -167,6 +176,8 @@ class FSDPBackend(TrainBackend):
         rng = RankState.now() if self.settings.save_rng else None
         progress = Progress(rollout_id, self._trained().steps, self.settings.schedule.as_plain(), dist.get_world_size())
         save_checkpoint(directory, self._model, optimizer, rng, progress)
+        if self._adapters is not None:
+            self._adapters.write(directory / ADAPTER_DIRECTORY)
 
     def sleep(self, level: int) -> None:
         """As the contract says.
@@ -196,8 +207,18 @@ class FSDPBackend(TrainBackend):
         self._memory.close()
 
     def _network(self, tag: ModelTag) -> Any:
-        assert tag == "actor" or tag in self._frozen, f"init was not told that a model {tag!r} is needed"
-        return self._model if tag == "actor" else self._frozen[tag]
+        if tag == "actor" or self._stands_in(tag):
+            return self._model
+        assert tag in self._frozen, f"init was not told that a model {tag!r} is needed"
+        return self._frozen[tag]
+
+    def _is_below(self, source: Path) -> bool:
+        """Whether the model without its adapters has the weights of ``source``: then nobody needs a second one."""
+        return self._adapters is not None and self._adapters.base == source
+
+    def _stands_in(self, tag: ModelTag) -> bool:
+        """The model without its adapters is the reference."""
+        return tag == "ref" and tag not in self._frozen and self._adapters is not None
 
     def _trained(self) -> ShardedOptimizer:
         assert self._optimizer is not None, "init comes first"
@@ -212,6 +233,7 @@ class FSDPBackend(TrainBackend):
             gradient_checkpointing=settings.gradient_checkpointing,
             cpu_offload=settings.cpu_offload,
             trained=trained,
+            lora=settings.lora if trained else None,
         )
 
     def _logits(self, network: Any, batch: MicroBatch) -> torch.Tensor:
@@ -238,6 +260,8 @@ class FSDPBackend(TrainBackend):
     def _load(self) -> int:
         """Weights, and whatever else there is, into the new model and optimizer."""
         loads = self.settings.loads
+        if self.settings.lora is not None:
+            return self._load_adapted(self.settings.lora)
         if loads.load is None or not is_checkpoint(loads.load, loads.step):
             hf = loads.load is not None and (loads.load / "config.json").is_file()
             if loads.load is not None and not hf:
@@ -246,9 +270,36 @@ class FSDPBackend(TrainBackend):
                 self._model, cast("Path", loads.load) if hf else loads.reference, loads.ref_step, "--ref-load"
             )
             return 0
+        return self._go_on(loads.load)
+
+    def _load_adapted(self, lora: LoraSettings) -> int:
+        """The weights below adapters, which a checkpoint of adapters says nothing of; then the adapters."""
+        loads = self.settings.loads
+        base, step = loads.reference, loads.ref_step
+        directory = None
+        if loads.load is not None and is_checkpoint(loads.load, loads.step):
+            directory = checkpoint_directory(loads.load, loads.step)
+            if loads.finetune and not holds_adapter(directory):
+                base, step, directory = loads.load, loads.step, None
+        elif loads.load is not None and (loads.load / "config.json").is_file():
+            base, step = loads.load, None
+        elif loads.load is not None:
+            logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
+        self._load_weights(self._model, base, step, "--ref-load")
+        fresh = lora if directory is None else replace(lora, adapter_path=None)
+        self._adapters = Adapters(self._model, fresh, base)
+        if directory is None:
+            return 0
+        if holds_adapter(directory):
+            check_checkpoint(directory, lora, self._adapters.checksum)
+        return self._go_on(cast("Path", loads.load))
+
+    def _go_on(self, root: Path) -> int:
+        """From the checkpoint that is chosen; returns the next rollout's number."""
+        loads = self.settings.loads
         optimizer = self._trained() if loads.optimizer and not loads.finetune else None
         rng = loads.rng and not loads.finetune
-        progress = load_checkpoint(loads.load, self._model, optimizer, step=loads.step, rng=rng)
+        progress = load_checkpoint(root, self._model, optimizer, step=loads.step, rng=rng)
         if optimizer is not None and progress.schedule != self.settings.schedule.as_plain():
             logger.info("the schedule follows this run's flags, not those that the checkpoint was made with")
         return 0 if loads.finetune else progress.rollout_id + 1
@@ -256,7 +307,7 @@ class FSDPBackend(TrainBackend):
     def _load_weights(self, model: nn.Module, directory: Path, step: int | None, flag: str) -> None:
         """From a Hugging Face directory or a checkpoint of this backend."""
         if is_checkpoint(directory, step):
-            load_checkpoint(directory, model, None, step=step, rng=False)
+            load_checkpoint(directory, model, None, step=step, rng=False, below=True)
             return
         if not (directory / "config.json").is_file() and (directory / TRACKER).exists():
             raise BadModelDirectory(

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from miles.backends.checkpoint_layout import FSDP_META, TRACKER, iteration_name
+from miles.backends.checkpoint_layout import FSDP_META, TRACKER, holds_adapter, iteration_name
 from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
-from miles.backends.fsdp_utils.model import named_shards
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
+from miles.backends.fsdp_utils.shards import base_shards, is_part_of_adapter, saved_shards
 from miles.utils.replace_directory import recover_all
 
 FORMAT = 1
@@ -108,7 +108,7 @@ def save_checkpoint(
     progress: Progress,
 ) -> None:
     """Write everything into ``directory``, which is new and empty. Collective."""
-    state_dict_saver.save(dict(named_shards(model)), checkpoint_id=directory / "model")
+    state_dict_saver.save(saved_shards(model), checkpoint_id=directory / "model")
     if optimizer is not None:
         state_dict_saver.save(_optimizer_state(optimizer), checkpoint_id=directory / "optimizer")
     if rng is not None:
@@ -118,22 +118,44 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    root: Path, model: nn.Module, optimizer: ShardedOptimizer | None, *, step: int | None, rng: bool
+    root: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer | None,
+    *,
+    step: int | None,
+    rng: bool,
+    below: bool = False,
 ) -> Progress:
     """Fill model and optimizer from ``root``'s newest checkpoint, or from that of rollout ``step``. Collective.
+
+    Of a model with adapters these are filled; with ``below`` all else.
 
     Raises:
         BadFsdpCheckpoint: It is not there, not whole, or of another model.
     """
-    directory = _directory(root, step)
+    directory = checkpoint_directory(root, step)
     progress = _progress(directory)
-    _read(dict(named_shards(model)), directory / "model", "--load")
+    shards = dict(base_shards(model)) if below else saved_shards(model)
+    _check_kind(directory, is_adapter=any(map(is_part_of_adapter, shards)))
+    _read(shards, directory / "model", "--load")
     if optimizer is not None:
         optimizer.set_steps(progress.steps)
         _read(_optimizer_state(optimizer), directory / "optimizer", "--no-load-optim")
     if rng:
         _restore_rng(directory, progress)
     return progress
+
+
+def _check_kind(directory: Path, *, is_adapter: bool) -> None:
+    if holds_adapter(directory) == is_adapter:
+        return
+    holds, asked = ("whole weights", "an adapter is") if is_adapter else ("an adapter alone", "whole weights are")
+    raise _bad(
+        f"{directory} holds {holds}, and {asked} asked for",
+        f"it was saved with{'out' if is_adapter else ''} --lora-rank",
+        "Give --lora-rank as it was saved; make whole weights of an adapter with `miles convert`; or begin an adapter "
+        "on these weights with --finetune.",
+    )
 
 
 def _optimizer_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
@@ -150,7 +172,12 @@ def _part(local: torch.Tensor, like: DTensor) -> DTensor:
     return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def _directory(root: Path, step: int | None) -> Path:
+def checkpoint_directory(root: Path, step: int | None) -> Path:
+    """Of ``root``'s newest checkpoint, or of that of rollout ``step``.
+
+    Raises:
+        BadFsdpCheckpoint: It is not there.
+    """
     if step is None:
         step = int((root / TRACKER).read_text())
     directory = root / iteration_name(step)

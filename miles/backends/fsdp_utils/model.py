@@ -12,11 +12,12 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from miles.backends.fsdp_utils import packing
 from miles.backends.fsdp_utils.errors import BadModelDirectory
+from miles.backends.fsdp_utils.lora import attach
 from miles.backends.hf_directory import read_config as read_json_config
+from miles.utils.lora import LoraSettings
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 _OURS = {"sdpa": packing.SDPA, "eager": packing.EAGER}
@@ -27,9 +28,10 @@ class ModelOptions:
     """How a model is built.
 
     Attributes:
-        storage: Dtype of the shards. float32 under a bfloat16 ``compute`` keeps master weights.
+        storage: Dtype of trained shards. float32 under a bfloat16 ``compute`` keeps master weights.
         compute: Dtype of gathered parameters and activations.
         trained: False: no gradients.
+        lora: Adapters are trained in place of the weights, which are kept in ``compute``.
     """
 
     storage: torch.dtype
@@ -38,6 +40,7 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
     trained: bool = True
+    lora: LoraSettings | None = None
 
 
 def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options: ModelOptions) -> nn.Module:
@@ -52,7 +55,7 @@ def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options
     attention = _OURS.get(options.attention, options.attention)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=options.storage, attn_implementation=attention
+            config, dtype=options.storage if options.lora is None else options.compute, attn_implementation=attention
         )
     model.tie_weights()
     # Else torch leaves out what this token's embedding gets as an input, and a model may well write it.
@@ -60,6 +63,8 @@ def build_model(directory: Path, mesh: DeviceMesh, device: torch.device, options
     if options.gradient_checkpointing and options.trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(options.trained)
+    if options.lora is not None:
+        attach(model, options.lora, options.storage)
     _shard(model, mesh, options)
     model.to_empty(device="cpu" if options.cpu_offload else device)
     _fill_buffers(model, device)
@@ -87,12 +92,6 @@ def read_config(directory: Path) -> Any:
             advice="Use a model with full attention in all layers.",
         )
     return config
-
-
-def named_shards(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
-    """Parameters by name, a tied one once."""
-    for name, parameter in model.named_parameters():
-        yield name, cast("DTensor", parameter)
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from miles.backends.fsdp_utils.model import named_shards
 from miles.backends.fsdp_utils.schedule import Schedule
 from miles.backends.fsdp_utils.settings import OptimizerSettings
+from miles.backends.fsdp_utils.shards import named_shards
 
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
@@ -39,7 +39,8 @@ class ShardedOptimizer:
         self.settings = settings
         self.schedule = schedule
         self.steps = 0
-        self.shards = [Shard(name, p, nn.Parameter(p.to_local().detach())) for name, p in named_shards(model)]
+        trained = [(name, p) for name, p in named_shards(model) if p.requires_grad]
+        self.shards = [Shard(name, p, nn.Parameter(p.to_local().detach())) for name, p in trained]
         self._group = group
         self._optimizer = self._made()
 

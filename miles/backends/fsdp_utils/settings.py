@@ -12,6 +12,7 @@ import torch
 from miles.backends.fsdp_utils.errors import FsdpFlagRefused
 from miles.backends.fsdp_utils.schedule import Schedule, schedule_of
 from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
+from miles.utils.lora import LoraSettings
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class FsdpSettings:
     needs_teacher: bool
     save_optimizer: bool
     save_rng: bool
+    lora: LoraSettings | None
     optimizer: OptimizerSettings
     schedule: Schedule
     loads: LoadSettings
@@ -109,6 +111,7 @@ def settings_of(args: Any) -> FsdpSettings:
         needs_teacher=needs_teacher(args),
         save_optimizer=not (getattr(args, "no_save_optim", False) or getattr(args, "debug_disable_optimizer", False)),
         save_rng=not getattr(args, "no_save_rng", False),
+        lora=LoraSettings.from_args(args),
         optimizer=_optimizer(args),
         schedule=schedule_of(args),
         loads=_loads(args),

@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from miles.backends.fsdp_utils.errors import BadModelDirectory
-from miles.backends.fsdp_utils.model import named_shards
+from miles.backends.fsdp_utils.lora import with_adapter
+from miles.backends.fsdp_utils.shards import base_shards, first_row, whole
 from miles.backends.hf_directory import HFDirectory
 
 
@@ -21,7 +22,7 @@ def load_hf_weights(model: nn.Module, path: Path) -> None:
         UnreadableModelDirectory: There are no files, or they cannot be read.
         BadModelDirectory: A weight or a shape is not as the configuration says.
     """
-    shards = dict(named_shards(model))
+    shards = dict(base_shards(model))
     directory = HFDirectory(path)
     missing = sorted(set(shards) - directory.names)
     if missing:
@@ -32,27 +33,14 @@ def load_hf_weights(model: nn.Module, path: Path) -> None:
 
 
 def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, on all ranks, in the order of the model. Collective: all ranks must exhaust it.
+    """Each parameter whole, on all ranks, in the order of the model, with what adapters add to it. Collective: all
+    ranks must exhaust it.
 
     Args:
         device: Where tensors are gathered, also when shards are kept on the host.
     """
-    for name, shard in named_shards(model):
-        with torch.no_grad():
-            local = shard.to_local().to(device, dtype)
-            part = DTensor.from_local(
-                local, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
-            )
-            yield name, part.full_tensor()
-
-
-def first_row(shard: DTensor) -> int:
-    """Where this rank's rows begin in the whole: FSDP2 cuts dimension 0 into equal parts, the last ones shorter. Ranks
-    of the mesh's last dimension have different ones."""
-    mesh = shard.device_mesh
-    last = mesh.ndim - 1
-    rows = -(-shard.shape[0] // mesh.size(last))
-    return min(rows * mesh.get_local_rank(last), shard.shape[0])
+    for name, shard in base_shards(model):
+        yield name, with_adapter(model, name, whole(shard, device, dtype))
 
 
 def _fill(shard: DTensor, whole: torch.Tensor, path: Path, name: str) -> None:

@@ -7,6 +7,7 @@ parameters are views into the buffers of the data-parallel wrapper for as long a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from argparse import Namespace
@@ -29,10 +30,12 @@ from miles.backends.base import (
 )
 from miles.backends.checkpoint_layout import FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
+from miles.backends.lora.files import check_checkpoint
 from miles.backends.megatron_utils import passes
 from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
 from miles.backends.megatron_utils.families import read_shape, weight_rules
+from miles.backends.megatron_utils.lora import Adapters
 from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
 from miles.backends.megatron_utils.mtp import make_mtp
@@ -48,13 +51,14 @@ from miles.backends.megatron_utils.optimizer import (
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.routing_replay import make_replay
 from miles.backends.megatron_utils.sleeping import fall_asleep
-from miles.backends.megatron_utils.sources import choose_source, reference_source, teacher_source
+from miles.backends.megatron_utils.sources import Source, choose_source, reference_source, teacher_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
 from miles.backends.training_utils.sleeping import SleepingMemory
+from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +121,15 @@ class MegatronBackend(TrainBackend):
         self._replay = None if self.is_critic else make_replay(args, model, self.shape.experts, self.parallel, layers)
         self._mtp = make_mtp(args, model, self.shape.mtp_layers, stages=self.parallel.pp_size)
         self._logits_of = self._make_logits_of()
-        if source.resumes is None:
+        if source.resumes is None or source.adapter is not None:
             self._load_weights(model, source.weights, without_head=self.is_critic and not source.is_own)
+        self.adapters = self._make_adapters(model, source)
         self.model = wrap_data_parallel(args, model)
         self.optimizer = build_optimizer(args, self.model) if has_optimizer(args) else None
         self.scheduler = build_scheduler(args, self.optimizer) if self.optimizer is not None else None
         start = 0 if source.resumes is None else self._resume(source.resumes)
         self.frozen: dict[ModelTag, Any] = {}
-        if needs_reference(args):
+        if needs_reference(args) and not self._is_below(reference_source(args)):
             self.frozen["ref"] = self._build_frozen(reference_source(args))
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
@@ -143,6 +148,25 @@ class MegatronBackend(TrainBackend):
 
     def _build_model(self) -> Any:
         return build_model(self.args, self.shape, self.config, is_critic=self.is_critic)
+
+    def _make_adapters(self, model: Any, source: Source) -> Adapters | None:
+        """With ``--lora-rank``. Where a run goes on, they get their values with the optimizer's state."""
+        settings = LoraSettings.from_args(self.args)
+        if settings is None:
+            return None
+        if source.adapter is not None:
+            settings = replace(settings, adapter_path=None)
+        adapters = Adapters(model, self.rules, settings, stage=self.stage, parallel=self.parallel, base=source.weights)
+        if source.adapter is not None:
+            check_checkpoint(source.adapter, settings, adapters.checksum)
+            if source.resumes is None:
+                state = TrainState(self.shape, self.parallel, adapters, is_adapter=True)
+                load_checkpoint(source.adapter, state, generators=False)
+        return adapters
+
+    def _is_below(self, source: Path) -> bool:
+        """Whether the model without its adapters has the weights of ``source``: then nobody needs a second one."""
+        return self.adapters is not None and self.adapters.base == source
 
     def _build_frozen(self, source: Path) -> Any:
         model = self._build_model()
@@ -171,9 +195,16 @@ class MegatronBackend(TrainBackend):
         return 0 if rollout_id is None else rollout_id + 1
 
     def _state(self, model: Any, *, with_optimizer: bool = False) -> TrainState:
+        """Of a model; of the adapters alone, where the one that is trained has some."""
+        is_adapter = self._adapted(model)
+        held = self.adapters if is_adapter else model
         if not with_optimizer:
-            return TrainState(self.shape, self.parallel, model)
-        return TrainState(self.shape, self.parallel, model, self.optimizer, self.scheduler)
+            return TrainState(self.shape, self.parallel, held, is_adapter=is_adapter)
+        return TrainState(self.shape, self.parallel, held, self.optimizer, self.scheduler, is_adapter=is_adapter)
+
+    def _adapted(self, model: Any) -> bool:
+        trained = getattr(self, "model", None)
+        return trained is not None and model is trained.module and self.adapters is not None
 
     # Computing
 
@@ -182,10 +213,12 @@ class MegatronBackend(TrainBackend):
     ) -> list[Any]:
         """See ``TrainBackend.forward_only``."""
         self._memory.check_awake("compute", level=2)
-        return passes.forward_only(self._model(model), batches, function, self._logits_of)
+        is_below = model == "ref" and model not in self.frozen and self.adapters is not None
+        with self.adapters.switch.off() if is_below and self.adapters is not None else contextlib.nullcontext():
+            return passes.forward_only(self._model(model), batches, function, self._logits_of)
 
     def _model(self, tag: ModelTag) -> Any:
-        if tag == "actor":
+        if tag == "actor" or (tag == "ref" and tag not in self.frozen and self.adapters is not None):
             return self.model
         assert tag in self.frozen, f"init was not told that a model {tag!r} is needed"
         return self.frozen[tag]
@@ -249,7 +282,8 @@ class MegatronBackend(TrainBackend):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``TrainBackend.hf_weights``. Works while asleep at level 1."""
         self._memory.check_awake("hand on weights", level=2)
-        return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel)
+        merge = None if self.adapters is None else self.adapters.merge
+        return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel, merge=merge)
 
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """See ``TrainBackend.save``.
@@ -262,6 +296,8 @@ class MegatronBackend(TrainBackend):
         state = self._state(self.model.module, with_optimizer=with_optimizer)
         generators = not getattr(self.args, "no_save_rng", False)
         save_checkpoint(directory, state, rollout_id=rollout_id, generators=generators)
+        if self.adapters is not None:
+            self.adapters.write(directory / ADAPTER_DIRECTORY)
 
     # Memory
 

@@ -43,7 +43,8 @@ _SPARE = 1 << 20
 @dataclass
 class TrainState:
     """What a checkpoint holds. ``optimizer`` and ``scheduler``: None where only weights matter. ``without_head``: of a
-    critic that takes over a language model's layers, whose output layer is not its own."""
+    critic that takes over a language model's layers, whose output layer is not its own. ``is_adapter``: ``model`` is
+    the adapters of one, without the weights below."""
 
     shape: Shape
     parallel: ParallelState
@@ -51,6 +52,7 @@ class TrainState:
     optimizer: Any = None
     scheduler: Any = None
     without_head: bool = False
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def save_checkpoint(directory: Path, state: TrainState, *, rollout_id: int | Non
         "checkpoint_version": 3.0,
         "shape": asdict(state.shape),
         "optimizer_kind": _kind(state.optimizer),
+        "is_adapter": state.is_adapter,
         "world_size": state.parallel.world_size,
         **_sizes(state.parallel),
     }
@@ -235,6 +238,21 @@ def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: 
             f"the checkpoint {directory} is of another model",
             evidence="; ".join(different),
             advice="Load a checkpoint of the model that --hf-checkpoint describes.",
+            path=str(directory),
+        )
+    if bool(common.get("is_adapter")) != state.is_adapter:
+        holds, asks = (
+            ("an adapter alone", "whole weights are")
+            if common.get("is_adapter")
+            else ("whole weights", "an adapter is")
+        )
+        raise CheckpointMismatch(
+            f"the checkpoint {directory} holds {holds}, and {asks} asked for",
+            evidence="it was saved with --lora-rank"
+            if common.get("is_adapter")
+            else "it was saved without --lora-rank",
+            advice="Give --lora-rank as it was saved; make whole weights of an adapter with `miles convert`; or begin "
+            "an adapter on these weights with --finetune.",
             path=str(directory),
         )
     if state.optimizer is None:

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from megatron.core.models.gpt import GPTModel
-from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.parallel_state import (
+    get_expert_tensor_parallel_world_size,
+    is_pipeline_first_stage,
+    is_pipeline_last_stage,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -102,7 +106,21 @@ def build_model(args: Namespace, shape: Shape, config: TransformerConfig, *, is_
     model = _build(args, shape, config)
     if is_critic and model.post_process:
         model.output_layer = ValueHead(config)
+    if shape.experts is not None:
+        _mark_whole_experts(model, config)
     return model
+
+
+def _mark_whole_experts(model: Any, config: TransformerConfig) -> None:
+    """Experts that are whole on each of several tensor-parallel ranks, with no expert-parallel ones: each rank gives
+    them its own rows of a sequence. megatron.core would not add the gradients up, and count them in the norm each."""
+    if config.tensor_model_parallel_size == 1 or config.expert_model_parallel_size > 1:
+        return
+    if get_expert_tensor_parallel_world_size() > 1:
+        return
+    for name, parameter in model.named_parameters():
+        if ".local_experts." in name:
+            parameter.sequence_parallel, parameter.tensor_model_parallel = True, False
 
 
 def _build(args: Namespace, shape: Shape, config: TransformerConfig) -> Any:

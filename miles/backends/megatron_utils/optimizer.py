@@ -46,19 +46,8 @@ def wrap_data_parallel(args: Namespace, model: GPTModel) -> DistributedDataParal
         use_distributed_optimizer=args.optimizer == "adam" and has_optimizer(args),
     )
     if buckets := getattr(args, "ddp_num_buckets", None):
-        config.bucket_size = math.ceil(sum(parameter.numel() for parameter in model.parameters()) / buckets)
-    _mark_experts(model)
+        config.bucket_size = math.ceil(sum(p.numel() for p in model.parameters() if p.requires_grad) / buckets)
     return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
-
-
-def _mark_experts(model: GPTModel) -> None:
-    """Whole experts on tensor-parallel ranks see other tokens on each of them, and their gradients are summed over
-    those ranks, too: megatron.core does that for what is marked so, and marks it only where experts are spread."""
-    if parallel_state.get_tensor_model_parallel_world_size() == parallel_state.get_expert_tensor_parallel_world_size():
-        return
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            parameter.allreduce = False
 
 
 def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:

@@ -6,27 +6,38 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from miles.backends.checkpoint_layout import FoundCheckpoint, NoSuchCheckpoint, find_checkpoint, is_hf_directory
+from miles.backends.checkpoint_layout import (
+    FoundCheckpoint,
+    NoSuchCheckpoint,
+    find_checkpoint,
+    holds_adapter,
+    is_hf_directory,
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from.
-    ``is_own``: it is ``--load``, and so has what only a model of this role has (a critic's value head)."""
+    """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from; with
+    adapters, those below. ``is_own``: it is ``--load``, and so has what only a model of this role has (a critic's value
+    head). ``adapter``: the checkpoint that adapters are read from, if any."""
 
     weights: Path
     resumes: FoundCheckpoint | None = None
     is_own: bool = False
+    adapter: Path | None = None
 
 
 def choose_source(args: Namespace) -> Source:
     """``--load`` if it holds a checkpoint, else ``--ref-load``, else ``--hf-checkpoint``.
 
-    A checkpoint of ``miles convert``, or ``--finetune``, gives weights only.
+    A checkpoint of ``miles convert``, or ``--finetune``, gives weights only. One of adapters says nothing of the
+    weights below, which are those that a fresh start has.
     """
     found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
     if found is not None:
         weights_only = found.rollout_id is None or getattr(args, "finetune", False)
+        if getattr(args, "lora_rank", 0) and holds_adapter(found.directory):
+            return Source(reference_source(args), None if weights_only else found, adapter=found.directory)
         return Source(found.directory, None if weights_only else found, is_own=True)
     if args.load is not None and is_hf_directory(Path(args.load)):
         return Source(Path(args.load))

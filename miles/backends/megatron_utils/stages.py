@@ -109,6 +109,12 @@ def check_experts(shape: Shape, parallel: ParallelState, *, sequence_parallel: b
             evidence=f"--tensor-model-parallel-size {parallel.tp_size}",
             advice="Give --sequence-parallel, too.",
         )
+    if parallel.ep_size == 1 and parallel.etp_size not in (1, parallel.tp_size):
+        raise UnsupportedParallelism(
+            f"--expert-tensor-parallel-size {parallel.etp_size} is neither 1 nor --tensor-model-parallel-size",
+            evidence=f"--tensor-model-parallel-size {parallel.tp_size}, and experts are on each rank",
+            advice="Choose one of the two, or an --expert-model-parallel-size above 1.",
+        )
     if experts.ffn % parallel.etp_size:
         raise UnsupportedParallelism(
             f"--expert-tensor-parallel-size {parallel.etp_size} does not divide an expert",

@@ -3,7 +3,7 @@ by tensor parallelism, its layers on pipeline stages, its experts on expert-para
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,11 +38,11 @@ def load_hf_weights(
         for name, rule in own:
             tensors = [opened.tensor(tensor) for tensor in rule.hf]
             _compare_shapes(rule, tensors, directory)
-            rank, size = _tensor_parallel(rule, parallel)
+            rank, size = tensor_parallel(rule, parallel)
             parameters[name].copy_(rule.layout.shard(tensors, rank, size))
 
 
-def _tensor_parallel(rule: Rule, parallel: ParallelState) -> tuple[int, int]:
+def tensor_parallel(rule: Rule, parallel: ParallelState) -> tuple[int, int]:
     """Experts are cut by a size of their own."""
     if rule.expert is None:
         return parallel.tp_rank, parallel.tp_size
@@ -81,14 +81,22 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
+Merge = Callable[[Rule, list[torch.Tensor]], list[torch.Tensor]]
+
+
 def full_tensors(
-    model: torch.nn.Module, rules: Sequence[Rule], *, stage: Stage, parallel: ParallelState
+    model: torch.nn.Module,
+    rules: Sequence[Rule],
+    *,
+    stage: Stage,
+    parallel: ParallelState,
+    merge: Merge | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and full tensors; collective over tensor-, expert- and pipeline-parallel groups.
 
     A tensor may share memory with the model, and is valid until the next one is asked for. The ranks that hold a
     parameter put it together, and send it to those that do not: first to the other expert-parallel ranks of their
-    stage, then to the other stages.
+    stage, then to the other stages. ``merge`` is what they do with it before that.
     """
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))
@@ -98,16 +106,17 @@ def full_tensors(
             tensors = [like.new_empty(shape, requires_grad=False) for shape in rule.hf.values()]
         else:
             group = parallel.tp_group if rule.expert is None else parallel.etp_group
-            merged = rule.layout.merge(_all_shards(parameters[name].detach(), rule, group))
-            tensors = list(merged)
+            tensors = list(rule.layout.merge(all_shards(parameters[name].detach(), rule, group)))
+            if merge is not None:
+                tensors = merge(rule, tensors)
         owner, ep_owner = stage.stage_of(rule), stage.ep_rank_of(rule)
         if ep_owner is not None and owner == stage.rank:
-            tensors = _from_owner(tensors, ep_owner, parallel.ep_group)
-        tensors = _from_owner(tensors, owner, parallel.pp_group)
+            tensors = from_owner(tensors, ep_owner, parallel.ep_group)
+        tensors = from_owner(tensors, owner, parallel.pp_group)
         yield from zip(rule.hf, tensors, strict=True)
 
 
-def _from_owner(tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+def from_owner(tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """The tensors of the group's rank ``owner``."""
     if group is None or group.size() == 1:
         return tensors
@@ -119,7 +128,8 @@ def _from_owner(tensors: list[torch.Tensor], owner: int, group: dist.ProcessGrou
     return found
 
 
-def _all_shards(shard: torch.Tensor, rule: Rule, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+def all_shards(shard: torch.Tensor, rule: Rule, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """Of a parameter, by tensor-parallel rank; collective over the group."""
     if group is None or group.size() == 1 or not rule.layout.sharded:
         return [shard]
     gathered = shard.new_empty((group.size() * shard.shape[0], *shard.shape[1:]))

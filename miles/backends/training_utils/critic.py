@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from miles.backends.base import MicroBatch, TrainBackend
-from miles.backends.checkpoint_layout import FoundCheckpoint, find_checkpoint, is_hf_directory, iteration_name
+from miles.backends.checkpoint_layout import (
+    FoundCheckpoint,
+    find_checkpoint,
+    holds_adapter,
+    is_hf_directory,
+    iteration_name,
+)
 from miles.backends.training_utils import log_utils
 from miles.backends.training_utils.data import RankData, pieces
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, Losses
@@ -50,10 +56,16 @@ def critic_args(args: Any) -> Any:
         found.save = str(args.save).rstrip("/") + SUFFIX
     actor = find_checkpoint(args.load, args.ckpt_step)
     found.load, found.ckpt_step = _own_checkpoint(args, found.save, actor)
-    if found.load is None and (actor is not None or (args.load and is_hf_directory(Path(args.load)))):
+    if found.load is None and args.load is not None and _has_layers(args, actor):
         found.ref_load, found.ref_ckpt_step = str(args.load if actor is None else actor.directory), None
     found.use_kl_loss, found.kl_coef, found.opd_type = False, 0.0, None
+    found.lora_rank = 0  # all of a critic is trained: what it is to learn is not in the weights that it begins with
     return found
+
+
+def _has_layers(args: Any, actor: FoundCheckpoint | None) -> bool:
+    """Whether ``--load`` gives layers to begin with: an adapter has none, the weights below do."""
+    return is_hf_directory(Path(args.load)) if actor is None else not holds_adapter(actor.directory)
 
 
 def _own_checkpoint(args: Any, save: str | None, actor: FoundCheckpoint | None) -> tuple[str | None, int | None]:

@@ -1,0 +1,1 @@
+"""Low-rank adapters: what both backends share."""
