@@ -208,7 +208,7 @@ class Trainer(Actor):
         """Give the engines these weights. Returns seconds by part."""
         from miles.backends.weight_update.sender import make_sender
 
-        backend, _ = self._ready()
+        backend, trainer = self._ready()
         if self._asleep > 1:
             self._wake()
         sender = self._senders.get(update.method)
@@ -216,18 +216,23 @@ class Trainer(Actor):
             sender = self._senders[update.method] = make_sender(backend.parallel, update, backend.device, self.args)
         with self._timers.measure("update_weights"):
             seconds: dict[str, float] = sender.send(update, backend.hf_weights())
+        if trainer.old_weights is not None:
+            with self._timers.measure("keep_old_actor"):
+                trainer.old_weights.keep(update.version)
         return seconds
 
     @endpoint
     def sleep(self, level: int) -> dict[str, float]:
         """Give memory back: 1, gradients and optimizer state; 2, parameters too. Returns resident bytes of this process
         before and after (``rss_before``, ``rss_after``), and those of the GPU."""
-        backend, _ = self._ready()
+        backend, trainer = self._ready()
         before = _memory("before", backend.device)
         if level > self._asleep:
             with self._timers.measure("sleep"):
                 for part in self._backends:
                     part.sleep(level)
+                if trainer.old_weights is not None:
+                    trainer.old_weights.sleep(level)
             self._asleep = level
         _give_back(backend.device)
         return before | _memory("after", backend.device)
@@ -246,6 +251,8 @@ class Trainer(Actor):
             sender.close()
         for part in self._backends:
             part.close()
+        if self._trainer is not None and self._trainer.old_weights is not None:
+            self._trainer.old_weights.close()
         if self._recorder is not None:
             self._recorder.close()
         self._rendezvous.leave()

@@ -35,6 +35,7 @@ def _fully_async(draft: Draft) -> None:
         "partial_rollout": "no answer is stopped at the end of a rollout",
         "rollout_all_samples_process_path": "there is no moment at which all samples of a rollout are known",
         "true_on_policy_mode": "answers have tokens of several weight versions",
+        "keep_old_actor": "answers have tokens of several weight versions (--use-rollout-logprobs does it exactly)",
     }
     for dest, why in reasons.items():
         if draft[dest]:

@@ -52,7 +52,7 @@ def _decays(draft: Draft) -> bool:
 
 POLICY = (
     "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path "
-    "advantage_estimator kl_coef use_opsm use_opd"
+    "advantage_estimator kl_coef use_opsm use_opd keep_old_actor"
 )
 CRITIC = (
     "lambd value_clip num_critic_only_steps critic_load critic_save critic_lr critic_lr_warmup_iters critic_num_nodes "
@@ -65,6 +65,11 @@ WANDB = (
 
 EFFECTS: tuple[Effect, ...] = (
     _needs("kl_loss_coef kl_loss_type use_unbiased_kl", _is_set("use_kl_loss"), "without --use-kl-loss"),
+    _needs(
+        "ref_update_interval",
+        lambda draft: bool(draft["use_kl_loss"] or draft["kl_coef"]),
+        "without --use-kl-loss or --kl-coef: there is no reference model",
+    ),
     _needs(
         "custom_tis_function_path tis_clip tis_clip_low",
         _is_set("use_tis", "get_mismatch_metrics"),
@@ -228,12 +233,12 @@ ONLY_TRAINER = (
     "custom_megatron_before_log_prob_hook_path custom_megatron_before_train_step_hook_path "
     "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
-    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load "
+    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load ref_update_interval "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "
     "dynamic_sampling_filter_path over_sampling_batch_size partial_rollout sglang_server_concurrency "
-    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine "
+    "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine keep_old_actor "
 )
 
 

@@ -72,6 +72,7 @@ class RolloutManager(Actor):
         set_loop_thread(self.user)
         self.watchdog = Watchdog(self.user, self.progress_now)
         self._restored_weight_version = 0
+        self._first_weight_version: int | None = None
         self._refs: dict[int, list[Ref]] = {}
         self._loaded: Loaded | None = None
         # Reading prompts and importing transformers takes seconds, in which engines start.
@@ -184,6 +185,15 @@ class RolloutManager(Actor):
     async def set_weight_version(self, version: int) -> None:
         """The engines' weights are of this version from now on."""
         self.weight_version = version
+        if self._first_weight_version is None:
+            self._first_weight_version = version
+
+    def _oldest_version(self) -> int | None:
+        """With ``--keep-old-actor``: the trainer has the weights of the version before the engines' own, too; not
+        those from before it was started."""
+        if not self.args.keep_old_actor or self.weight_version is None or self._first_weight_version is None:
+            return None
+        return max(self._first_weight_version, self.weight_version - 1)
 
     @endpoint
     async def save(self, rollout_id: int, directory: str) -> None:
@@ -284,7 +294,9 @@ class RolloutManager(Actor):
 
     async def _call(self, loaded: Loaded, rollout_id: int) -> RolloutFnTrainOutput:
         hook = loaded.rollout_function
-        output = await call_rollout_function(hook, RolloutFnTrainInput(rollout_id, self.weight_version))
+        output = await call_rollout_function(
+            hook, RolloutFnTrainInput(rollout_id, self.weight_version, self._oldest_version())
+        )
         if not isinstance(output, RolloutFnTrainOutput) or not _are_groups(output.samples):
             raise hook.bad_result(getattr(output, "samples", output), "a list of lists of Sample, not empty")
         need_rewards(self.args, [sample for group in output.samples for sample in flat(group)])

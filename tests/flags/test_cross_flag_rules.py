@@ -146,6 +146,7 @@ CASES = [
         FACTS,
         told("--skip-actor-forward-only", "2 optimizer"),
     ),
+    (53, "--skip-actor-forward-only --keep-old-actor", FACTS, told("--keep-old-actor", "no pass")),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
     (53, "--skip-actor-forward-only --loss-type custom_loss", FACTS, told("--skip-actor-forward-only", "no such pass")),
     (53, f"--skip-actor-forward-only {RPP} --kl-coef 0.1", FACTS, told("--skip-actor-forward-only", "--kl-coef")),

@@ -15,6 +15,7 @@ RECIPE = (
 )
 READ = {
     "kl_loss_coef": "--use-kl-loss",
+    "ref_update_interval": "--use-kl-loss",
     "custom_tis_function_path": "--get-mismatch-metrics",
     "eps_clip": "",
     "lambd": "--advantage-estimator ppo",

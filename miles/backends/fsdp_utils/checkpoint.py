@@ -136,6 +136,28 @@ def load_checkpoint(
     return progress
 
 
+def save_weights(directory: Path, model: nn.Module) -> None:
+    """Another model's weights, into a directory of their own. Collective."""
+    state_dict_saver.save(dict(named_shards(model)), checkpoint_id=directory)
+
+
+def load_weights(directory: Path, model: nn.Module) -> None:
+    """Those of ``save_weights``. Collective.
+
+    Raises:
+        BadFsdpCheckpoint: They are not whole, or of another model.
+    """
+    _read(dict(named_shards(model)), directory, "--load")
+
+
+def weights_beside(root: Path, step: int | None, name: str) -> Path | None:
+    """Where the checkpoint that ``load_checkpoint`` would read has such weights. None: there are none."""
+    if not is_checkpoint(root, step):
+        return None
+    directory = _directory(root, step) / name
+    return directory if directory.is_dir() else None
+
+
 def _optimizer_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """States as parts of wholes, with the places of the parameters that they belong to."""
     return {

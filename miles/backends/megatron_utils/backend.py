@@ -27,7 +27,7 @@ from miles.backends.base import (
     TrainBackend,
     TrainedObjects,
 )
-from miles.backends.checkpoint_layout import FoundCheckpoint, is_hf_directory
+from miles.backends.checkpoint_layout import REFERENCE, FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.megatron_utils import passes
 from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
@@ -46,12 +46,12 @@ from miles.backends.megatron_utils.optimizer import (
 )
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.sleeping import fall_asleep
-from miles.backends.megatron_utils.sources import choose_source, reference_source, teacher_source
+from miles.backends.megatron_utils.sources import choose_source, moved_reference, reference_source, teacher_source
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
-from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
+from miles.backends.training_utils.loss_hub.settings import moves_reference, needs_reference, needs_teacher
 from miles.backends.training_utils.sleeping import SleepingMemory
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class MegatronBackend(TrainBackend):
         start = 0 if source.resumes is None else self._resume(source.resumes)
         self.frozen: dict[ModelTag, Any] = {}
         if needs_reference(args):
-            self.frozen["ref"] = self._build_frozen(reference_source(args))
+            self.frozen["ref"] = self._build_frozen(moved_reference(args, source) or reference_source(args))
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
         return start
@@ -237,6 +237,12 @@ class MegatronBackend(TrainBackend):
         self._memory.check_awake("hand on weights", level=2)
         return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel)
 
+    def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
+        """See ``TrainBackend.local_weights``."""
+        self._memory.check_awake("hand on weights", level=2)
+        module = self.model.module if model == "actor" else self._model(model)
+        return [parameter.data for parameter in module.parameters() if parameter.requires_grad or not trained]
+
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """See ``TrainBackend.save``.
 
@@ -248,6 +254,11 @@ class MegatronBackend(TrainBackend):
         state = self._state(self.model.module, with_optimizer=with_optimizer)
         generators = not getattr(self.args, "no_save_rng", False)
         save_checkpoint(directory, state, rollout_id=rollout_id, generators=generators)
+        if moves_reference(self.args) and "ref" in self.frozen:
+            (directory / REFERENCE).mkdir(exist_ok=True)
+            save_checkpoint(
+                directory / REFERENCE, self._state(self.frozen["ref"]), rollout_id=rollout_id, generators=False
+            )
 
     # Memory
 
