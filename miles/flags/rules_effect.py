@@ -106,6 +106,11 @@ EFFECTS: tuple[Effect, ...] = (
     _needs("log_probs_max_tokens_per_gpu", _is_set("use_dynamic_batch_size"), "without --use-dynamic-batch-size"),
     _needs("micro_batch_size", lambda draft: not draft["use_dynamic_batch_size"], "with --use-dynamic-batch-size"),
     _needs("adam_beta1 adam_beta2 adam_eps", _is("optimizer", "adam"), "without --optimizer adam"),
+    _needs(
+        "overlap_cpu_optimizer_d2h_h2d",
+        _is_set("optimizer_cpu_offload"),
+        "unless the optimizer is on the host (--optimizer-cpu-offload, with CUDA)",
+    ),
     _needs("sgd_momentum", _is("optimizer", "sgd"), "without --optimizer sgd"),
     _needs("min_lr", _decays, "with --lr-decay-style constant"),
     _needs(
@@ -234,6 +239,7 @@ ONLY_TRAINER = (
     "custom_megatron_post_save_hook_path custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
     "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load ref_update_interval "
+    "optimizer_cpu_offload overlap_cpu_optimizer_d2h_h2d "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "

@@ -113,6 +113,7 @@ _ONLY_MEGATRON = {
     "recompute_modules": "use --gradient-checkpointing",
     "use_checkpoint_opt_param_scheduler": "the schedule is that of the flags",
     "attention_backend": "use --attn-implementation",
+    "optimizer_cpu_offload": "use --fsdp-cpu-offload",
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), "models of the FSDP backend drop what config.json says"),
     **dict.fromkeys(
         (

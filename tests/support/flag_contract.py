@@ -138,8 +138,6 @@ NOT_BUILT = """\
 --fsdp-cpu-backend
 --use-routing-replay
 --use-rollout-routing-replay
---optimizer-cpu-offload
---overlap-cpu-optimizer-d2h-h2d
 --use-precision-aware-optimizer
 --mtp-num-layers
 --enable-mtp-training

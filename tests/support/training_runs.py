@@ -98,6 +98,7 @@ def running(tmp_path: Path, **flags: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def environment() -> dict[str, str]:
-    """A user's: their code on PYTHONPATH, before what is there, one thread per process."""
-    path = os.pathsep.join(filter(None, (str(USER_CODE), os.environ.get("PYTHONPATH"))))
+    """A user's: their code on PYTHONPATH, one thread per process. What else is there stays, for a checkout that is not
+    the installed one."""
+    path = os.pathsep.join(filter(None, [str(USER_CODE), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
