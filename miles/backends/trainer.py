@@ -36,6 +36,7 @@ from miles.backends.training_utils.rendezvous import Rendezvous
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
 from miles.backends.weight_update.messages import WeightUpdate
+from miles.utils.spans import Span
 from miles_agents import Actor, Ref, endpoint, store
 from miles_agents.errors import ConfigError, InternalError
 
@@ -90,6 +91,11 @@ class Trainer(Actor):
         """What the rank is at: ``phase``, ``rollout_id``, ``step`` of ``num_steps``. Answers during collectives."""
         step, steps = self._trainer.step_of if self._trainer is not None else (0, 0)
         return {"phase": self._timers.phase, "rollout_id": self._rollout_id, "step": step, "num_steps": steps}
+
+    @endpoint(thread="io")
+    def spans(self) -> list[Span]:
+        """What this rank did since it was last asked, for the trace of the run. Answers during collectives."""
+        return self._timers.spans.take()
 
     @endpoint
     def init(self, host: str, port: int) -> dict[str, Any]:

@@ -37,9 +37,10 @@ from miles.rollout.trajectories import save_trajectories
 from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
-from miles.utils.http_utils import close_http_client
+from miles.utils.http_utils import close_http_client, http_client
 from miles.utils.metric_utils import numbers_of
 from miles.utils.misc import SingletonMeta
+from miles.utils.spans import Span
 from miles.utils.tracking_utils import take_logged
 from miles.utils.train_data import split_train_data
 from miles.utils.types import Sample
@@ -180,6 +181,11 @@ class RolloutManager(Actor):
         for ref in self._refs.pop(rollout_id, []):
             await self._remove(ref)
         return count
+
+    @endpoint
+    async def spans(self) -> list[Span]:
+        """When engines were at work for this process, since it was last asked: for the trace of the run."""
+        return http_client().generating.take()
 
     @endpoint
     async def set_weight_version(self, version: int) -> None:

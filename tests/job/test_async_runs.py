@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from support.run_trace import generating_while_training
 from support.training_runs import ROOT, train
 
 from miles.rollout.journal import replay
@@ -29,6 +30,7 @@ def test_one_step_ahead_generates_while_it_trains(tmp_path):
     waits = [row["perf/rollout_time"] for row in done.rows()]
     assert max(waits[1:]) < waits[0] + 1.0
     assert all(row["perf/rollout_ahead_time"] >= 0 for row in done.rows() if "perf/rollout_ahead_time" in row)
+    assert generating_while_training(done.run_dir) > 0.0
     ledger = replay(done.run_dir / "journal" / "rollout.jsonl")
     assert ledger.num_trained == 5 * 8
     assert not ledger.open
@@ -45,6 +47,7 @@ def test_fully_asynchronous_training_keeps_its_bound(tmp_path):
     assert max(row["rollout/fully_async/staleness/max"] for row in rows) <= 1
     # Engines went on while the trainer trained: some of what is trained on is of older weights.
     assert any(row["rollout/fully_async/staleness/max"] > 0 for row in rows)
+    assert generating_while_training(done.run_dir) > 0.0
     ledger = replay(done.run_dir / "journal" / "rollout.jsonl")
     assert ledger.num_trained == 6 * 8
     assert ledger.num_taken == ledger.num_trained + ledger.num_filtered + ledger.num_returned + len(ledger.open)
