@@ -95,7 +95,8 @@ def run(way: str, model: Path, scratch: Path, sizes: Sizes, cores: Sequence[int]
     with engine(model, sizes, cores[-1]) as address:
         argv = [
             sys.executable, str(ROOT / entry), "--hf-checkpoint", str(model),
-            "--prompt-data", str(scratch / "prompts.jsonl"), "--input-key", "prompt", "--label-key", "label", "--rm-type", "random", "--lr", "1e-4",
+            "--prompt-data", str(scratch / "prompts.jsonl"), "--input-key", "prompt", "--label-key", "label",
+            "--rm-type", "random", "--lr", "1e-4",
             "--run-dir", str(run_dir), "--num-rollout", str(sizes.rollouts), "--rollout-batch-size", str(GROUPS),
             "--n-samples-per-prompt", str(SAMPLES), "--rollout-max-response-len", "8",
             "--actor-num-gpus-per-node", "1", "--rollout-external", "--rollout-external-engine-addrs", address,

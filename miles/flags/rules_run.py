@@ -102,6 +102,13 @@ def _without_cuda(draft: Draft) -> None:
         draft.problem(
             "attention_backend", "needs CUDA, and models run on the CPU", allowed="auto", advice="Leave it out."
         )
+    if draft.generates and draft.values.get("sglang_enable_deterministic_inference"):
+        draft.problem(
+            "sglang_enable_deterministic_inference",
+            "SGLang has kernels for it on GPUs, and models run on the CPU",
+            advice="Leave it out; --deterministic-mode makes training deterministic, and recorded rollouts "
+            "(--load-debug-rollout-data) the run.",
+        )
     if draft["fsdp_cpu_offload"]:
         draft.notice("--fsdp-cpu-offload: everything is on the CPU anyway")
 
