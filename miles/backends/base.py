@@ -233,6 +233,12 @@ class TrainBackend(ABC):
         next one is asked for."""
 
     @abstractmethod
+    def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
+        """This rank's part of a model's parameters, in the same order of all models; with ``trained``, without those
+        that stay as they are. They may be written to (not while asleep at level 2), and passes see what was written;
+        the optimizer's own copies do not."""
+
+    @abstractmethod
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """Write weights, optimizer, schedule and RNG (``--no-save-optim``: weights only) into ``directory``, which is
         new and empty. The caller renames it when all ranks are done."""

@@ -21,6 +21,8 @@ FORMAT = "metadata.json"
 """Of a torch_dist directory: the file that is written last."""
 FSDP_META = "meta.json"
 """Of a checkpoint of the FSDP backend: its counters."""
+REFERENCE = "reference"
+"""In a checkpoint of a run with ``--ref-update-interval``: the weights of the reference model."""
 EXPORTED = ".complete"
 """Of a Hugging Face directory: we wrote it, and it is complete. Only such a one is overwritten."""
 

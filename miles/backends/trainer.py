@@ -37,6 +37,7 @@ from miles.backends.training_utils.rendezvous import Rendezvous
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
 from miles.backends.weight_update.messages import WeightUpdate
+from miles.utils.spans import Span
 from miles_agents import Actor, Ref, endpoint, store
 from miles_agents.errors import ConfigError, InternalError
 
@@ -91,6 +92,11 @@ class Trainer(Actor):
         """What the rank is at: ``phase``, ``rollout_id``, ``step`` of ``num_steps``. Answers during collectives."""
         step, steps = self._trainer.step_of if self._trainer is not None else (0, 0)
         return {"phase": self._timers.phase, "rollout_id": self._rollout_id, "step": step, "num_steps": steps}
+
+    @endpoint(thread="io")
+    def spans(self) -> list[Span]:
+        """What this rank did since it was last asked, for the trace of the run. Answers during collectives."""
+        return self._timers.spans.take()
 
     @endpoint
     def init(self, host: str, port: int) -> dict[str, Any]:
@@ -211,7 +217,7 @@ class Trainer(Actor):
         """Give the engines these weights. Returns seconds by part."""
         from miles.backends.weight_update.sender import make_sender
 
-        backend, _ = self._ready()
+        backend, trainer = self._ready()
         if self._asleep > 1:
             self._wake()
         sender = self._senders.get(update.method)
@@ -221,18 +227,23 @@ class Trainer(Actor):
             sender = self._senders[update.method] = make_sender(backend.parallel, update, backend.device, self.args)
         with self._timers.measure("update_weights"):
             seconds: dict[str, float] = sender.send(update, backend.hf_weights())
+        if trainer.old_weights is not None:
+            with self._timers.measure("keep_old_actor"):
+                trainer.old_weights.keep(update.version)
         return seconds
 
     @endpoint
     def sleep(self, level: int) -> dict[str, float]:
         """Give memory back: 1, gradients and optimizer state; 2, parameters too. Returns resident bytes of this process
         before and after (``rss_before``, ``rss_after``), and those of the GPU."""
-        backend, _ = self._ready()
+        backend, trainer = self._ready()
         before = _memory("before", backend.device)
         if level > self._asleep:
             with self._timers.measure("sleep"):
                 for part in self._backends:
                     part.sleep(level)
+                if trainer.old_weights is not None:
+                    trainer.old_weights.sleep(level)
             self._asleep = level
         _give_back(backend.device)
         return before | _memory("after", backend.device)
@@ -251,6 +262,8 @@ class Trainer(Actor):
             sender.close()
         for part in self._backends:
             part.close()
+        if self._trainer is not None and self._trainer.old_weights is not None:
+            self._trainer.old_weights.close()
         if self._recorder is not None:
             self._recorder.close()
         self._rendezvous.leave()

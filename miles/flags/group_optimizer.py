@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
 
 GROUP = "optimizer"
-OFFLOAD = "not built yet: optimizer state on the CPU or in lower precision"
+PRECISION = "not built yet: optimizer state in lower precision, which is Transformer Engine's (and needs CUDA)"
 SAMPLES = "the schedule counts optimizer steps: use the flag with iters in its name"
 
 FLAGS: tuple[Flag, ...] = (
@@ -26,9 +26,9 @@ FLAGS: tuple[Flag, ...] = (
         number("--adam-beta1", 0.9, "decay of the first moment"),
         number("--adam-beta2", 0.98, "decay of the second moment"),
         number("--clip-grad", 1.0, "largest norm of the gradient (0: any)"),
-        refused(switch("--optimizer-cpu-offload", "the optimizer runs on the CPU"), OFFLOAD),
-        refused(switch("--overlap-cpu-optimizer-d2h-h2d", "overlap its copies with computing"), OFFLOAD),
-        refused(switch("--use-precision-aware-optimizer", "optimizer state in lower precision"), OFFLOAD),
+        switch("--optimizer-cpu-offload", "Adam's state is in host memory, and it computes there"),
+        switch("--overlap-cpu-optimizer-d2h-h2d", "its copies run ahead of what it computes"),
+        refused(switch("--use-precision-aware-optimizer", "optimizer state in lower precision"), PRECISION),
     ),
     *grouped(
         GROUP,

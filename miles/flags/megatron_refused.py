@@ -23,7 +23,8 @@ VISION = "not built yet: vision models"
 LOW_PRECISION = "not built yet: FP8 and FP4"
 FLOAT16 = "not built yet: float16 and its loss scaling"
 MUON = "not built yet: the Muon optimizer"
-LOW_STATE = "not built yet: optimizer state on the CPU or in lower precision"
+LOW_STATE = "not built yet: optimizer state in lower precision, which is Transformer Engine's (and needs CUDA)"
+HALF_AWAY = "not built yet: other ways of having the optimizer on the CPU than all of Adam (--optimizer-cpu-offload)"
 ENGINE = "SGLang generates, and has settings of its own: see --sglang-*"
 DATASET = "prompts come from --prompt-data, and are packed as they are"
 TOKENIZER = "the tokenizer is that of --hf-checkpoint"
@@ -137,10 +138,10 @@ _WORDS: tuple[tuple[str, str], ...] = (
         "muon-num-ns-steps muon-tp-mode muon-extra-scale-factor",
     ),
     (
-        LOW_STATE,
-        "optimizer-offload-fraction use-torch-optimizer-for-cpu-offload no-pin-cpu-grads no-pin-cpu-params "
-        "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype",
+        HALF_AWAY,
+        "optimizer-offload-fraction use-torch-optimizer-for-cpu-offload no-pin-cpu-grads no-pin-cpu-params",
     ),
+    (LOW_STATE, "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype"),
     (
         "not built yet: activations on the CPU; --recompute-granularity saves their memory",
         "cpu-offloading-num-layers fine-grained-activation-offloading offload-modules min-offloaded-tensor-size",

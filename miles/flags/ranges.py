@@ -47,6 +47,7 @@ _AT_LEAST_1 = (
     "sglang_server_concurrency",
     "async_max_concurrent_samples",
     "update_weights_interval",
+    "ref_update_interval",
     "sglang_router_request_timeout_secs",
     "log_interval",
     "tensorboard_log_interval",

@@ -90,11 +90,11 @@ def _check_critic(draft: Draft) -> None:
             "its critic learns returns, and --disable-compute-advantages-and-returns leaves them out",
             advice="Leave one of the two out.",
         )
-    if draft["train_async"] and not (draft["use_rollout_logprobs"] or draft["use_tis"]):
+    if draft["train_async"] and not any(draft[name] for name in ("use_rollout_logprobs", "use_tis", "keep_old_actor")):
         draft.problem(
             "advantage_estimator",
             "in asynchronous training responses are of older weights, and the ratio has to know",
-            allowed="with --use-rollout-logprobs or --use-tis",
+            allowed="with --use-rollout-logprobs, --use-tis or --keep-old-actor",
             advice="Give one of these.",
         )
     _check_critic_ranks(draft)

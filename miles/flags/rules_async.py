@@ -25,6 +25,12 @@ def resolve_async(draft: Draft) -> None:
         draft["train_async"] = False
         draft.notice("one side of the run is left out, so nothing overlaps: it goes on as with train.py")
         return
+    if draft["true_on_policy_mode"]:
+        draft.problem(
+            "true_on_policy_mode",
+            "answers are generated with weights from before the steps that are taken meanwhile: none is on-policy",
+            advice="Use train.py, or leave it out.",
+        )
     if draft["fully_async"]:
         _fully_async(draft)
 
@@ -34,7 +40,7 @@ def _fully_async(draft: Draft) -> None:
         "rollout_function_path": "the function of --fully-async takes its place",
         "partial_rollout": "no answer is stopped at the end of a rollout",
         "rollout_all_samples_process_path": "there is no moment at which all samples of a rollout are known",
-        "true_on_policy_mode": "answers have tokens of several weight versions",
+        "keep_old_actor": "answers have tokens of several weight versions (--use-rollout-logprobs does it exactly)",
     }
     for dest, why in reasons.items():
         if draft[dest]:

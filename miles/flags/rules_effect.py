@@ -52,7 +52,7 @@ def _decays(draft: Draft) -> bool:
 
 POLICY = (
     "eps_clip eps_clip_high eps_clip_c entropy_coef use_kl_loss use_tis custom_pg_loss_reducer_function_path "
-    "advantage_estimator kl_coef use_opsm use_opd"
+    "advantage_estimator kl_coef use_opsm use_opd keep_old_actor"
 )
 CRITIC = (
     "lambd value_clip num_critic_only_steps critic_load critic_save critic_lr critic_lr_warmup_iters critic_num_nodes "
@@ -65,6 +65,11 @@ WANDB = (
 
 EFFECTS: tuple[Effect, ...] = (
     _needs("kl_loss_coef kl_loss_type use_unbiased_kl", _is_set("use_kl_loss"), "without --use-kl-loss"),
+    _needs(
+        "ref_update_interval",
+        lambda draft: bool(draft["use_kl_loss"] or draft["kl_coef"]),
+        "without --use-kl-loss or --kl-coef: there is no reference model",
+    ),
     _needs(
         "custom_tis_function_path tis_clip tis_clip_low",
         _is_set("use_tis", "get_mismatch_metrics"),
@@ -102,6 +107,11 @@ EFFECTS: tuple[Effect, ...] = (
     _needs("log_probs_max_tokens_per_gpu", _is_set("use_dynamic_batch_size"), "without --use-dynamic-batch-size"),
     _needs("micro_batch_size", lambda draft: not draft["use_dynamic_batch_size"], "with --use-dynamic-batch-size"),
     _needs("adam_beta1 adam_beta2 adam_eps", _is("optimizer", "adam"), "without --optimizer adam"),
+    _needs(
+        "overlap_cpu_optimizer_d2h_h2d",
+        _is_set("optimizer_cpu_offload"),
+        "unless the optimizer is on the host (--optimizer-cpu-offload, with CUDA)",
+    ),
     _needs("sgd_momentum", _is("optimizer", "sgd"), "without --optimizer sgd"),
     _needs("min_lr", _decays, "with --lr-decay-style constant"),
     _needs(
@@ -247,13 +257,14 @@ ONLY_TRAINER = (
     "trainer_heartbeat_checker_first_wait trainer_heartbeat_checker_failure_threshold recovery_interval "
     "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
-    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay lora_rank "
+    "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay lora_rank ref_update_interval "
+    "optimizer_cpu_offload overlap_cpu_optimizer_d2h_h2d "
 )
 ONLY_ENGINES = (
     "rollout_top_p rollout_top_k rollout_stop rollout_stop_token_ids rm_type rm_url group_rm custom_rm_path "
     "dynamic_sampling_filter_path over_sampling_batch_size partial_rollout sglang_server_concurrency "
     "sglang_router_policy rollout_num_gpus rollout_num_gpus_per_engine rollout_health_check_interval "
-    "rollout_health_check_timeout rollout_health_check_first_wait "
+    "rollout_health_check_timeout rollout_health_check_first_wait keep_old_actor "
 )
 
 

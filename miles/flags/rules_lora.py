@@ -25,6 +25,18 @@ def resolve_lora(draft: Draft) -> None:
             allowed="1, or --target-modules q_proj,k_proj,v_proj,o_proj",
             advice="Leave it out, and share experts by --expert-model-parallel-size.",
         )
+    if draft["ref_update_interval"] is not None and draft["use_kl_loss"] | bool(draft["kl_coef"]):
+        draft.problem(
+            "ref_update_interval",
+            "with --lora-rank the reference is the model without its adapter, which does not move",
+            advice="Leave one of the two out.",
+        )
+    if draft["enable_mtp_training"]:
+        draft.problem(
+            "enable_mtp_training",
+            "layers that predict further tokens have no adapters, and with --lora-rank nothing else is trained",
+            advice="Leave it out.",
+        )
     if draft["lora_adapter_path"]:
         _check_adapter(draft, targets)
 

@@ -102,6 +102,13 @@ def _without_cuda(draft: Draft) -> None:
         draft.problem(
             "attention_backend", "needs CUDA, and models run on the CPU", allowed="auto", advice="Leave it out."
         )
+    if draft.generates and draft.values.get("sglang_enable_deterministic_inference"):
+        draft.problem(
+            "sglang_enable_deterministic_inference",
+            "SGLang has kernels for it on GPUs, and models run on the CPU",
+            advice="Leave it out; --deterministic-mode makes training deterministic, and recorded rollouts "
+            "(--load-debug-rollout-data) the run.",
+        )
     if draft["fsdp_cpu_offload"]:
         draft.notice("--fsdp-cpu-offload: everything is on the CPU anyway")
 
@@ -113,6 +120,7 @@ _ONLY_MEGATRON = {
     "recompute_modules": "use --gradient-checkpointing",
     "use_checkpoint_opt_param_scheduler": "the schedule is that of the flags",
     "attention_backend": "use --attn-implementation",
+    "optimizer_cpu_offload": "use --fsdp-cpu-offload",
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), "models of the FSDP backend drop what config.json says"),
     **dict.fromkeys(
         (

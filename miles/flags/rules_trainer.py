@@ -16,6 +16,7 @@ def resolve_trainer(draft: Draft) -> None:
     _check_shards(draft)
     _check_saves(draft)
     _check_optimizer(draft)
+    _check_offload(draft)
     _check_passes(draft)
     _check_profile(draft)
     _check_memory(draft)
@@ -103,6 +104,22 @@ def _check_optimizer(draft: Draft) -> None:
             )
         else:
             draft.notice("--low-memory-resume has no effect: the optimizer's state is on the CPU anyway")
+
+
+def _check_offload(draft: Draft) -> None:
+    """``--optimizer-cpu-offload``: moments of Adam in host memory."""
+    if not draft["optimizer_cpu_offload"] or draft["train_backend"] == "fsdp":
+        return
+    if draft["optimizer"] != "adam":
+        draft.problem(
+            "optimizer_cpu_offload",
+            f"--optimizer {draft['optimizer']} stays where the parameters are",
+            allowed="with --optimizer adam",
+            advice="Leave one of the two out.",
+        )
+    elif draft["device"] == "cpu":
+        draft.notice("--optimizer-cpu-offload has no effect: the optimizer is on the CPU anyway")
+        draft["optimizer_cpu_offload"] = False
 
 
 def _check_passes(draft: Draft) -> None:

@@ -11,6 +11,7 @@ def resolve_training(draft: Draft) -> None:
         return
     _check_loss(draft)
     _check_correction(draft)
+    _check_old_actor(draft)
     _check_steps(draft)
     _check_recompute(draft)
     _check_schedule(draft)
@@ -32,6 +33,49 @@ def _check_correction(draft: Draft) -> None:
         draft.problem(
             "use_tis",
             "with --use-rollout-logprobs there is nothing to correct",
+            advice="Leave one of the two out.",
+        )
+
+
+def _check_old_actor(draft: Draft) -> None:
+    """``--keep-old-actor``: the pass over old log-probs is made with the weights that generated."""
+    if not draft["keep_old_actor"]:
+        return
+    if not draft.generates or draft["loss_type"] == "sft_loss":
+        draft["keep_old_actor"] = False
+        return
+    for dest in ("use_rollout_logprobs", "skip_actor_forward_only"):
+        if draft[dest]:
+            draft.problem(
+                "keep_old_actor",
+                f"with {draft.flag(dest)} there is no pass over old log-probs",
+                advice="Leave one of the two out.",
+            )
+    if draft["partial_rollout"] and not draft["mask_offpolicy_in_partial_rollout"]:
+        draft.problem(
+            "keep_old_actor",
+            "with --partial-rollout an answer that goes on has tokens of several weight versions",
+            allowed="with --mask-offpolicy-in-partial-rollout, which leaves those of earlier ones out",
+            advice="Give that, too, or use --use-rollout-logprobs in place of --keep-old-actor.",
+        )
+    if draft["use_fault_tolerance"]:
+        draft.problem(
+            "keep_old_actor",
+            "ranks that die take the weights that they keep with them, and --use-fault-tolerance could not train again "
+            "on what those made",
+            advice="Leave one of the two out, or use --use-rollout-logprobs in place of --keep-old-actor.",
+        )
+    if draft["use_routing_replay"] and not draft["use_rollout_routing_replay"]:
+        draft.problem(
+            "keep_old_actor",
+            "the pass over old log-probs, whose routing --use-routing-replay records, is made for each weight version",
+            allowed="with --use-rollout-routing-replay, which takes the engines' routing",
+            advice="Give that, too, or leave one of the two out.",
+        )
+    if draft["debug_skip_weight_update"]:
+        draft.problem(
+            "keep_old_actor",
+            "with --debug-skip-weight-update engines generate with none of the trainer's weights",
             advice="Leave one of the two out.",
         )
 

@@ -38,9 +38,15 @@ class RolloutFnBaseInput:
 
 @dataclass(frozen=True)
 class RolloutFnTrainInput(RolloutFnBaseInput):
-    """Samples for training are wanted."""
+    """Samples for training are wanted.
+
+    Attributes:
+        weight_version: That of the engines.
+        oldest_version: With ``--keep-old-actor``: answers of earlier weights cannot be trained on.
+    """
 
     weight_version: int | None = None
+    oldest_version: int | None = None
 
     @property
     def evaluation(self) -> bool:

@@ -39,9 +39,10 @@ from miles.rollout.trajectories import save_trajectories
 from miles.rollout.watchdog import Watchdog
 from miles.utils.arguments import namespace
 from miles.utils.async_utils import LoopThread, set_loop_thread
-from miles.utils.http_utils import close_http_client
+from miles.utils.http_utils import close_http_client, http_client
 from miles.utils.metric_utils import numbers_of
 from miles.utils.misc import SingletonMeta
+from miles.utils.spans import Span
 from miles.utils.tracking_utils import take_logged
 from miles.utils.train_data import split_train_data
 from miles.utils.types import Sample
@@ -74,6 +75,7 @@ class RolloutManager(Actor):
         set_loop_thread(self.user)
         self.watchdog = Watchdog(self.user, self.progress_now)
         self._restored_weight_version = 0
+        self._first_weight_version: int | None = None
         self._refs: dict[int, list[Ref]] = {}
         self._replayed: dict[int, list[Ref]] = {}
         self._recovery: RolloutRecovery | None = None
@@ -243,9 +245,23 @@ class RolloutManager(Actor):
         await asyncio.to_thread(self._kept_batches().remove_through, rollout_id)
 
     @endpoint
+    async def spans(self) -> list[Span]:
+        """When engines were at work for this process, since it was last asked: for the trace of the run."""
+        return http_client().generating.take()
+
+    @endpoint
     async def set_weight_version(self, version: int) -> None:
         """The engines' weights are of this version from now on."""
         self.weight_version = version
+        if self._first_weight_version is None:
+            self._first_weight_version = version
+
+    def _oldest_version(self) -> int | None:
+        """With ``--keep-old-actor``: the trainer has the weights of the version before the engines' own, too; not
+        those from before it was started."""
+        if not self.args.keep_old_actor or self.weight_version is None or self._first_weight_version is None:
+            return None
+        return max(self._first_weight_version, self.weight_version - 1)
 
     @endpoint
     async def save(self, rollout_id: int, directory: str) -> None:
@@ -346,7 +362,9 @@ class RolloutManager(Actor):
 
     async def _call(self, loaded: Loaded, rollout_id: int) -> RolloutFnTrainOutput:
         hook = loaded.rollout_function
-        output = await call_rollout_function(hook, RolloutFnTrainInput(rollout_id, self.weight_version))
+        output = await call_rollout_function(
+            hook, RolloutFnTrainInput(rollout_id, self.weight_version, self._oldest_version())
+        )
         if not isinstance(output, RolloutFnTrainOutput) or not _are_groups(output.samples):
             raise hook.bad_result(getattr(output, "samples", output), "a list of lists of Sample, not empty")
         need_rewards(self.args, [sample for group in output.samples for sample in flat(group)])

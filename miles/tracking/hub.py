@@ -20,6 +20,7 @@ from miles.tracking.continuation import Remembered, places, read_remembered, wri
 from miles.tracking.metrics_file import MetricsFile
 from miles.tracking.process import TrackerProcess
 from miles.tracking.secrets import for_people
+from miles.tracking.trace import TraceFile
 from miles.tracking.tracker import AXES, EVAL_AXIS, ROLLOUT_AXIS, TRAIN_AXIS, RunInfo
 from miles.tracking.trackers import chosen, settings_of
 from miles.utils.metric_utils import compute_rollout_step, numbers_of
@@ -54,6 +55,7 @@ class Tracking:
         self.say = say
         self._secrets = dict(secrets or {})
         self._file = MetricsFile(run_dir, say)
+        self.trace = TraceFile(run_dir, say)
         self._process: TrackerProcess | None = None
         self._remembered: Remembered = {}
         self._checkpoints: Path | None = None
@@ -142,6 +144,7 @@ class Tracking:
     async def close(self, how: str) -> None:
         """The run has ended: ``finished``, ``failed`` or ``interrupted``."""
         self._file.close()
+        self.trace.close()
         if self._process is None:
             return
         for path in (self.run_dir / "config.json", self._file.path):

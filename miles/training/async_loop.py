@@ -51,10 +51,6 @@ class AsyncTrainingLoop(TrainingLoop):
     def _begin(self, rollout_id: int) -> asyncio.Task[RolloutBatchRefs]:
         return asyncio.ensure_future(self._called(rollout_id))
 
-    async def _called(self, rollout_id: int) -> RolloutBatchRefs:
-        batch: RolloutBatchRefs = await self.rollout.generate.call_one(rollout_id)
-        return batch
-
     def _is_update_due(self, rollout_id: int) -> bool:
         return (rollout_id + 1) % int(self.config["update_weights_interval"]) == 0
 

@@ -27,12 +27,16 @@ from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
 from miles.tracking.metric_check import MetricCheck
+from miles.tracking.trace import ENGINES, EVALUATE, GENERATE, LOOP, TRAINER
 from miles.training.engine_recovery import EngineRecovery
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
+from miles.utils.spans import SpanLog
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
+SOON_S = 60.0
+"""For questions that are answered at once, whatever else goes on."""
 
 
 @dataclass
@@ -46,20 +50,23 @@ class Outcome:
 
 
 class Stopwatch:
-    """Seconds by part of one iteration."""
+    """Seconds by part of one iteration; ``spans`` are for the trace."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.spans = SpanLog()
         self._began = time.perf_counter()
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Count what happens inside for ``part``."""
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time()
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+            took = time.perf_counter() - began
+            self.seconds[part] = self.seconds.get(part, 0.0) + took
+            self.spans.add(part, at, at + took)
 
     def metrics(self) -> dict[str, float]:
         """``perf/{part}_time``, ``perf/step_time`` and what no part accounts for as ``perf/other_time``; how long
@@ -113,7 +120,9 @@ class TrainingLoop:
             num_rollout_per_epoch=parts.num_rollout_per_epoch,
         )
         if self.trainer is not None and parts.fleet is not None:
-            await self._update_weights(Stopwatch())
+            watch = Stopwatch()
+            await self._update_weights(watch)
+            self.tracking.trace.add(LOOP, watch.spans.take())
         num_rollout = self._num_rollout()
         start = parts.start_rollout_id
         if start >= num_rollout:
@@ -166,11 +175,21 @@ class TrainingLoop:
             await self._before_update(watch)
             metrics.update(await self._update_weights(watch))
         metrics.update(watch.metrics())
+        await self._trace(rollout_id, watch)
         self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, steps)
         if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
             await self._evaluate(rollout_id, rollout_id + 1)
+
+    async def _trace(self, rollout_id: int, watch: Stopwatch) -> None:
+        """What the controller, the trainer's first rank and the engines did in this iteration."""
+        trace = self.tracking.trace
+        trace.add(LOOP, [(*span[:3], {"rollout_id": rollout_id}) for span in watch.spans.take()])
+        trace.add(ENGINES, await self.parts.calls(self.parts.rollout, SOON_S).spans.call_one())
+        if self.parts.trainer is not None:
+            first = self.parts.calls(self.parts.trainer, SOON_S).slice(gpus=0)
+            trace.add(TRAINER, await first.spans.call_one())
 
     def _is_save_asked_for(self) -> bool:
         """``--save-trigger-sentinel``: somebody has put the file there. It goes when the checkpoint is complete."""
@@ -187,7 +206,13 @@ class TrainingLoop:
         """Whatever must not go on while weights change."""
 
     async def _generate(self, rollout_id: int) -> RolloutBatchRefs:
-        batch: RolloutBatchRefs = await self._shown("generate", self.rollout.generate.call_one(rollout_id))
+        batch: RolloutBatchRefs = await self._shown("generate", self._called(rollout_id))
+        return batch
+
+    async def _called(self, rollout_id: int) -> RolloutBatchRefs:
+        began = time.time()
+        batch: RolloutBatchRefs = await self.rollout.generate.call_one(rollout_id)
+        self.tracking.trace.add(GENERATE, [("generate", began, time.time(), {"rollout_id": rollout_id})])
         return batch
 
     async def _shown(self, phase: str, call: Any) -> Any:
@@ -225,7 +250,7 @@ class TrainingLoop:
         """Metrics of each optimizer step of the rollout that was trained on, if it had several."""
         if self.parts.trainer is None or self.config["num_steps_per_rollout"] in (None, 1):
             return []
-        first = self.parts.calls(self.parts.trainer, 60.0).slice(gpus=0)
+        first = self.parts.calls(self.parts.trainer, SOON_S).slice(gpus=0)
         steps: list[dict[str, float]] = await first.last_steps.call_one()
         return steps
 
@@ -338,9 +363,10 @@ class TrainingLoop:
             await trainer.slice(gpus=0).after_save.call_one(rollout_id, paths.at(gpus=0), export)
 
     async def _evaluate(self, rollout_id: int, rollouts_done: int) -> None:
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time()
         call = self.rollout.evaluate.call_one(rollout_id)
         result: EvalResult = await self._shown("evaluate", call)
+        self.tracking.trace.add(EVALUATE, [("evaluate", at, time.time(), {"rollout_id": rollout_id})])
         metrics = {**result.metrics, "perf/eval_time": time.perf_counter() - began}
         self.tracking.write("eval", rollout_id, rollouts_done, metrics)
         self.tracking.examples(rollout_id, result.examples)

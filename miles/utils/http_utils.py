@@ -27,6 +27,7 @@ import uvloop
 
 from miles.utils.async_utils import LoopThread
 from miles.utils.misc import get_free_port
+from miles.utils.spans import BusyLog
 from miles_agents.errors import ConfigError, PeerFault
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class HttpClient:
         self._in_flight: dict[str, str] = {}
         self._lock = threading.Lock()
         self.retries = 0
+        self.generating = BusyLog("generate")
+        """When requests to engines were under way."""
 
     # -- addresses of this run -------------------------------------------------------------------------------
 
@@ -172,6 +175,7 @@ class HttpClient:
         with self._lock:
             self._in_flight[rid] = scope
         lost = False
+        self.generating.begin()
         try:
             yield
         except _Passing as trouble:
@@ -181,6 +185,7 @@ class HttpClient:
             lost = True
             raise
         finally:
+            self.generating.end()
             if not lost:
                 with self._lock:
                     self._in_flight.pop(rid, None)

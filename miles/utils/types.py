@@ -143,7 +143,8 @@ class Sample:
         response_length: Response tokens; the last ones of ``tokens``.
         reward: A number, or a dict of them (``--reward-key`` chooses).
         loss_mask: 0 or 1 per response token; None: all 1.
-        weight_versions: One per request that was answered.
+        weight_versions: One per request that was answered; of one during which weights changed, each version that made
+            tokens of it, oldest first.
         rollout_log_probs: The engine's, per response token.
         remove_sample: Its loss mask becomes 0.
         train_metadata: Shipped to the trainer as ``metadata``.
@@ -296,8 +297,10 @@ class Sample:
         if meta_info.get("spec_verify_ct"):
             self.spec_info.add(meta_info)
         self.prefix_cache_info.add(meta_info)
-        if meta_info.get("weight_version") is not None:
-            self.weight_versions.append(str(meta_info["weight_version"]))
+        # An answer that was under way while weights changed has tokens of several versions.
+        spans = meta_info.get("weight_versions") or ()
+        last = [{"version": meta_info["weight_version"]}] if meta_info.get("weight_version") is not None else []
+        self.weight_versions += [str(span["version"]) for span in spans or last]
         reason = str((meta_info.get("finish_reason") or {}).get("type"))
         found = {
             "length": SampleStatus.TRUNCATED,

@@ -194,9 +194,10 @@ async def test_the_cache_cannot_be_flushed_while_requests_run_but_while_they_are
     await task
 
 
-async def test_each_token_is_reported_with_the_version_that_made_it(engine):
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+async def test_each_token_is_reported_with_the_version_that_made_it(engine, mode):
     task = await running(engine, "one")
-    await engine.client.pause()
+    await engine.client.pause(mode)
     await engine.client.update_weight_version(7)
     await engine.client.resume()
     await asyncio.sleep(0.1)

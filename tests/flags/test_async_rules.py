@@ -15,7 +15,9 @@ REFUSED = [
     (FULLY + "--partial-rollout", "--partial-rollout", "--fully-async"),
     (FULLY + "--rollout-function-path my.fn", "--rollout-function-path", "takes its place"),
     (FULLY + "--rollout-all-samples-process-path my.fn", "--rollout-all-samples-process-path", "all samples"),
-    (FULLY + "--true-on-policy-mode", "--true-on-policy-mode", "several weight versions"),
+    (FULLY + "--true-on-policy-mode", "--true-on-policy-mode", "none is on-policy"),
+    ("--train-async --true-on-policy-mode", "--true-on-policy-mode", "none is on-policy"),
+    (FULLY + "--keep-old-actor", "--keep-old-actor", "--use-rollout-logprobs"),
     (FULLY + "--pause-generation-mode abort", "--pause-generation-mode", "retract, in_place"),
     (FULLY + "--async-max-concurrent-samples 3", "--async-max-concurrent-samples", "4 or more"),
     (FULLY + "--async-data-buffer-capacity-factor 0", "--async-data-buffer-capacity-factor", "above 0"),
@@ -46,6 +48,7 @@ def test_where_one_side_is_left_out_it_is_the_ordinary_loop(flags):
         "--train-async --update-weights-interval 3",
         "--train-async --advantage-estimator ppo --use-tis",
         "--train-async --advantage-estimator ppo --use-rollout-logprobs",
+        "--train-async --advantage-estimator ppo --keep-old-actor",
         FULLY + "--max-weight-staleness 0 --async-max-concurrent-samples 4 --pause-generation-mode in_place",
     ],
 )

@@ -176,6 +176,7 @@ CASES = [
         FACTS,
         told("--skip-actor-forward-only", "2 optimizer"),
     ),
+    (53, "--skip-actor-forward-only --keep-old-actor", FACTS, told("--keep-old-actor", "no pass")),
     (53, "--skip-actor-forward-only --hidden-dropout 0.1", FACTS, told("--hidden-dropout", "same dropout")),
     (46, "--enable-mtp-training", FACTS, told("--enable-mtp-training", "no such layers")),
     (46, "--enable-mtp-training --mtp-num-layers 1", MIMO, values(mtp_num_layers=1, mtp_loss_scaling_factor=0.2)),

@@ -15,6 +15,7 @@ RECIPE = (
 )
 READ = {
     "kl_loss_coef": "--use-kl-loss",
+    "ref_update_interval": "--use-kl-loss",
     "custom_tis_function_path": "--get-mismatch-metrics",
     "eps_clip": "",
     "lambd": "--advantage-estimator ppo",
@@ -30,6 +31,7 @@ READ = {
     "micro_batch_size": "",
     "adam_beta1": "",
     "sgd_momentum": "--optimizer sgd",
+    "overlap_cpu_optimizer_d2h_h2d": "--optimizer-cpu-offload --device cuda",
     "min_lr": "--lr-decay-style linear",
     "lr_decay_iters": "--lr-warmup-fraction 0.1",
     "lr_wsd_decay_iters": "--lr-decay-style WSD --lr-wsd-decay-iters 1",

@@ -3,7 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from support.flag_cases import FACTS, GPUS, config, outcome, problems
+from support.flag_cases import FACTS, GPUS, RECIPE, config, outcome, problems
+
+from miles.flags.flag import grouped, switch
+from miles.flags.parse import parse
+from miles.flags.resolve import resolve
+from miles.flags.table import table
 
 APART = {"without": ["--colocate"]}
 
@@ -226,6 +231,15 @@ class TestBackends:
 def test_a_router_that_runs_already_has_a_port():
     assert "--sglang-router-port" in problems("--sglang-router-ip 10.0.0.1")["--sglang-router-ip"]
     config("--sglang-router-ip 10.0.0.1 --sglang-router-port 30000")
+
+
+@pytest.mark.parametrize(("facts", "refused"), [(FACTS, True), (GPUS, False)])
+def test_deterministic_engines_need_a_gpu(facts, refused):
+    """SGLang's own flag, known as it is read from the installed one."""
+    flag = "--sglang-enable-deterministic-inference"
+    known = table().extended(grouped("engines", "sglang", switch(flag, "deterministic")))
+    found = resolve(parse([*RECIPE.split(), flag], known), known, facts).problems
+    assert [problem.flag for problem in found if "GPUs" in problem.what] == [flag] * refused
 
 
 def test_strictly_on_policy_is_deterministic():

@@ -39,6 +39,15 @@ FSDP = "--train-backend fsdp"
             "--custom-megatron-before-log-prob-hook-path",
             "no pass",
         ),
+        ("--keep-old-actor --use-rollout-logprobs", "--keep-old-actor", "no pass over old log-probs"),
+        ("--keep-old-actor --partial-rollout", "--keep-old-actor", "--mask-offpolicy-in-partial-rollout"),
+        ("--keep-old-actor --use-fault-tolerance", "--keep-old-actor", "--use-rollout-logprobs"),
+        ("--keep-old-actor --use-routing-replay", "--keep-old-actor", "for each weight version"),
+        ("--keep-old-actor --debug-skip-weight-update", "--keep-old-actor", "none of the trainer's weights"),
+        ("--use-kl-loss --ref-update-interval 0", "--ref-update-interval", "1 or more"),
+        (f"--optimizer-cpu-offload {FSDP}", "--optimizer-cpu-offload", "--fsdp-cpu-offload"),
+        ("--optimizer-cpu-offload --optimizer sgd", "--optimizer-cpu-offload", "with --optimizer adam"),
+        ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer", "Transformer Engine"),
         ("--profile", "--profile", "nsys"),
         ("--use-pytorch-profiler --profile-step-start 12", "--profile-step-end", "above 12"),
         ("--use-pytorch-profiler --profile-ranks 0 2", "--profile-ranks", "0 to 1"),
@@ -90,3 +99,10 @@ def test_loading_with_little_memory():
 
 def test_masters_that_are_not_there_are_told():
     assert any("--no-keep-fp32-master" in notice for notice in outcome(f"--no-keep-fp32-master {FSDP}").notices)
+
+
+def test_on_a_cpu_the_optimizer_is_in_host_memory_anyway():
+    found = outcome("--optimizer-cpu-offload")
+    assert [notice for notice in found.notices if "--optimizer-cpu-offload has no effect" in notice]
+    assert found.config["optimizer_cpu_offload"] is False
+    assert config("--optimizer-cpu-offload", facts=GPUS)["optimizer_cpu_offload"] is True

@@ -67,6 +67,7 @@ def assert_same(ours, theirs):
     [
         (1, {}),
         (1, {"params_dtype": "bfloat16"}),
+        (1, {"params_dtype": "bfloat16", "optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True}),
         (1, {"optimizer": "sgd", "lr": 1e-2}),
         (2, {}),
         (2, {"tensor_model_parallel_size": 2}),

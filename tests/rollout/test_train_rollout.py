@@ -235,6 +235,44 @@ async def test_on_policy_means_that_older_answers_are_generated_again(tmp_path):
         assert batch.metrics["rollout/weight_version/min"] == 2
 
 
+@pytest.mark.parametrize(("steps", "again"), [(1, False), (2, True)])
+async def test_answers_of_weights_that_the_trainer_has_no_more_are_generated_again(tmp_path, steps, again):
+    """``--keep-old-actor``: it has those of the engines, and the ones before."""
+    config = config_of(tmp_path, over_sampling_batch_size=8, keep_old_actor=True)
+    with servers(adds) as fake, manager(config) as rollout:
+        fake.engines[0].version = "4"
+        await started(rollout, fake)
+        await rollout.set_weight_version(4)
+        await rollout.generate(0)
+        finished = [g for g in rollout._loaded.source.inner.buffer if all(s.reward is not None for s in g)]
+        fake.engines[0].version = str(4 + steps)
+        for version in range(5, 5 + steps):
+            await rollout.set_weight_version(version)
+        metrics = (await rollout.generate(1)).metrics
+        assert ("rollout/returned/regenerated" in metrics) == (again and bool(finished))
+        oldest = 4 + steps if again or not finished else 4
+        assert metrics["rollout/weight_version/min"] == oldest
+
+
+async def test_of_an_earlier_process_the_trainer_has_no_weights(tmp_path):
+    config = config_of(tmp_path, over_sampling_batch_size=8, keep_old_actor=True, save=str(tmp_path / "s"))
+    with servers(adds) as fake, manager(config) as rollout:
+        fake.engines[0].version = "4"
+        await started(rollout, fake)
+        await rollout.set_weight_version(4)
+        await rollout.generate(0)
+        await rollout.trained(0)
+        await rollout.save(0, config["save"])
+        await rollout.commit_save(0, config["save"])
+    with servers(adds) as fake, manager(config) as rollout:
+        fake.engines[0].version = "5"
+        await started(rollout, fake)
+        await rollout.load(0, config["save"])
+        await rollout.set_weight_version(5)
+        batch = await rollout.generate(1)
+        assert batch.metrics["rollout/weight_version/min"] == 5
+
+
 @pytest.mark.parametrize(("said", "again"), [("7", False), ("007", False), ("8", True), ("v7", True)])
 async def test_weight_versions_are_compared_as_numbers(tmp_path, said, again):
     """Groups that are finished are generated again only if their weights are others."""

@@ -136,8 +136,6 @@ CHOICES = {
 
 NOT_BUILT = """\
 --fsdp-cpu-backend
---optimizer-cpu-offload
---overlap-cpu-optimizer-d2h-h2d
 --use-precision-aware-optimizer
 """.splitlines()
 """Flags of the contract that are refused for now, or taken with the value that is what is done."""

@@ -258,6 +258,12 @@ job/test_trainer_flags.py::test_engines_can_keep_their_weights
     --debug-skip-weight-update
 training/test_critic.py::test_the_critic_learns_alone_for_as_long_as_it_is_told
     --num-critic-only-steps
+megatron/test_steps.py::test_adam_in_host_memory_makes_the_same_steps
+    --optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d
+backends/test_old_policy.py::test_old_log_probs_are_those_of_the_weights_that_generated
+    --keep-old-actor
+backends/test_old_policy.py::test_the_reference_moves_every_so_many_rollouts_and_is_in_checkpoints
+    --ref-update-interval
 backends/test_teacher.py::test_a_teacher_is_frozen_and_its_log_probs_count
     --opd-type --opd-teacher-load --opd-teacher-ckpt-step
 rollout/test_distillation.py::test_each_sample_has_its_teacher

@@ -126,6 +126,9 @@ class TinyBackend(TrainBackend):
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         raise NotImplementedError("nothing asks this backend for its weights")
 
+    def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
+        return [value.detach() for value in (self.reference if model == "ref" else self.parameters).values()]
+
     def save(self, directory: Path, *, rollout_id: int) -> None:
         values = {name: value.detach() for name, value in self.parameters.items()}
         state = {"parameters": values, "optimizer": self.optimizer.state_dict(), "rollout_id": rollout_id}

@@ -50,6 +50,7 @@ def tracking(tmp_path):
     yield make
     for hub in made:
         hub._file.close()
+        hub.trace.close()
 
 
 async def test_an_iteration_an_evaluation_and_the_end(tmp_path, tracking):

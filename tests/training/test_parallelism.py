@@ -39,7 +39,6 @@ WITH_EXPERTS = {
     "EP 2, CP 2": {"expert_model_parallel_size": 2, "context_parallel_size": 2},
     "SP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "EP 2, SP 2": {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "SP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "ETP 2, SP 2": {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
 

@@ -35,14 +35,17 @@ from miles.backends.base import (
     TrainBackend,
     TrainedObjects,
 )
-from miles.backends.checkpoint_layout import TRACKER, holds_adapter
+from miles.backends.checkpoint_layout import REFERENCE, TRACKER, holds_adapter
 from miles.backends.fsdp_utils.checkpoint import (
     Progress,
     RankState,
     checkpoint_directory,
     is_checkpoint,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
+    save_weights,
+    weights_beside,
 )
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
 from miles.backends.fsdp_utils.lora import Adapters
@@ -54,6 +57,7 @@ from miles.backends.fsdp_utils.shards import named_shards
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
 from miles.backends.lora.files import check_checkpoint
 from miles.backends.training_utils.hooks import call_init_hook
+from miles.backends.training_utils.loss_hub.settings import moves_reference
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.backends.training_utils.storages import distinct_storages
 from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
@@ -106,7 +110,7 @@ class FSDPBackend(TrainBackend):
         )
         start = self._load()
         if settings.needs_reference and not self._is_below(settings.loads.reference):
-            self._frozen["ref"] = self._make_frozen(settings.loads.reference, settings.loads.ref_step, "--ref-load")
+            self._frozen["ref"] = self._make_reference()
         if settings.needs_teacher:
             source = cast("Path", settings.loads.teacher)
             self._frozen["teacher"] = self._make_frozen(source, settings.loads.teacher_step, "--opd-teacher-load")
@@ -169,6 +173,13 @@ class FSDPBackend(TrainBackend):
         self._memory.check_awake("hand on weights", level=2)
         return full_weights(self._model, self.settings.dtype, self.device)
 
+    def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
+        """As the contract says."""
+        self._memory.check_awake("hand on weights", level=2)
+        network = self._network(model)
+        _reshard(network)
+        return [shard.to_local().detach() for _, shard in named_shards(network) if shard.requires_grad or not trained]
+
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """As the contract says, in the form of ``checkpoint.py``."""
         self._memory.check_awake("save")
@@ -178,6 +189,8 @@ class FSDPBackend(TrainBackend):
         save_checkpoint(directory, self._model, optimizer, rng, progress)
         if self._adapters is not None:
             self._adapters.write(directory / ADAPTER_DIRECTORY)
+        if moves_reference(self.args) and "ref" in self._frozen:
+            save_weights(directory / REFERENCE, self._frozen["ref"])
 
     def sleep(self, level: int) -> None:
         """As the contract says.
@@ -316,6 +329,18 @@ class FSDPBackend(TrainBackend):
                 advice="Convert it to a Hugging Face directory with `miles convert`, and give that.",
             )
         load_hf_weights(model, directory)
+
+    def _make_reference(self) -> nn.Module:
+        """As the checkpoint that is resumed has it (``--ref-update-interval``), or as it was at the begin."""
+        loads = self.settings.loads
+        moved = None
+        if moves_reference(self.args) and loads.load is not None and not loads.finetune:
+            moved = weights_beside(loads.load, loads.step, REFERENCE)
+        if moved is None:
+            return self._make_frozen(loads.reference, loads.ref_step, "--ref-load")
+        model = build_model(loads.hf_checkpoint, self._mesh, self.device, self._options(trained=False))
+        load_weights(moved, model)
+        return model
 
     def _make_frozen(self, source: Path, step: int | None, flag: str) -> nn.Module:
         hf = self.settings.loads.hf_checkpoint

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from miles.backends.checkpoint_layout import FSDP_META, TRACKER, holds_adapter, iteration_name
 from miles.backends.fsdp_utils.errors import BadFsdpCheckpoint
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
-from miles.backends.fsdp_utils.shards import base_shards, is_part_of_adapter, saved_shards
+from miles.backends.fsdp_utils.shards import base_shards, is_part_of_adapter, named_shards, saved_shards
 from miles.utils.replace_directory import recover_all
 
 FORMAT = 1
@@ -144,6 +144,28 @@ def load_checkpoint(
     if rng:
         _restore_rng(directory, progress)
     return progress
+
+
+def save_weights(directory: Path, model: nn.Module) -> None:
+    """Another model's weights, into a directory of their own. Collective."""
+    state_dict_saver.save(dict(named_shards(model)), checkpoint_id=directory)
+
+
+def load_weights(directory: Path, model: nn.Module) -> None:
+    """Those of ``save_weights``. Collective.
+
+    Raises:
+        BadFsdpCheckpoint: They are not whole, or of another model.
+    """
+    _read(dict(named_shards(model)), directory, "--load")
+
+
+def weights_beside(root: Path, step: int | None, name: str) -> Path | None:
+    """Where the checkpoint that ``load_checkpoint`` would read has such weights. None: there are none."""
+    if not is_checkpoint(root, step):
+        return None
+    directory = checkpoint_directory(root, step) / name
+    return directory if directory.is_dir() else None
 
 
 def _check_kind(directory: Path, *, is_adapter: bool) -> None:

@@ -28,7 +28,7 @@ from miles.backends.base import (
     TrainBackend,
     TrainedObjects,
 )
-from miles.backends.checkpoint_layout import FoundCheckpoint, is_hf_directory
+from miles.backends.checkpoint_layout import REFERENCE, FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.lora.files import check_checkpoint
 from miles.backends.megatron_utils import passes
@@ -51,12 +51,18 @@ from miles.backends.megatron_utils.optimizer import (
 from miles.backends.megatron_utils.parallel import init_parallel, leave_parallel
 from miles.backends.megatron_utils.routing_replay import make_replay
 from miles.backends.megatron_utils.sleeping import fall_asleep
-from miles.backends.megatron_utils.sources import Source, choose_source, reference_source, teacher_source
+from miles.backends.megatron_utils.sources import (
+    Source,
+    choose_source,
+    moved_reference,
+    reference_source,
+    teacher_source,
+)
 from miles.backends.megatron_utils.stages import Stage, check_experts
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
-from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
+from miles.backends.training_utils.loss_hub.settings import moves_reference, needs_reference, needs_teacher
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
 
@@ -130,7 +136,7 @@ class MegatronBackend(TrainBackend):
         start = 0 if source.resumes is None else self._resume(source.resumes)
         self.frozen: dict[ModelTag, Any] = {}
         if needs_reference(args) and not self._is_below(reference_source(args)):
-            self.frozen["ref"] = self._build_frozen(reference_source(args))
+            self.frozen["ref"] = self._build_frozen(moved_reference(args, source) or reference_source(args))
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
         return start
@@ -285,6 +291,12 @@ class MegatronBackend(TrainBackend):
         merge = None if self.adapters is None else self.adapters.merge
         return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel, merge=merge)
 
+    def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
+        """See ``TrainBackend.local_weights``."""
+        self._memory.check_awake("hand on weights", level=2)
+        module = self.model.module if model == "actor" else self._model(model)
+        return [parameter.data for parameter in module.parameters() if parameter.requires_grad or not trained]
+
     def save(self, directory: Path, *, rollout_id: int) -> None:
         """See ``TrainBackend.save``.
 
@@ -298,6 +310,11 @@ class MegatronBackend(TrainBackend):
         save_checkpoint(directory, state, rollout_id=rollout_id, generators=generators)
         if self.adapters is not None:
             self.adapters.write(directory / ADAPTER_DIRECTORY)
+        if moves_reference(self.args) and "ref" in self.frozen:
+            (directory / REFERENCE).mkdir(exist_ok=True)
+            save_checkpoint(
+                directory / REFERENCE, self._state(self.frozen["ref"]), rollout_id=rollout_id, generators=False
+            )
 
     # Memory
 

@@ -20,12 +20,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from miles.backends.megatron_utils.adam import use_in_megatron
+from miles.backends.megatron_utils.adam import FusedLayoutAdam, use_in_megatron
 from miles.backends.megatron_utils.errors import UnsupportedSetting
 from miles.backends.megatron_utils.flag_fields import DATA_PARALLEL, OPTIMIZER, fields
 
 _REFUSED = {
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "fp16": "--fp16",
 }
@@ -78,10 +77,32 @@ def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
     overrides = get_standard_config_overrides(config)
     optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
+        if getattr(args, "optimizer_cpu_offload", False):
+            _compute_on_host(args, part)
         part.init_state_fn = part.init_state_fn or _init_sgd
         # Not with the first step: a checkpoint holds the same before it, and sleeping has something to put away.
         part.init_state_fn(part.optimizer, config)
     return optimizer
+
+
+def _compute_on_host(args: Namespace, part: Any) -> None:
+    """``--optimizer-cpu-offload``: Adam's moments and arithmetic go to the host."""
+    if not isinstance(part.optimizer, FusedLayoutAdam):
+        raise UnsupportedSetting(
+            f"--optimizer-cpu-offload does not go with {type(part.optimizer).__name__}",
+            evidence=f"--optimizer {args.optimizer}; what goes to the host is the plain Adam that is used without "
+            "Transformer Engine and Apex",
+            advice="Use --optimizer adam without these installed, or leave it out.",
+        )
+    part.optimizer.on_host = True
+    part.optimizer.overlaps = bool(getattr(args, "overlap_cpu_optimizer_d2h_h2d", False))
+
+    def init_state(optimizer: FusedLayoutAdam, _config: OptimizerConfig | None = None) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.moments(parameter)
+
+    part.init_state_fn = init_state
 
 
 def _init_sgd(optimizer: torch.optim.Optimizer, _config: OptimizerConfig) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.backends.checkpoint_layout import (
+    REFERENCE,
     FoundCheckpoint,
     NoSuchCheckpoint,
     find_checkpoint,
     holds_adapter,
     is_hf_directory,
 )
+from miles.backends.training_utils.loss_hub.settings import moves_reference
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ def reference_source(args: Namespace) -> Path:
     if args.ref_load is None:
         return Path(args.hf_checkpoint)
     return _weights_of("--ref-load", Path(args.ref_load), getattr(args, "ref_ckpt_step", None))
+
+
+def moved_reference(args: Namespace, source: Source) -> Path | None:
+    """The reference model as the checkpoint that is resumed has it (``--ref-update-interval``). None: it has none."""
+    if source.resumes is None or not moves_reference(args):
+        return None
+    directory = source.resumes.directory / REFERENCE
+    return directory if directory.is_dir() else None
 
 
 def teacher_source(args: Namespace) -> Path:

@@ -15,7 +15,13 @@ from miles.backends.training_utils.debug_files import dump_train_data, write_che
 from miles.backends.training_utils.hooks import TrainerHooks, takes
 from miles.backends.training_utils.loss_hub.advantages import compute_advantages_and_returns
 from miles.backends.training_utils.loss_hub.losses import LOSS_COLUMNS, LogProbOutput, Losses
-from miles.backends.training_utils.loss_hub.settings import needs_reference, needs_teacher
+from miles.backends.training_utils.loss_hub.settings import (
+    keeps_old_actor,
+    moves_reference,
+    needs_reference,
+    needs_teacher,
+)
+from miles.backends.training_utils.old_weights import OldWeights
 from miles.backends.training_utils.parallel import set_parallel_state
 from miles.backends.training_utils.profiling import StepProfiler
 from miles.backends.training_utils.routing import Routing
@@ -39,6 +45,9 @@ class RolloutTrainer:
         self.losses = Losses(args, backend.parallel)
         self.hooks = TrainerHooks.of(args)
         self.profiler = StepProfiler(args, backend.parallel.rank)
+        self.old_weights: OldWeights | None = None
+        if keeps_old_actor(args):
+            self.old_weights = OldWeights(lambda: backend.local_weights(trained=True), args, backend.device)
         self.step_of = (0, 0)
         """Step that is running and steps of this rollout; may be read from another thread."""
         self.last_steps: list[dict[str, float]] = []
@@ -68,6 +77,9 @@ class RolloutTrainer:
             if rollout_id >= self._num_critic_only_steps():
                 with self.timers.measure("actor_train"):
                     steps = self._steps(rollout_id, data)
+                if self.old_weights is not None:
+                    self.old_weights.changed()
+            self._update_reference(rollout_id)
         write_checksums(args, rollout_id, parallel.rank, backend.objects().model)
         self.last_steps = log_utils.by_step(rollout_id, steps)
         metrics |= critic_metrics | log_utils.mean_over_steps(steps) | log_utils.memory_metrics(device)
@@ -100,9 +112,33 @@ class RolloutTrainer:
                 self._log_probs(data, "teacher", "teacher_log_probs")
         if self.losses.settings.needs_old_log_probs:
             with self.timers.measure("log_probs"), data.recording():
-                self._log_probs(
-                    data, "actor", "log_probs", with_entropy=getattr(self.args, "use_rollout_entropy", False)
-                )
+                self._old_log_probs(data)
+
+    def _old_log_probs(self, data: RankData) -> None:
+        """Of the actor as it is, or with ``--keep-old-actor`` of the weights that made each sample."""
+        with_entropy = getattr(self.args, "use_rollout_entropy", False)
+        if self.old_weights is None:
+            self._log_probs(data, "actor", "log_probs", with_entropy=with_entropy)
+            return
+        found: dict[str, dict[int, Any]] = {"log_probs": {}, "entropy": {}}
+        for version, places in self.old_weights.by_version(data).items():
+            with self.old_weights.in_place(version):
+                self._log_probs(data, "actor", "log_probs", with_entropy=with_entropy)
+            for column, values in found.items():
+                of_all = data.columns.pop(column, None)
+                if of_all is not None:
+                    values.update((place, of_all[place]) for place in places)
+        for column, values in found.items():
+            if values:
+                data.columns[column] = [values[place] for place in range(len(data))]
+
+    def _update_reference(self, rollout_id: int) -> None:
+        """``--ref-update-interval``: after every so many rollouts the reference is the actor as it is then."""
+        if moves_reference(self.args) and (rollout_id + 1) % int(self.args.ref_update_interval) == 0:
+            with self.timers.measure("ref_update"), torch.no_grad():
+                weights = zip(self.backend.local_weights("ref"), self.backend.local_weights("actor"), strict=True)
+                for reference, actor in weights:
+                    reference.copy_(actor)
 
     def _log_probs(self, data: RankData, model: ModelTag, name: str, *, with_entropy: bool = False) -> None:
         """Fill a column (ranks without logits get none: they compute no loss)."""

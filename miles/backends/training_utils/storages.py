@@ -165,13 +165,14 @@ def keep(storages: list[Storage], *, target: str, directory: Path, chunk_bytes: 
     """Move them to where ``--offload-train-target`` says. None: they stay, because they are there already."""
     if target == "disk":
         return OnDisk(storages, directory, chunk_bytes)
-    if all(storage.device.type == "cpu" for storage in storages):
+    on_device = [storage for storage in storages if storage.device.type != "cpu"]
+    if not on_device:
         logger.info(
             "--offload-train-target cpu: the trainer's state is in CPU memory already and stays there; "
             "--offload-train-target disk would free it"
         )
         return None
-    return OnHost(storages)
+    return OnHost(on_device)
 
 
 def return_memory() -> None:

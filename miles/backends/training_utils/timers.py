@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from miles.utils.spans import SpanLog
+
 
 class Timers:
     """Seconds since ``take``. ``phase`` may be read from another thread."""
@@ -16,19 +18,23 @@ class Timers:
         self.device = device
         self.phase = "idle"
         self.seconds: dict[str, float] = {}
+        self.spans = SpanLog()
+        """For the trace of the run."""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Count what happens inside for ``name``; on a GPU, until it is done. In a trace it is a span of that name."""
         outer, self.phase = self.phase, name
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time()
         try:
             with torch.profiler.record_function(name):
                 yield
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            took = time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            self.spans.add(name, at, at + took)
             self.phase = outer
 
     def take(self) -> dict[str, float]:

@@ -87,6 +87,7 @@ class GenerateState:
         self.engines: Engines = engines
         self.progress = progress_now
         self.weight_version: int | None = None
+        self.oldest_version: int | None = None
         self.request_retries = DEFAULT_RETRIES
         self.straggler_deadline_s = STRAGGLER_DEADLINE_S
         self.eval_datasets: dict[tuple[Any, ...], Dataset] = {}
@@ -275,4 +276,5 @@ class InferenceRolloutFn:
         if isinstance(input, RolloutFnEvalInput):
             return await evaluate(self.state, input.rollout_id)
         self.state.weight_version = input.weight_version
+        self.state.oldest_version = input.oldest_version
         return await TrainRollout(self.state, self.data_source, input.rollout_id).run()

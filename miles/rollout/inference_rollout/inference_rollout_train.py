@@ -125,7 +125,7 @@ class TrainRollout:
         return groups
 
     def _start(self, group: Group) -> None:
-        if self.args.true_on_policy_mode and self._is_stale(group):
+        if (self.args.true_on_policy_mode and self._is_stale(group)) or self._is_too_old(group):
             group = reset_group(group)
             self.returned["regenerated"] += 1
         if self.args.partial_rollout and self.args.mask_offpolicy_in_partial_rollout:
@@ -152,6 +152,15 @@ class TrainRollout:
         if version is None:
             return False
         return any(not _same_version(v, version) for sample in flat(group) for v in sample.weight_versions)
+
+    def _is_too_old(self, group: Group) -> bool:
+        """Whether an answer of it is finished, and of weights that the trainer does not have (``--keep-old-actor``).
+        One that goes on ends with the engines' own."""
+        oldest = self.state.oldest_version
+        if oldest is None:
+            return False
+        last = [s.weight_versions[-1] for s in flat(group) if s.weight_versions and s.status in _FINISHED]
+        return any(not str(version).isdecimal() or int(version) < oldest for version in last)
 
     async def _take_finished(self) -> None:
         done = await self._wait()

@@ -141,6 +141,16 @@ def needs_reference(args: Any) -> bool:
     return _flag(args, "use_kl_loss") or bool(getattr(args, "kl_coef", 0.0))
 
 
+def moves_reference(args: Any) -> bool:
+    """The reference model becomes the actor from time to time (``--ref-update-interval``)."""
+    return needs_reference(args) and getattr(args, "ref_update_interval", None) is not None
+
+
+def keeps_old_actor(args: Any) -> bool:
+    """Old log-probs are of the weights that generated (``--keep-old-actor``)."""
+    return LossSettings.from_args(args).needs_old_log_probs and _flag(args, "keep_old_actor")
+
+
 def needs_teacher(args: Any) -> bool:
     """Log-probabilities of a teacher are computed here (``--opd-type megatron``)."""
     if getattr(args, "loss_type", "policy_loss") == "sft_loss" or getattr(args, "opd_type", None) != "megatron":
