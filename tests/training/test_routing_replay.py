@@ -11,7 +11,9 @@ from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 from support.trained_rollouts import args_of, backend_of, data_of, plain_steps, trained
 
+from miles.backends.training_utils.data import RankData
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
+from miles.backends.training_utils.routing import Routing
 from miles.backends.training_utils.timers import Timers
 from miles.utils.train_data import split_train_data
 
@@ -158,6 +160,39 @@ def test_training_goes_through_the_experts_that_were_recorded(dense, name, repla
         assert set(found) == set(weights)
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, weights[key], rtol=2e-5, atol=2e-5, msg=key)
+
+
+def chosen(path):
+    """By sample, what a Hugging Face model chooses: ``[T, layers, k]``, in order of numbers."""
+    found = Routed(load_hf_model(path)).routes_of(data_of(SEED))
+    return [np.sort(found[tuple(tokens)]) for tokens in data_of(SEED)["tokens"]]
+
+
+def recorded(path, changed):
+    """By sample, what this rank keeps of the pass for old log-probs."""
+    args = args_of(path, "megatron", dp_size=1, use_routing_replay=True, **changed)
+    backend = backend_of("megatron", args)
+    backend.init()
+    data = RankData.from_wire(split_train_data(args, data_of(SEED))[0])
+    data.routing = Routing.of(args, None)
+    with data.recording():
+        batches = [data.micro_batch(samples, backend.device, routed=True) for samples in data.forward]
+        backend.forward_only(batches, lambda logits, batch: None)
+    return {data.partition[i]: experts.numpy() for i, experts in data.routing.recorded.items()}
+
+
+@pytest.mark.parametrize("layout", [SP, {"context_parallel_size": 2}, SP | {"qkv_format": "bshd"}], ids=str)
+def test_each_rank_keeps_what_it_needs_in_any_packing(layout):
+    path = tiny_model("qwen3_moe", layers=LAYERS)
+    wanted = run_ranks(1, chosen, path, distributed=False)[0]
+    padded = {"use_dynamic_batch_size": False, "micro_batch_size": 3} if "qkv_format" in layout else {}
+    ranks = run_ranks(2, recorded, path, layout | padded)
+    for sample, experts in enumerate(wanted):
+        known = [rank[sample][..., 0] >= 0 for rank in ranks]
+        shares = "context_parallel_size" in layout
+        assert (known[0] ^ known[1]).all() if shares else (known[0] & known[1]).all()
+        for rank, of_rank in zip(ranks, known, strict=True):
+            np.testing.assert_array_equal(np.sort(rank[sample])[of_rank], experts[of_rank])
 
 
 def engine_of(path, changed):
