@@ -79,6 +79,7 @@ def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
         facts=facts,
         problems=list(parsed.problems),
         notices=list(parsed.notices),
+        misread=frozenset(problem.flag for problem in parsed.problems),
     )
     check_ranges(draft, table)
     for rule in RULES:
