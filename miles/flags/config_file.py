@@ -11,6 +11,7 @@ from miles.flags.flag import Flag
 from miles.flags.parse import KINDS, Parsed, convert, refusal
 from miles.flags.problems import Problem, listed, shown
 from miles.flags.table import Table
+from miles.tracking.secrets import shown_value
 
 FLAG = "--custom-config-path"
 _MAY_BE_NONE = frozenset({"str", "path", "json"})
@@ -51,9 +52,8 @@ def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
             _extra(parsed, table, key, value)
             continue
         if dest in parsed.typed and parsed.typed[dest] != value:
-            parsed.notices.append(
-                f"{parsed.spelled[dest]} {shown(parsed.typed[dest])} is replaced by {shown(value)} of {FLAG}"
-            )
+            old, new = _shown(dest, parsed.typed[dest]), _shown(dest, value)
+            parsed.notices.append(f"{parsed.spelled[dest]} {old} is replaced by {new} of {FLAG}")
         _take(parsed, flag, value)
 
 
@@ -62,7 +62,8 @@ def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
         converted = _converted(flag, value)
     except ValueError as error:
         allowed = listed(flag.choices) if flag.choices else KINDS[flag.kind]
-        parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", shown(value), str(error), allowed, "Repair the file."))
+        given = _shown(flag.dest, value)
+        parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", given, str(error), allowed, "Repair the file."))
         return
     if not flag.takes(converted) and converted != flag.default:
         parsed.problems.append(refusal(flag, f"{FLAG}: {flag.dest}", converted))
@@ -85,6 +86,10 @@ def _converted(flag: Flag, value: Any) -> Any:
     if isinstance(value, list | dict) and flag.kind != "json":
         raise ValueError("takes one value")
     return convert(flag, value)
+
+
+def _shown(dest: str, value: Any) -> str:
+    return shown_value(dest, shown(value))
 
 
 def _extra(parsed: Parsed, table: Table, key: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from miles.flags.facts import DirectoryFacts, Facts
 from miles.flags.flag import Plain
 from miles.flags.problems import Problem, shown
+from miles.tracking.secrets import shown_value
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Draft:
         if self.flag(dest) in self.misread:
             return
         given = self.values.get(dest) if value is None else value
-        text = "" if isinstance(given, bool) else shown(given)
+        text = "" if isinstance(given, bool) else shown_value(dest, shown(given))
         problem = Problem(self.flag(dest), text, what, allowed, advice)
         if problem not in self.problems:
             self.problems.append(problem)

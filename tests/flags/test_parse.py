@@ -77,7 +77,17 @@ def test_a_missing_value_is_told_by_name():
 
 def test_what_argparse_gives_up_at_hides_nothing():
     """Each is told with what helps, the rest is read, and other problems are told too."""
-    words = "--colocate=false --lr 2e-6 --offload-train=false --rollout-stop -x --seed --optimizer lion".split()
+    words = [
+        "--colocate=false",
+        "--lr",
+        "2e-6",
+        "--offload-train=false",
+        "--rollout-stop",
+        "-x",
+        "--seed",
+        "--optimizer",
+        "lion",
+    ]
     parsed = parse(words, table())
     found = {problem.flag: problem for problem in parsed.problems}
     assert (parsed.typed["lr"], set(found)) == (
