@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from miles.flags.facts import why_not_found
+from miles.flags.hook_facts import why_not_found
 from miles.flags.parse import UserArguments
 from miles.flags.problems import UserArgumentsFailed
 

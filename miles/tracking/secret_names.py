@@ -10,8 +10,8 @@ _ALWAYS = re.compile(r"(passw(or)?d|passphrase|secret|credential|api_?key|access
 """However such a name begins, and whatever its value is."""
 _SHORT = frozenset({"auth", "authorization", "bearer", "cookie", "pass", "pat", "pwd"})
 _INNOCENT_TEXT = {
-    "key": "input label metadata tool multimodal teacher reward checker sort cache primary foreign routing prompt image "
-    "answer question group index dict json config column data field public",
+    "key": "input label metadata tool multimodal teacher reward checker sort cache primary foreign routing prompt "
+    "image answer question group index dict json config column data field public",
     "token": "bos eos pad unk sep mask cls stop special start end prefix middle suffix eod think per next first last "
     "image video audio",
     "tokens": "total special new prompt output input response draft stop seen pad id image video",
@@ -25,7 +25,7 @@ _OF_URLS = frozenset({"sig", "signature", "code"})
 
 
 def is_secret(name: str, value: Any = "") -> bool:
-    """Whether a name says so: ``DB_PASS`` and ``openai_api_key`` do; ``max_tokens``, ``label_key``, ``pass_rate`` do not.
+    """Whether a name says so: ``DB_PASS`` and ``openai_api_key`` do; ``max_tokens``, ``label_key``, ``pass_rate`` not.
     What is a number or a switch, or not there, is a secret by the name of a password only."""
     words = [word.lower() for word in _WORDS.findall(name)]
     if words[-2:] == ["key", "id"]:  # AWS_ACCESS_KEY_ID
