@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
             what = "stands in the file that it names"
             parsed.problems.append(Problem(f"{FLAG}: {dest}", shown(value), what, "other flags", "Take it out."))
             continue
+        if why := _why_not_kept(flag, value):
+            allowed = "texts, numbers, true, false, null, lists and mappings of these"
+            advice = "Write dates in quotes, and nothing inside itself."
+            parsed.problems.append(Problem(f"{FLAG}: {dest}", str(value)[:200], why, allowed, advice))
+            continue
         if flag is None:
             _extra(parsed, table, key, value)
             continue
@@ -55,6 +61,17 @@ def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
             old, new = _shown(dest, parsed.typed[dest]), _shown(dest, value)
             parsed.notices.append(f"{parsed.spelled[dest]} {old} is replaced by {new} of {FLAG}")
         _take(parsed, flag, value)
+
+
+def _why_not_kept(flag: Flag | None, value: Any) -> str:
+    """Why the config, which is JSON, cannot hold a value of the file. Empty: it can, or becomes a text."""
+    if flag is not None and flag.kind != "json" and not isinstance(value, list | dict):
+        return ""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"JSON cannot hold it: {error}"
+    return ""
 
 
 def _take(parsed: Parsed, flag: Flag, value: Any) -> None:

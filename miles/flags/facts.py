@@ -23,7 +23,7 @@ from miles.flags.engine_facts import EngineFacts, look_at_engines
 from miles.flags.hook_facts import why_not_found
 from miles.flags.path_facts import path_errors, why_not_exported, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data
-from miles.flags.row_checks import row_checks
+from miles.flags.row_checks import row_checks, training_checks
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
 from miles.utils.eval_config import BadEvalConfig, Entries, EvalDatasetConfig, read_entries, resolve_entries
 from miles.utils.prompt_columns import Columns
@@ -178,7 +178,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
         wanted[path] = columns
-        checks = row_checks(rm_type, custom)
+        checks = training_checks(values)
         kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"), **checks)]
     for found in sets:
         wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]

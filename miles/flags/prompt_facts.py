@@ -186,12 +186,12 @@ def _broken_in(batch: Any, look: Look) -> tuple[int, str] | None:
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return (is_text and not batch.column(name).null_count) or name in labels
 
-    checked = {columns.label for columns in look.kinds if columns.label_check is not None}
+    checked = {columns.label for columns in look.kinds if columns.label_check is not None or columns.is_learnt}
     labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds} - checked
     prompts = {columns.prompt for columns in look.kinds}
     structs = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type)]
     objects = [name for name in structs if name not in prompts and not _may_name_reward(batch.schema.field(name).type)]
-    looks_at_all = any(columns.rewards_by_metadata for columns in look.kinds)
+    looks_at_all = any(columns.rewards_by_metadata or columns.is_learnt for columns in look.kinds)
     if not looks_at_all and all(
         name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names
     ):

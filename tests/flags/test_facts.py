@@ -237,7 +237,8 @@ class TestHooks:
             "async def f(): pass", "class f: pass", "f = 1", "f: int = 1", "from os import sep as f", "a, (b, *f) = x",
             "if x:\n    pass\nelse:\n    def f(): pass", "try:\n    import a\nexcept E:\n    f = None",
             "for f in y: pass", "with y as f: pass", "(f := 1)", "def g():\n    global f\n    f = 1",
-            "from os import *", "def __getattr__(name): pass", "globals()['f'] = 1", "setattr(m, 'f', 1)", "exec('f = 1')",
+            "from os import *", "def __getattr__(name): pass",
+            "globals()['f'] = 1", "setattr(m, 'f', 1)", "exec('f = 1')",
             "import sys\nsys.modules[__name__] = x",
         ],
     )  # fmt: skip
