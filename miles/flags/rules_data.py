@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.flags.batch import solve
+from miles.flags.batch import BatchSizes, solve
 from miles.flags.draft import Draft
 from miles.flags.group_reward import LABELLED
 from miles.flags.problems import listed
@@ -13,8 +13,7 @@ _KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "nu
 
 def resolve_batch(draft: Draft) -> None:
     """The four-knob equation, then how a step's samples fall on ranks and micro-batches."""
-    given = [draft[dest] if dest in draft.typed else None for dest in _KNOBS]
-    sizes = solve(*given)
+    sizes = _solved(draft)
     if isinstance(sizes, str):
         typed = [dest for dest in _KNOBS if dest in draft.typed]
         draft.problem(
@@ -42,6 +41,23 @@ def resolve_batch(draft: Draft) -> None:
         )
     if draft["n_samples_per_prompt"] == 1:
         draft["grpo_std_normalization"] = False
+
+
+def _solved(draft: Draft) -> BatchSizes | str:
+    """With ``--allow-partial-train-step`` the last step may be smaller; with ``--use-dynamic-global-batch-size`` there
+    is one, as large as the rollout. Both need dynamic micro-batches, which is told elsewhere."""
+    prompts, responses, samples, steps = (draft[dest] if dest in draft.typed else None for dest in _KNOBS)
+    if not draft["use_dynamic_global_batch_size"] or prompts is None:
+        return solve(prompts, responses, samples, steps, rounds_up=draft["allow_partial_train_step"])
+    if steps not in (None, 1):
+        return f"{steps} steps of a rollout, which is one with --use-dynamic-global-batch-size"
+    sizes = solve(prompts, responses, None, 1)
+    if samples is not None and not isinstance(sizes, str) and samples != sizes.global_batch_size:
+        draft.notice(
+            f"{draft.flag('global_batch_size')} {samples} is not used: with --use-dynamic-global-batch-size a step has "
+            "all samples of its rollout"
+        )
+    return sizes
 
 
 def _check_step(draft: Draft) -> None:

@@ -45,6 +45,20 @@ class TestBatch:
         found = config("--use-dynamic-batch-size --max-tokens-per-gpu 512")
         assert found["log_probs_max_tokens_per_gpu"] == 512
 
+    def test_what_does_not_fill_a_step_is_one_nevertheless(self):
+        dynamic = "--use-dynamic-batch-size --max-tokens-per-gpu 512 --global-batch-size 12"
+        assert "no multiple" in problems(dynamic)["--global-batch-size"]
+        found = config(f"{dynamic} --allow-partial-train-step")
+        assert (found["global_batch_size"], found["num_steps_per_rollout"]) == (12, 3)
+
+    def test_a_batch_as_large_as_the_rollout(self):
+        dynamic = "--use-dynamic-batch-size --max-tokens-per-gpu 512 --use-dynamic-global-batch-size"
+        resolved = outcome(f"{dynamic} --global-batch-size 12")
+        assert not resolved.problems
+        assert (resolved.config["global_batch_size"], resolved.config["num_steps_per_rollout"]) == (32, 1)
+        assert any("--global-batch-size 12 is not used" in notice for notice in resolved.notices)
+        assert "one with --use-dynamic" in problems(f"{dynamic} --num-steps-per-rollout 2")["--num-steps-per-rollout"]
+
     def test_over_sampling_asks_for_no_less(self):
         assert config("--over-sampling-batch-size 16")["over_sampling_batch_size"] == 16
         assert "8 prompts of a rollout" in problems("--over-sampling-batch-size 4")["--over-sampling-batch-size"]

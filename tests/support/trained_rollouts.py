@@ -55,9 +55,9 @@ def plain(path, changed, seed):
     own = plain_log_probs(args, model, data)
     data |= {"log_probs": own, "ref_log_probs": own}
     steps = []
-    for first in (0, 4):
+    for first in range(0, 8, args.global_batch_size):
         module.zero_grad()
-        metrics = plain_loss(args, model, data, range(first, first + 4))
+        metrics = plain_loss(args, model, data, range(first, min(first + args.global_batch_size, 8)))
         metrics["loss"].backward()
         norm = sum(float(p.grad.square().sum()) for p in module.parameters()) ** 0.5
         steps.append({name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()})
