@@ -17,6 +17,12 @@ _MAKE_NAMES = frozenset({"globals", "setattr", "exec", "eval", "vars", "__dict__
 
 def why_not_found(dotted: str) -> str:
     """Why ``package.module.name`` cannot be found, without running more of it than its packages' own imports."""
+    found = find_module(dotted)
+    return found if isinstance(found, str) else _why_no_name(found, dotted.rpartition(".")[2])
+
+
+def find_module(dotted: str) -> ModuleSpec | str:
+    """The module of ``package.module.name``, or why there is none."""
     module, _, name = dotted.rpartition(".")
     if not module or not name:
         return "it is not of the form module.name"
@@ -28,7 +34,7 @@ def why_not_found(dotted: str) -> str:
         return f"{type(error).__name__}: {error}"
     if found is None:
         return not_built(module) or f"there is no module {module!r} on the import path"
-    return _why_no_name(found, name)
+    return found
 
 
 def _why_no_name(spec: ModuleSpec, name: str) -> str:
