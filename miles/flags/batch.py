@@ -20,11 +20,16 @@ def solve(
     n_samples_per_prompt: int | None,
     global_batch_size: int | None,
     num_steps_per_rollout: int | None,
+    *,
+    rounds_up: bool = False,
 ) -> BatchSizes | str:
     """``rollout_batch_size * n_samples_per_prompt = global_batch_size * num_steps_per_rollout``.
 
     None is what was not given. Responses and steps are 1 unless given or needed to be something else; the batch sizes
     have no default, so one of them must be given. What was given is never changed.
+
+    Args:
+        rounds_up: What does not fill a step is a smaller last step.
 
     Returns:
         The sizes, or why there are none.
@@ -43,6 +48,8 @@ def solve(
         return _divided(steps or 1, prompts * (responses or 1), "samples", prompts, responses, steps)
     if steps is None:
         left = prompts * (responses or 1)
+        if rounds_up:
+            return BatchSizes(prompts, responses or 1, samples, -(-left // samples))
         if left % samples:
             return f"{left} samples of a rollout are no multiple of the {samples} of a step"
         return BatchSizes(prompts, responses or 1, samples, left // samples)
@@ -51,6 +58,8 @@ def solve(
         if right % prompts:
             return f"{right} samples of all steps are no multiple of the {prompts} prompts"
         return BatchSizes(prompts, right // prompts, samples, steps)
+    if rounds_up and -(-prompts * responses // samples) == steps:
+        return BatchSizes(prompts, responses, samples, steps)
     if prompts * responses != right:
         return (
             f"{prompts} prompts x {responses} responses = {prompts * responses} samples, but "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from miles.flags.flag import Flag
 from miles.flags.parse import KINDS, Parsed, convert, refusal
 from miles.flags.problems import Problem, listed, shown
 from miles.flags.table import Table
+from miles.tracking.secrets import shown_value
 
 FLAG = "--custom-config-path"
 _MAY_BE_NONE = frozenset({"str", "path", "json"})
@@ -47,14 +49,29 @@ def apply_config(parsed: Parsed, table: Table, values: dict[str, Any]) -> None:
             what = "stands in the file that it names"
             parsed.problems.append(Problem(f"{FLAG}: {dest}", shown(value), what, "other flags", "Take it out."))
             continue
+        if why := _why_not_kept(flag, value):
+            allowed = "texts, numbers, true, false, null, lists and mappings of these"
+            advice = "Write dates in quotes, and nothing inside itself."
+            parsed.problems.append(Problem(f"{FLAG}: {dest}", str(value)[:200], why, allowed, advice))
+            continue
         if flag is None:
             _extra(parsed, table, key, value)
             continue
         if dest in parsed.typed and parsed.typed[dest] != value:
-            parsed.notices.append(
-                f"{parsed.spelled[dest]} {shown(parsed.typed[dest])} is replaced by {shown(value)} of {FLAG}"
-            )
+            old, new = _shown(dest, parsed.typed[dest]), _shown(dest, value)
+            parsed.notices.append(f"{parsed.spelled[dest]} {old} is replaced by {new} of {FLAG}")
         _take(parsed, flag, value)
+
+
+def _why_not_kept(flag: Flag | None, value: Any) -> str:
+    """Why the config, which is JSON, cannot hold a value of the file. Empty: it can, or becomes a text."""
+    if flag is not None and flag.kind != "json" and not isinstance(value, list | dict):
+        return ""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"JSON cannot hold it: {error}"
+    return ""
 
 
 def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
@@ -62,7 +79,8 @@ def _take(parsed: Parsed, flag: Flag, value: Any) -> None:
         converted = _converted(flag, value)
     except ValueError as error:
         allowed = listed(flag.choices) if flag.choices else KINDS[flag.kind]
-        parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", shown(value), str(error), allowed, "Repair the file."))
+        given = _shown(flag.dest, value)
+        parsed.problems.append(Problem(f"{FLAG}: {flag.dest}", given, str(error), allowed, "Repair the file."))
         return
     if not flag.takes(converted) and converted != flag.default:
         parsed.problems.append(refusal(flag, f"{FLAG}: {flag.dest}", converted))
@@ -85,6 +103,10 @@ def _converted(flag: Flag, value: Any) -> Any:
     if isinstance(value, list | dict) and flag.kind != "json":
         raise ValueError("takes one value")
     return convert(flag, value)
+
+
+def _shown(dest: str, value: Any) -> str:
+    return shown_value(dest, shown(value))
 
 
 def _extra(parsed: Parsed, table: Table, key: str, value: Any) -> None:

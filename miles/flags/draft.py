@@ -8,6 +8,7 @@ from typing import Any
 from miles.flags.facts import DirectoryFacts, Facts
 from miles.flags.flag import Plain
 from miles.flags.problems import Problem, shown
+from miles.tracking.secrets import shown_value
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Draft:
         facts: What is known beyond the flags.
         problems: What keeps the run from starting.
         notices: What the user should know although the run can start.
+        misread: Flags that were typed with something that cannot be read.
     """
 
     values: dict[str, Plain]
@@ -29,6 +31,7 @@ class Draft:
     facts: Facts
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    misread: frozenset[str] = frozenset()
 
     def __getitem__(self, dest: str) -> Any:
         return self.values[dest]
@@ -45,9 +48,11 @@ class Draft:
         return self.facts.directories.get(self.values[dest] or "", DirectoryFacts())
 
     def problem(self, dest: str, what: str, *, allowed: str = "", advice: str, value: Plain = None) -> None:
-        """Note that the run cannot start."""
+        """Note that the run cannot start. What could not be read is told already, and not missing."""
+        if self.flag(dest) in self.misread:
+            return
         given = self.values.get(dest) if value is None else value
-        text = "" if isinstance(given, bool) else shown(given)
+        text = "" if isinstance(given, bool) else shown_value(dest, shown(given))
         problem = Problem(self.flag(dest), text, what, allowed, advice)
         if problem not in self.problems:
             self.problems.append(problem)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from miles.backends.checkpoint_layout import (
-    EXPORTED,
     DamagedCheckpoint,
     backend_of,
     find_checkpoint,
@@ -23,12 +21,13 @@ from miles.backends.checkpoint_layout import (
     rollout_of,
 )
 from miles.flags.engine_facts import EngineFacts, look_at_engines
+from miles.flags.hook_facts import why_not_found
+from miles.flags.path_facts import path_errors, why_not_exported, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data
-from miles.flags.row_checks import row_checks
+from miles.flags.row_checks import row_checks, training_checks
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
 from miles.utils.eval_config import BadEvalConfig, Entries, EvalDatasetConfig, read_entries, resolve_entries
 from miles.utils.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from miles.utils.misc import not_built
 from miles.utils.prompt_columns import Columns
 from miles_agents.agent.inventory import DriverNvml, read_gpus, usable_cores
 from miles_agents.errors import MilesError
@@ -119,6 +118,8 @@ class EvalSet:
     rm_type: str | None = None
     added: Mapping[str, Any] = field(default_factory=dict)
     """To each row's metadata."""
+    generate: str | None = None
+    """Its own generate function."""
 
     @property
     def kinds(self) -> Columns:
@@ -141,6 +142,7 @@ class Facts:
         eval_error: Why that cannot be told.
         export_error: Why no Hugging Face directory can be written to ``--save-hf``.
         unwritable: Why a path cannot be written to, by path; what is absent can be.
+        path_errors: Why a file cannot be written or read in the middle of the run, by dest.
         missing_files: Paths that were named and do not exist.
         hook_errors: Why user code cannot be found, by dotted path.
         gpus: GPUs that this process may use.
@@ -161,6 +163,7 @@ class Facts:
     eval_error: str = ""
     export_error: str = ""
     unwritable: Mapping[str, str] = field(default_factory=dict)
+    path_errors: Mapping[str, str] = field(default_factory=dict)
     missing_files: frozenset[str] = frozenset()
     hook_errors: Mapping[str, str] = field(default_factory=dict)
     gpus: int = 0
@@ -185,7 +188,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     kinds: dict[str, list[Columns]] = {}
     if path := values.get("prompt_data"):
         wanted[path] = columns
-        checks = row_checks(rm_type, custom)
+        checks = training_checks(values)
         kinds[path] = [Columns(str(columns[0]), columns[1], columns[2], values.get("tool_key"), **checks)]
     for found in sets:
         wanted[found.path] = [*wanted.get(found.path, ()), found.input_key, found.label_key]
@@ -195,6 +198,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
     adapter, adapter_error = _read_adapter(values.get("lora_adapter_path"))
     directories = {path: look_at(Path(path)) for key in MODEL_PATHS if (path := values.get(key))}
     written = [path for key in WRITTEN if (path := values.get(key))]
+    hooks = dict.fromkeys([*(values.get(key) for key in HOOKS), *(found.generate for found in sets)])
     named_files = [path for key in NAMED_FILES if (path := values.get(key))]
     return Facts(
         directories=directories,
@@ -204,8 +208,9 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         eval_error=error,
         export_error=why_not_exported(values.get("save_hf") or ""),
         unwritable={path: reason for path in [*written, run_dir] if (reason := why_unwritable(Path(path)))},
+        path_errors=path_errors(values, run_dir),
         missing_files=frozenset(path for path in named_files if not Path(path).is_file()),
-        hook_errors={path: reason for key in HOOKS if (path := values.get(key)) and (reason := why_not_found(path))},
+        hook_errors={path: reason for path in hooks if path and (reason := why_not_found(path))},
         gpus=gpus,
         gpu_fault=fault,
         torch_has_cuda=_torch_has_cuda(),
@@ -274,46 +279,6 @@ def _newest(path: Path) -> tuple[CheckpointFacts | None, str]:
     return CheckpointFacts(backend, found.rollout_id, holds_adapter(found.directory)), ""
 
 
-def why_unwritable(path: Path) -> str:
-    """Why files cannot be written below ``path``, which need not exist; empty: they can."""
-    nearest = path.absolute()
-    while not nearest.exists():
-        if nearest.is_symlink():
-            return f"{nearest} is a link to nowhere"
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        return f"{nearest} is a file"
-    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable for user {os.getuid()}"
-
-
-def why_not_exported(template: str) -> str:
-    """Why ``--save-hf`` cannot be written: what an export at the end of training would run into. Empty: it can."""
-    if not template:
-        return ""
-    try:
-        path = Path(template.format(rollout_id=0))
-    except (LookupError, ValueError, AttributeError) as error:
-        return f"only {{rollout_id}} can stand in braces: {type(error).__name__}: {error}"
-    is_ours = (path / EXPORTED).is_file()
-    if str(path) == template and path.exists() and not is_ours and (not path.is_dir() or any(path.iterdir())):
-        return f"there is something already, and no earlier export of ours: it has no {EXPORTED} file"
-    return why_unwritable(path.absolute().parent)
-
-
-def why_not_found(dotted: str) -> str:
-    """Why ``package.module.name`` cannot be found, without running more of it than its packages' own imports."""
-    module, _, name = dotted.rpartition(".")
-    if not module or not name:
-        return "it is not of the form module.name"
-    try:
-        found = importlib.util.find_spec(module)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: a package of the user's runs here
-        if isinstance(error, ModuleNotFoundError) and (why := not_built(module)):
-            return why
-        return f"{type(error).__name__}: {error}"
-    return "" if found else not_built(module) or f"there is no module {module!r} on the import path"
-
-
 def _count_gpus() -> tuple[int, str]:
     try:
         return len(read_gpus(DriverNvml(), os.environ.get("CUDA_VISIBLE_DEVICES"))), ""
@@ -334,8 +299,14 @@ def _evaluated(values: Mapping[str, Any]) -> tuple[Entries | None, list[EvalSet]
         sets = resolve_entries(values, entries)
     except BadEvalConfig as error:
         return None, [], f"{error.what}: {error.evidence}"
-    found = [EvalSet(s.path, s.input_key, s.label_key, s.metadata_key, s.tool_key, s.rm_type, _added(s)) for s in sets]
-    return entries, found, ""
+    return entries, [_eval_set(one) for one in sets], ""
+
+
+def _eval_set(found: EvalDatasetConfig) -> EvalSet:
+    return EvalSet(
+        found.path, found.input_key, found.label_key, found.metadata_key, found.tool_key, found.rm_type, _added(found),
+        found.custom_generate_function_path,
+    )  # fmt: skip
 
 
 def _added(found: EvalDatasetConfig) -> dict[str, Any]:

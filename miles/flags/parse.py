@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from miles.flags.flag import TAKES_NO_VALUE, Flag, Plain
 from miles.flags.group_engines import reason_for_absent
+from miles.flags.misplaced import taken_out, unknown_words
 from miles.flags.problems import REFUSED, Problem, listed, shown
 from miles.flags.retired import with_todays_names
 from miles.flags.table import Table, spellings
@@ -99,18 +100,37 @@ def parse(argv: Sequence[str], table: Table, user: Sequence[UserArguments] = ())
     """Read a command line. Nothing is derived here, and nothing is compared with anything else."""
     result = Parsed()
     words, result.notices = with_todays_names(argv, [name for name, flag in table.by_name.items() if not flag.older])
-    try:
-        parser = build_parser(table, user)
-        namespace, unknown = parser.parse_known_args(_joined(words, parser))
-    except (ParseFailed, argparse.ArgumentError) as failure:
-        result.problems.append(_misplaced(str(failure)))
-        return result
-    values = dict(vars(namespace))
+    values, unknown = _understood(result, words, table, user)
     for name, raw in values.pop("_typed", []):
         _take(result, table.by_name[name], name, raw)
     result.extra = values
     result.problems += _unknown(unknown, table)
     return result
+
+
+def _understood(
+    result: Parsed, words: list[str], table: Table, user: Sequence[UserArguments]
+) -> tuple[dict[str, Any], list[tuple[str, bool]]]:
+    """The namespace, and the words that belong to no flag, each with whether it is told.
+
+    argparse gives up at the first word that it cannot place: that is told and taken out, and the rest is read again.
+    """
+    aside = False
+    while True:
+        try:
+            parser = build_parser(table, () if aside else user)
+            joined = _joined(words, parser)
+            namespace, unknown = parser.parse_known_args(joined)
+        except (ParseFailed, argparse.ArgumentError) as failure:
+            problem, rest = taken_out(str(failure), words, table)
+            result.problems.append(problem)
+            if len(rest) == len(words):
+                if aside or not user:
+                    return {}, []
+                aside = True  # what is wrong is a flag of user code: without those, no word can be called unknown
+            words = rest
+        else:
+            return dict(vars(namespace)), [] if aside else unknown_words(unknown, joined, table)
 
 
 def _joined(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -136,6 +156,8 @@ def _take(result: Parsed, flag: Flag, name: str, raw: Any) -> None:
         value = raw
     else:
         value = _converted(result, flag, name, raw)
+        if flag.kind == "append" and not isinstance(value, str):
+            return  # it has been told; there is nothing to append
     if not flag.takes(value):
         result.problems.append(refusal(flag, name, value))
         return
@@ -254,28 +276,18 @@ def _json(word: Any) -> Plain:
         raise ValueError(f"is not JSON: {error}") from None
 
 
-def _misplaced(message: str) -> Problem:
-    match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
-    flag = match[1].split("/")[0] if match else "the command line"
-    what = match[2] if match else message
-    return Problem(flag, "", what, "", "Put the values that the flag takes right after it; --help names them.")
-
-
-def _unknown(words: Sequence[str], table: Table) -> list[Problem]:
+def _unknown(words: Sequence[tuple[str, bool]], table: Table) -> list[Problem]:
     problems = []
-    after_unknown = False
-    for word in words:
+    for word, is_told in words:
         if word.startswith("--"):
             name, _, value = word.partition("=")
             if reason := reason_for_absent(name):
                 problems.append(Problem(name, value, REFUSED + reason, "", "Leave it out."))
-                after_unknown = True
                 continue
             near = table.nearest(name)
             advice = f"Did you mean {near}?" if near else "Look it up in --help."
             problems.append(Problem(name, value, "there is no such flag", near or "", advice))
-            after_unknown = True
-        elif not after_unknown:
+        elif is_told:
             problems.append(
                 Problem(word, "", "a word that belongs to no flag", "", "Remove it, or put it after its flag.")
             )

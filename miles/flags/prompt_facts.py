@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class DataFacts:
             wrong with it. Of a Parquet file, the row; 0 if that cannot be told.
         unit: ``line`` or ``row``.
         has_messages: The prompt of its first row is a list of messages.
+        bytes: The file's size, told if no row is in the slice.
     """
 
     error: str = ""
@@ -47,6 +48,7 @@ class DataFacts:
     advice: str = ""
     unit: str = "line"
     has_messages: bool = False
+    bytes: int = 0
 
 
 def read_data(path: str, keys: Sequence[str], kinds: Iterable[Columns] = ()) -> DataFacts:
@@ -63,9 +65,11 @@ def read_data(path: str, keys: Sequence[str], kinds: Iterable[Columns] = ()) -> 
         kind = kind_of(file)
         look = Look(keys, kinds)
         if kind == "parquet":
-            return _parquet(file, rows, look)
-        with buffered(file) as lines:
-            return _jsonl(lines, rows, look)
+            found = _parquet(file, rows, look)
+        else:
+            with buffered(file) as lines:
+                found = _jsonl(lines, rows, look)
+        return found if found.rows or rows is None else replace(found, bytes=file.stat().st_size)
     except EmptyDataset:
         return DataFacts()
     except OSError as error:
@@ -182,12 +186,12 @@ def _broken_in(batch: Any, look: Look) -> tuple[int, str] | None:
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return (is_text and not batch.column(name).null_count) or name in labels
 
-    checked = {columns.label for columns in look.kinds if columns.label_check is not None}
+    checked = {columns.label for columns in look.kinds if columns.label_check is not None or columns.is_learnt}
     labels = {columns.label for columns in look.kinds} - {columns.prompt for columns in look.kinds} - checked
     prompts = {columns.prompt for columns in look.kinds}
     structs = [n for n in batch.schema.names if pa.types.is_struct(batch.schema.field(n).type)]
     objects = [name for name in structs if name not in prompts and not _may_name_reward(batch.schema.field(name).type)]
-    looks_at_all = any(columns.rewards_by_metadata for columns in look.kinds)
+    looks_at_all = any(columns.rewards_by_metadata or columns.is_learnt for columns in look.kinds)
     if not looks_at_all and all(
         name in objects or (is_simple(name) and name in prompts | labels) for name in batch.schema.names
     ):

@@ -102,6 +102,7 @@ _AT_LEAST_0 = (
     "opd_teacher_ckpt_step",
     "max_weight_staleness",
     "lora_rank",
+    "tis_clip_low",
 )
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -126,6 +127,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "sgd_momentum": (0, math.nextafter(1, 0), "0 or more, below 1"),
     "lr_warmup_fraction": (0, 1, "0 to 1"),
     "load_debug_rollout_data_subsample": (math.ulp(0.0), 1, "above 0, up to 1"),
+    "tis_clip": (math.ulp(0.0), _INF, "above 0"),
     "eps_clip_c": (math.nextafter(1, 2), _INF, "above 1"),
     "sglang_router_port": (1, 65535, "1 to 65535"),
     "seed": (0, 2**32 - 1, "0 to 4294967295"),
@@ -140,9 +142,13 @@ def check_ranges(draft: Draft, table: Table) -> None:
         value = draft[dest]
         if dest in draft.typed and value is not None and not low <= value <= high:
             _refuse(draft, table, dest, "is out of range", allowed)
-    for dest in ("rollout_top_k", "eval_top_k"):
+    for dest, means in (
+        ("rollout_top_k", "truncation"),
+        ("eval_top_k", "truncation"),
+        ("log_probs_chunk_size", "chunks"),
+    ):
         if dest in draft.typed and draft[dest] != -1 and draft[dest] < 1:
-            _refuse(draft, table, dest, "is out of range", "1 or more, or -1 for no truncation")
+            _refuse(draft, table, dest, "is out of range", f"1 or more, or -1 for no {means}")
     for dest in draft.typed:
         if isinstance(draft[dest], float) and math.isinf(draft[dest]):
             _refuse(draft, table, dest, "is not finite", "a finite number")

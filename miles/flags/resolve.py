@@ -10,13 +10,15 @@ from miles.flags.draft import Draft
 from miles.flags.facts import HOOKS, WRITTEN, Facts
 from miles.flags.flag import Plain
 from miles.flags.parse import Parsed
+from miles.flags.path_facts import TEMPLATES
 from miles.flags.problems import Problem, grouped
 from miles.flags.ranges import check_ranges
 from miles.flags.rules_algorithm import resolve_algorithm
 from miles.flags.rules_async import resolve_async
-from miles.flags.rules_data import resolve_batch, resolve_data, resolve_eval, resolve_lengths
+from miles.flags.rules_data import resolve_batch, resolve_data, resolve_lengths
 from miles.flags.rules_effect import tell_without_effect
 from miles.flags.rules_engines import resolve_engines
+from miles.flags.rules_eval import resolve_eval
 from miles.flags.rules_generate import resolve_generate
 from miles.flags.rules_lora import resolve_lora
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
@@ -85,6 +87,7 @@ def resolve(parsed: Parsed, table: Table, facts: Facts) -> Resolved:
         facts=facts,
         problems=list(parsed.problems),
         notices=list(parsed.notices),
+        misread=frozenset(problem.flag for problem in parsed.problems),
     )
     check_ranges(draft, table)
     for rule in RULES:
@@ -140,6 +143,8 @@ def _resolve_paths(draft: Draft) -> None:
             draft.problem(
                 dest, f"cannot be written: {why}", allowed="a directory of yours", advice="Choose another directory."
             )
+    for dest, why in draft.facts.path_errors.items():
+        draft.problem(dest, why, allowed=_allowed_path(dest), advice="Correct the path.")
     if draft["offload_train_disk_dir"] is None:
         draft["offload_train_disk_dir"] = str(PurePosixPath(draft["run_dir"]) / "offload")
     for dest in dict.fromkeys(
@@ -158,6 +163,12 @@ def _resolve_paths(draft: Draft) -> None:
         draft["eval_prompt_data"] = [
             _absolute(draft.facts.cwd, word) if place % 2 else word for place, word in enumerate(pairs)
         ]
+
+
+def _allowed_path(dest: str) -> str:
+    fields = " and ".join(f"{{{field}}}" for field in TEMPLATES.get(dest, ()))
+    kind = "a directory" if dest == "memory_snapshot_dir" else "a file"
+    return f"{kind} of yours" + (f"; its name may hold {fields}" if fields else "")
 
 
 def _absolute(cwd: str, path: Plain) -> Plain:

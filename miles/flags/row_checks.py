@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
+SFT_ROLLOUT = "miles.rollout.sft_rollout.generate_rollout"
+
 
 class RowChecks(TypedDict, total=False):
     """What ``Columns`` takes."""
@@ -12,6 +14,7 @@ class RowChecks(TypedDict, total=False):
     label_check: Callable[[Any], str] | None
     metadata_check: Callable[[Any], str] | None
     rewards_by_metadata: bool
+    is_learnt: bool
 
 
 def row_checks(rm_type: str | None, custom_rm_path: str | None, added: Mapping[str, Any] | None = None) -> RowChecks:
@@ -29,6 +32,14 @@ def row_checks(rm_type: str | None, custom_rm_path: str | None, added: Mapping[s
         "metadata_check": metadata_check(rm_type, added or {}),
         "rewards_by_metadata": _plain(rm_type) == "ifbench",
     }
+
+
+def training_checks(values: Mapping[str, Any]) -> RowChecks:
+    """For the prompts of training, by the flags: what is supervised has no reward, and something to learn."""
+    supervised = values.get("rollout_function_path") in (None, SFT_ROLLOUT)
+    if values.get("loss_type") == "sft_loss" and supervised and not values.get("load_debug_rollout_data"):
+        return {"is_learnt": True}
+    return row_checks(values.get("rm_type"), values.get("custom_rm_path"))
 
 
 def label_check(rm_type: str | None) -> Callable[[Any], str] | None:

@@ -1,25 +1,19 @@
-"""Rules: batches, prompts, lengths, evaluation."""
+"""Rules: batches, prompts, lengths."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import PurePosixPath
-
-from miles.flags.batch import solve
+from miles.flags.batch import BatchSizes, solve
 from miles.flags.draft import Draft
-from miles.flags.facts import NAMED_FILES
 from miles.flags.group_reward import LABELLED
 from miles.flags.problems import listed
 from miles.flags.prompt_facts import DataFacts
-from miles.utils.eval_config import read_entries, resolve_entries
 
 _KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
 
 
 def resolve_batch(draft: Draft) -> None:
     """The four-knob equation, then how a step's samples fall on ranks and micro-batches."""
-    given = [draft[dest] if dest in draft.typed else None for dest in _KNOBS]
-    sizes = solve(*given)
+    sizes = _solved(draft)
     if isinstance(sizes, str):
         typed = [dest for dest in _KNOBS if dest in draft.typed]
         draft.problem(
@@ -47,6 +41,23 @@ def resolve_batch(draft: Draft) -> None:
         )
     if draft["n_samples_per_prompt"] == 1:
         draft["grpo_std_normalization"] = False
+
+
+def _solved(draft: Draft) -> BatchSizes | str:
+    """With ``--allow-partial-train-step`` the last step may be smaller; with ``--use-dynamic-global-batch-size`` there
+    is one, as large as the rollout. Both need dynamic micro-batches, which is told elsewhere."""
+    prompts, responses, samples, steps = (draft[dest] if dest in draft.typed else None for dest in _KNOBS)
+    if not draft["use_dynamic_global_batch_size"] or prompts is None:
+        return solve(prompts, responses, samples, steps, rounds_up=draft["allow_partial_train_step"])
+    if steps not in (None, 1):
+        return f"{steps} steps of a rollout, which is one with --use-dynamic-global-batch-size"
+    sizes = solve(prompts, responses, None, 1)
+    if samples is not None and not isinstance(sizes, str) and samples != sizes.global_batch_size:
+        draft.notice(
+            f"{draft.flag('global_batch_size')} {samples} is not used: with --use-dynamic-global-batch-size a step has "
+            "all samples of its rollout"
+        )
+    return sizes
 
 
 def _check_step(draft: Draft) -> None:
@@ -86,12 +97,13 @@ def resolve_data(draft: Draft) -> None:
             draft.problem("num_rollout", "without --prompt-data it cannot be derived", advice="Give --num-rollout N.")
         return
     facts = draft.facts.data.get(path, DataFacts())
-    if _check_file(draft, "prompt_data", path, facts):
+    if check_file(draft, "prompt_data", path, facts):
         _check_columns(draft, facts)
         _derive_rollouts(draft, facts.rows)
 
 
-def _check_file(draft: Draft, dest: str, path: str, facts: DataFacts) -> bool:
+def check_file(draft: Draft, dest: str, path: str, facts: DataFacts) -> bool:
+    """Whether a file of prompts can be used; if not, that is told."""
     if facts.error:
         advice = facts.advice or "Correct the path."
         draft.problem(dest, facts.error, allowed="a JSONL or Parquet file", advice=advice, value=path)
@@ -106,9 +118,10 @@ def _check_file(draft: Draft, dest: str, path: str, facts: DataFacts) -> bool:
             value=path,
         )
     elif not facts.rows:
-        draft.problem(
-            dest, "it is empty", allowed="at least one row", advice="Correct the path or the slice.", value=path
-        )
+        is_sliced = path.endswith("]")
+        what = "no row of the file is in the slice" if is_sliced and facts.bytes else "it is empty"
+        advice = "Correct the slice." if is_sliced and facts.bytes else "Correct the path."
+        draft.problem(dest, what, allowed="at least one row", advice=advice, value=path)
     else:
         return True
     return False
@@ -119,14 +132,15 @@ def _check_columns(draft: Draft, facts: DataFacts) -> None:
         column = draft[dest]
         if not column or column not in facts.absent:
             continue
-        if dest == "label_key" and dest not in draft.typed and not _needs_label(draft):
+        if dest == "label_key" and dest not in draft.typed and not needs_label(draft):
             draft["eval_label_key"] = draft["eval_label_key"] or column  # evaluations may have it
             draft["label_key"] = None
             continue
-        _missing_column(draft, dest, column, draft["prompt_data"], facts)
+        missing_column(draft, dest, column, draft["prompt_data"], facts)
 
 
-def _missing_column(draft: Draft, dest: str, column: str, path: str, facts: DataFacts) -> None:
+def missing_column(draft: Draft, dest: str, column: str, path: str, facts: DataFacts) -> None:
+    """Tell that some line lacks a column."""
     draft.problem(
         dest,
         f"line {facts.absent[column]} of {path} has no column {column!r}",
@@ -136,7 +150,8 @@ def _missing_column(draft: Draft, dest: str, column: str, path: str, facts: Data
     )
 
 
-def _needs_label(draft: Draft) -> bool:
+def needs_label(draft: Draft) -> bool:
+    """Whether rewards of training are made of labels."""
     kind = (draft["rm_type"] or "").removeprefix("boxed_")
     return kind in LABELLED and not draft["custom_rm_path"] and draft.generates
 
@@ -165,12 +180,17 @@ def _derive_rollouts(draft: Draft, rows: int) -> None:
     )
 
 
-def resolve_lengths(draft: Draft) -> None:
-    """Context, prompt and response fit into each other and into the model."""
+def context_limit(draft: Draft) -> int | None:
+    """Tokens of the longest context that the model and its engines have."""
     model_context = draft["max_position_embeddings"] if draft["hf_config"] else None
     engine_context = draft.values.get("sglang_context_length")
-    bounds = [bound for bound in (model_context, engine_context) if bound]
-    limit = min(bounds) if bounds else None
+    bounds: list[int] = [bound for bound in (model_context, engine_context) if bound]
+    return min(bounds) if bounds else None
+
+
+def resolve_lengths(draft: Draft) -> None:
+    """Context, prompt and response fit into each other and into the model."""
+    limit = context_limit(draft)
     context = draft["rollout_max_context_len"]
     if context is None:
         draft["rollout_max_context_len"] = context = limit
@@ -183,6 +203,13 @@ def resolve_lengths(draft: Draft) -> None:
         )
     if draft["eval_max_context_len"] is None:
         draft["eval_max_context_len"] = context
+    elif limit and draft["eval_max_context_len"] > limit:
+        draft.problem(
+            "eval_max_context_len",
+            f"the model's context has {limit} tokens",
+            allowed=f"up to {limit}",
+            advice="Lower it, or use a model with a longer context.",
+        )
     _check_response(draft, context)
     if context and draft["rollout_max_prompt_len"] is None:
         draft["rollout_max_prompt_len"] = max(1, context - 1)
@@ -211,71 +238,4 @@ def _check_response(draft: Draft, context: int | None) -> None:
             f"a context of {context} tokens leaves no token for a prompt",
             allowed=f"up to {context - 1}",
             advice="Lower it, or raise --rollout-max-context-len.",
-        )
-
-
-def resolve_eval(draft: Draft) -> None:
-    """Evaluation has data, and what it does not say is as in rollouts."""
-    for name in ("temperature", "top_p", "top_k", "max_response_len"):
-        if draft[f"eval_{name}"] is None:
-            draft[f"eval_{name}"] = draft[f"rollout_{name}"]
-    for name in ("input_key", "label_key", "tool_key"):
-        if draft[f"eval_{name}"] is None:
-            draft[f"eval_{name}"] = draft[name]
-    if len(draft["eval_prompt_data"] or ()) == 1:
-        draft["eval_prompt_data"] = ["aime", *draft["eval_prompt_data"]]
-        draft.notice("--eval-prompt-data has a path and no name: it is called aime, as ever")
-    if draft.facts.eval_error:
-        draft.problem(
-            "eval_config" if draft["eval_config"] else "eval_prompt_data",
-            draft.facts.eval_error,
-            allowed="a YAML file with eval.datasets" if draft["eval_config"] else "NAME PATH NAME PATH ...",
-            advice="Correct the file." if draft["eval_config"] else "Give a name before each path.",
-        )
-    _check_eval_sets(draft)
-    for dest in NAMED_FILES:
-        if draft[dest] in draft.facts.missing_files:
-            draft.problem(dest, "there is no such file", allowed="a file", advice="Correct the path.")
-    if draft["eval_interval"] is not None:
-        _check_eval(draft)
-
-
-def _check_eval_sets(draft: Draft) -> None:
-    """Files and columns; and the settings of each data set, as the run uses them, become ``eval_datasets``."""
-    dest = "eval_config" if draft["eval_config"] else "eval_prompt_data"
-    without_label: set[str] = set()
-    for found in draft.facts.eval_sets:
-        facts = draft.facts.data.get(found.path, DataFacts())
-        if not _check_file(draft, dest, found.path, facts):
-            continue
-        key = found.label_key
-        is_default = key == draft["eval_label_key"] and "eval_label_key" not in draft.typed
-        if key in facts.absent and is_default and not _needs_label(draft):
-            without_label.add(found.path)
-            key = None
-        for column, flag in ((found.input_key, "eval_input_key"), (key, "eval_label_key")):
-            if column and column in facts.absent:
-                _missing_column(draft, flag, column, found.path, facts)
-    if draft.facts.eval_error or len(draft["eval_prompt_data"] or ()) % 2:
-        return
-    sets = resolve_entries(draft.values, draft.facts.eval_file or read_entries({**draft.values, "eval_config": None}))
-    for one in sets:
-        if one.path in without_label:
-            one.label_key = None
-        one.path = str(PurePosixPath(draft.facts.cwd) / one.path)
-    draft["eval_datasets"] = [asdict(one) for one in sets]
-
-
-def _check_eval(draft: Draft) -> None:
-    if not draft["eval_prompt_data"] and not draft["eval_config"] and not draft["eval_function_path"]:
-        draft.problem(
-            "eval_interval",
-            "there is no evaluation data",
-            advice="Give --eval-prompt-data NAME PATH, or --eval-config.",
-        )
-    if draft["group_rm"]:
-        draft.problem("group_rm", "evaluations need a reward for each sample", advice="Remove it, or --eval-interval.")
-    if not draft.generates:
-        draft.problem(
-            "eval_interval", "without engines nothing can be evaluated", advice="Remove it, or what turns engines off."
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from miles.flags.draft import Draft
+from miles.flags.row_checks import SFT_ROLLOUT
 from miles.flags.rules_external import resolve_external
 from miles.flags.rules_parallel import data_parallel
 from miles.flags.server_groups import resolve_groups
-
-SFT_ROLLOUT = "miles.rollout.sft_rollout.generate_rollout"
 
 
 def resolve_parts(draft: Draft) -> None:

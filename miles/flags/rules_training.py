@@ -35,6 +35,13 @@ def _check_correction(draft: Draft) -> None:
             "with --use-rollout-logprobs there is nothing to correct",
             advice="Leave one of the two out.",
         )
+    if draft["use_tis"] and draft["tis_clip_low"] > draft["tis_clip"]:
+        draft.problem(
+            "tis_clip_low",
+            f"the lower bound is above the upper one, --tis-clip {draft['tis_clip']}",
+            allowed=f"up to {draft['tis_clip']}",
+            advice="Lower it, or raise --tis-clip.",
+        )
 
 
 def _check_old_actor(draft: Draft) -> None:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from miles.flags.facts import why_not_found
+from miles.flags.hook_facts import find_module, why_not_found
 from miles.flags.parse import UserArguments
 from miles.flags.problems import UserArgumentsFailed
 
@@ -22,17 +22,20 @@ def load_user_arguments(values: Mapping[str, Any]) -> list[UserArguments]:
     """The functions that add flags, of the code that these values name.
 
     Raises:
-        UserArgumentsFailed: A module raised when it was imported. One that cannot be found is told by the rules.
+        UserArgumentsFailed: A module raised when it was imported. What cannot be found is told by the rules.
     """
     found = []
     for dest in DESTS:
         path = values.get(dest)
-        if not path or why_not_found(path):
+        if not path or isinstance(find_module(path), str):
             continue
         module, _, name = path.rpartition(".")
         flag = "--" + dest.replace("_", "-")
         try:
-            function = getattr(importlib.import_module(module), name)
+            there = importlib.import_module(module)
+            if not hasattr(there, name) and why_not_found(path):
+                continue
+            function = getattr(there, name)
         except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: user code
             raise _failed(f"{flag} {path} cannot be imported", error) from None
         add_arguments = getattr(function, "add_arguments", None)

@@ -33,12 +33,15 @@ def trim(args: Any, groups: list[Group]) -> tuple[list[Group], list[Group]]:
     A step counts executions (``execution_of``), of which each may have made several samples. Where no number of whole
     groups fills steps exactly, the fewest that fill the first step are kept, and its surplus executions are dropped
     by the schedule. Nothing is trimmed with ``--disable-rollout-trim-samples``, or if user code numbered executions
-    by itself (``Sample.rollout_id``). With ``--use-dynamic-global-batch-size`` a step is the data-parallel size.
+    by itself (``Sample.rollout_id``), or with ``--allow-partial-train-step``, where the last step may be smaller. With
+    ``--use-dynamic-global-batch-size`` a step is the data-parallel size.
 
     Raises:
         NothingToTrain: Not even one step is filled.
     """
-    if args.disable_rollout_trim_samples or any(s.rollout_id is not None for g in groups for s in flat(g)):
+    if args.disable_rollout_trim_samples or (args.allow_partial_train_step and args.use_dynamic_batch_size):
+        return groups, []
+    if any(s.rollout_id is not None for g in groups for s in flat(g)):
         return groups, []
     step = int(args.dp_size) if args.use_dynamic_global_batch_size else int(args.global_batch_size)
     counts = _executions_so_far(groups)

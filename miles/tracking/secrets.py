@@ -10,11 +10,14 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miles.tracking.secret_names import is_secret, is_secret_of_url
+
 SECRET_FLAGS = {"--wandb-key": "wandb_key"}
 """Flags whose value is a secret, with their keys in the config."""
 HIDDEN = "***"
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?$", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
+"""Up to the last @ of a host: passwords may have one."""
+_PARAMETER = re.compile(r"([?&;]([\w.-]+)=)[^&;#\s]+")
 
 
 def take_secrets(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -24,28 +27,37 @@ def take_secrets(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, s
 
 
 def for_people(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as files and trackers show it: without secrets, passwords in URLs, and values of variables whose names
-    say that they are secret."""
+    """The config as files and trackers show it: without secrets, passwords in URLs, and values whose names say that
+    they are secret: of variables, and of what a file gives to user code."""
     return {key: _shown(key, value) for key, value in config.items()}
 
 
 def _shown(key: str, value: Any) -> Any:
     if key in SECRET_FLAGS.values():
         return None if value is None else HIDDEN
+    if is_secret(key, value):
+        return HIDDEN
     if isinstance(value, str):
         return without_credentials(value)
     if isinstance(value, dict):
-        return {
-            name: HIDDEN if _SECRET_VARIABLE.search(str(name)) else _shown(name, one) for name, one in value.items()
-        }
+        return {name: _shown(str(name), one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_shown("", one) for one in value]
     return value
 
 
 def without_credentials(text: str) -> str:
-    """The text with what stands before the @ of a URL hidden."""
-    return _CREDENTIALS.sub(f"{HIDDEN}@", text)
+    """The text with what stands before the @ of a URL hidden, and parameters of URLs that are secret by their names."""
+    return _PARAMETER.sub(_parameter, _CREDENTIALS.sub(f"{HIDDEN}@", text))
+
+
+def _parameter(match: re.Match[str]) -> str:
+    return match[1] + HIDDEN if is_secret_of_url(match[2]) else match[0]
+
+
+def shown_value(dest: str, text: str) -> str:
+    """A value of a flag as a terminal shows it."""
+    return HIDDEN if dest in SECRET_FLAGS.values() and text else text
 
 
 def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

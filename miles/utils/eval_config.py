@@ -200,6 +200,7 @@ def _resolved(values: Mapping[str, Any], defaults: dict[str, Any], entry: dict[s
 
 
 _TEXT, _COUNT, _NUMBER, _SWITCH = "a text", "a whole number", "a number", "true or false"
+_MAPPING = "a mapping that JSON can hold"
 _KINDS: Mapping[str, str] = {
     **dict.fromkeys(("name", "path", "rm_type", "custom_generate_function_path"), _TEXT),
     **dict.fromkeys(("input_key", "label_key", "tool_key", "metadata_key"), _TEXT),
@@ -209,7 +210,7 @@ _KINDS: Mapping[str, str] = {
     "apply_chat_template": _SWITCH,
     "stop": "a list of texts",
     "stop_token_ids": "a list of whole numbers",
-    "metadata_overrides": "a mapping",
+    "metadata_overrides": _MAPPING,
 }
 
 
@@ -219,4 +220,15 @@ def _is_of(kind: str, value: Any) -> bool:
     if kind.startswith("a list"):
         inner = _TEXT if kind.endswith("texts") else _COUNT
         return isinstance(value, list) and all(_is_of(inner, one) for one in value)
-    return isinstance(value, {_TEXT: str, _COUNT: int, _NUMBER: int | float}.get(kind, dict))
+    if kind == _MAPPING:
+        return isinstance(value, dict) and _is_plain(value)
+    return isinstance(value, {_TEXT: str, _COUNT: int, _NUMBER: int | float}[kind])
+
+
+def _is_plain(value: Any) -> bool:
+    """YAML also makes dates, and lists that hold themselves."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

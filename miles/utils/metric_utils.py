@@ -80,4 +80,5 @@ def compute_rollout_step(args: Any, rollout_id: int) -> int:
     """The x axis of rollout metrics: rollouts, or samples' optimizer steps with ``--wandb-always-use-train-step``."""
     if not getattr(args, "wandb_always_use_train_step", False):
         return rollout_id
-    return int(rollout_id * args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size)
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    return int(rollout_id * -(-samples // args.global_batch_size))  # the last step of a rollout may be smaller

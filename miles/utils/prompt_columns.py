@@ -47,6 +47,8 @@ class Columns:
     """Why a row's metadata is of no use to the row's reward; empty: it is."""
     rewards_by_metadata: bool = False
     """All rows are rewarded by what their metadata says, so that each of them has to be looked at."""
+    is_learnt: bool = False
+    """Rows are answers to learn: a conversation with an assistant's message, or a text with a label."""
 
     @property
     def names(self) -> list[str]:
@@ -58,6 +60,8 @@ class Columns:
         """What keeps a row from being used; None: nothing."""
         prompt = row.get(self.prompt, _ABSENT)
         if type(prompt) is not str and (fault := self._prompt_fault(prompt)):
+            return fault
+        if self.is_learnt and (fault := self._learning_fault(row, prompt)):
             return fault
         if self.label is not None and self.label not in row:
             return Fault(self.label, self.label_flag, "", "")
@@ -75,8 +79,20 @@ class Columns:
     def _prompt_fault(self, prompt: Any) -> Fault | None:
         if prompt is _ABSENT:
             return Fault(self.prompt, self.prompt_flag, "", "")
-        wanted = "" if _is_messages(prompt) else "text or a list of messages with roles"
-        return Fault(self.prompt, self.prompt_flag, wanted, _shown(prompt)) if wanted else None
+        found = _message_fault(prompt)
+        return Fault(self.prompt, self.prompt_flag, *found) if found else None
+
+    def _learning_fault(self, row: Mapping[str, Any], prompt: Any) -> Fault | None:
+        if isinstance(prompt, list):
+            if any(m["role"] == "assistant" and m.get("step_loss_mask", 1) for m in prompt):
+                return None
+            roles = f"a list with the roles {', '.join(m['role'] for m in prompt)}"[:200]
+            return Fault(self.prompt, self.prompt_flag, "a conversation with an assistant's message to learn", roles)
+        label = row.get(self.label) if self.label else None
+        if label is None or label == "" or isinstance(label, dict | list):
+            there = _shown(label) if self.label in row else "not there"
+            return Fault(self.label or "label", self.label_flag, "an answer to learn, which a text needs", there)
+        return None
 
     def _more_fault(self, row: Mapping[str, Any]) -> Fault | None:
         metadata = row.get(self.metadata) if self.metadata else None
@@ -145,8 +161,35 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
+_NEEDS_CONTENT = frozenset({"system", "user"})
+"""An assistant's message may be calls of tools alone."""
+
+
+def _message_fault(prompt: Any) -> tuple[str, str] | None:
+    """What a list of messages should be and is not, and what there is instead; None: nothing."""
+    if not isinstance(prompt, list) or not prompt:
+        return "text or a list of messages with roles", _shown(prompt)
+    for number, message in enumerate(prompt, 1):
+        if not isinstance(message, dict) or "role" not in message:
+            return "text or a list of messages with roles", _shown(prompt)
+        role, content = message["role"], message.get("content")
+        if type(role) is not str:
+            return "a list of messages whose roles are text", f"a message {number} whose role is {_shown(role)}"
+        if type(content) is str:
+            continue
+        if content is None and role in _NEEDS_CONTENT:
+            return "a list of messages with contents", f"a message {number} of role {role!r} without content"
+        if content is not None and not _are_parts(content):
+            wanted = "a list of messages whose contents are text, lists of parts or null"
+            return wanted, f"a message {number} whose content is {_shown(content)}"
+    return None
+
+
+def _are_parts(content: Any) -> bool:
+    """``[{"type": "text", "text": ...}, {"type": "image", ...}]``."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and ("type" in part or "text" in part) for part in content
+    )
 
 
 def _shown(value: Any) -> str:

@@ -81,3 +81,12 @@ def test_no_solution_is_told_only_if_there_is_none_with_the_defaults(prompts, re
         assert samples * s % n
     else:
         assert prompts * n % s
+
+
+@pytest.mark.parametrize(
+    ("given_knobs", "steps"), [((4, 4, 6, None), 3), ((4, 4, 6, 3), 3), ((4, 4, 8, None), 2), ((4, 4, 20, None), 1)]
+)
+def test_a_last_step_may_be_smaller(given_knobs, steps):
+    assert solve(*given_knobs, rounds_up=True) == BatchSizes(4, 4, given_knobs[2], steps)
+    assert isinstance(solve(4, 4, 6, 2, rounds_up=True), str)
+    assert isinstance(solve(4, 4, 6, 3), str)

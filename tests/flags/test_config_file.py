@@ -1,6 +1,7 @@
 """--custom-config-path: values from a file, before anything is derived from them."""
 
 import base64
+import json
 
 import pytest
 
@@ -90,3 +91,18 @@ def test_a_file_does_not_name_another():
     parsed = applied({"custom-config-path": "other.yaml"})
     assert "stands in the file that it names" in parsed.problems[0].what
     assert parsed.typed == {}
+
+
+def test_what_json_cannot_hold_is_a_problem_and_no_crash(tmp_path):
+    """Dates, what holds itself, bytes; for flags of JSON, for lists, for user code. A flag of text takes a date."""
+    (tmp_path / "c.yaml").write_text(
+        "mine: &a [*a]\nstart: 2026-01-01\ntrain_env_vars: {A: 2026-01-01}\nlr: &b [*b]\nraw: !!binary aGk=\n"
+        "wandb_run_name: 2026-01-01\nnested: {2026-01-01: 1}\n"
+    )
+    parsed = applied(read_config(str(tmp_path / "c.yaml")))
+    assert {problem.flag.rpartition(" ")[2] for problem in parsed.problems} == {
+        "mine", "start", "train_env_vars", "lr", "raw", "nested",
+    }  # fmt: skip
+    assert all("JSON cannot hold it" in problem.what for problem in parsed.problems)
+    assert parsed.typed == {"wandb_run_name": "2026-01-01"}
+    json.dumps([problem.as_dict() for problem in parsed.problems])

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from miles.backends.checkpoint_layout import TRACKER
-from miles.flags.facts import CheckpointFacts, EvalSet, gather, look_at, why_not_exported, why_not_found, why_unwritable
+from miles.flags.facts import CheckpointFacts, EvalSet, gather, look_at
+from miles.flags.hook_facts import why_not_found
+from miles.flags.path_facts import path_errors, why_not_exported, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.flags.table import table
 
@@ -56,7 +58,7 @@ class TestPromptFiles:
         )
         assert read_data(f"{path}@[3:]", []).broken[0] == 5
         for nothing in ("[2:1]", "[0:0]"):
-            assert read_data(f"{path}@{nothing}", ["prompt"]) == DataFacts()
+            assert read_data(f"{path}@{nothing}", ["prompt"]) == DataFacts(bytes=os.path.getsize(path))
 
     def test_a_parquet_file_is_read_or_says_what_is_missing(self, tmp_path):
         (tmp_path / "d.parquet").write_bytes(b"no")
@@ -154,9 +156,56 @@ class TestExports:
             assert "only {rollout_id}" in why_not_exported(f"{tmp_path}/{wrong}"), wrong
 
 
+class TestPathsOfLaterOn:
+    def told(self, **values):
+        return path_errors(values, "/tmp/run")
+
+    def test_what_can_be_written(self, tmp_path):
+        template = f"{tmp_path}/new/{{rollout_id}}"
+        assert not self.told(
+            save_debug_rollout_data=template, save_debug_train_data=template + "-{rank:03d}.pt",
+            save_debug_trajectory_data=template, eval_interval=1, save_trigger_sentinel=f"{tmp_path}/now",
+            record_memory_history=True, memory_snapshot_dir=str(tmp_path),
+        )  # fmt: skip
+        assert not self.told(memory_snapshot_dir="/dev/null/x")  # nothing is recorded
+
+    @pytest.mark.parametrize(
+        "dest",
+        ["save_debug_rollout_data", "save_debug_train_data", "save_debug_trajectory_data", "load_debug_rollout_data"],
+    )
+    def test_templates(self, dest, tmp_path):
+        (tmp_path / "file").touch()
+        for wrong in ("a{b}.pt", "{0}", "{rollout_id", "{rollout_id.x}"):
+            assert "can stand in braces" in self.told(**{dest: f"{tmp_path}/{wrong}"})[dest]
+        if dest.startswith("save"):
+            assert "is a file" in self.told(**{dest: f"{tmp_path}/file/{{rollout_id}}.pt"})[dest]
+            assert "is a directory" in self.told(**{dest: str(tmp_path)})[dest]
+
+    def test_evaluations_have_no_number(self, tmp_path):
+        values = {"save_debug_rollout_data": f"{tmp_path}/{{rollout_id:04d}}.pt"}
+        assert not self.told(**values)
+        assert "'eval_0' for evaluations" in self.told(**values, eval_interval=1)["save_debug_rollout_data"]
+
+    def test_what_is_loaded_is_there(self, tmp_path):
+        (tmp_path / "[1]").mkdir()
+        template = f"{tmp_path}/[1]/{{rollout_id:03d}}.pt"
+        assert "there is no file" in self.told(load_debug_rollout_data=template)["load_debug_rollout_data"]
+        (tmp_path / "[1]" / "002.pt").touch()
+        assert not self.told(load_debug_rollout_data=template)
+
+    def test_where_memory_is_written_and_what_asks_for_a_checkpoint(self, tmp_path):
+        (tmp_path / "file").touch()
+        found = self.told(
+            record_memory_history=True, memory_snapshot_dir="file", run_dir=str(tmp_path),
+            save_trigger_sentinel=str(tmp_path),
+        )  # fmt: skip
+        assert "is a file" in found["memory_snapshot_dir"]
+        assert "is a directory" in found["save_trigger_sentinel"]
+
+
 class TestHooks:
     def test_found_without_being_run(self, tmp_path, monkeypatch):
-        (tmp_path / "user_hook_module.py").write_text("raise SystemExit('was run')")
+        (tmp_path / "user_hook_module.py").write_text("raise SystemExit('was run')\ndef reward(): pass\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         assert why_not_found("user_hook_module.reward") == ""
         assert "user_hook_module" not in sys.modules
@@ -171,11 +220,47 @@ class TestHooks:
             ("miles.router.router.MilesRouter", "not built yet"),
             ("miles_plugins.models.x", "not built yet"),
             ("miles.rollout.nonsense.x", "no module"),
+            ("json.nosuch", "has no 'nosuch'; it has: JSONDecodeError"),
+            ("json.load_", "did you mean load"),
+            ("json.codecs", "is a module, and no function"),
+            ("json.decoder", ""),
+            ("json.tool", "json.tool is a module"),
         ],
     )
     def test_not_found(self, path, why):
         assert why in why_not_found(path)
-        assert why_not_found(path)
+        assert why_not_found(path) or path == "json.decoder"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "async def f(): pass", "class f: pass", "f = 1", "f: int = 1", "from os import sep as f", "a, (b, *f) = x",
+            "if x:\n    pass\nelse:\n    def f(): pass", "try:\n    import a\nexcept E:\n    f = None",
+            "for f in y: pass", "with y as f: pass", "(f := 1)", "def g():\n    global f\n    f = 1",
+            "from os import *", "def __getattr__(name): pass",
+            "globals()['f'] = 1", "setattr(m, 'f', 1)", "exec('f = 1')",
+            "import sys\nsys.modules[__name__] = x",
+        ],
+    )  # fmt: skip
+    def test_what_binds_a_name_or_may(self, text, tmp_path, monkeypatch):
+        (tmp_path / "hooks_of_a_test.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert why_not_found("hooks_of_a_test.f") == ""
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("def g():\n    f = 1\n    globals()", "has no 'f'"),
+            ("class C:\n    def f(): pass", "has no 'f'"),
+            ("x.f = 1", "has no 'f'"),
+            ("import os as f", "is a module"),
+            ("def f(:", "line 1: "),
+        ],
+    )
+    def test_what_does_not(self, text, why, tmp_path, monkeypatch):
+        (tmp_path / "hooks_of_a_test.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert why in why_not_found("hooks_of_a_test.f")
 
 
 def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
@@ -193,6 +278,7 @@ def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
         "save": "file",
         "save_hf": "file",
         "custom_rm_path": "nowhere_at_all.rm",
+        "save_debug_rollout_data": "file/x",
     }
     facts = gather(values, run_dir="file/run")
     assert set(facts.directories) == {"m", "file"}
@@ -203,6 +289,7 @@ def test_everything_that_flags_name_is_looked_at(tmp_path, monkeypatch):
     assert set(facts.unwritable) == {"file", "file/run"}
     assert "something already" in facts.export_error
     assert facts.missing_files == {"none.jinja"}
+    assert "is a file" in facts.path_errors["save_debug_rollout_data"]
     assert set(facts.hook_errors) >= {"nowhere_at_all.rm"}
     assert facts.cores >= 1
     assert facts.cwd == os.getcwd()
@@ -212,10 +299,12 @@ def test_what_is_evaluated_may_stand_in_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "e.jsonl", {"q": 1})
     (tmp_path / "eval.yaml").write_text(
-        "eval:\n  datasets:\n  - {name: e, path: e.jsonl, input_key: q, label_key: a}\n"
+        "eval:\n  datasets:\n  - {name: e, path: e.jsonl, input_key: q, label_key: a,\n"
+        "     custom_generate_function_path: nowhere.at.all}\n"
     )
     facts = gather({**table().defaults(), "eval_config": "eval.yaml"}, run_dir="r")
-    assert facts.eval_sets == (EvalSet("e.jsonl", "q", "a"),)
+    assert facts.eval_sets == (EvalSet("e.jsonl", "q", "a", generate="nowhere.at.all"),)
+    assert "nowhere.at.all" in facts.hook_errors
     assert facts.data["e.jsonl"].absent == {"a": 1}
     (tmp_path / "eval.yaml").write_text("eval: 3")
     assert "names no data sets" in gather({**table().defaults(), "eval_config": "eval.yaml"}, run_dir="r").eval_error

@@ -52,3 +52,16 @@ def test_data_of_evaluations(tmp_path):
     (tmp_path / "e.yaml").write_text(f"eval:\n  datasets:\n  - {{name: e, path: {path}, rm_type: dapo}}\n")
     found = gather({**table().defaults(), "eval_config": str(tmp_path / "e.yaml")}, run_dir="r")
     assert "(--eval-label-key) is not a number" in found.data[str(path)].broken[1]
+
+
+def test_supervised_training_learns_something_of_each_row(tmp_path):
+    rows = [{"prompt": "p", "label": "34"}, {"prompt": "p", "label": ""}]
+    line, why = facts(tmp_path, *rows, loss_type="sft_loss").broken
+    assert (line, "an answer to learn" in why) == (2, True)
+    for more in (
+        {"rollout_function_path": "my.rollout"},
+        {"load_debug_rollout_data": "x"},
+        {"loss_type": "policy_loss"},
+    ):
+        values = {"loss_type": "sft_loss", "rm_type": "math", **more}
+        assert facts(tmp_path, *rows, **values).broken is None

@@ -1,6 +1,7 @@
 """From words to values: conversions, repeated flags, everything that cannot be understood at once."""
 
 import pytest
+from support.flag_cases import problems
 
 from miles.flags.flag import Flag
 from miles.flags.parse import convert, parse
@@ -72,6 +73,65 @@ def test_a_stray_word_is_told():
 
 def test_a_missing_value_is_told_by_name():
     assert "expected one argument" in complaints("--lr", "--colocate")["--lr"].what
+
+
+def test_what_argparse_gives_up_at_hides_nothing():
+    """Each is told with what helps, the rest is read, and other problems are told too."""
+    words = [
+        "--colocate=false",
+        "--lr",
+        "2e-6",
+        "--offload-train=false",
+        "--rollout-stop",
+        "-x",
+        "--seed",
+        "--optimizer",
+        "lion",
+    ]
+    parsed = parse(words, table())
+    found = {problem.flag: problem for problem in parsed.problems}
+    assert (parsed.typed["lr"], set(found)) == (
+        2e-6, {"--colocate", "--offload-train", "--rollout-stop", "--seed", "--optimizer"},
+    )  # fmt: skip
+    assert (found["--colocate"].value, found["--colocate"].what) == ("false", "takes no value")
+    assert "Leave out =false" in found["--colocate"].advice
+    assert "--no-offload-train" in found["--offload-train"].advice
+    assert "--rollout-stop=-x" in found["--rollout-stop"].advice
+    assert "right after it" in found["--seed"].advice
+
+
+def test_what_cannot_be_read_is_not_missing():
+    assert set(problems("--colocate=false --prompt-data", without=["--prompt-data", "--colocate"])) == {
+        "--colocate", "--prompt-data",
+    }  # fmt: skip
+
+
+def test_a_flag_of_user_code_that_cannot_be_read_hides_nothing():
+    def add_arguments(parser):
+        parser.add_argument("--mine", type=int)
+
+    parsed = parse(["--mine", "x", "--lr", "1", "--seed", "y"], table(), [add_arguments])
+    assert parsed.typed["lr"] == 1
+    assert [problem.flag for problem in parsed.problems] == ["--mine", "--seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lerning-rate 3 --seed 1 grp0 extra", {"--lerning-rate", "grp0", "extra"}),
+        ("--rolout-batch-size 3 extra", {"--rolout-batch-size", "extra"}),
+        ("--colocat yes", {"--colocat", "yes"}),
+        ("--rolout-stop a b", {"--rolout-stop"}),
+        ("--rolout-batch-size=3 3", {"--rolout-batch-size", "3"}),
+        ("--seed 3 --rolout-batch-size 3", {"--rolout-batch-size"}),
+    ],
+)
+def test_words_after_an_unknown_flag(words, told):
+    assert set(complaints(*words.split())) == told
+
+
+def test_a_variable_that_is_none_is_a_problem_and_no_crash():
+    assert set(problems("--env A --env B=1")) == {"--env"}
 
 
 def test_a_refused_value_names_what_is_taken():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.flag_cases import DATA, FACTS, config, outcome, problems, with_data, with_model
+from support.flag_cases import DATA, FACTS, RECIPE, config, outcome, problems, with_data, with_model
 
 from miles.flags.facts import EvalSet
 from miles.flags.prompt_facts import DataFacts
@@ -45,6 +45,20 @@ class TestBatch:
         found = config("--use-dynamic-batch-size --max-tokens-per-gpu 512")
         assert found["log_probs_max_tokens_per_gpu"] == 512
 
+    def test_what_does_not_fill_a_step_is_one_nevertheless(self):
+        dynamic = "--use-dynamic-batch-size --max-tokens-per-gpu 512 --global-batch-size 12"
+        assert "no multiple" in problems(dynamic)["--global-batch-size"]
+        found = config(f"{dynamic} --allow-partial-train-step")
+        assert (found["global_batch_size"], found["num_steps_per_rollout"]) == (12, 3)
+
+    def test_a_batch_as_large_as_the_rollout(self):
+        dynamic = "--use-dynamic-batch-size --max-tokens-per-gpu 512 --use-dynamic-global-batch-size"
+        resolved = outcome(f"{dynamic} --global-batch-size 12")
+        assert not resolved.problems
+        assert (resolved.config["global_batch_size"], resolved.config["num_steps_per_rollout"]) == (32, 1)
+        assert any("--global-batch-size 12 is not used" in notice for notice in resolved.notices)
+        assert "one with --use-dynamic" in problems(f"{dynamic} --num-steps-per-rollout 2")["--num-steps-per-rollout"]
+
     def test_over_sampling_asks_for_no_less(self):
         assert config("--over-sampling-batch-size 16")["over_sampling_batch_size"] == 16
         assert "8 prompts of a rollout" in problems("--over-sampling-batch-size 4")["--over-sampling-batch-size"]
@@ -77,11 +91,18 @@ class TestPrompts:
         [
             (DataFacts(error="does not exist"), "does not exist"),
             (DataFacts(), "it is empty"),
+            (DataFacts(bytes=9), "it is empty"),  # without a slice
             (DataFacts(rows=3, broken=(4, "Expecting value")), "line 4 is broken: Expecting value"),
         ],
     )
     def test_a_file_that_cannot_be_used(self, found, told):
         assert told in problems(facts=with_data("D", found))["--prompt-data"]
+
+    def test_a_slice_beyond_the_rows_is_told_as_that(self):
+        sliced = RECIPE.replace("data D", "data D@[100:]")
+        found = problems(recipe=sliced, facts=with_data("D@[100:]", DataFacts(bytes=9)))["--prompt-data"]
+        assert "no row of the file is in the slice" in found
+        assert "it is empty" in problems(recipe=sliced, facts=with_data("D@[100:]", DataFacts()))["--prompt-data"]
 
     def test_none_is_told(self):
         assert "it is missing" in problems(without=["--prompt-data"])["--prompt-data"]
@@ -121,6 +142,7 @@ class TestLengths:
         assert "no token for a prompt" in problems("--rollout-max-context-len 64")["--rollout-max-response-len"]
         found = problems("--rollout-max-context-len 128 --rollout-max-prompt-len 128")
         assert "no token for a response" in found["--rollout-max-prompt-len"]
+        assert "40960 tokens" in problems("--eval-max-context-len 50000")["--eval-max-context-len"]
         small = with_model(max_position_embeddings=64)
         assert "no token for a prompt" in problems(facts=small)["--rollout-max-response-len"]
 
@@ -167,6 +189,32 @@ class TestEvaluation:
         found = problems("--eval-prompt-data t E", facts=other)
         assert "no column 'prompt'" in found["--eval-input-key"]
         assert "no column 'label'" in found["--eval-label-key"]
+
+    @pytest.mark.parametrize(
+        ("setting", "value", "told"),
+        [
+            ("n_samples_per_eval_prompt", -3, "1 or more"),
+            ("temperature", -1, "0 or more"),
+            ("top_p", 7, "above 0, up to 1"),
+            ("top_k", 0, "1 or more, or -1"),
+            ("max_response_len", 0, "1 or more"),
+            ("min_new_tokens", -1, "0 or more"),
+            ("max_prompt_len", 0, "1 or more"),
+            ("max_context_len", 50000, "up to 40960"),
+            ("custom_generate_function_path", "nowhere.at.all", "gone"),
+        ],
+    )
+    def test_what_a_file_says_is_in_the_ranges_of_the_flags(self, setting, value, told):
+        def facts(defaults, entry):
+            entries = (defaults, [{"name": "one", "path": "E", **entry}])
+            odd = with_data("E", replace(DATA, absent={}))
+            return replace(odd, eval_file=entries, hook_errors={"nowhere.at.all": "gone"})
+
+        for found in (facts({setting: value}, {}), facts({}, {setting: value})):
+            text = problems("--eval-config e.yaml", facts=found)["--eval-config"]
+            assert f"evaluation data one: {setting} {value}" in text
+            assert told in text
+        assert config("--eval-config e.yaml", facts=facts({}, {"top_p": 0.5, "top_k": -1}))
 
     def test_labels_that_nobody_reads_may_be_missing(self):
         bare = with_data("E", DataFacts(rows=1, columns=("prompt",), absent={"label": 1}))

@@ -123,6 +123,9 @@ def test_whole_groups_are_trimmed(sizes, step, kept):
     groups = [[sample(next(indices), 1.0, group=g) for _ in range(size)] for g, size in enumerate(sizes)]
     assert trim(make_args(global_batch_size=step), groups) == (groups[:kept], groups[kept:])
     assert trim(make_args(global_batch_size=step, disable_rollout_trim_samples=True), groups) == (groups, [])
+    partial = {"allow_partial_train_step": True, "global_batch_size": step}
+    assert trim(make_args(**partial, use_dynamic_batch_size=True), groups) == (groups, [])
+    assert trim(make_args(**partial, use_dynamic_batch_size=False), groups) == (groups[:kept], groups[kept:])
 
 
 def test_too_few_samples_for_a_step_are_told():
@@ -256,6 +259,8 @@ def test_numbers_made_of_samples():
     assert has_repetition("again and " * 1000)
     assert not has_repetition("short")
     args = make_args(wandb_always_use_train_step=True, global_batch_size=4)
+    assert compute_rollout_step(args, 3) == 6
+    args.global_batch_size = 5  # eight samples: five, then three
     assert compute_rollout_step(args, 3) == 6
     assert compute_rollout_step(make_args(), 3) == 3
 

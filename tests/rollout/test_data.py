@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 import pytest
 from support.rollout_cases import make_args, write_jsonl
 from support.tiny_models import tiny_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from miles.rollout.data_source import RolloutDataSource, RolloutDataSourceWithBuffer
 from miles.rollout.saved_state import CannotSave, NotSavable
@@ -51,6 +53,17 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, caplog):
     assert len(data) == 6
     assert data.num_dropped == 1
     assert "1 of 7 prompts are longer than 8 tokens" in caplog.text
+
+
+def test_a_text_that_normalising_makes_eleven_times_as_long_is_counted(tmp_path):
+    """U+FDFA, three bytes, is a phrase of 33 bytes in NFKC, and a tokenizer of single bytes makes a token of each."""
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    of_bytes = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert len(of_bytes("\ufdfa" * 10)["input_ids"]) == 330
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "\ufdfa" * 10}, {"text": "a"}])
+    for limit, dropped in ((330, 0), (329, 1), (100, 1)):
+        assert Dataset(str(path), of_bytes, None, limit).num_dropped == dropped
 
 
 def test_chat_templates_with_tools_and_settings(tmp_path):
@@ -329,6 +342,10 @@ def test_evaluations_by_flag(tmp_path):
         ('{"eval": {"datasets": [{"name": "a", "path": "b", "temprature": 1}]}}', "unknown settings temprature"),
         ('{"eval": {"datasets": [{"name": "a", "path": "b", "temperature": "hot"}]}}', "temperature is not a number"),
         ('{"eval": {"datasets": [{"name": "a", "path": "b", "stop": "x"}]}}', "stop is not a list of texts"),
+        (
+            "eval: {datasets: [{name: a, path: b, metadata_overrides: {day: 2026-01-01}}]}",
+            "metadata_overrides is not a mapping that JSON can hold",
+        ),
         ('{"eval": {"datasets": [{"name": "a", "path": "b", "top_k": true}]}}', "top_k is not a whole number"),
         ('{"eval": {"datasets": [{"name": "a", "path": "b"}, {"name": "a", "path": "c"}]}}', "two .* are called a"),
         ('{"eval": {"datasets": [{"name": "a", "path": "b"}], "defaults": [1]}}', "eval.defaults is"),

@@ -80,6 +80,8 @@ def broken(directory):
         GOOD * 2 + b"[1]\n",
         GOOD + b'{"prompt": "caf\xe9", "label": "b"}\n',
         GOOD + b'{"prompt": 7, "label": "b"}\n',
+        GOOD + b'{"prompt": [{"role": "user"}], "label": "b"}\n',
+        GOOD + b'{"prompt": [{"role": "user", "content": "a"}]}\n',
         GOOD + b'{"prompt": "a", "label": "b", "metadata": "x"}\n',
         GOOD * 2 + b'{"prompt": "a"}\n',
         gzip.compress(GOOD),
@@ -90,6 +92,8 @@ def broken(directory):
     for i, content in enumerate(contents):
         (directory / f"{i}.jsonl").write_bytes(content)
         yield str(directory / f"{i}.jsonl")
+    (directory / "short.jsonl").write_bytes(GOOD)
+    yield f"{directory}/short.jsonl@[100:]"
     yield str(directory)
 
 
@@ -98,7 +102,8 @@ def test_what_is_refused_is_told_as_the_page_says(tmp_path):
     paths = list(broken(tmp_path))
     assert len(cases) == len(paths)
     for (what, told), path in zip(cases, paths, strict=True):
-        problems = resolve_argv(["--prompt-data", path, "--rm-type", "math"]).problems
+        supervised = ["--loss-type", "sft_loss"] if "sft_loss" in what else []
+        problems = resolve_argv(["--prompt-data", path, "--rm-type", "math", *supervised]).problems
         text = "\n".join(str(vars(p)) if hasattr(p, "__dict__") else str(p) for p in problems)
         for part in re.findall(r"`(.*?)`", told):
             assert part.replace("'", "") in text.replace("\\'", "").replace("'", ""), (what, text)

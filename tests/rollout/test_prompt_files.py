@@ -53,6 +53,20 @@ BROKEN = [
     (b'{"prompt": null, "label": "2"}\n', "is not text or a list of messages.* it is null"),
     (b'{"prompt": [], "label": "2"}\n', r"a list of messages with roles.* it is a list: \[\]"),
     (b'{"prompt": [{"content": "a"}], "label": "2"}\n', "a list of messages with roles"),
+    (
+        b'{"prompt": [{"role": 5, "content": "a"}], "label": "2"}\n',
+        "whose roles are text.* a message 1 whose role is a int",
+    ),
+    (
+        b'{"prompt": [{"role": "system", "content": "a"}, {"role": "user"}], "label": "2"}\n',
+        "messages with contents.* message 2 of role 'user' without content",
+    ),
+    (b'{"prompt": [{"role": "user", "content": null}], "label": "2"}\n', "message 1 of role 'user' without content"),
+    (
+        b'{"prompt": [{"role": "user", "content": ["a"]}], "label": "2"}\n',
+        r"whose contents are text, lists of parts or null.* whose content is a list: \['a'\]",
+    ),
+    (b'{"prompt": [{"role": "user", "content": 7}], "label": "2"}\n', "message 1 whose content is a int: 7"),
     (b'{"prompt": "a", "label": "2", "metadata": "x"}\n', "column 'metadata'.* is not an object.* it is a str: x"),
     (b'{"prompt": "a", "label": "2", "metadata": [1]}\n', r"it is a list: \[1\]"),
     (b'{"prompt": "a", "label": "2", "tools": "add"}\n', "column 'tools'.* is not a list of tools"),
@@ -226,7 +240,11 @@ def test_a_parquet_file_needs_no_name(tmp_path):
     [
         ({"prompt": ["a", "b", None], "label": ["1", "2", "3"]}, "column 'prompt'.*it is null", 3),
         ({"prompt": [1, 2], "label": ["1", "2"]}, "is not text or a list of messages", 1),
-        ({"prompt": [[{"role": "user"}], [{"content": "x"}]], "label": ["1", "2"]}, "messages with roles", 2),
+        (
+            {"prompt": [[{"role": "user", "content": "x"}], [{"content": "x"}]], "label": ["1", "2"]},
+            "messages with roles",
+            2,
+        ),
         ({"prompt": ["a"], "label": ["1"], "metadata": ["{}"]}, "column 'metadata'", 1),
         ({"prompt": ["a", "b"], "label": ["1", "2"], "tools": ["[]", "x"]}, "column 'tools'", 2),
     ],

@@ -127,7 +127,8 @@ FIELDS = {
 }  # fmt: skip
 LATER = (
     R + "checkpoint_eval.CheckpointEvalFn", R + "checkpoint_eval.EvalSkip",
-    R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter",
+    R + "session.v2.picker_hub.drop_retries", "miles.router.router.MilesRouter", "miles_plugins.models.qwen3.spec",
+    "miles.backends.training_utils.loss_hub.opd.top_k",  # a teacher's sampled tokens are in on_policy_distillation
 )  # fmt: skip
 
 

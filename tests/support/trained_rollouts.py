@@ -61,12 +61,13 @@ def plain_steps(args, module, model, data, more=None):
     """Two steps of gradient descent on ``module``, whose logits ``model`` computes of a sample's tokens. ``more``: of a
     step's samples a factor, the name of a metric, and what it is the value of, for a further part of the loss."""
     steps = []
-    for first in (0, 4):
+    for first in range(0, 8, args.global_batch_size):
         module.zero_grad()
-        metrics = plain_loss(args, model, data, range(first, first + 4))
+        places = range(first, min(first + args.global_batch_size, 8))
+        metrics = plain_loss(args, model, data, places)
         total = metrics["loss"]
         if more is not None:
-            factor, name, value = more(range(first, first + 4))
+            factor, name, value = more(places)
             metrics[name] = value
             total = total + factor * value
         total.backward()

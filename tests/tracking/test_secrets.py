@@ -4,7 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from miles.tracking.secrets import as_variables, for_people, split_argv, take_secrets, take_variables
+from miles.flags.config_file import apply_config
+from miles.flags.parse import parse
+from miles.flags.passthrough import router_flags, sglang_flags
+from miles.flags.table import table
+from miles.tracking.secret_names import is_secret
+from miles.tracking.secrets import (
+    as_variables,
+    for_people,
+    split_argv,
+    take_secrets,
+    take_variables,
+    without_credentials,
+)
 from miles_launcher import train
 
 KEY = "local-0123456789"
@@ -25,6 +37,58 @@ def test_people_see_no_passwords():
         "wandb_key": "***", "mlflow_tracking_uri": "https://***@h/x", "env": {"WANDB_API_KEY": "***", "KEYS": "***"},
         "nested": [{"uri": "postgresql://***@h/db", "db_password": "***"}], "lr": 0.1, "none": None,
     }  # fmt: skip
+
+
+def test_a_name_says_that_it_is_secret():
+    secret = (
+        "DB_PASS", "GH_PAT", "X_AUTH", "x-auth", "AWS_ACCESS_KEY_ID", "openai_api_key", "openaiApiKey", "HF_TOKEN",
+        "PGPASSWORD", "MYSQL_PWD", "GITHUB_TOKENS", "OPENAI_API_KEY_2", "db_password", "Authorization", "authToken",
+        "client_secret", "my_key", "KEY", "APIKEY", "GOOGLE_CREDENTIALS",
+    )  # fmt: skip
+    innocent = (
+        "max_tokens", "tokenizer", "pass_rate", "label_key", "eval_input_key", "eos_token", "PWD", "OLDPWD_DIR",
+        "bypass", "compass", "monkey", "author", "path", "key_path", "passes", "first_pass", "num_special_tokens",
+        "primary_keys",
+    )  # fmt: skip
+    assert [name for name in secret if not is_secret(name, "x")] == []
+    assert [name for name in innocent if is_secret(name, "x")] == []
+    assert not is_secret("tokens", 512) and not is_secret("TOKENS", "512") and not is_secret("auth", True)
+    assert is_secret("db_password", 1234)
+
+
+def test_no_flag_but_those_that_hold_secrets_is_hidden():
+    flags = table().extended(sglang_flags()).extended(router_flags())
+    hidden = {dest for dest in flags.by_dest if is_secret(dest, "x")}
+    assert hidden == {
+        "wandb_key", "sglang_api_key", "sglang_admin_api_key", "sglang_ssl_keyfile_password", "router_oracle_password",
+        "router_api_key", "router_control_plane_api_keys",
+    }  # fmt: skip
+
+
+def test_what_a_file_gives_to_user_code_is_hidden_by_its_name():
+    config = {"openai_api_key": KEY, "max_tokens": 5, "pass_rate": 0.5, "label_key": "label", "judge": {"token": KEY}}
+    assert for_people(config) == {**config, "openai_api_key": "***", "judge": {"token": "***"}}
+
+
+def test_urls_have_no_secrets():
+    for text, shown in (
+        ("postgresql://me:p@ss@h/db", "postgresql://***@h/db"),
+        ("http://h/x?a=1&token=S&b=2", "http://h/x?a=1&token=***&b=2"),
+        ("https://h/x?api_key=S#end", "https://h/x?api_key=***#end"),
+        ("https://s3/x?X-Amz-Signature=S;max_tokens=3", "https://s3/x?X-Amz-Signature=***;max_tokens=3"),
+        ("a=http://me:pw@h,b=http://i/x@y", "a=http://***@h,b=http://i/x@y"),
+        ("http://h/mail@home", "http://h/mail@home"),
+    ):
+        assert without_credentials(text) == shown
+
+
+def test_the_terminal_shows_no_key_that_a_file_replaces():
+    parsed = parse(["--wandb-key", "one" + KEY], table())
+    apply_config(parsed, table(), {"wandb_key": "two" + KEY})
+    apply_config(parsed, table(), {"wandb_key": ["three" + KEY]})
+    assert any("--wandb-key *** is replaced by ***" in notice for notice in parsed.notices)
+    assert len(parsed.problems) == 1
+    assert KEY not in f"{parsed.notices}{[problem.lines() for problem in parsed.problems]}"
 
 
 def test_the_command_line_of_another_process_has_no_key():

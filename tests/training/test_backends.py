@@ -34,6 +34,18 @@ def test_a_rollout_gives_the_loss_and_the_weights_of_the_formula(kind, world, tp
             torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["megatron", "fsdp"])
+def test_a_last_step_that_is_smaller_than_the_ranks_are_many_counts_as_it_should(kind):
+    """``--allow-partial-train-step``: seven samples, then one, which leaves a rank without any."""
+    path = tiny_model("qwen3")
+    changed = {"use_dynamic_batch_size": True, "global_batch_size": 7, "allow_partial_train_step": True}
+    means, weights = run_ranks(1, plain, path, changed, 0, distributed=False)[0]
+    for metrics, found in run_ranks(2, trained, path, kind, changed | {"dp_size": 2}, 0):
+        assert_close(metrics, means, kind)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 def saved_with_a_limit(path, kind, root):
     """A checkpoint that fits, then one whose files may not grow on rank 1."""
     args = args_of(path, kind, dp_size=2, optimizer="adam")
