@@ -45,6 +45,24 @@ class TraceFile:
         self._descriptor = -1
         self._size = 0
         """Bytes before the closing bracket."""
+        self._is_over = False
+
+    def add(self, track: str, spans: Iterable[Span]) -> None:
+        """Spans of a track."""
+        _, process, thread = TRACKS[track]
+        events = [_event(span, process, thread) for span in spans]
+        if self._descriptor < 0 and events and not self._is_over:
+            self._open()
+        self._append(events)
+
+    def close(self) -> None:
+        """Close the file; nothing is added any more."""
+        self._is_over = True
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._size = _size_of_whole(self._descriptor)
@@ -53,17 +71,6 @@ class TraceFile:
                 self._append(_names())
         except OSError as error:
             self._give_up(error)
-
-    def add(self, track: str, spans: Iterable[Span]) -> None:
-        """Spans of a track."""
-        _, process, thread = TRACKS[track]
-        self._append([_event(span, process, thread) for span in spans])
-
-    def close(self) -> None:
-        """Close the file; a second time does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
     def _append(self, events: list[dict[str, Any]]) -> None:
         if self._descriptor < 0 or not events:

@@ -36,8 +36,10 @@ def test_a_run_that_goes_on_goes_on_in_the_file(tmp_path):
         trace.close()
     assert Trace(trace.path).spans("controller/loop") == [(0, 500_000), (1_000_000, 1_500_000)]
     trace.path.write_text("[\nnothing of ours")
-    TraceFile(tmp_path).close()
-    assert Trace(trace.path).tracks == {}
+    trace = TraceFile(tmp_path)
+    trace.add(LOOP, [("save", 0.0, 0.5, {})])
+    trace.close()
+    assert Trace(trace.path).spans("controller/loop") == [(0, 500_000)]
 
 
 WRITER = """
