@@ -2,6 +2,7 @@
 real Megatron-core or FSDP2, real SGLang; the reward rises alike, and the engines hold exactly the trainer's weights."""
 
 import pytest
+from support.run_trace import generating_while_training
 from support.training_runs import train
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -40,6 +41,8 @@ def test_it_trains_and_the_reward_rises(tmp_path, flags):
     # After the first update and after each step: the engines hold exactly what the trainer does.
     assert [f"weight version {version} checked" in done.output for version in range(1, 9)] == [True] * 7 + [False]
     assert max(row["train/train_rollout_logprob_abs_diff"] for row in done.rows()) < 1e-4
+    # In turns: while the trainer works on a rollout, engines have no request.
+    assert generating_while_training(done.run_dir) < 1e-3
     rewards = done.rewards()
     assert len(rewards) == 6
     # A random model writes a letter now and then; a policy that is trained, mostly.
