@@ -40,7 +40,7 @@ class Engines:
         self.targets, self.router_url = list(targets), router_url.rstrip("/")
         client = http_client()
         if router_url:
-            client.register(router_url, api_key, is_router=True)
+            client.register(router_url, api_key)
         for target in targets:
             client.register(target.url, target.api_key)
 
