@@ -2,7 +2,8 @@
 
 Consumes groups of the user's or our own data source; hands them out and takes them back. Invariants: no group leaves
 without an entry in the ledger; what the data source itself does not take back is kept here, and handed out first.
-Calls come from any thread; each is short.
+Calls come from any thread. The data source itself gets one at a time: who takes groups waits for its turn; groups that
+are given back meanwhile wait here, not their thread, which may be the loop that the data source's code needs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class TrackedDataSource(DataSource):
         self._next_group = 0
         self._next_index = 0
         self._lock = threading.RLock()
+        self._turn = threading.RLock()
+        """Of the thread that calls the data source. Taken before ``_lock``, never inside it."""
+        self._coming_back: list[Group] = []
+        """Groups that the ledger calls returned, and that are on their way to the data source."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -45,8 +50,16 @@ class TrackedDataSource(DataSource):
         """Take groups."""
         with self._lock:
             groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
-        if len(groups) < num_samples:
-            groups = groups + self._taken(num_samples - len(groups))
+        try:
+            with self._turn:
+                if len(groups) < num_samples:
+                    groups = groups + self._taken(num_samples - len(groups))
+                self._enter(groups)
+        finally:
+            self._bring_back()
+        return groups
+
+    def _enter(self, groups: Sequence[Group]) -> None:
         with self._lock:
             steps = []
             for group in groups:
@@ -56,7 +69,6 @@ class TrackedDataSource(DataSource):
                 self._open[number] = group
             steps += self._discarded()
             self._apply(steps)
-        return groups
 
     def _taken(self, count: int) -> list[Group]:
         """Groups of the data source itself.
@@ -108,6 +120,21 @@ class TrackedDataSource(DataSource):
         self._put_back(list(numbered.values()))
 
     def _put_back(self, groups: list[Group]) -> None:
+        with self._lock:
+            self._coming_back += groups
+        self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Give the data source what comes back, unless another thread is at it: that one does this when it leaves."""
+        while self._coming_back and self._turn.acquire(blocking=False):
+            try:
+                with self._lock:
+                    groups, self._coming_back = self._coming_back, []
+                self._add(groups)
+            finally:
+                self._turn.release()
+
+    def _add(self, groups: list[Group]) -> None:
         if not groups:
             return
         try:
@@ -145,7 +172,8 @@ class TrackedDataSource(DataSource):
     def get_buffer_length(self) -> int | None:
         """Groups that came back and wait."""
         length = self.inner.get_buffer_length()
-        return len(self.overflow) if length is None else length + len(self.overflow)
+        kept = len(self.overflow) + len(self._coming_back)
+        return kept if length is None else length + kept
 
     # -- what the rollout manager uses -----------------------------------------------------------------------
 
@@ -219,7 +247,7 @@ class TrackedDataSource(DataSource):
                 "next_group": self._next_group,
                 "next_index": self._next_index,
             }
-            return plain, [*self.overflow, *under_way]
+            return plain, [*self.overflow, *self._coming_back, *under_way]
 
     def restore(self, plain: dict[str, Any], groups: Iterable[Group]) -> None:
         """Inverse of ``checkpoint``; whatever is open is forgotten."""
@@ -228,6 +256,7 @@ class TrackedDataSource(DataSource):
             self._next_group, self._next_index = plain["next_group"], plain["next_index"]
             self._open.clear()
             self._finished.clear()
+            self._coming_back.clear()
             self.overflow = list(groups)
             if self.journal is not None:
                 self.journal.state(self.ledger, "restored from a checkpoint")
