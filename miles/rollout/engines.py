@@ -46,7 +46,7 @@ class Engines:
         self.targets, self.router_url = list(targets), router_url.rstrip("/")
         client = http_client()
         if router_url:
-            client.register(router_url, api_key, is_router=True, is_restarted=are_restarted)
+            client.register(router_url, api_key, is_restarted=are_restarted)
             _move(self._routers, [origin_of(router_url)])
         for target in targets:
             client.register(target.url, target.api_key, is_restarted=are_restarted)

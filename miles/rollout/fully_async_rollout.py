@@ -4,7 +4,8 @@ A producer (``group_producer``) keeps engines busy and fills a bounded buffer; a
 out of it. Weights change while answers are written, so a group may have tokens of several weight versions. With
 ``--max-weight-staleness K``, no group is given out whose oldest token is more than K versions older than the weights
 that engines have at the call, which are those that it is trained against: older ones are generated again or dropped
-(``--async-unused-samples-handler``).
+(``--async-unused-samples-handler``). Tokens whose ``Sample.weight_versions`` tells nothing count as made by the weights
+that engines had when the generation of their group began.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from miles.rollout.base_types import (
 )
 from miles.rollout.data_buffer import DataBuffer, DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
-from miles.rollout.group_producer import GroupProducer, most_in_vain
+from miles.rollout.group_producer import GroupProducer, most_in_vain, versions_of
 from miles.rollout.hooks import load_hook
 from miles.rollout.inference_rollout.inference_rollout_common import GenerateState, SharedGenerateState
 from miles.rollout.inference_rollout.inference_rollout_eval import evaluate
@@ -112,6 +113,6 @@ class FullyAsyncRolloutFn:
 
 
 def staleness(group: Group, version: int) -> int:
-    """Weight versions between the oldest token of a group and ``version``; 0 if nobody said which made it."""
-    known = [int(v) for sample in flat(group) for v in sample.weight_versions if str(v).isdecimal()]
+    """Weight versions between the oldest token of a group and ``version``; 0 if nothing tells which made it."""
+    known = [v for sample in flat(group) for v in versions_of(sample)]
     return version - min(known) if known else 0

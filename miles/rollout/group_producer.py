@@ -30,12 +30,16 @@ from miles.rollout.inference_rollout.inference_rollout_train import (
     CLEAN_UP_S,
     FRUITLESS_GROUPS,
     FilterKeepsNothing,
+    no_more_prompts,
 )
 from miles.rollout.tracked_source import TrackedDataSource, is_complete, reset_group
 from miles.utils.http_utils import http_client, request_scope
+from miles.utils.types import Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
 SCOPE = "produce"
+BEGUN_WITH = "begun_weight_version"
+"""In the metadata of samples whose generate function tells no ``weight_versions``."""
 
 
 class GroupProducer:
@@ -79,7 +83,7 @@ class GroupProducer:
         """Finished groups, from the buffer.
 
         Raises:
-            What ended the producer: HookFailed, EnginesFail, FilterKeepsNothing, and others.
+            What ended the producer: HookFailed, EnginesFail, FilterKeepsNothing, NoMorePrompts, and others.
         """
         self.start()
         assert self._running is not None
@@ -126,9 +130,23 @@ class GroupProducer:
             room = self.limit - len(self._pending)
             if room <= 0 or not self._may_submit.is_set():
                 return
-            for group in await asyncio.to_thread(self.source.get_samples, room):
-                task = asyncio.ensure_future(generate_and_rm_group(self.state, group, self.state.sampling_params))
+            groups = await asyncio.to_thread(self.source.get_samples, room)
+            if not groups and not self._pending:
+                raise no_more_prompts(room)  # as long as groups are under way, some may come back
+            for group in groups:
+                task = asyncio.ensure_future(self._generate(group))
                 self._pending[task] = group
+
+    async def _generate(self, group: Group) -> Group:
+        version = self.state.weight_version
+        for sample in flat(group):
+            if sample.status not in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED):
+                sample.metadata.pop(BEGUN_WITH, None)  # of a generation that was thrown away
+        made = await generate_and_rm_group(self.state, group, self.state.sampling_params)
+        for sample in flat(made):
+            if version is not None and not versions_of(sample):
+                sample.metadata[BEGUN_WITH] = version
+        return made
 
     async def _take_finished(self) -> None:
         resumed = asyncio.ensure_future(self._may_submit.wait()) if not self._may_submit.is_set() else None
@@ -141,13 +159,20 @@ class GroupProducer:
         for task in [task for task in self._pending if task in done]:
             group = self._pending[task]
             try:
-                await self._judge(task.result(), group)
-            except BaseException as error:
-                if not is_engine_error(self.state, error):
-                    raise
-                self._engine_failed(group, error)
+                await self._end(task, group)
+            except (FilterKeepsNothing, EnginesFail):
+                del self._pending[task]  # the last straw has its end, too
+                raise
             # Only now: what is waiting for room in the buffer is still ours to give back.
             del self._pending[task]
+
+    async def _end(self, task: asyncio.Task[Group], group: Group) -> None:
+        try:
+            await self._judge(task.result(), group)
+        except BaseException as error:
+            if not is_engine_error(self.state, error):
+                raise
+            self._engine_failed(group, error)
 
     async def _judge(self, made: Group, original: Group) -> None:
         if not is_complete(made):
@@ -228,6 +253,13 @@ class GroupProducer:
         groups = [reset_group(group) for group in self._pending.values()]
         self._pending.clear()
         self.source.give_back(groups, "stopped")
+
+
+def versions_of(sample: Sample) -> list[int]:
+    """Weight versions that made its tokens; if nobody said any, that of the engines when its generation began."""
+    told = [int(version) for version in sample.weight_versions if str(version).isdecimal()]
+    begun = sample.metadata.get(BEGUN_WITH)
+    return told or ([begun] if isinstance(begun, int) else [])
 
 
 def most_in_vain(args: Namespace) -> int:

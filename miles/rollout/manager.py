@@ -33,7 +33,7 @@ from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.rollout.metrics import eval_examples, eval_metrics, rollout_metrics
 from miles.rollout.progress import progress_now
 from miles.rollout.recovery import RolloutRecovery
-from miles.rollout.rm_hub.grader_pool import close_grader_pool
+from miles.rollout.rm_hub.grader_pool import close_grader_pool, take_num_lost
 from miles.rollout.train_data import convert, trim, untrained
 from miles.rollout.trajectories import save_trajectories
 from miles.rollout.watchdog import Watchdog
@@ -156,6 +156,8 @@ class RolloutManager(Actor):
             kept, surplus = (groups, []) if self.args.debug_rollout_only else trim(self.args, groups)
             loaded.source.give_back(surplus, "trimmed")
             metrics = await self._on_user_loop(self._rollout_metrics(rollout_id, kept, output, rollout_time))
+            if num_lost := take_num_lost():
+                metrics["rollout/lost_gradings"] = float(num_lost)
             parts, refs, num_dropped = await self._ship(rollout_id, kept)
             if num_dropped:
                 metrics["rollout/dropped_samples"] = float(num_dropped)

@@ -2,7 +2,8 @@
 
 Consumes groups of the user's or our own data source; hands them out and takes them back. Invariants: no group leaves
 without an entry in the ledger; what the data source itself does not take back is kept here, and handed out first.
-Calls come from any thread; each is short.
+Calls come from any thread. The data source itself gets one at a time: who takes groups waits for its turn; groups that
+are given back meanwhile wait here, not their thread, which may be the loop that the data source's code needs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class TrackedDataSource(DataSource):
         """How many moves of groups between the data source and here are under way: then neither side is complete."""
         self._is_cutting = False
         self.saving = asyncio.Lock()
+        self._turn = threading.RLock()
+        """Of the thread that calls the data source. Taken before ``_lock``, never inside it."""
+        self._coming_back: list[Group] = []
+        """Groups that the ledger calls returned, and that are on their way to the data source."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -58,8 +63,16 @@ class TrackedDataSource(DataSource):
     def _take(self, num_samples: int) -> list[Group]:
         with self._lock:
             groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
-        if len(groups) < num_samples:
-            groups = groups + self._taken(num_samples - len(groups))
+        try:
+            with self._turn:
+                if len(groups) < num_samples:
+                    groups = groups + self._taken(num_samples - len(groups))
+                self._enter(groups)
+        finally:
+            self._bring_back()
+        return groups
+
+    def _enter(self, groups: Sequence[Group]) -> None:
         with self._lock:
             steps = []
             for group in groups:
@@ -69,7 +82,6 @@ class TrackedDataSource(DataSource):
                 self._open[number] = group
             steps += self._discarded()
             self._apply(steps)
-        return groups
 
     def _taken(self, count: int) -> list[Group]:
         """Groups of the data source itself.
@@ -125,6 +137,21 @@ class TrackedDataSource(DataSource):
         self._put_back(list(numbered.values()))
 
     def _put_back(self, groups: list[Group]) -> None:
+        with self._lock:
+            self._coming_back += groups
+        self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Give the data source what comes back, unless another thread is at it: that one does this when it leaves."""
+        while self._coming_back and self._turn.acquire(blocking=False):
+            try:
+                with self._lock:
+                    groups, self._coming_back = self._coming_back, []
+                self._add(groups)
+            finally:
+                self._turn.release()
+
+    def _add(self, groups: list[Group]) -> None:
         if not groups:
             return
         try:
@@ -162,7 +189,8 @@ class TrackedDataSource(DataSource):
     def get_buffer_length(self) -> int | None:
         """Groups that came back and wait."""
         length = self.inner.get_buffer_length()
-        return len(self.overflow) if length is None else length + len(self.overflow)
+        kept = len(self.overflow) + len(self._coming_back)
+        return kept if length is None else length + kept
 
     # -- what the rollout manager uses -----------------------------------------------------------------------
 
@@ -253,7 +281,11 @@ class TrackedDataSource(DataSource):
         and not trained on yet, with it.
         """
         with self._lock:
-            return self._plain(frozenset(), "checkpoint"), [*self.overflow, *self._under_way(self._open)]
+            return self._plain(frozenset(), "checkpoint"), [
+                *self.overflow,
+                *self._coming_back,
+                *self._under_way(self._open),
+            ]
 
     def snapshot(self) -> tuple[dict[str, Any], list[Group]]:
         """The same, but groups that are selected stay so: the trainer has them, or is about to. They come first."""
@@ -262,7 +294,7 @@ class TrackedDataSource(DataSource):
             kept = [copy.deepcopy(group) for number, group in self._open.items() if number in selected]
             others = [number for number in self._open if number not in selected]
             plain = {**self._plain(selected, "snapshot"), "num_selected": len(kept)}
-            return plain, [*kept, *self.overflow, *self._under_way(others)]
+            return plain, [*kept, *self.overflow, *self._coming_back, *self._under_way(others)]
 
     def _plain(self, kept: Collection[int], why: str) -> dict[str, Any]:
         return {
@@ -288,6 +320,7 @@ class TrackedDataSource(DataSource):
             self._next_group, self._next_index = plain["next_group"], plain["next_index"]
             self._open = {self._number(group): group for group in found[:num_selected]}
             self._finished.clear()
+            self._coming_back.clear()
             self.overflow = found[num_selected:]
             if self.journal is not None:
                 self.journal.state(self.ledger, "restored from a checkpoint")

@@ -2,8 +2,8 @@
 
 Consumes requests of any thread or loop; produces parsed answers. Waits for the other side, for at most the request's
 deadline; cancelling the caller ends the request. Invariants: whatever a caller's loop does, requests under way go on;
-a request to an address of this run carries its API key; each ``/generate`` request to the router carries an id
-(``rid``) that is in ``in_flight`` as long as an engine may be working on it.
+a request to an address of this run carries its API key; each ``/generate`` request to one, be it the router's or an
+engine's own, carries an id (``rid``) that is in ``in_flight`` as long as an engine may be working on it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class HttpClient:
         self._thread = LoopThread("http", uvloop.new_event_loop())
         self._session: aiohttp.ClientSession | None = None
         self._keys: dict[str, str] = {}
-        self._routers: set[str] = set()
+        self._own: set[str] = set()
         self._restarted: set[str] = set()
         self._successors: dict[str, tuple[str, ...]] = {}
         self._in_flight: dict[str, str] = {}
@@ -73,9 +73,9 @@ class HttpClient:
 
     # -- addresses of this run -------------------------------------------------------------------------------
 
-    def register(self, url: str, api_key: str, *, is_router: bool = False, is_restarted: bool = False) -> None:
-        """An address of this run: requests to it carry the key; of a router's, ids are kept. ``is_restarted``: who
-        dies there is restarted, so that requests wait for that until their deadline."""
+    def register(self, url: str, api_key: str, *, is_restarted: bool = False) -> None:
+        """An address of this run: requests to it carry the key, and ids of those that generate are kept.
+        ``is_restarted``: who dies there is restarted, so that requests wait for that until their deadline."""
         origin = origin_of(url)
         with self._lock:
             self._keys.pop(origin, None)
@@ -84,8 +84,7 @@ class HttpClient:
                 self._restarted.add(origin)
             if api_key:
                 self._keys[origin] = api_key
-            if is_router:
-                self._routers.add(origin)
+            self._own.add(origin)
 
     def moved(self, origin: str, to: Sequence[str]) -> None:
         """Who was there is gone: requests to it, those that are being repeated, too, go to one of these origins."""
@@ -142,7 +141,7 @@ class HttpClient:
 
     def _is_generate(self, url: str) -> bool:
         parts = urlsplit(url)
-        return parts.path.rstrip("/") == "/generate" and origin_of(url) in self._routers
+        return parts.path.rstrip("/") == "/generate" and origin_of(url) in self._own
 
     async def _run(self, call: _Call) -> Any:
         base = str(call.payload.get("rid") or uuid.uuid4().hex) if call.tracked else ""

@@ -86,7 +86,7 @@ async def test_two_engines_of_two_groups_get_broadcasts_one_that_hangs_is_fenced
     ]
     config = engine_config(
         engine_model(), rollout_num_engines=2, sglang_router_policy="round_robin", engine_groups=groups,
-        update_weight_silence_timeout=10.0, sglang_schedule_policy="lpm", sglang_max_running_requests=4,
+        update_weight_silence_timeout=15.0, sglang_schedule_policy="lpm", sglang_max_running_requests=4,
     )  # fmt: skip
     path, weights = changed_copy(engine_model(), tmp_path / "changed", factor=0.75)
     trainer = Trainer(weights)

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 from support.fake_engine import fake_engine
+from support.procs import eventually
 
 from miles.backends.base import ParallelState
 from miles.backends.sglang_utils.client import EngineClient
@@ -137,22 +138,26 @@ async def test_an_engine_that_fails_at_any_bucket_takes_nothing_from_the_others(
 STEPS = {**PATHS, "flush": "/flush_cache"}
 
 
+BOUND_S = 1.5
+"""Of engines that hang, and so of those that do not: these answer in time on a busy machine, too."""
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", ["hang", "freeze"])
 async def test_an_engine_that_hangs_at_any_step_is_fenced_in_time(step, fault):
     """``hang``: one request has no end; ``freeze``: it says nothing at all, any more."""
-    bounds = {"hang": {"update_weight_timeout": 0.5}, "freeze": {"update_weight_silence_timeout": 0.5}}[fault]
+    bounds = {"hang": {"update_weight_timeout": BOUND_S}, "freeze": {"update_weight_silence_timeout": BOUND_S}}[fault]
     async with AsyncExitStack() as stack:
         fleet = Fleet(stack, **bounds)
         await fleet.add()
         await fleet.add()
         await fleet.update(1.0)
         fleet.fakes[1].faults[STEPS[step]] = [fault]
-        async with asyncio.timeout(15.0):
+        async with asyncio.timeout(60.0):
             assert await fleet.update(2.0) == 2
         assert [name for name, _ in fleet.fenced] == ["engine-1"]
         if step != "send":
-            told = "said nothing for 0.5 s" if fault == "freeze" else "was not done within 0.5 s"
+            told = f"said nothing for {BOUND_S} s" if fault == "freeze" else f"was not done within {BOUND_S} s"
             assert told in fleet.fenced[0][1]
         assert fleet.holds(0) is Holds.CURRENT and fleet.holds(1) is Holds.FENCED
         assert fleet.has(0, 2.0) and fleet.fakes[0].paused is None
@@ -160,7 +165,7 @@ async def test_an_engine_that_hangs_at_any_step_is_fenced_in_time(step, fault):
 
 @pytest.mark.parametrize("fault", ["hang", "freeze"])
 async def test_a_broadcast_that_an_engine_hangs_in_goes_on_without_it(fault):
-    bounds = {"update_weight_timeout": 1.0, "update_weight_silence_timeout": 1.0}
+    bounds = {"update_weight_timeout": BOUND_S, "update_weight_silence_timeout": BOUND_S}
     async with AsyncExitStack() as stack:
         fleet = Fleet(stack, colocate=False, **bounds)
         for _ in range(2):
@@ -174,9 +179,9 @@ async def test_a_broadcast_that_an_engine_hangs_in_goes_on_without_it(fault):
 
 async def test_an_engine_that_takes_long_and_answers_is_left_to_it():
     async with AsyncExitStack() as stack:
-        fleet = Fleet(stack, update_weight_silence_timeout=0.3)
+        fleet = Fleet(stack, update_weight_silence_timeout=2.0)
         fake = await fleet.add()
-        fake.slow_s = 1.0
+        fake.slow_s = 4.0
         assert await fleet.update(1.0) == 1 and fleet.fenced == []
 
 
@@ -239,8 +244,8 @@ async def test_requests_wait_through_an_update_and_go_on():
         fleet = Fleet(stack)
         fake = await fleet.add(token_s=0.005)
         async with EngineClient(fake.url, "key") as client:
-            task = asyncio.ensure_future(client.generate([1, 2], {"max_new_tokens": 60}))
-            await asyncio.sleep(0.05)
+            task = asyncio.ensure_future(client.generate([1, 2], {"max_new_tokens": 150}))
+            await eventually(lambda: any(request.tokens for request in fake.requests.values()))
             await fleet.update(1.0)
             spans = (await task)["meta_info"]["weight_versions"]
         assert [span["version"] for span in spans] == ["default", "1"]

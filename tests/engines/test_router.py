@@ -26,7 +26,7 @@ async def keyed(client, key, index):
 
 async def test_policy_timeout_and_retries_are_those_of_the_flags(tmp_path):
     config = {
-        "sglang_router_policy": "manual", "sglang_router_request_timeout_secs": 1, "router_policy": "random",
+        "sglang_router_policy": "manual", "sglang_router_request_timeout_secs": 4, "router_policy": "random",
         "router_disable_retries": True,
     }  # fmt: skip
     async with AsyncExitStack() as stack:
@@ -44,11 +44,11 @@ async def test_policy_timeout_and_retries_are_those_of_the_flags(tmp_path):
         grown = sorted(fake.count("/generate") - count for fake, count in zip(fakes, before, strict=True))
         assert grown == [0, 6], "--sglang-router-policy manual: a key stays with an engine"
         for fake in fakes:
-            fake.token_s = 5.0
+            fake.faults["/generate"] = ["hang"]
         with pytest.raises(EngineRefused, match="50"):
-            await client.generate([1, 2], TWO, timeout_s=4.5)
+            await client.generate([1, 2], TWO, timeout_s=60.0)
         for fake in fakes:
-            fake.token_s, fake.faults["/generate"] = 0.001, [500]
+            fake.faults["/generate"] = [500]
         with pytest.raises(EngineRefused, match="500"):
             await client.generate([1, 3], TWO)
         cluster.identities()

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import itertools
+import json
 
 import pytest
 from aiohttp import ClientSession
@@ -135,6 +136,40 @@ async def test_requests_that_cannot_be_are_refused_and_leave_no_trace():
     with tool_servers(script("4", bad, "done")) as servers:
         sample = await made(servers, agent)
     assert sample.response == "4<|im_end|>\n" + TURN.format("user", "and?") + ANSWERS + "done<|im_end|>"
+
+
+ASSISTANT = {"role": "assistant", "content": ""}
+MALFORMED = [
+    ([1], "the body is no JSON object"),
+    (b"{", "not JSON"),
+    (b"\xff", "not JSON"),
+    ({"messages": ["hello"]}, "messages is no list of messages"),
+    ({"messages": [{"content": "x"}]}, "messages[0] has no role"),
+    ({"messages": [USER, {"role": "user"}]}, "messages[1] has neither content nor tool_calls"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0]: content is neither text nor a list of parts"),
+    ({"messages": [ASSISTANT | {"tool_calls": 1}]}, "messages[0]: tool_calls is no list"),
+    ({"messages": [ASSISTANT | {"tool_calls": [{"id": "a"}]}]}, "tool_calls[0] has no function with a name"),
+    ({"messages": [ASSISTANT | {"tool_calls": ["add"]}]}, "tool_calls[0] has no function with a name"),
+    ({"messages": [ASSISTANT | {"tool_calls": [{"function": {"name": "a", "arguments": 1}}]}]}, "arguments"),
+    ({"messages": [USER], "max_tokens": "x"}, "max_tokens is no whole number of tokens: 'x'"),
+    ({"messages": [USER], "max_completion_tokens": -1}, "max_completion_tokens is no whole number of tokens: -1"),
+    ({"messages": [USER], "max_tokens": True}, "max_tokens is no whole number"),
+    ({"messages": [USER], "tools": "add"}, "no list of tools"),
+]
+
+
+async def test_what_is_malformed_is_refused_with_what_is_wrong():
+    async def agent(base_url, prompt, request_kwargs, metadata, **_):
+        async with ClientSession(headers={"Content-Type": "application/json"}) as session:
+            for body, wrong in MALFORMED:
+                data = body if isinstance(body, bytes) else json.dumps(body)
+                async with session.post(f"{base_url}/v1/chat/completions", data=data) as answer:
+                    assert answer.status == 400, await answer.text()
+                    assert wrong in (await answer.json())["error"]["message"]
+        await said_to(base_url, [USER], max_tokens=None)
+
+    with tool_servers(script("4")) as servers:
+        assert (await made(servers, agent)).response == "4<|im_end|>"
 
 
 async def test_an_answer_that_an_engine_gave_up_goes_on():

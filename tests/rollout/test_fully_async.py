@@ -11,10 +11,11 @@ from support.rollout_cases import Answer, adds, make_config, manager, servers, s
 
 from miles.rollout.base_types import RolloutFnTrainInput
 from miles.rollout.data_buffer import DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
+from miles.rollout.data_source import RolloutDataSourceWithBuffer
 from miles.rollout.engines import EnginesFail
 from miles.rollout.fully_async_rollout import staleness
 from miles.rollout.hooks import HookFailed
-from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing
+from miles.rollout.inference_rollout.inference_rollout_train import FilterKeepsNothing, NoMorePrompts
 from miles.rollout.journal import replay
 from miles.utils.misc import function_registry
 from miles.utils.types import Sample
@@ -103,10 +104,8 @@ async def test_no_group_is_begun_while_paused(tmp_path):
 
         async def paused():
             async with function.producer.paused():
-                # What was under way when the pause began gets finished, or waits for room.
-                await eventually(
-                    lambda: function.producer.num_under_way == 0 or function.buffer.get_metrics()["buffered"] == 8
-                )
+                # What was under way when the pause began gets finished; some of it may wait for room.
+                await eventually(lambda: all(task.done() for task in function.producer._pending))
                 before = len(fake.requests)
                 # There is room in the buffer again, and places are free: nobody takes them.
                 await function(RolloutFnTrainInput(1, None))
@@ -153,6 +152,67 @@ async def test_a_generate_function_that_finishes_nothing_is_told(tmp_path, handl
             with pytest.raises(FilterKeepsNothing, match="came back unfinished"):
                 await rollout.generate(0)
             assert "aborted" in rollout.ledger() or " filtered" in rollout.ledger()
+
+
+async def test_a_filter_that_keeps_nothing_leaves_each_group_with_one_end(tmp_path):
+    hooks = {"custom_generate_function_path": "made_at_once", "custom_rm_path": "async_rm",
+             "dynamic_sampling_filter_path": "keep_none"}  # fmt: skip
+    config = config_of(tmp_path, **{name: f"support.rollout_hooks.{hook}" for name, hook in hooks.items()})
+    with servers(adds) as fake, manager(config) as rollout:
+        await started(rollout, fake)
+        with pytest.raises(FilterKeepsNothing, match="1000 prompt groups in a row were filtered"):
+            await rollout.generate(0)
+        ledger = rollout._loaded.source.ledger
+        assert (ledger.taken["foreign"], ledger.num_filtered, ledger.open) == (0, 1000, {})
+        assert ledger.num_taken == 1000 + ledger.num_returned <= 1000 + 3
+
+
+class Ending(RolloutDataSourceWithBuffer):
+    """A user's, whose prompts come to an end."""
+
+    def get_samples(self, num_samples):
+        """At most as many as there are."""
+        return super().get_samples(min(num_samples, len(self) - self.sample_offset))
+
+
+async def test_a_data_source_that_has_nothing_more_is_told_after_the_last_group(tmp_path):
+    path = f"{__name__}.Ending"
+    with (
+        function_registry.temporary(path, Ending),
+        servers(adds) as fake,
+        manager(config_of(tmp_path, data_source_path=path)) as rollout,
+    ):
+        await started(rollout, fake)
+        for rollout_id in range(4):
+            batch = await rollout.generate(rollout_id)
+            assert batch.num_samples == 8
+            await rollout.trained(rollout_id)
+        with pytest.raises(NoMorePrompts, match="no more prompts"):
+            await rollout.generate(4)
+        assert rollout.ledger() == "16 taken = 16 trained + 0 filtered + 0 returned + 0 open"
+
+
+@pytest.mark.parametrize("handler", ["drop", "retry"])
+async def test_answers_without_a_version_are_as_old_as_their_beginning(tmp_path, handler):
+    async def silent(args, sample, sampling_params):
+        sample.tokens, sample.response, sample.response_length = [1, 2], "1", 1
+        sample.rollout_log_probs, sample.status = [-1.0], Sample.Status.COMPLETED
+        return sample
+
+    with function_registry.temporary("tests.silent", silent):
+        config = config_of(
+            tmp_path, max_weight_staleness=1, rm_type="random", custom_generate_function_path="tests.silent",
+            async_unused_samples_handler=handler,
+        )  # fmt: skip
+        with servers(adds) as fake, manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.set_weight_version(1)
+            await rollout.generate(0)
+            await eventually(lambda: function_of(rollout).buffer.get_metrics()["buffered"] == 8)
+            await rollout.set_weight_version(3)
+            batch = await rollout.generate(1)
+            assert batch.metrics["rollout/fully_async/stale"] >= 8
+            assert batch.metrics["rollout/fully_async/staleness/max"] == 0
 
 
 async def test_only_answers_that_are_too_old_are_told(tmp_path):

@@ -1,6 +1,7 @@
 """HTTP of rollouts: retries, keys, ids, aborts."""
 
 import asyncio
+import socket
 import threading
 
 import pytest
@@ -62,9 +63,11 @@ async def test_what_is_wrong_is_not_retried():
 
 
 async def test_nobody_there_is_told_after_the_tries():
-    url = f"http://127.0.0.1:{find_available_port(20000)}/generate"
-    with pytest.raises(RequestFailed, match="3 attempts; the last: cannot connect"):
-        await post(url, {}, max_retries=2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/generate"
+        with pytest.raises(RequestFailed, match="3 attempts; the last: cannot connect"):
+            await post(url, {}, max_retries=2)
 
 
 async def test_a_deadline_bounds_all_tries():
@@ -95,13 +98,15 @@ async def test_only_addresses_of_the_run_get_its_key_and_an_id():
     assert "Authorization" not in seen
 
 
-async def test_a_request_is_aborted_by_its_id_also_if_its_caller_has_gone():
+@pytest.mark.parametrize("way", ["by the router", "straight to the engine"])
+async def test_a_request_is_aborted_by_its_id_also_if_its_caller_has_gone(way):
     with servers(lambda p, t: Answer(hangs_after=0)) as fake:
         engines = Engines()
         engines.set(fake.targets, fake.router.url, "secret")
         request_scope.set("train-1")
-        task = asyncio.ensure_future(post(f"{fake.router.url}/generate", {"input_ids": [1], "rid": "mine",
-                                          "sampling_params": {"max_new_tokens": 2}}))  # fmt: skip
+        url = fake.router.url if way == "by the router" else engines.next_engine_url()
+        payload = {"input_ids": [1], "rid": "mine", "sampling_params": {"max_new_tokens": 2}}
+        task = asyncio.ensure_future(post(f"{url}/generate", payload))
         await eventually(lambda: fake.engines[0].running)
         assert http_client().in_flight("train-1") == ["mine"]
         assert http_client().in_flight("eval-1") == []
@@ -180,12 +185,11 @@ def test_a_coroutine_can_be_run_from_ordinary_code():
 
 
 def test_ports_singletons_and_periods():
-    import socket
-
-    port = get_free_port(21000, consecutive=2)
     with socket.socket() as taken:
-        taken.bind(("", port))
-        assert get_free_port(port) > port
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        assert get_free_port(port) > port and find_available_port(port) > port
+        assert get_free_port(port - 1, consecutive=2) > port
 
     class One(metaclass=SingletonMeta):
         def __init__(self, value):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import secrets
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 from aiohttp import web
 
+from miles.rollout.generate_utils.chat_requests import Refused, checked_body, limit_of, message_key
 from miles.rollout.generate_utils.generate_endpoint_utils import (
     compute_request_payload,
     generate_url,
@@ -43,14 +43,6 @@ _END = {SampleStatus.TRUNCATED: "length", SampleStatus.COMPLETED: "stop"}
 _MAX_BODY = 256 << 20
 UNASKED_ABORTS = 3
 """How often an answer that an engine aborted by itself is gone on with."""
-
-
-class Refused(Exception):
-    """A request that cannot be answered, with the status that says so."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -90,19 +82,16 @@ class Session:
         self._one_at_a_time = asyncio.Lock()
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer ``/v1/chat/completions``. Raises Refused. What fails leaves no trace: it may be asked again."""
-        if body.get("stream"):
-            raise Refused(400, "streaming is not served")
-        if body.get("n") not in (None, 1):
-            raise Refused(400, "n is 1")
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise Refused(400, "messages is no list of messages")
+        """Answer ``/v1/chat/completions``, whose body is checked. Raises Refused. What fails leaves no trace: it may be
+        asked again."""
+        messages, tools = body["messages"], body.get("tools") or None
+        if tools is not None:
+            tools = checked_tools(tools, "tools")
         request_scope.set(self._asked.scope)  # so that aborts find what this asks of engines
         async with self._one_at_a_time:
             kept = [(sequence, copy.deepcopy(sequence.sample)) for sequence in self.sequences]
             try:
-                sequence = self._sequence_for(messages, body.get("tools") or None)
+                sequence = self._sequence_for(messages, tools)
                 start = len(sequence.sample.tokens)
                 await self._generate(sequence.sample, self._params_of(body))
                 answer = await self._answer(sequence, start)
@@ -116,9 +105,9 @@ class Session:
 
     def _sequence_for(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> _Sequence:
         kwargs = self.args.apply_chat_template_kwargs or {}
-        keys = [_key(message) for message in messages]
+        keys = [message_key(message) for message in messages]
         for sequence in reversed(self.sequences):
-            known = [_key(message) for message in sequence.messages]
+            known = [message_key(message) for message in sequence.messages]
             if sequence.tools == tools and len(keys) > len(known) and keys[: len(known)] == known:
                 update_sample_with_tool_responses(
                     sequence.sample, messages[len(known) :], self._tokenizer, tools=tools, template_kwargs=kwargs
@@ -127,16 +116,16 @@ class Session:
         text = apply_chat_template(self._tokenizer, messages, tools=tools, **kwargs)
         tokens = [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
         sample = Sample(prompt=list(messages), tokens=tokens, loss_mask=[], rollout_log_probs=[])
-        sequence = _Sequence(sample, [], None if tools is None else checked_tools(tools, "tools"))
+        sequence = _Sequence(sample, [], tools)
         self.sequences.append(sequence)
         return sequence
 
     def _params_of(self, body: Mapping[str, Any]) -> dict[str, Any]:
         asked = {_RENAMED.get(name, name): body[name] for name in _PARAMETERS if body.get(name) is not None}
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit = limit_of(body)
         own = self._asked.sampling_params.get("max_new_tokens")
         if limit is not None:
-            asked["max_new_tokens"] = min(int(limit), own) if own is not None else int(limit)
+            asked["max_new_tokens"] = min(limit, own) if own is not None else limit
         return {**self._asked.sampling_params, **asked}
 
     async def _generate(self, sample: Sample, params: dict[str, Any]) -> None:
@@ -184,18 +173,6 @@ class Session:
         return {"role": "assistant", "content": parsed.text or None, "tool_calls": calls}
 
 
-def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two messages the same: clients add and leave out fields that say nothing."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    calls = [
-        (call.get("id"), call["function"].get("name"), call["function"].get("arguments"))
-        for call in message.get("tool_calls") or []
-    ]
-    return message.get("role"), content or "", message.get("tool_call_id"), tuple(calls)
-
-
 def _completion(body: Mapping[str, Any], sample: Sample, answer: dict[str, Any], start: int) -> dict[str, Any]:
     reason = "tool_calls" if answer.get("tool_calls") else _END.get(sample.status, "stop")
     return {
@@ -234,11 +211,9 @@ class _Server:
         if session is None:
             return _error(404, "there is no such session")
         try:
-            return web.json_response(await session.chat(await request.json()))
+            return web.json_response(await session.chat(checked_body(await _json_of(request))))
         except Refused as error:
             return _error(error.status, str(error))
-        except json.JSONDecodeError as error:
-            return _error(400, f"not JSON: {error}")
         except (RequestRefused, NoChatTemplate, BadTools, BadSample) as error:
             return _error(400, f"{error.what}: {error.evidence}")
         except RequestFailed as error:
@@ -247,6 +222,13 @@ class _Server:
     def close(self) -> None:
         self.thread.run(self._runner.cleanup(), timeout_s=5.0)
         self.thread.stop()
+
+
+async def _json_of(request: web.Request) -> Any:
+    try:
+        return await request.json()
+    except (ValueError, LookupError, RecursionError) as error:  # also bytes that are no text, and unknown encodings
+        raise Refused(400, f"not JSON: {error}") from error
 
 
 def _error(status: int, message: str) -> web.Response:

@@ -49,6 +49,15 @@ class NoMorePrompts(ConfigError):
     code = "E-ROLL-017"
 
 
+def no_more_prompts(size: int) -> NoMorePrompts:
+    """What to raise when a data source that was asked for so many groups gave none."""
+    return NoMorePrompts(
+        "the data source has no more prompts",
+        evidence=f"get_samples({size}) gave none",
+        advice="Let get_samples begin a new epoch when the data is used up.",
+    )
+
+
 class TrainRollout:
     """See the module's docstring. Made for one rollout; runs on the loop of user code."""
 
@@ -117,11 +126,7 @@ class TrainRollout:
     def _take(self, size: int) -> list[Group]:
         groups = self.source.get_samples(size)
         if not groups:
-            raise NoMorePrompts(
-                "the data source has no more prompts",
-                evidence=f"get_samples({size}) gave none",
-                advice="Let get_samples begin a new epoch when the data is used up.",
-            )
+            raise no_more_prompts(size)
         return groups
 
     def _start(self, group: Group) -> None:

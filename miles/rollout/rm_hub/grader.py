@@ -1,6 +1,6 @@
 """A process that compares answers by algebra: one JSON request per line in, one JSON answer per line out.
 
-It ends with its input, and by itself when a request takes longer than its deadline: whoever asks may be gone.
+It ends with its input, and by itself when a request takes longer than its bounds: whoever asks may be gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from miles.rollout.rm_hub.math_compare import equal_by_algebra
 
 MEMORY_BYTES = 2 << 30
 GRACE_S = 2.0
-"""After a deadline, for whoever asked to end this process."""
+"""After a bound, for whoever asked to end this process."""
 
 
 def main() -> None:
@@ -29,10 +29,13 @@ def main() -> None:
     out.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, float(request["deadline_s"]) + GRACE_S)  # its default action ends us
+        # The default actions of both signals end us.
+        signal.setitimer(signal.ITIMER_REAL, float(request["wall_s"]) + GRACE_S)
+        signal.setitimer(signal.ITIMER_PROF, float(request["cpu_s"]) + GRACE_S)
         out.write(json.dumps({"equal": _equal(request["given"], request["expected"])}) + "\n")
         out.flush()
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def _equal(given: str, expected: str) -> bool:

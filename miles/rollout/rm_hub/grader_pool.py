@@ -1,8 +1,9 @@
 """Processes that grade, with a deadline: one that is too slow, or dies, is replaced; its answer counts as wrong.
 
-Consumes pairs of answers; produces verdicts. Waits for a grader, for at most the deadline. Invariants: an answer that
-makes a grader hang or die costs that grader only; an answer that did so twice is not tried again; the caller's loop is
-never blocked; no grader outlives the pool, nor its process.
+Consumes pairs of answers; produces verdicts. Waits for a grader until it has used the deadline's seconds of processor
+time, so that a right answer stays right on a machine that is busy; for ten times as long by the clock. Invariants: an
+answer that makes a grader hang or die costs that grader only; an answer that did so twice is not tried again; the
+caller's loop is never blocked; no grader outlives the pool, nor its process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import subprocess
@@ -20,12 +22,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from miles_agents.errors import EnvironmentFault
 
 logger = logging.getLogger(__name__)
 DEADLINE_S = 5.0
+"""Of processor time."""
+PATIENCE = 10.0
+"""So many deadlines by the clock are waited for a grader that gets no processor."""
+LOOK_EVERY_S = 0.05
 START_TIMEOUT_S = 60.0
 STARTS = 3
 END_S = 2.0
@@ -56,23 +63,37 @@ class Grader:
 
     def ask(self, given: str, expected: str, deadline_s: float) -> bool | None:
         """Whether they are equal; None if there is no answer in time: then this grader is of no more use."""
-        request = json.dumps({"given": given, "expected": expected, "deadline_s": deadline_s}) + "\n"
+        wall_s = PATIENCE * deadline_s
+        request = json.dumps({"given": given, "expected": expected, "cpu_s": deadline_s, "wall_s": wall_s}) + "\n"
+        cpu_end = self._cpu_s() + deadline_s
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(request.encode())  # shorter than a pipe holds, so that it does not wait
         except OSError:
             return None
-        answer = self._read(deadline_s)
+        answer = self._read(wall_s, cpu_end)
         return None if answer is None else bool(answer["equal"])
 
-    def _read(self, timeout_s: float) -> dict[str, Any] | None:
+    def _cpu_s(self) -> float:
+        """Processor time that it has used; without end if it has ended."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return math.inf
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _read(self, timeout_s: float, cpu_end: float = math.inf) -> dict[str, Any] | None:
         assert self._process.stdout is not None
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN | select.POLLHUP)
         while b"\n" not in self._left:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return None
+            left_s = max(0.0, min(deadline - time.monotonic(), cpu_end - self._cpu_s()))
+            wait_s = min(max(left_s, LOOK_EVERY_S), max(0.0, deadline - time.monotonic()))
+            if not poll.poll(wait_s * 1000):
+                if left_s <= 0.0:
+                    return None
+                continue
             data = self._process.stdout.read(65536)
             if not data:
                 self._is_ending = True
@@ -160,8 +181,10 @@ class GraderPool:
         with self._lock:
             self.num_lost += 1
             count = self.num_lost
+        _count_lost()
         if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: a policy may produce thousands of these
-            how = f"took longer than {self.deadline_s:.1f} s" if not code else f"ended its grader ({code})"
+            limit = f"{self.deadline_s:.1f} s of processor time, or {PATIENCE * self.deadline_s:.1f} s"
+            how = f"took longer than {limit}" if not code else f"ended its grader ({code})"
             logger.warning("the answer %.100r %s and counts as wrong (%d such answers so far)", given, how, count)
 
     def _grader(self) -> Grader | None:
@@ -206,8 +229,23 @@ class GraderPool:
 
 _pool: GraderPool | None = None
 _owner = 0
+_lost = 0
 _left_behind: list[GraderPool] = []
 _pool_lock = threading.Lock()
+
+
+def _count_lost() -> None:
+    global _lost
+    with _pool_lock:
+        _lost += 1
+
+
+def take_num_lost() -> int:
+    """Answers of this process that got no verdict and count as wrong, since this was last called."""
+    global _lost
+    with _pool_lock:
+        count, _lost = _lost, 0
+    return count
 
 
 def grader_pool() -> GraderPool:
