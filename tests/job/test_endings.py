@@ -1,4 +1,4 @@
-"""However a run ends: a clear word, an exit code, no process left. ``test_endings_and_saves.py``: what was saved stays."""
+"""However a run ends: a clear word, an exit code, no process left. What was saved: ``test_endings_and_saves.py``."""
 
 import os
 import signal
@@ -6,21 +6,9 @@ import signal
 import psutil
 import pytest
 from support.recorded_rollouts import write_rollouts
-from support.training_runs import all_gone, running, train, until
+from support.training_runs import all_gone, find_below, running, train, until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
-
-
-def find_below(pid, word):
-    """The processes below ``pid`` with that word on their command line."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if any(word in part for part in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_an_error_in_a_users_reward_shows_their_traceback_first(tmp_path):

@@ -116,12 +116,24 @@ def running(tmp_path: Path, **flags: object) -> Iterator[subprocess.Popen[str]]:
 
 def until(process: subprocess.Popen[str], text: str) -> str:
     """Read a run's output up to the line with that text."""
-    lines = []
+    lines: list[str] = []
     for line in process.stdout or ():
         lines.append(line)
         if text in line:
             return "".join(lines)
     raise AssertionError("it ended before: " + "".join(lines))
+
+
+def find_below(pid: int, word: str) -> list[psutil.Process]:
+    """The processes below ``pid`` with that word on their command line."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if any(word in part for part in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
 
 
 def all_gone(processes: Iterable[psutil.Process]) -> bool:
