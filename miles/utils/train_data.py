@@ -10,13 +10,14 @@ A part is a dict of plain values and numpy arrays:
 ``dp_rank``         whose part it is; ``dp_size`` of how many
 ``partition``       int64 ``[n]``: place of each sample in the rollout
 ``tokens``          int32, all samples one after the other; ``total_lengths`` int64 ``[n]``
-``loss_masks``      int8 (float32 if not whole numbers), all responses; ``response_lengths`` int64 ``[n]``
-``per_token``       by name: float32, all responses one after the other (``rollout_log_probs``, ...)
+``loss_masks``      int8 (float32 if not whole numbers), 0 to 1, all responses; ``response_lengths`` int64 ``[n]``
+``per_token``       by name: float32 (int64 if all of them are whole numbers), all responses one after the other
+                    (``rollout_log_probs``, ...)
 ``per_sample``      by name: float64 or int64 ``[n]`` (``rewards``, ``rollout_ids``, ``rollout_mask_sums``, ...)
 ``routed_experts``  with ``--use-rollout-routing-replay``: int32 ``[sum (T_i - 1), layers, k]``, all samples one after
                     the other: the experts that engines gave each token to; -1 where that is not known
 ``objects``         by name: a list of ``n`` values of any kind that travels (``weight_versions``, ...)
-``shared``          by name: what is not per sample, the same for all ranks
+``shared``          by name: what is no list, the same for all ranks
 ``steps``           per optimizer step: ``micro_batches`` (places in the partition), ``num_rollouts`` and
                     ``num_tokens`` of the step over all ranks, which losses are divided by
 ``forward``         micro-batches of the passes without gradient, over all steps
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 REQUIRED = ("tokens", "response_lengths", "loss_masks")
 ROUTED_EXPERTS = "rollout_routed_experts"
 ALWAYS_PER_TOKEN = frozenset({"rollout_log_probs", "teacher_log_probs", "opd_reverse_kl"})
+ALWAYS_FLOAT = ALWAYS_PER_TOKEN | {"log_probs", "ref_log_probs", "values", "returns", "advantages"}
+"""What losses compute with; of other columns whole numbers stay what they are: float32 has 24 bits for them."""
 _Ints = npt.NDArray[np.int64]
 
 
@@ -57,16 +60,16 @@ def split_train_data(args: Any, train_data: Mapping[str, Any]) -> list[dict[str,
         args: The run's flags: ``dp_size``, ``global_batch_size``, ``use_dynamic_batch_size``, ``max_tokens_per_gpu``,
             ``log_probs_max_tokens_per_gpu``, ``micro_batch_size``, ``balance_data``, ``balance_by_flops``.
         train_data: Lists with an entry per sample: ``tokens``, ``response_lengths``, ``loss_masks`` and whatever else;
-            entries of another kind go to all ranks as they are. ``dynamic_global_batch_size`` overrules the flag.
+            what is no list goes to all ranks as it is. ``dynamic_global_batch_size`` overrules the flag.
 
     Raises:
-        BadTrainData: Lengths do not fit, or only some samples have a value.
+        BadTrainData: Lengths do not fit, only some samples have a value, or a mask is not of numbers from 0 to 1.
         BadBatchSizes: The samples do not make one optimizer step.
 
     Samples at the end that do not fill a step are in no part: see ``dropped_rows``.
     """
     lengths, responses = _lengths(train_data)
-    masks = [_mask(mask) for mask in train_data["loss_masks"]]
+    masks = [_mask(sample, mask) for sample, mask in enumerate(train_data["loss_masks"])]
     columns = _Columns(train_data, responses, masks)
     routed = _routed_experts(args, train_data.get(ROUTED_EXPERTS), lengths)
     schedule, forward = _schedules(args, train_data, lengths, columns.per_sample["rollout_ids"])
@@ -105,7 +108,7 @@ class _Columns:
 
     def __init__(self, train_data: Mapping[str, Any], responses: _Ints, masks: list[npt.NDArray[Any]]) -> None:
         self.responses = responses
-        self.per_token: dict[str, list[npt.NDArray[np.float32]]] = {}
+        self.per_token: dict[str, list[npt.NDArray[Any]]] = {}
         self.per_sample: dict[str, npt.NDArray[Any]] = {}
         self.objects: dict[str, list[Any]] = {}
         self.shared: dict[str, Any] = {}
@@ -117,18 +120,24 @@ class _Columns:
     def of(self, partition: list[int]) -> dict[str, Any]:
         """The columns of these samples."""
         return {
-            "per_token": {k: _flat([v[i] for i in partition], np.float32) for k, v in self.per_token.items()},
+            "per_token": {k: _flat([v[i] for i in partition], v[0].dtype) for k, v in self.per_token.items()},
             "per_sample": {name: values[partition] for name, values in self.per_sample.items()},
             "objects": {name: [values[i] for i in partition] for name, values in self.objects.items()},
             "shared": self.shared,
         }
 
     def _sort(self, name: str, values: Any) -> None:
-        if isinstance(values, np.ndarray):
+        if isinstance(values, np.ndarray) and values.ndim:
             values = list(values)
-        if not isinstance(values, list | tuple) or len(values) != len(self.responses):
+        if not isinstance(values, list | tuple):
             self.shared[name] = values
             return
+        if len(values) != len(self.responses):
+            raise BadTrainData(
+                f"{name} has {len(values)} entries for {len(self.responses)} samples",
+                evidence=f"tokens, response_lengths and loss_masks have {len(self.responses)}",
+                advice=f"Return one entry of {name} per sample; a list that is not of samples goes into a dict.",
+            )
         missing = [i for i, value in enumerate(values) if value is None]
         if len(missing) == len(values):
             return
@@ -141,7 +150,7 @@ class _Columns:
         if all(isinstance(value, int | float | np.integer | np.floating | np.bool_) for value in values):
             self.per_sample[name] = _scalars(values)
         elif name in ALWAYS_PER_TOKEN or self._is_per_token(values):
-            self.per_token[name] = [self._token_values(name, i, value) for i, value in enumerate(values)]
+            self.per_token[name] = self._token_values(name, values)
         else:
             self.objects[name] = list(values)
 
@@ -159,11 +168,15 @@ class _Columns:
                 return False
         return True
 
-    def _token_values(self, name: str, sample: int, value: Any) -> npt.NDArray[np.float32]:
-        array = np.asarray(value, np.float32)
-        if array.shape != (self.responses[sample],):
-            raise _misfit(name, sample, f"shape {array.shape}, response length {self.responses[sample]}")
-        return array
+    def _token_values(self, name: str, values: Sequence[Any]) -> list[npt.NDArray[Any]]:
+        arrays = [np.asarray(value, np.float32 if name in ALWAYS_FLOAT else None) for value in values]
+        for sample, (array, length) in enumerate(zip(arrays, self.responses, strict=True)):
+            if array.shape != (length,):
+                raise _misfit(name, sample, f"shape {array.shape}, response length {length}")
+        # An empty list has no type of its own.
+        whole = all(np.can_cast(array.dtype, np.int64) for array in arrays if array.size)
+        dtype = np.int64 if whole and name not in ALWAYS_FLOAT else np.float32
+        return [array.astype(dtype, copy=False) for array in arrays]
 
     def _fill_in(self, masks: list[npt.NDArray[Any]]) -> None:
         """Ids and mask totals by id, where the conversion gave none."""
@@ -229,11 +242,19 @@ def _misfit(name: str, sample: int, what: str) -> BadTrainData:
     )
 
 
-def _mask(values: Any) -> npt.NDArray[Any]:
+def _mask(sample: int, values: Any) -> npt.NDArray[Any]:
     array = np.asarray(values)
-    if array.dtype.kind in "bui" or array.size == 0:
-        return array.astype(np.int8)
-    return array.astype(np.float32)
+    if array.size == 0:
+        return np.zeros(0, np.int8)
+    if array.dtype.kind not in "buif" or array.ndim != 1 or not (array.min() >= 0 and array.max() <= 1):
+        raise BadTrainData(
+            f"loss_masks of sample {sample} holds what is no number from 0 to 1",
+            evidence=f"{array.dtype} {array.shape}: {np.array2string(array, threshold=20)}",
+            advice="Give each token of the response 1 if it is trained, else 0; a number between weighs it.",
+            name="loss_masks",
+            sample=sample,
+        )
+    return array.astype(np.int8 if array.dtype.kind in "bui" else np.float32)
 
 
 def _flat_masks(masks: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -246,7 +267,7 @@ def _flat(arrays: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[A
 
 def _scalars(values: Sequence[Any]) -> npt.NDArray[Any]:
     array = np.asarray(values)
-    return array.astype(np.int64 if array.dtype.kind in "bui" else np.float64)
+    return array.astype(np.int64 if np.can_cast(array.dtype, np.int64) else np.float64)
 
 
 def _schedules(

@@ -170,6 +170,7 @@ def _resume(kind, path, root):
     return start, shown, final
 
 
+@pytest.mark.long  # what each backend's own tests of sleeping show, alike for both
 @every_backend
 @on_ranks
 def test_sleeping_changes_nothing(tmp_path, kind, world_size):

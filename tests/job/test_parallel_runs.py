@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.tiny_models import tiny_model
 from support.training_runs import environment, train
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 LAYOUTS = {
     "TP 2 with SP and PP 2, disaggregated": {
@@ -72,7 +72,7 @@ def test_a_model_with_experts_trains_in_a_whole_run_is_exported_and_converted(tm
     # The checkpoint of two ranks, read by one.
     words = ["torch-dist-to-hf", tmp_path / "save", tmp_path / "converted", "--hf-checkpoint", model]
     argv = [sys.executable, "-m", "miles_launcher.cli", "convert", *map(str, words)]
-    told = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    told = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert told.returncode == 0, told.stdout + told.stderr
     converted = weights(tmp_path / "converted")
     assert converted.keys() == exported.keys()

@@ -6,7 +6,7 @@ import json
 import pytest
 from support.training_runs import train
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 SFT = {"loss_type": "sft_loss", "custom_rm_path": None, "lr": 1e-3, "num_rollout": 3, "rollout_num_gpus": None}
 
 

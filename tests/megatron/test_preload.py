@@ -20,7 +20,7 @@ assert why_unsafe(before) == "", why_unsafe(before)
 @pytest.mark.full
 def test_a_zygote_accepts_what_the_import_leaves_behind():
     # As workers do: warnings are errors, and one thread.
-    subprocess.run([sys.executable, "-W", "error", "-c", LOOK], check=True, env={"OMP_NUM_THREADS": "1"}, timeout=100)
+    subprocess.run([sys.executable, "-W", "error", "-c", LOOK], check=True, env={"OMP_NUM_THREADS": "1"}, timeout=250)
 
 
 def views():

@@ -57,8 +57,14 @@ def reference_adam(path, steps):
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, norms
 
 
-@pytest.mark.parametrize(("world", "tp"), LAYOUTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "world", "tp"),
+    [
+        pytest.param(name, world, tp, marks=[pytest.mark.long] * (name != "qwen2" and world > 1))
+        for name in ARCHITECTURES
+        for world, tp in LAYOUTS
+    ],
+)
 def test_gradients_equal_plain_pytorch(architecture, world, tp):
     path = tiny_model(architecture, tied=architecture != "llama")
     before = load_file(path / "model.safetensors")
@@ -124,8 +130,8 @@ def test_a_rank_without_micro_batches_takes_part_in_the_step():
         torch.testing.assert_close(first[name], gradient, atol=1e-5 * gradient.norm().item(), rtol=1e-4)
 
 
-def not_finite(path, changed):
-    ours = make_backend(path, **changed)
+def not_finite(path):
+    ours = make_backend(path)
     good = SumOfSquares(ours.parallel)
 
     def bad(logits, batch):
@@ -133,30 +139,16 @@ def not_finite(path, changed):
         # Only one rank sees it; both must do the same about it.
         return LossOutput(output.loss * (float("nan") if ours.parallel.rank == 0 else 1.0), output.metrics)
 
-    ours.train_step(micro_batches(sequences(), 2), good)
-    before = weights_of(ours)
-    try:
-        outcome = ours.train_step(micro_batches(sequences(), 2), bad)
-    except NonFiniteGradients as error:
-        return str(error)
-    unchanged = all(torch.equal(before[name], value) for name, value in weights_of(ours).items())
-    again = ours.train_step(micro_batches(sequences(), 2), good)
-    return unchanged, outcome.stepped, again.stepped, again.grad_norm
+    with pytest.raises(NonFiniteGradients) as caught:
+        ours.train_step(micro_batches(sequences(), 2), bad)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_gradients_that_are_not_finite_stop_the_run_and_name_parameters(world):
-    for told in run_ranks(world, not_finite, tiny_model("qwen3"), {}):
+def test_gradients_that_are_not_finite_stop_the_run_and_name_parameters():
+    for told in run_ranks(2, not_finite, tiny_model("qwen3")):
         assert "E-MEG-005" in told
         assert "--no-check-for-nan-in-loss-and-grad" in told
     assert "decoder." in told
-
-
-def test_without_the_check_such_a_step_is_left_out():
-    changed = {"check_for_nan_in_loss_and_grad": False}
-    for unchanged, stepped, again, norm in run_ranks(2, not_finite, tiny_model("qwen3"), changed):
-        assert (unchanged, stepped, again) == (True, False, True)
-        assert math.isfinite(norm)
 
 
 def learning_rates(path, changed):

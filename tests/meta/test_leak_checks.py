@@ -8,8 +8,9 @@ import sys
 import threading
 from multiprocessing import shared_memory
 
+import psutil
 import pytest
-from support.leaks import adopt_orphans, adopts_orphans, no_leaks
+from support.leaks import adopt_orphans, adopts_orphans, forget, keep, no_leaks
 from support.procs import alive, eventually_sync, process_identity
 
 from miles_agents.agent.process import become_subreaper
@@ -52,6 +53,24 @@ def test_a_child_is_named_with_its_command_line():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  # forever"])
     child.kill()
     child.wait()
+
+
+def test_what_lasts_for_the_session_is_no_leak_and_what_it_starts_is_one():
+    ours, theirs = socket.socketpair()
+    code = "import subprocess, sys; subprocess.Popen(['sleep', '1000']); sys.stdin.read()"
+    with leaked(r"process: pid \d+ sleep 1000") as caught, no_leaks(0.1):
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=theirs)
+        theirs.close()
+        keep(child.pid, ours.fileno())
+        eventually_sync(lambda: [one.name() for one in psutil.Process(child.pid).children()] == ["sleep"])
+    assert str(child.pid) not in re.findall(r"pid (\d+)", str(caught.value))
+    assert "descriptor" not in str(caught.value)
+    sleeper = process_identity(int(re.search(r"pid (\d+)", str(caught.value))[1]))
+    os.kill(sleeper.pid, 9)
+    ours.close()
+    child.wait()
+    forget(child.pid)
+    eventually_sync(lambda: not alive(sleeper))
 
 
 def test_a_zombie_is_named():

@@ -281,6 +281,33 @@ def test_costs_rule_within_the_token_budget_if_they_can(lengths, costs, budget, 
     assert max(len(m) * lengths[0] for mine in schedule.micro_batch_indices for m in mine) == fullest
 
 
+def test_ranks_that_would_be_even_in_cost_are_not_taken_if_they_break_the_token_budget():
+    """99 and 1 to one rank, 34, 33 and 33 to the other: but of these no two share a micro-batch, and each has two."""
+    lengths, costs = [12, 12, 12, 12, 5], [99.0, 34.0, 33.0, 33.0, 1.0]
+    schedule = build_dp_schedule(
+        flags(max_tokens_per_gpu=20), ScheduleConfig(2), lengths, global_batch_size=5, rollout_indices=list(range(5)),
+        weights=costs,
+    )  # fmt: skip
+    assert schedule.num_microbatches == [2]
+    for partition, micro_batches in zip(schedule.partitions, schedule.micro_batch_indices, strict=True):
+        assert max(sum(lengths[partition[i]] for i in micro_batch) for micro_batch in micro_batches) <= 20
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "dp_size", "heaviest"),
+    [([39, 42, 41, 42, 38], 33, 2, 118), ([8, 10, 9, 8, 8, 10, 7, 4], 4, 3, 23)],
+)
+def test_ranks_that_are_even_when_dealt_in_turn_stay_so_when_balanced(lengths, budget, dp_size, heaviest):
+    """Each sample is a micro-batch; what balances them finds 119 and 24."""
+    count = len(lengths)
+    for balance in (False, True):
+        schedule = build_dp_schedule(
+            flags(balance_data=balance, max_tokens_per_gpu=budget), ScheduleConfig(dp_size), lengths,
+            global_batch_size=count, rollout_indices=list(range(count)),
+        )  # fmt: skip
+        assert max(sum(lengths[i] for i in partition) for partition in schedule.partitions) == heaviest
+
+
 def test_one_giant_has_a_rank_that_is_otherwise_nearly_idle():
     lengths = [98, 1, 1, *[10] * 30]
     schedule = build_dp_schedule(

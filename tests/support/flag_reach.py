@@ -26,7 +26,7 @@ megatron/test_sleep.py::test_a_directory_that_cannot_be_written_leaves_all_as_it
     --offload-train-disk-dir
 launcher/test_train_entry.py::test_a_dry_run_shows_how_environments_differ_from_the_agents
     --train-env-vars --env
-job/test_modes.py::test_supervised_training_then_conversion_then_a_reference_from_the_checkpoint
+job/test_supervised.py::test_supervised_training_then_conversion_then_a_reference_from_the_checkpoint
     --hf-checkpoint --ref-load --save-hf --input-key --label-key --loss-type --use-kl-loss --kl-loss-coef
 job/test_resume.py::test_six_iterations_equal_three_and_three_bit_for_bit
     --load --save --save-interval --debug-exit-after-rollout --debug-train-only

@@ -57,6 +57,20 @@ def no_leaks(settle_s: float = SETTLE_S) -> Iterator[None]:
         gc.collect()
 
 
+_kept: dict[int, int] = {}
+
+
+def keep(pid: int, descriptor: int) -> None:
+    """A process that lasts to the end of the session, whichever module starts it, and the descriptor that leads to it.
+    What it starts counts as ever."""
+    _kept[pid] = descriptor
+
+
+def forget(pid: int) -> None:
+    """That process has ended, and its descriptor is closed."""
+    del _kept[pid]
+
+
 def observe() -> Things:
     """All that counts as a leak if it stays, by description."""
     found: Things = Counter()
@@ -73,6 +87,8 @@ def descriptors() -> list[str]:
     }
     found = []
     for entry in os.listdir("/proc/self/fd"):
+        if int(entry) in _kept.values():
+            continue
         try:
             target = os.readlink(f"/proc/self/fd/{entry}")
         except FileNotFoundError:
@@ -114,7 +130,7 @@ def processes() -> list[str]:
                 found[pid] = psutil.Process(pid)
         except (OSError, psutil.NoSuchProcess):
             continue
-    return [f"process: {_described(process)}" for process in found.values()]
+    return [f"process: {_described(process)}" for pid, process in found.items() if pid not in _kept]
 
 
 def shared_memory() -> list[str]:

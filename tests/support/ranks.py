@@ -1,14 +1,16 @@
 """Run a function on several ranks: processes forked from one that has torch and megatron imported already.
 
-A directory's tests begin the warm process in their ``conftest.py``, before any module's check for leaks::
+A directory's tests may have the warm process by their ``conftest.py``::
 
     @pytest.fixture(scope="session", autouse=True)
     def ranks():
         with warm_process():
             yield
 
-and a test calls ``run_ranks(2, function, ...)``. Ranks never come from the test process itself: after a first backward
-it has threads, and a fork would copy their locks and not them.
+and a test calls ``run_ranks(2, function, ...)``. The first such call starts the process, which takes seconds: tests
+that need no ranks do not pay for it. It lasts to the end of the session, and is no leak of the module that came first.
+Ranks never come from the test process itself: after a first backward it has threads, and a fork would copy their locks
+and not them.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.leaks import forget, keep
 from support.warm_ranks import Answer, Request, receive, send
 
 TESTS = Path(__file__).parents[1]
@@ -49,53 +53,64 @@ def run_ranks(
     Raises:
         RanksFailed: At the first rank that fails. No rank runs any more.
     """
-    assert _connection is not None, "begin `warm_process()` in the conftest.py of these tests"
+    connection = _warm_connection()
     source = Path(function.__code__.co_filename)
     request = Request(
         world_size, function.__module__, str(source), function.__qualname__, pickle.dumps(args), timeout_s, distributed
     )
-    _connection.settimeout(timeout_s + EXTRA_S)
-    send(_connection, request)
-    answer: Answer = receive(_connection)
+    connection.settimeout(timeout_s + EXTRA_S)
+    send(connection, request)
+    answer: Answer = receive(connection)
     if answer.failure:
         raise RanksFailed(answer.failure)
     return [pickle.loads(result) for result in answer.results]
 
 
-_connection: socket.socket | None = None
-_users = 0
+@dataclass(frozen=True)
+class _Warm:
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+
+_warm: list[_Warm] = []
+_users: list[dict[str, str]] = []
+"""The environment as each of them found it: a test that changes it does not change that of later ranks."""
 
 
 @contextmanager
 def warm_process() -> Iterator[None]:
-    """Have the warm process. Several users share one; it ends with the last."""
-    global _connection, _users
-    if _users == 0:
-        process, _connection = _start()
-        _process.append(process)
-    _users += 1
+    """Have the warm process, from the first ``run_ranks`` on. Several users share one; it ends with the last."""
+    _users.append(dict(os.environ))
     try:
         yield
     finally:
-        _users -= 1
-        if _users == 0 and _connection is not None:
-            _connection.close()
-            _connection = None
-            _end(_process.pop())
+        _users.pop()
+        if not _users and _warm:
+            warm = _warm.pop()
+            warm.connection.close()
+            _end(warm.process)
+            forget(warm.process.pid)
 
 
-_process: list[subprocess.Popen[bytes]] = []
+def _warm_connection() -> socket.socket:
+    assert _users, "have `warm_process()` in the conftest.py of these tests"
+    if not _warm:
+        process, connection = _start(_users[0])
+        _warm.append(_Warm(process, connection))
+        keep(process.pid, connection.fileno())
+    return _warm[0].connection
 
 
-def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "TORCHDYNAMO_DISABLE": "1"}
+    env = {**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "TORCHDYNAMO_DISABLE": "1"}
     env["HF_HUB_OFFLINE"] = "1"
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "support.warm_ranks", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=env,
+            cwd=TESTS.parent,
             stdin=subprocess.DEVNULL,
         )
     ours.settimeout(START_TIMEOUT_S)

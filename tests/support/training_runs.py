@@ -19,7 +19,7 @@ from support.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 USER_CODE = ROOT / "tests" / "job"
-RUN_S = 240.0
+RUN_S = 400.0
 
 GRPO = {
     "--rollout-batch-size": 8, "--n-samples-per-prompt": 8, "--rollout-max-response-len": 8, "--lr": 1e-2,
@@ -83,6 +83,21 @@ def train(tmp_path: Path, *, model: Path | None = None, timeout_s: float = RUN_S
     return Finished(done.returncode, done.stdout, run_dir)
 
 
+def assert_trains(done: Finished, rollouts: int) -> None:
+    """A run with ``--check-weight-update-equal``: its reward rises, and engines hold the trainer's weights."""
+    assert done.code == 0, done.output
+    # After the first update and after each step: the engines hold exactly what the trainer does.
+    checked = [f"weight version {version} checked" in done.output for version in range(1, rollouts + 3)]
+    assert checked == [True] * (rollouts + 1) + [False]
+    assert max(row["train/train_rollout_logprob_abs_diff"] for row in done.rows()) < 1e-4
+    rewards = done.rewards()
+    assert len(rewards) == rollouts
+    # A random model writes a letter now and then; a policy that is trained, mostly.
+    assert rewards[0] < 0.35, done.output
+    assert rewards[-1] > rewards[0] + 0.25, done.output
+    assert [row["rollout/weight_version/mean"] for row in done.rows()] == list(range(1, rollouts + 1))
+
+
 @contextmanager
 def running(tmp_path: Path, **flags: object) -> Iterator[subprocess.Popen[str]]:
     """A run that is under way; it is interrupted on leaving, and waited for."""
@@ -96,7 +111,7 @@ def running(tmp_path: Path, **flags: object) -> Iterator[subprocess.Popen[str]]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
 
 
 def until(process: subprocess.Popen[str], text: str) -> str:

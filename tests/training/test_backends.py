@@ -22,11 +22,19 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def expected():
+    """By whether micro-batches are dynamic; if not, losses are per token."""
+    path, found = tiny_model("qwen3"), {}
+    for dynamic in (True, False):
+        changed = {"use_dynamic_batch_size": dynamic, "micro_batch_size": 2, "calculate_per_token_loss": not dynamic}
+        found[dynamic] = (path, changed, *run_ranks(1, plain, path, changed, 7, distributed=False)[0])
+    return found
+
+
 @pytest.mark.parametrize(("kind", "world", "tp", "dynamic"), LAYOUTS)
-def test_a_rollout_gives_the_loss_and_the_weights_of_the_formula(kind, world, tp, dynamic):
-    path = tiny_model("qwen3")
-    changed = {"use_dynamic_batch_size": dynamic, "micro_batch_size": 2, "calculate_per_token_loss": not dynamic}
-    means, weights = run_ranks(1, plain, path, changed, 7, distributed=False)[0]
+def test_a_rollout_gives_the_loss_and_the_weights_of_the_formula(expected, kind, world, tp, dynamic):
+    path, changed, means, weights = expected[dynamic]
     on_ranks = changed | {"dp_size": world // tp, "tensor_model_parallel_size": tp}
     for metrics, found in run_ranks(world, trained, path, kind, on_ranks, 7):
         assert_close(metrics, means, (kind, world, tp))

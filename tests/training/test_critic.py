@@ -63,54 +63,75 @@ def test_the_critic_learns_alone_for_as_long_as_it_is_told(expected):
     assert all(torch.equal(weights[name], tensor) for name, tensor in untrained.items())
 
 
-def saved_and_loaded(path, root):
-    """Values of a trained critic, of one that its checkpoint gives, and of one that begins from an actor's."""
-    args = args_of(path, "megatron", **PPO, dp_size=1, optimizer="adam", save=str(root / "actor"))
+def saved_and_loaded(path, root, layout):
+    """Values of a trained critic, of one that its checkpoint gives, and of one that begins from an actor's; on a stage
+    without logits, of none. Then those of the first two after they have trained on."""
+    args = args_of(path, "megatron", **PPO, **layout, dp_size=1, optimizer="adam", save=str(root / "actor"))
     actor = MegatronBackend(args)
     actor.init()
     part = RankData.from_wire(split_train_data(args, data_of(7))[0])
 
-    def values(own):
+    def begun(own):
         backend = MegatronBackend(own, role="critic", parallel=actor.parallel)
         start = backend.init()
         return Critic(own, backend), start
 
-    first, start = values(critic_args(args))
+    def values_of(critic):
+        critic.fill_values(part)
+        return [v.clone() for v in part.columns.get("values", ())]
+
+    first, start = begun(critic_args(args))
     assert start == 0
-    first.fill_values(part)
-    assert not any(v.any() for v in part.columns["values"])
+    assert not any(v.any() for v in values_of(first))
     part.columns["returns"] = [torch.ones(length) for length in part.response_lengths]
     first.train(0, part, lambda number: None)
-    first.fill_values(part)
-    trained = [v.clone() for v in part.columns["values"]]
+    trained = values_of(first)
     save_backend(first.backend, root / "actor_critic", 3)
     save_backend(actor, root / "actor", 3)
     args.load = str(root / "actor")
-    again, start = values(critic_args(args))
-    again.fill_values(part)
-    loaded = [v.clone() for v in part.columns["values"]]
+    again, start = begun(critic_args(args))
+    loaded = values_of(again)
     args.load, args.ref_load = None, str(root / "actor")
-    fresh, fresh_start = values(critic_args(args))
+    fresh, fresh_start = begun(critic_args(args))
     backbone = dict(fresh.backend.model.module.named_parameters())
     same = all(torch.equal(backbone[n], p) for n, p in actor.model.module.named_parameters() if n != NAME)
     # Beside an actor that begins anew, a critic that was trained before keeps its head.
     args.ref_load, args.critic_load, args.finetune = None, str(root / "actor_critic"), True
-    pretrained, pretrained_start = values(critic_args(args))
-    pretrained.fill_values(part)
-    kept = [v.clone() for v in part.columns["values"]]
-    return trained, loaded, kept, (start, fresh_start, pretrained_start), same
+    pretrained, pretrained_start = begun(critic_args(args))
+    kept = values_of(pretrained)
+    gone_on = []
+    for critic in (first, again):
+        values_of(critic)
+        critic.train(1, part, lambda number: None)
+        gone_on.append(values_of(critic))
+    return (trained, loaded, kept, *gone_on), (start, fresh_start, pretrained_start), same
+
+
+def assert_goes_on(values, starts, same):
+    trained, loaded, kept, through, resumed = values
+    for ours, theirs in ((loaded, trained), (kept, trained), (resumed, through)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not trained or any(v.any() for v in trained)
+    assert (starts, same) == ((4, 0, 0), True)
 
 
 @pytest.mark.full
 def test_a_critic_goes_on_from_its_own_checkpoint_and_begins_from_an_actors(tmp_path):
     for tied in (True, False):
         path = tiny_model("qwen3", tied=tied)
-        root = tmp_path / str(tied)
-        trained, loaded, kept, starts, same = run_ranks(1, saved_and_loaded, path, root)[0]
-        assert any(v.any() for v in trained)
-        assert all(torch.equal(a, b) for a, b in zip(trained, loaded, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(trained, kept, strict=True))
-        assert (starts, same) == ((4, 0, 0), True)
+        (found,) = run_ranks(1, saved_and_loaded, path, tmp_path / str(tied), {})
+        assert found[0][0]
+        assert_goes_on(*found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["SP 2", *(pytest.param(name, marks=pytest.mark.long) for name in ("PP 2", "CP 2"))])
+def test_a_critic_over_several_ranks_goes_on_from_its_own_checkpoint(tmp_path, name):
+    """Its head is the same on all ranks that have it, and in the checkpoint once."""
+    found = run_ranks(2, saved_and_loaded, tiny_model("qwen3"), tmp_path, LAYOUTS[name])
+    assert [bool(values[0]) for values, *_ in found] == [name != "PP 2", True]
+    for one in found:
+        assert_goes_on(*one)
 
 
 def test_checkpoints_of_different_rollouts_are_refused():

@@ -80,15 +80,30 @@ def test_a_rollout_gives_the_numbers_of_one_rank(expected, name, tied):
             torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-5, msg=key)
 
 
-@pytest.fixture(scope="module", params=[(), (1,)], ids=["experts everywhere", "one layer without"])
-def moe(request):
-    path = tiny_model("qwen3_moe", layers=2, mlp_only_layers=request.param)
-    return (path, *run_ranks(1, plain, path, {}, 7, distributed=False)[0])
+@pytest.fixture(scope="module")
+def moe():
+    """By the layers that have no experts."""
+    found = {}
+    for without in ((), (1,)):
+        path = tiny_model("qwen3_moe", layers=2, mlp_only_layers=without)
+        found[without] = (path, *run_ranks(1, plain, path, {}, 7, distributed=False)[0])
+    return found
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-def test_a_model_with_experts_gives_the_numbers_of_one_rank(moe, name):
-    path, means, weights = moe
+DENSE = ("one rank", "EP 2, PP 2")
+"""Where a layer without experts is another case: as such, and as a stage of its own."""
+
+
+@pytest.mark.parametrize(
+    ("without", "name"),
+    [pytest.param((), name, id=name) for name in WITH_EXPERTS]
+    + [
+        pytest.param((1,), name, id=f"{name}, one layer without", marks=[pytest.mark.long] * (name not in DENSE))
+        for name in WITH_EXPERTS
+    ],
+)
+def test_a_model_with_experts_gives_the_numbers_of_one_rank(moe, without, name):
+    path, means, weights = moe[without]
     layout = {"dp_size": 1, **WITH_EXPERTS[name]}
     for metrics, found in run_ranks(size_of(layout), trained, path, "megatron", layout, 7):
         assert_close(metrics, means, name)
@@ -136,10 +151,15 @@ def test_each_size_divides_what_it_names(name):
     assert [tuple(one[key] for key in keys.split()) for one in found] == expected
 
 
-@pytest.mark.parametrize("end", ["first", "last"])
-def test_stages_of_different_sizes_give_the_numbers_of_one_rank(end):
+@pytest.fixture(scope="module")
+def three_layers():
     path = tiny_model("qwen3", layers=3)
-    means, weights = run_ranks(1, plain, path, {}, 7, distributed=False)[0]
+    return (path, *run_ranks(1, plain, path, {}, 7, distributed=False)[0])
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_stages_of_different_sizes_give_the_numbers_of_one_rank(three_layers, end):
+    path, means, weights = three_layers
     layout = {"dp_size": 1, "pipeline_model_parallel_size": 2, f"decoder_{end}_pipeline_num_layers": 1}
     for metrics, found in run_ranks(2, trained, path, "megatron", layout, 7):
         assert_close(metrics, means, end)

@@ -96,6 +96,40 @@ def test_masks_that_are_not_whole_numbers_survive():
     assert RankData.from_wire(part).loss_masks[0].tolist() == [0.5, 1.0]
 
 
+def test_whole_numbers_of_tokens_stay_what_they_are():
+    large = 2**53 + 1  # no float holds it
+    data = GOOD | {"ids": [[large, 1], [-2]], "kinds": [np.array([True, False]), np.array([True])]}
+    data |= {"mixed": [[1, 2], [0.5]], "rollout_log_probs": [[-1, -2], [0]]}
+    (part,) = split_train_data(flags(dp_size=1), data)
+    assert {name: values.dtype for name, values in part["per_token"].items()} == {
+        "ids": np.int64, "kinds": np.int64, "mixed": np.float32, "rollout_log_probs": np.float32,
+    }  # fmt: skip
+    columns = RankData.from_wire(part).columns
+    first = part["partition"].tolist().index(0)
+    assert columns["ids"][first].tolist() == [large, 1]
+    assert columns["kinds"][first].tolist() == [1, 0]
+
+
+def test_whole_numbers_of_samples_do_not_wrap():
+    (part,) = split_train_data(flags(dp_size=1), GOOD | {"small": [2**62, 1], "large": [2**63, 1]})
+    assert sorted(part["per_sample"]["small"].tolist()) == [1, 2**62]
+    assert sorted(part["per_sample"]["large"].tolist()) == [1.0, 2.0**63]
+
+
+def test_responses_without_tokens_do_not_make_whole_numbers_of_the_others():
+    data = {"tokens": [[1], [1, 2]], "response_lengths": [0, 1], "loss_masks": [[], [1]]}
+    for values, dtype in (([[], [7]], np.int64), ([[], [0.5]], np.float32)):
+        (part,) = split_train_data(flags(dp_size=1), data | {"x": values})
+        assert part["per_token"]["x"].dtype == dtype
+        assert part["per_token"]["x"].tolist() == values[1]
+
+
+def test_what_is_no_list_goes_to_all_ranks():
+    shared = {"number": 7, "name": "a", "table": {"rows": [1, 2, 3]}, "scale": np.array(0.5)}
+    for part in split_train_data(flags(), GOOD | shared):
+        assert part["shared"] == shared
+
+
 def test_a_dynamic_batch_size_overrules_the_flag():
     data = {
         "tokens": [[1, 2]] * 3, "response_lengths": [1] * 3, "loss_masks": [[1]] * 3, "dynamic_global_batch_size": 3,
@@ -115,6 +149,15 @@ GOOD = {"tokens": [[1, 2, 3], [4, 5]], "response_lengths": [2, 1], "loss_masks":
         ({"rollout_log_probs": [[-1.0, -1.0], [-1.0, -2.0]]}, "rollout_log_probs of sample 1"),
         ({"rollout_log_probs": [[-1.0, -1.0], None]}, "only some samples have rollout_log_probs"),
         ({"response_lengths": [2]}, "differ in length"),
+        ({"rewards": [1.0]}, "rewards has 1 entries for 2 samples"),
+        ({"rewards": np.ones(3)}, "rewards has 3 entries for 2 samples"),
+        ({"metadata": []}, "metadata has 0 entries for 2 samples"),
+        ({"loss_masks": [[1, 1], [256]]}, "loss_masks of sample 1 holds what is no number from 0 to 1"),
+        ({"loss_masks": [[1, -1], [1]]}, "loss_masks of sample 0 holds"),
+        ({"loss_masks": [[1, float("nan")], [1]]}, "loss_masks of sample 0 holds"),
+        ({"loss_masks": [[1, 1], [1.5]]}, "loss_masks of sample 1 holds"),
+        ({"loss_masks": [[1, None], [1]]}, "loss_masks of sample 0 holds"),
+        ({"loss_masks": [[[1], [1]], [1]]}, "loss_masks of sample 0 holds"),
     ],
 )
 def test_what_does_not_fit_is_named(changed, words):
