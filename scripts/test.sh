@@ -2,7 +2,7 @@
 # Everything that has to hold before a change goes in, from a bare checkout: environment, style, types, import
 # rules, tests. Usage: scripts/test.sh [--fast | --long] [pytest arguments]
 #   --fast   leaves out the tests marked "full" (real processes, seconds to minutes)
-#   --long   with those marked "long", too: further combinations of what the others show (ten minutes more)
+#   --long   with those marked "long", too: further combinations of what the others show (a quarter of an hour more)
 #   PYTHON   the interpreter to build .venv with (default: python3.11, else a newer one on PATH)
 #   WORKERS  processes that share the tests out among them, file by file (default: one per core, 4 at most)
 # Tests start many processes and wait for them. One that fails while others run beside it is run once more, alone: what
@@ -59,7 +59,8 @@ pytest_into() {
 }
 
 run_pytest() {
-    pytest_into "$pytest_log" -n "$(workers)" --dist loadfile && return
+    # Files in their order: else those with the fewest tests, which are the whole runs, come last, and one worker waits.
+    pytest_into "$pytest_log" -n "$(workers)" --dist loadfile --no-loadscope-reorder && return
     local failures
     mapfile -t failures < <(grep -E '^(FAILED|ERROR) ' "$pytest_log" | cut -d' ' -f2 | sort -u)
     [ ${#failures[@]} -gt 0 ] && [ ${#failures[@]} -le "$RUN_AGAIN_MOST" ] || return 1

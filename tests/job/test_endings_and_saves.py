@@ -26,7 +26,12 @@ def test_ctrl_c_while_it_trains_ends_everything_and_keeps_what_was_saved(tmp_pat
     newest = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert newest >= 1
     assert not [path for path in save.iterdir() if path.name.startswith(".")]
-    again = train(tmp_path, colocate=True, num_rollout=newest + 2, save=save, load=save, run_dir=tmp_path / "again")
+    # Without engines: all that is asked is whether the trainer takes what is there.
+    recorded = write_rollouts(tmp_path / "recorded", rollouts=newest + 2)
+    again = train(
+        tmp_path, colocate=True, num_rollout=newest + 2, save=save, load=save, run_dir=tmp_path / "again",
+        debug_train_only=True, load_debug_rollout_data=recorded,
+    )  # fmt: skip
     assert again.code == 0, again.output
     assert again.rows()[0]["rollout_id"] == newest + 1
 

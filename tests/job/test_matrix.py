@@ -20,8 +20,8 @@ MATRIX = {
 }  # fmt: skip
 
 
-LONG = ("fsdp, 1 rank, an engine of 2",)
-"""One rank and this layout are in other whole runs, too."""
+LONG = ("megatron, DP 2, 2 engines", "fsdp, 1 rank, an engine of 2")
+"""What is different here is in other whole runs, too."""
 
 
 @pytest.mark.parametrize(

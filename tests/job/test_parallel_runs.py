@@ -39,14 +39,8 @@ def check(done, rollouts=4):
     assert rewards[-1] > rewards[0] + 0.1, (rewards, done.output)
 
 
-LONG = "TP 2 with SP and PP 2, disaggregated"
-"""Four ranks and two engines on two cores take minutes."""
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [pytest.param(flags, id=name, marks=[pytest.mark.long] * (name == LONG)) for name, flags in LAYOUTS.items()],
-)
+@pytest.mark.long  # minutes on two cores; the numbers of these layouts: tests/training/test_parallelism.py
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_model_over_several_ranks_trains_in_a_whole_run(tmp_path, flags):
     check(train(tmp_path, check_weight_update_equal=True, num_rollout=4, timeout_s=580, **flags))
 

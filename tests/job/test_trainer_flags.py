@@ -49,14 +49,14 @@ def _check_traces(run_dir):
 
 
 def test_engines_can_keep_their_weights(tmp_path):
-    """They answer as they did before: with greedy sampling the same rewards again and again."""
-    flags = {"num_rollout": 3, "rollout_temperature": 0.0, "rollout_batch_size": 4, "n_samples_per_prompt": 2}
+    """They answer as they did before: with greedy sampling the same rewards again."""
+    flags = {"num_rollout": 2, "rollout_temperature": 0.0, "rollout_batch_size": 4, "n_samples_per_prompt": 2}
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{n} plus {n}?", "label": "0"}) + "\n" for n in range(4)))
     done = train(tmp_path, **flags, colocate=True, rollout_num_gpus=None, debug_skip_weight_update=True, lr=1e-1)
     assert done.code == 0, done.output
-    first, *later = done.rewards()
-    assert later == [pytest.approx(first)] * 2
+    first, second = done.rewards()
+    assert second == pytest.approx(first)
     assert not any("perf/update_weights/send_time" in row for row in done.rows())
 
 

@@ -17,8 +17,10 @@ from miles.backends.training_utils.storages import CannotSleep
 MIB = 1 << 20
 
 
-def rss():
-    return psutil.Process().memory_info().rss
+def held():
+    """Memory that this process holds, also what the machine has swapped out."""
+    info = psutil.Process().memory_full_info()
+    return info.rss + info.swap
 
 
 def state_of(backend):
@@ -46,7 +48,7 @@ def sleep_and_wake(path, directory, changed, level):
     next(backend.model.parameters()).detach().view(
         torch.uint8
     ).numpy()  # as a weight update may: the storage can be resized no more
-    awake = rss()
+    awake = held()
     if level == 3:  # the order of a colocated iteration
         backend.sleep(1)
         assert_same(
@@ -55,7 +57,7 @@ def sleep_and_wake(path, directory, changed, level):
         )
     backend.sleep(min(level, 2))
     backend.sleep(min(level, 2))  # already
-    asleep = rss()
+    asleep = held()
     opened = open_files(directory)
     names = os.listdir(directory) if Path(directory).exists() else []
     backend.wake_up()
