@@ -53,7 +53,8 @@ def test_a_data_source_gets_one_call_at_a_time_and_may_call_back(tmp_path):
             self.inside += 1
             self.most = max(self.most, self.inside)
             found = call(*args)
-            os.sched_yield()  # others may come in here, if they may at all
+            for _ in range(100):
+                os.sched_yield()  # others may come in here, if they may at all
             self.inside -= 1
             return found
 
@@ -68,7 +69,7 @@ def test_a_data_source_gets_one_call_at_a_time_and_may_call_back(tmp_path):
     tracked = TrackedDataSource(Own(make_args(prompt_data=sums(tmp_path / "p.jsonl"))))
 
     def work(_):
-        for _ in range(30):
+        for _ in range(10):
             tracked.give_back(tracked.get_samples(2), "stale")
 
     with ThreadPoolExecutor(4) as threads:
