@@ -122,10 +122,6 @@ class TrackedDataSource(DataSource):
 
     def give_back(self, groups: Sequence[Group], why: str) -> None:
         """Give groups back, and say why. One that is back already is left alone."""
-        with self._move():
-            self._give_back(groups, why)
-
-    def _give_back(self, groups: Sequence[Group], why: str) -> None:
         with self._lock:
             numbered: dict[int, Group] = {}
             for group in groups:
@@ -134,22 +130,24 @@ class TrackedDataSource(DataSource):
             foreign = [n for n in numbered if n not in self.ledger.open]
             self._apply([Transition("take", n, self.rollout_id, "foreign") for n in foreign])
             self._end(numbered, "give_back", why)
-        self._put_back(list(numbered.values()))
-
-    def _put_back(self, groups: list[Group]) -> None:
-        with self._lock:
-            self._coming_back += groups
+            self._coming_back += numbered.values()
         self._bring_back()
 
     def _bring_back(self) -> None:
-        """Give the data source what comes back, unless another thread is at it: that one does this when it leaves."""
-        while self._coming_back and self._turn.acquire(blocking=False):
+        """Give the data source what comes back, unless another thread calls it or saves it: that one does this when it
+        leaves. Nobody waits here."""
+        while self._coming_back and self._begin_move(waits=False):
             try:
-                with self._lock:
-                    groups, self._coming_back = self._coming_back, []
-                self._add(groups)
+                if not self._turn.acquire(blocking=False):
+                    return
+                try:
+                    with self._lock:
+                        groups, self._coming_back = self._coming_back, []
+                    self._add(groups)
+                finally:
+                    self._turn.release()
             finally:
-                self._turn.release()
+                self._end_move()
 
     def _add(self, groups: list[Group]) -> None:
         if not groups:
@@ -212,8 +210,9 @@ class TrackedDataSource(DataSource):
             seen: set[int] = set()
             for group in groups:
                 number = self._number(group)
-                if number in seen:
-                    continue  # one prompt's samples, given as several groups
+                if number in seen:  # one prompt's samples, given as several groups
+                    self._open[number] = [*self._open[number], *group]
+                    continue
                 seen.add(number)
                 if number not in self.ledger.open:
                     steps.append(Transition("take", number, self.rollout_id, "foreign"))
@@ -231,12 +230,12 @@ class TrackedDataSource(DataSource):
 
     def take_back_open(self, rollout_id: int, why: str) -> int:
         """Groups of a rollout that failed go to the buffer, without what was generated: how many."""
-        with self._move():
-            with self._lock:
-                numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
-                groups = [reset_group(self._open[n]) for n in numbers]
-                self._end(numbers, "give_back", why)
-            self._put_back(groups)
+        with self._lock:
+            numbers = [n for n, of in self.ledger.open.items() if of == rollout_id]
+            groups = [reset_group(self._open[n]) for n in numbers]
+            self._end(numbers, "give_back", why)
+            self._coming_back += groups
+        self._bring_back()
         return len(groups)
 
     def trained(self, rollout_id: int) -> int:
@@ -249,7 +248,8 @@ class TrackedDataSource(DataSource):
 
     def cut(self, save: Callable[[], None], take: Callable[[], T]) -> T:
         """``save`` the data source and ``take`` what is here at one moment: no group moves in between. It waits, on
-        the thread that calls it, until none is being taken or given back."""
+        the thread that calls it, until none is being taken or brought back. Who takes one meanwhile waits; what is
+        given back meanwhile stays here, in what ``take`` finds, and is brought back afterwards."""
         with self._quiet:
             self._quiet.wait_for(lambda: not self._num_moves and not self._is_cutting)
             self._is_cutting = True
@@ -260,19 +260,29 @@ class TrackedDataSource(DataSource):
             with self._quiet:
                 self._is_cutting = False
                 self._quiet.notify_all()
+            self._bring_back()
 
     @contextmanager
     def _move(self) -> Iterator[None]:
-        """A group is taken or given back inside. Moves do not wait for each other, a data source may be slow."""
-        with self._quiet:
-            self._quiet.wait_for(lambda: not self._is_cutting)
-            self._num_moves += 1
+        """A group is taken inside. Moves do not wait for each other, a data source may be slow."""
+        self._begin_move(waits=True)
         try:
             yield
         finally:
-            with self._quiet:
-                self._num_moves -= 1
-                self._quiet.notify_all()
+            self._end_move()
+
+    def _begin_move(self, *, waits: bool) -> bool:
+        with self._quiet:
+            if self._is_cutting and not waits:
+                return False
+            self._quiet.wait_for(lambda: not self._is_cutting)
+            self._num_moves += 1
+        return True
+
+    def _end_move(self) -> None:
+        with self._quiet:
+            self._num_moves -= 1
+            self._quiet.notify_all()
 
     def checkpoint(self) -> tuple[dict[str, Any], list[Group]]:
         """What has to be saved beside the data source: plain values, and groups.

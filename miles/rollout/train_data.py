@@ -190,7 +190,7 @@ def _optional_columns(samples: Sequence[Sample]) -> RolloutBatch:
         columns["metadata"] = [sample.train_metadata or {} for sample in samples]
     if any(sample.multimodal_train_inputs for sample in samples):
         columns["multimodal_train_inputs"] = [sample.multimodal_train_inputs for sample in samples]
-    if all(sample.weight_versions for sample in samples):
+    if any(sample.weight_versions for sample in samples):
         columns["weight_versions"] = [sample.weight_versions for sample in samples]
     return columns
 

@@ -32,6 +32,7 @@ from miles.training.engine_recovery import EngineRecovery
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
 from miles.utils.spans import SpanLog
+from miles_agents.errors import MilesError
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -186,10 +187,15 @@ class TrainingLoop:
         """What the controller, the trainer's first rank and the engines did in this iteration."""
         trace = self.tracking.trace
         trace.add(LOOP, [(*span[:3], {"rollout_id": rollout_id}) for span in watch.spans.take()])
-        trace.add(ENGINES, await self.parts.calls(self.parts.rollout, SOON_S).spans.call_one())
-        if self.parts.trainer is not None:
-            first = self.parts.calls(self.parts.trainer, SOON_S).slice(gpus=0)
-            trace.add(TRAINER, await first.spans.call_one())
+        rollout, trainer = self.parts.rollout, self.parts.trainer
+        tracks = [(ENGINES, self.parts.now(rollout))]
+        if trainer is not None:
+            tracks.append((TRAINER, self.parts.now(trainer).slice(gpus=0)))
+        for track, mesh in tracks:
+            try:
+                trace.add(track, await mesh.options(timeout_s=SOON_S).spans.call_one())
+            except MilesError as error:  # a run is no worse for it, and nobody is woken or begun anew for a picture
+                logger.info("%s is missing in the trace: %s", track, error.what)
 
     def _is_save_asked_for(self) -> bool:
         """``--save-trigger-sentinel``: somebody has put the file there. It goes when the checkpoint is complete."""
@@ -349,9 +355,9 @@ class TrainingLoop:
         trainer = self._needed_trainer()
         await self.parts.calls(self.parts.rollout, LOAD_S).save.call_one(rollout_id, self.config["save"])
         paths = await trainer.save.call(rollout_id)
-        await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
-        if self.parts.recovery is not None:
+        if self.parts.recovery is not None:  # at once: ranks that die from now on begin from here
             await self.parts.recovery.saved(rollout_id)
+        await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
         self.tracking.saved(self.config["save"])
         self.console.say(f"saved {paths.at(gpus=0)}")
         export = None

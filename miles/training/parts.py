@@ -66,6 +66,10 @@ class Parts:
             return self.recovery.calls(mesh.name, timeout_s)
         return mesh.options(timeout_s=timeout_s)
 
+    def now(self, mesh: ActorMesh) -> ActorMesh:
+        """The processes as they are: calls of these do not outlast a death, and begin nobody anew."""
+        return mesh if self.recovery is None else self.recovery.mesh(mesh.name)
+
 
 def placement_requests(config: Mapping[str, Any]) -> list[Request]:
     """What the job needs of nodes: the trainer's ranks and the engines' devices, shared if colocated."""

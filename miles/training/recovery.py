@@ -100,6 +100,10 @@ class Recovery:
         keeper = next(keeper for keeper in self._keepers if keeper.name == name)
         return Lasting(keeper, lambda mesh: mesh.options(timeout_s=timeout_s))
 
+    def mesh(self, name: str) -> OwnedMesh:
+        """The part of that name as it is now, perhaps dead."""
+        return next(keeper.mesh for keeper in self._keepers if keeper.name == name)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Deaths are answered inside."""

@@ -38,6 +38,8 @@ DEFAULT_DEADLINE_S = 4 * 3600.0
 CONNECT_TIMEOUT_S = 10.0
 MAX_BACKOFF_S = 1.0
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_ABSENT = frozenset({0, 502, 503})
+"""No answer at all, or that of a router which has nobody behind it."""
 
 request_scope: ContextVar[str] = ContextVar("request_scope", default="")
 """On whose behalf requests are made: what ``in_flight`` selects by. Tasks inherit it."""
@@ -78,12 +80,13 @@ class HttpClient:
         ``is_restarted``: who dies there is restarted, so that requests wait for that until their deadline."""
         origin = origin_of(url)
         with self._lock:
-            self._keys.pop(origin, None)
             self._successors.pop(origin, None)
             if is_restarted:
                 self._restarted.add(origin)
             if api_key:
-                self._keys[origin] = api_key
+                self._keys[origin] = api_key  # at once: a request that reads it meanwhile must find one
+            else:
+                self._keys.pop(origin, None)
             self._own.add(origin)
 
     def moved(self, origin: str, to: Sequence[str]) -> None:
@@ -154,16 +157,18 @@ class HttpClient:
             except _Passing as trouble:
                 attempt += 1
                 self.retries += 1
-                wait_s = min(MAX_BACKOFF_S, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311
-                is_last = attempt > call.max_retries and not self._waits_for_restart(call)
+                wait_s = backoff_s(attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+                is_last = attempt > call.max_retries and not self._waits_for_restart(call, trouble)
                 if is_last or time.monotonic() + wait_s > call.deadline:
                     raise _failed(call, attempt, trouble) from trouble.__cause__
                 if attempt in (1, 10):
                     logger.warning("%s %s: %s; trying again", call.method, call.url, trouble)
                 await asyncio.sleep(wait_s)
 
-    def _waits_for_restart(self, call: _Call) -> bool:
-        return call.max_retries >= DEFAULT_RETRIES and origin_of(call.url) in self._restarted
+    def _waits_for_restart(self, call: _Call, trouble: _Passing) -> bool:
+        """Nobody is there, or a router says that nobody is: somebody will be. Who answers, and fails, is there."""
+        absent = trouble.status in _ABSENT
+        return absent and call.max_retries >= DEFAULT_RETRIES and origin_of(call.url) in self._restarted
 
     @asynccontextmanager
     async def _tracking(self, rid: str, scope: str) -> AsyncIterator[None]:
@@ -248,6 +253,11 @@ class _Passing(Exception):
         super().__init__(text)
         self.may_run = may_run
         self.status = status
+
+
+def backoff_s(attempt: int) -> float:
+    """How long to wait at most after so many attempts, however many they are."""
+    return min(MAX_BACKOFF_S, 0.05 * float(2 ** min(attempt, 16)))
 
 
 def _answer(call: _Call, status: int, body: bytes) -> Any:

@@ -75,9 +75,9 @@ def kept(path, kind, root, sizes):
         run.backend.wake_up()
     old.keep(4)
     left = old.versions
+    before = {name: tensor.clone() for name, tensor in run.weights().items()}
     with old.in_place(2):
         restored = all(torch.equal(tensor, weights[2][name]) for name, tensor in run.weights().items())
-    before = run.weights()
     same = all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
     old.close()
     run.backend.close()
@@ -161,13 +161,13 @@ def unknown(made_by):
         old.keep(version)
     row = np.zeros(2, np.int64)
     columns = {"weight_versions": [["3"], made_by if dist.get_rank() else ["2"]]}
-    data = RankData([row, row], [1, 1], [], columns, {}, [0, 1], [], [])
+    data = RankData([row, row], [1, 1], [torch.ones(1), torch.ones(1)], columns, {}, [0, 1], [], [])
     old.by_version(data)
 
 
 @pytest.mark.parametrize(("made_by", "told"), [([], "not known"), (["1"], "version 1"), (["default"], "not known")])
 def test_all_ranks_say_whose_weights_are_missing(made_by, told):
-    with pytest.raises(RanksFailed, match="E-TRAIN-030") as failed:
+    with pytest.raises(RanksFailed, match="E-TRAIN-031") as failed:
         run_ranks(2, unknown, made_by)
     assert told in str(failed.value)
 

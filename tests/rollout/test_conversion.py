@@ -96,6 +96,9 @@ async def test_columns_of_train_data():
     assert data["rollout_log_probs"] == [[-0.5] * 3] * 2
     assert data["weight_versions"] == [["3"], ["3", "4"]]
     assert data["metadata"] == [{"a": 1}, {}]
+    samples[1].weight_versions = []  # no engine answered it
+    data = await convert_samples_to_train_data(make_args(), samples)
+    assert data["weight_versions"] == [["3"], []]
     assert "teacher_log_probs" not in data
     samples[0].metadata["raw_reward"], samples[1].metadata["raw_reward"] = 9, 8
     assert (await convert_samples_to_train_data(make_args(), samples))["raw_reward"] == [9, 8]

@@ -18,6 +18,8 @@ from miles.utils.http_utils import (
     RequestFailed,
     RequestRefused,
     _Call,
+    _Passing,
+    backoff_s,
     close_http_client,
     find_available_port,
     get,
@@ -156,10 +158,17 @@ async def test_requests_to_those_that_are_restarted_wait_for_them():
         with pytest.raises(RequestFailed):
             await post(url + "/x", {}, max_retries=1)
         assert http_client().retries == retries + 2
-        assert http_client()._waits_for_restart(call_to(url, DEFAULT_RETRIES))
-        assert not http_client()._waits_for_restart(call_to(url, 1))
-        assert not http_client()._waits_for_restart(call_to("http://elsewhere:1", DEFAULT_RETRIES))
+        waits = http_client()._waits_for_restart
+        nobody, unwell = _Passing("cannot connect", may_run=False), _Passing("HTTP 500", may_run=False, status=500)
+        assert waits(call_to(url, DEFAULT_RETRIES), nobody)
+        assert not waits(call_to(url, 1), nobody)
+        assert not waits(call_to("http://elsewhere:1", DEFAULT_RETRIES), nobody)
+        assert not waits(call_to(url, DEFAULT_RETRIES), unwell)  # somebody is there, and will say so again
         assert await post(url + "/x", {}) == {"n": 5}
+
+
+def test_however_long_it_waits_it_can_count():
+    assert [backoff_s(attempt) for attempt in (1, 2, 10, 2000)] == [0.1, 0.2, 1.0, 1.0]
 
 
 def target(name, url):

@@ -77,3 +77,35 @@ def test_a_data_source_gets_one_call_at_a_time_and_may_call_back(tmp_path):
     assert tracked.inner.most == 1
     assert {group[0].group_index for group in tracked.inner.buffer} == tracked.ledger.returned
     assert not tracked.ledger.open
+
+
+def test_what_is_given_back_while_a_state_is_saved_waits_for_nobody(tmp_path):
+    """The data source's own ``save`` may need the loop that gives groups back."""
+    saving, given = threading.Event(), threading.Event()
+    source = TrackedDataSource(RolloutDataSourceWithBuffer(make_args(prompt_data=sums(tmp_path / "p.jsonl"))))
+    groups = source.get_samples(3)
+
+    def save():
+        saving.set()
+        assert given.wait(30)
+
+    with ThreadPoolExecutor(2) as threads:
+        cut = threads.submit(source.cut, save, source.snapshot)
+        assert saving.wait(30)
+        source.give_back(groups[:2], "stale")
+        taking = threads.submit(source.get_samples, 1)  # this one waits
+        assert source.inner.buffer == []
+        given.set()
+        plain, kept = cut.result(30)
+        taking.result(30)
+    assert plain["ledger"]["returned"]
+    assert numbers(kept) == [0, 1, 2]
+    assert len(source.inner.buffer) + len(source.ledger.open) == 3
+
+
+def test_samples_of_a_prompt_that_are_selected_as_several_groups_are_all_kept(tmp_path):
+    source = TrackedDataSource(RolloutDataSourceWithBuffer(make_args(prompt_data=sums(tmp_path / "p.jsonl"))))
+    [group] = source.get_samples(1)
+    assert len(group) == 2
+    source.select([group[:1], group[1:]])
+    assert [len(kept) for kept in source.snapshot()[1]] == [2]

@@ -236,7 +236,9 @@ class Adapters:
     ) -> None:
         self.settings, self.switch, self.base = settings, Switch(), base
         self._model, self._stage, self._parallel = model, stage, parallel
-        plans = {rule.megatron: plan for rule in rules if (plan := Plan.of(rule, settings)) is not None}
+        # Layers that predict further tokens have none: they are trained beside the policy, or not at all.
+        of_layers = [rule for rule in rules if rule.layer is not None]
+        plans = {rule.megatron: plan for rule in of_layers if (plan := Plan.of(rule, settings)) is not None}
         self._plans = plans
         self.checksum = _checksum(model, rules, stage, parallel)
         model.requires_grad_(False)
@@ -245,7 +247,7 @@ class Adapters:
         )
         self._own: dict[str, Adapter] = {}
         for name, rule in stage.local_rules(rules):
-            if rule.megatron in plans and rule.layer is not None:
+            if rule.megatron in plans:
                 self._own[rule.megatron] = self._attach(name, plans[rule.megatron], values)
         _give_gradients_a_way(model)
 

@@ -306,6 +306,8 @@ class EngineFleet:
                 break
             except NoEngineLeft as error:
                 logger.warning("%s; it is made again when one is back", error.what)
+                if version is not None and version <= self._updates.state.version:
+                    version = self._updates.state.version + 1  # all had it, and died before they went on
         await recovery.admit_all()
         return done
 

@@ -137,6 +137,7 @@ class FleetHands:
             await engine.client.close()
             await _stop(engine.service, "it is not needed any more")
             raise
+        self._roster.out.add(name)
         self._roster.put(engine)
         return engine.service
 
@@ -159,6 +160,8 @@ class FleetHands:
                 # When the router is back, it gets to know all that are living, which this one is from now on.
                 self._router_failed(f"{error.what}: {error.evidence}")
                 break
+        if roster.has_ended(engine):
+            return None  # it was taken out meanwhile, and its name is its successor's
         roster.out.discard(name)
         return self._updates.state.version
 

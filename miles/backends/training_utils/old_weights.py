@@ -93,7 +93,13 @@ class OldWeights:
             NoOldWeights: On all ranks alike.
         """
         found = [_version(said) for said in data.columns.get("weight_versions", [()] * len(data))]
-        own = [_UNKNOWN if version is None else str(version) for version in found]
+        # One without a trained token may not have been generated at all: its log-probs count for nothing.
+        trained = [bool(mask.any()) for mask in data.loss_masks]
+        newest = str(max(self._snapshots, default=0))
+        own = [
+            str(version) if version is not None else _UNKNOWN if is_trained else newest
+            for version, is_trained in zip(found, trained, strict=True)
+        ]
         told = all_gather_text(" ".join(sorted(set(own))), self._device)
         everywhere = {version for text in told for version in text.split()}
         unknown = sorted(everywhere - {str(version) for version in self._snapshots})

@@ -80,6 +80,7 @@ class Losses:
                 return output
             reduce = Reducer(batch, step, per_token=self.settings.per_token)
             further = further_tokens_loss(batch, reduce, self.settings, self.parallel)
+            batch.further_logits = []  # the batch stays until the step ends: its logits need not
             total = output.loss + self.settings.mtp_factor * further
             return LossOutput(total, output.metrics | {"mtp_loss": further.detach()})
 
