@@ -258,6 +258,7 @@ ONLY_TRAINER = (
     "custom_model_provider_path rollout_data_postprocess_path mfu_peak_tflops "
     "log_params_norm use_opsm opsm_delta kl_coef gamma lambd value_clip num_critic_only_steps critic_load critic_save "
     "critic_lr critic_lr_warmup_iters opd_kl_coef opd_teacher_load use_routing_replay lora_rank ref_update_interval "
+    "mtp_num_layers enable_mtp_training "
     "optimizer_cpu_offload overlap_cpu_optimizer_d2h_h2d "
 )
 ONLY_ENGINES = (

@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,17 +225,22 @@ class TrainingLoop:
         """Wait for a call of the rollout manager, showing how far it is. Engines that come back get weights."""
         called = asyncio.ensure_future(_awaited(call))
         task = asyncio.ensure_future(self.engines.result_of(called))
-        progress = self.parts.calls(self.parts.rollout, 30.0).progress
         try:
             with self.console.phase(phase):
                 while self.console.has_bars and not task.done():
                     await asyncio.wait({task}, timeout=_POLL_S)
                     if not task.done():
-                        self.console.show(await progress.call_one())
+                        await self._show_progress()
                 return await task
         finally:
             task.cancel()
             called.cancel()
+
+    async def _show_progress(self) -> None:
+        """Whatever comes of it: what ends the run is the call itself."""
+        rollout = self.parts.now(self.parts.rollout).options(timeout_s=30.0)
+        with suppress(MilesError):
+            self.console.show(await rollout.progress.call_one())
 
     async def _train(self, rollout_id: int, refs: list[Any], watch: Stopwatch) -> dict[str, float]:
         trainer, fleet = self._needed_trainer(), self.parts.fleet

@@ -58,6 +58,7 @@ def test_layers_are_named_as_hugging_face_or_megatron_does(targets, excluded, wa
         ("--lora-rank 4", FACTS, "--target-modules", "needs it"),
         ("--lora-rank 4 --target-modules q_proj,lm_head", FACTS, "--target-modules", "lm_head"),
         (f"{LORA} --exclude-modules router", FACTS, "--exclude-modules", "router"),
+        (f"{LORA} --use-fault-tolerance --load L --finetune", WHOLE, "--load", "as --ref-load"),
         (f"{LORA} --use-kl-loss --ref-update-interval 2", FACTS, "--ref-update-interval", "which does not move"),
         (f"{LORA} --exclude-modules all-linear", FACTS, "--exclude-modules", "no layer"),
         (f"{LORA} --lora-adapter-path A", replace(FACTS, adapter_error="it has no x"), "--lora-adapter-path", "no x"),
