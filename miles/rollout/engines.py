@@ -45,12 +45,15 @@ class Engines:
         ``are_restarted``: those that die are started again, and requests wait for that."""
         self.targets, self.router_url = list(targets), router_url.rstrip("/")
         client = http_client()
+        router = [origin_of(router_url)] if router_url else []
+        now = [origin_of(target.url) for target in targets]
         if router_url:
             client.register(router_url, api_key, is_restarted=are_restarted)
-            _move(self._routers, [origin_of(router_url)])
         for target in targets:
             client.register(target.url, target.api_key, is_restarted=are_restarted)
-        _move(self._engines, [origin_of(target.url) for target in targets])
+        in_use = {*router, *now}
+        _move(self._routers, router, in_use)
+        _move(self._engines, now, in_use)
 
     def owns(self, url: str) -> bool:
         """Whether this is, or was, an address of the router or of an engine."""
@@ -82,9 +85,9 @@ class Engines:
             await asyncio.sleep(ABORT_AGAIN_S)
 
 
-def _move(known: set[str], now: list[str]) -> None:
+def _move(known: set[str], now: list[str], in_use: set[str]) -> None:
     """``known`` are all that there were. While there are none, requests are repeated where they were sent to."""
-    for origin in known - set(now) if now else ():
+    for origin in known - in_use if now else ():
         http_client().moved(origin, now)
     known.update(now)
 

@@ -18,7 +18,7 @@ HELD = {"model.a.weight": torch.ones(3), "model.b.weight": torch.zeros(2), "rota
 def fleet_of(client, skip):
     config = {"check_weight_update_skip_list": skip}
     engine = SimpleNamespace(client=client)
-    return SimpleNamespace(_config=config, _living=[engine], weight_version=3)
+    return SimpleNamespace(_config=config, _roster=SimpleNamespace(living=[engine]), weight_version=3)
 
 
 @pytest.fixture

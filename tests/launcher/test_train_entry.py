@@ -188,9 +188,9 @@ class TestResolvingProcess:
 
 def test_user_code_is_found_where_the_command_is_given_and_beside_the_script(place):
     (place / "here").mkdir()
-    (place / "here" / "mine_here.py").write_text("")
+    (place / "here" / "mine_here.py").write_text("def rm(args, sample):\n    return 0.0\n")
     (place / "script").mkdir()
-    (place / "script" / "mine_beside.py").write_text("")
+    (place / "script" / "mine_beside.py").write_text("def keep(args, samples):\n    return True\n")
     script = place / "script" / "run.py"
     script.write_text(
         "import sys, miles_launcher.train as train\n"

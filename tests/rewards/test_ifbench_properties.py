@@ -42,12 +42,13 @@ def test_checks_of_any_text_with_packages(text):
 
 @pytest.mark.full
 @pytest.mark.parametrize("piece", LONG)
-def test_checks_of_long_texts_take_time_in_proportion(piece):
+def test_checks_of_long_texts_end(piece):
+    """What backtracks, or compares all with all, takes minutes."""
     text = (piece * LENGTH)[:LENGTH]
     slow = []
     for check, arguments in CHECKS:
         began = time.process_time()
         check(text, **arguments)
-        if (took := time.process_time() - began) > 0.5:
+        if (took := time.process_time() - began) > 10.0:
             slow.append((check.__name__, took))
     assert not slow
