@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from miles.tracking.metrics_file import eval_means
+
 _STEP_FIELDS = (
     ("rollout/raw_reward", "reward", 3),
     ("train/loss", "loss", 4),
@@ -111,7 +113,7 @@ class RunConsole:
 
     def evaluated(self, rollouts_done: int, metrics: Mapping[str, float]) -> None:
         """The line of an evaluation."""
-        means = {name: value for name, value in metrics.items() if _is_mean(name)}
+        means = {name: metrics[name] for name in eval_means(metrics)}
         text = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in means.items())
         self.say(f"eval after {rollouts_done} rollouts: {text}")
 
@@ -119,7 +121,7 @@ class RunConsole:
         self, first: Mapping[str, float], last: Mapping[str, float], examples: Sequence[Mapping[str, Any]]
     ) -> None:
         """What the run has done for each evaluation set, and a few answers of the trained model."""
-        names = [name for name in last if _is_mean(name)]
+        names = eval_means(last)
         if names:
             table = Table("held-out set", "before", "after", title="Mean reward", title_justify="left")
             for name in names:
@@ -132,10 +134,6 @@ class RunConsole:
                 cells = [_short(one.get(key)) for key in ("prompt", "response", "label", "reward")]
                 table.add_row(*(Text(cell) for cell in cells))
             self.console.print(table)
-
-
-def _is_mean(name: str) -> bool:
-    return name.startswith("eval/") and name.count("/") == 1 and "-" not in name
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -12,10 +12,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from miles.tracking.tracker import EVAL_AXIS
 from miles_agents.run_files import UnusableRunDirectory
 
 logger = logging.getLogger(__name__)
@@ -96,3 +97,10 @@ def _plain(value: float) -> float | int | str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def eval_means(names: Iterable[str]) -> list[str]:
+    """Of the metrics of an evaluation the mean rewards, ``eval/NAME`` by set: not the trackers' axis, and not what else
+    is told of a set (``eval/NAME-truncated_ratio``). A set's own name may have hyphens."""
+    flat = [name for name in names if name.startswith("eval/") and name.count("/") == 1 and name != EVAL_AXIS]
+    return [name for name in flat if not any(name.startswith(f"{other}-") for other in flat)]

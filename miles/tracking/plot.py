@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from miles.tracking.metrics_file import FILE_NAME, read_metrics
+from miles.tracking.metrics_file import FILE_NAME, eval_means, read_metrics
 
 PLOT_NAME = "reward.png"
 REWARD = "rollout/raw_reward"
@@ -49,14 +49,10 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[tuple[float, floa
         (row["rollout_id"], row[REWARD]) for row in rows if row["event"] == "rollout" and row.get(REWARD) is not None
     ]
     found = [("training", training, "-")] if training else []
-    for name in dict.fromkeys(name for row in rows if row["event"] == "eval" for name in _eval_sets(row)):
+    for name in dict.fromkeys(name for row in rows if row["event"] == "eval" for name in eval_means(row)):
         points = [(row["rollouts_done"], row[name]) for row in rows if row.get(name) is not None]
         found.append((name, points, "o-"))
     return found
-
-
-def _eval_sets(row: dict[str, Any]) -> list[str]:
-    return [name for name in row if name.startswith("eval/") and name.count("/") == 1 and "-" not in name]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 
 from miles.tracking.console import RunConsole
-from miles.tracking.metrics_file import MetricsFile, read_metrics
+from miles.tracking.metrics_file import MetricsFile, eval_means, read_metrics
 from miles.tracking.plot import curves
 
 
@@ -18,7 +18,7 @@ def written(tmp_path):
     file.write("eval", 0, 0, {"eval/sums": 0.4, "eval/sums-truncated_ratio": 0.1, "perf/eval_time": 1.0})
     file.write("rollout", 0, 1, {"rollout/raw_reward": 0.3, "train/loss": math.nan})
     file.write("rollout", 1, 2, {"rollout/raw_reward": 0.5})
-    file.write("eval", 1, 2, {"eval/sums": 0.6, "eval/sums/response_len/mean": 9.0})
+    file.write("eval", 1, 2, {"eval/sums": 0.6, "eval/sums/response_len/mean": 9.0, "eval/step": 1.0})
     file.close()
     return file.path
 
@@ -60,6 +60,11 @@ def test_the_plot_has_a_curve_for_training_and_one_for_each_set(tmp_path):
         ("training", [(0, 0.3), (1, 0.5)]),
         ("eval/sums", [(0, 0.4), (2, 0.6)]),
     ]
+
+
+def test_a_set_may_have_hyphens_in_its_name():
+    told = ["eval/gsm-8k-truncated_ratio", "eval/step", "eval/gsm-8k/response_len/mean", "perf/eval_time"]
+    assert eval_means(["eval/gsm-8k", *told]) == ["eval/gsm-8k"]
 
 
 def test_the_plot_is_a_picture_also_of_a_run_without_metrics(tmp_path):
