@@ -50,10 +50,10 @@ def segments_anywhere() -> list[str]:
         try:
             if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 continue
-            for entry in os.scandir(f"/proc/{pid}/fd"):
-                target = os.readlink(entry.path)
-                if "memfd:miles-store" in target:
-                    found.append(f"pid {pid}: {target} {os.stat(entry.path).st_blocks} blocks")
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                path = f"/proc/{pid}/fd/{fd}"
+                if "memfd:miles-store" in (target := os.readlink(path)):
+                    found.append(f"pid {pid}: {target} {os.stat(path).st_blocks} blocks")
             maps = Path(f"/proc/{pid}/maps").read_text()
             found += [f"pid {pid}: mapping" for line in maps.splitlines() if "memfd:miles-store" in line]
         except OSError:
