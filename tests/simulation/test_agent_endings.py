@@ -204,3 +204,39 @@ def test_what_fails_in_the_background_costs_neither_the_node_nor_a_death(broken)
 
 def fail(*args, **kwargs):
     raise OSError("Is a directory")
+
+
+def test_an_agent_that_is_told_to_end_before_its_welcome_comes_says_goodbye_all_the_same():
+    async def story():
+        async with SimulatedCluster(1, join=False, latency_s=0.3) as cluster:
+            node = cluster.nodes["node-0"]
+            node.start()
+            await cluster.event("node_joined")
+            began = cluster.now
+            assert node.agent.orders is None, "its WELCOME is under way"
+            node.agent.end(Fence("SIGTERM received", orderly=True))
+            at, gone = await cluster.event("node_gone")
+            assert gone.text == "it said goodbye: SIGTERM received"
+            assert at - began < 2.0
+            await node.wait_ended(timeout_s=5.0)
+            assert not node.is_running and not cluster.events("node_dead")
+
+    simulate(story)
+
+
+@pytest.mark.parametrize("is_cut_off", [True, False])
+def test_an_agent_that_nobody_answers_ends_soon_when_it_is_told_to(is_cut_off):
+    async def story():
+        async with SimulatedCluster(1, join=False) as cluster:
+            if is_cut_off:
+                cluster.partition("node-0")
+            else:
+                cluster.partition("node-0", towards="node")
+            node = cluster.nodes["node-0"]
+            node.start()
+            await asyncio.sleep(0.5)
+            node.agent.end(Fence("SIGTERM received", orderly=True))
+            await node.wait_ended(timeout_s=2.0)
+            assert not node.is_running
+
+    simulate(story)

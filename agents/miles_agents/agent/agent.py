@@ -23,7 +23,7 @@ from typing import Any
 from miles_agents.agent import lease as leases
 from miles_agents.agent.background import Background
 from miles_agents.agent.errors import AgentRefused, ControllerUnreachable
-from miles_agents.agent.farewell import say_goodbye
+from miles_agents.agent.farewell import GOODBYE_S, say_goodbye
 from miles_agents.agent.lease import BeatAnswered, BeatSent, Fence, Lease, LinkDown, LinkUp, StdinClosed, Tick
 from miles_agents.agent.log_forward import LogForwarder
 from miles_agents.agent.logs import OpenTail
@@ -218,7 +218,7 @@ class Agent:
         self._finish(fence)
 
     async def _join(self) -> bool:
-        """Until WELCOME; False if this life is over before."""
+        """Until WELCOME; False if this life is over before, and the controller does not count on this node."""
         joined = self.loop.create_task(self._joined.wait())
         waits: set[asyncio.Future[Any]] = {joined, self._over}
         try:
@@ -226,6 +226,9 @@ class Agent:
                 while not self._joined.is_set() and not self._over.done():
                     self.link.beat({})  # says HELLO again where the first was lost
                     await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if not self._joined.is_set() and self.link.has_greeted:
+                # Its WELCOME can be under way. Without a goodbye the controller would wait for the end of the lease.
+                await asyncio.wait([joined], timeout=GOODBYE_S)
         except TimeoutError:
             if self._turned_away:
                 reason = f"{self._turned_away}; it was asked for {self.parts.join_timeout_s:g} s"

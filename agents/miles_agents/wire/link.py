@@ -347,12 +347,18 @@ class LinkDialer(Link):
         self._welcomed = False
         self._refused = False
         self._greeted_at = -1e9
+        self._has_greeted = False
         self._num_beats = 0
 
     @property
     def is_welcome(self) -> bool:
         """Whether the acceptor ever accepted this session, and has not refused it since."""
         return self._welcomed and not self._refused
+
+    @property
+    def has_greeted(self) -> bool:
+        """Whether a HELLO was sent that the acceptor may have accepted, or may still accept."""
+        return self._has_greeted and not self._refused
 
     def beat(self, facts: dict[str, Any]) -> int:
         """Send a beat (or HELLO again, if the acceptor has not answered); returns the beat's id."""
@@ -420,7 +426,7 @@ class LinkDialer(Link):
         with self.boundary("saying HELLO"):
             hello = {**self._hello(), "received": self.peer.session.received, "welcomed": self._welcomed}
             frame = wire.pack_frame(wire.HELLO, self.peer.session.session_id, 0, 0, hello)
-            self.transport.send(DIALED, [frame])
+            self._has_greeted |= self.transport.send(DIALED, [frame])
 
     def _on_welcome(self, frame: Frame) -> None:
         welcome = frame.payload
