@@ -296,9 +296,11 @@ class TrainingLoop:
         if fleet is not None and not self.config.get("debug_skip_weight_update"):
             before = fleet.targets
             send = self._sender(timings)
-            version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
+            version = await fleet.weight_update(send, version=self._next_version())
             self._has_newer_weights = False
             await self.rollout.set_weight_version.call_one(version)
+            if self.parts.recovery is not None:
+                self.parts.recovery.next_version = 0
             if fleet.targets != before and fleet.recovery is None:
                 await self._use_fewer_engines(before)
         return timings
@@ -320,14 +322,34 @@ class TrainingLoop:
         if self.parts.fleet is not None:
             await self.parts.fleet.catch_up(self._sender({}))
 
-    async def _update_at_once(self) -> None:
-        """No engine serves, and those that have come back wait for weights that only an update can give."""
+    def _next_version(self) -> int:
+        fleet = self.parts.fleet
+        return max(0 if fleet is None else fleet.weight_version, self.parts.weight_version) + 1
+
+    async def _update_at_once(self) -> bool:
+        """No engine serves, and those that have come back wait for weights that only an update can give.
+
+        False: it must not be, since a rollout that was judged by the weights of now is on its way here."""
         if self.trainer is None or self.parts.fleet is None:
-            return
+            return False
+        if not await self._announced(self._next_version()):
+            return False
         if self.config["offload_train"]:
             await self.parts.fleet.release()
             await self.trainer.wake_up.call()
         await self._update_weights(Stopwatch())
+        return True
+
+    async def _announced(self, version: int) -> bool:
+        """The rollout manager judges by this version from now on; so does its successor, if it dies before the update.
+        False: it does not."""
+        recovery = self.parts.recovery
+        if recovery is not None:
+            recovery.next_version = version
+        may_be: bool = await self.rollout.may_become.call_one(version)
+        if recovery is not None and not may_be:
+            recovery.next_version = 0
+        return may_be
 
     async def _use_fewer_engines(self, before: list[EngineTarget]) -> None:
         """Some engines failed in the update and are fenced: requests go to the others."""

@@ -56,6 +56,7 @@ class Loop:
         self.done.append(what)
         await self.may_end.wait()
         self.fleet.become(self.fleet.num_serving + self.fleet.num_waiting, 0)
+        return True
 
     async def tell(self, targets, url, key):
         if self.fails:
