@@ -28,7 +28,7 @@ from miles.utils.types import Sample
 from support.rollout_cases import make_args
 
 GROUP = 2
-TARGET = 2
+TARGET = 3
 TURNS = 60
 """Passes of the loop after which nothing goes on by itself: there is no other thread, and no clock."""
 
@@ -89,6 +89,13 @@ class EnginesAndTrainer:
         token = next(self._tokens)
         self.made_by[token] = self.version
         request.tokens.append(token)
+
+    def finish_group(self, which: int) -> None:
+        """All that is under way of one prompt is answered."""
+        number = self.requests[which % len(self.requests)].sample.group_index
+        for request in [r for r in self.requests if r.sample.group_index == number]:
+            self.work(request)
+            request.ends.set_result("stop")
 
     async def generate(self, input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002 - the name tells the form
         """As an engine answers: what it made so far also when it aborts, and spans if several weights made it."""

@@ -129,6 +129,21 @@ class RankData:
         self.loss_masks = [torch.as_tensor(mask).float() for mask in changed["loss_masks"]]
         self.columns = {name: list(v) for name, v in changed.items() if name not in fixed | {"loss_masks"}}
 
+    def packed(self, samples: Sequence[int]) -> list[list[int]]:
+        """Micro-batches of some of the samples for a pass without gradient. None has more tokens, or more samples, than
+        the largest of ``forward`` has: what fits there, fits here."""
+        most_tokens = max((sum(self.total_lengths[i] for i in of) for of in self.forward), default=0)
+        most_samples = max((len(of) for of in self.forward), default=0)
+        wanted, found = set(samples), list[list[int]]()
+        left = 0
+        for i in (i for of in self.forward for i in of if i in wanted):
+            if not found or self.total_lengths[i] > left or len(found[-1]) == most_samples:
+                found.append([])
+                left = most_tokens
+            found[-1].append(i)
+            left -= self.total_lengths[i]
+        return found
+
     def micro_batch(
         self, samples: Sequence[int], device: torch.device, names: Iterable[str] = (), *, routed: bool = False
     ) -> MicroBatch:
