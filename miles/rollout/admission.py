@@ -43,7 +43,7 @@ class Admission:
         return self.bound is not None and self.age(group) > self.bound
 
     def admit(self, rollout_id: int, groups: Sequence[Group]) -> list[Group]:
-        """A rollout's groups go to the trainer, if none of them is too old. Those that are; then nothing has changed."""
+        """A rollout's groups go to the trainer, if none is too old. Those that are; then nothing has changed."""
         too_old = [group for group in groups if self.is_too_old(group)]
         if not too_old:
             self.under_way = rollout_id

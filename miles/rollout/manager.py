@@ -265,8 +265,8 @@ class RolloutManager(Actor):
 
     @endpoint
     async def may_become(self, version: int) -> bool:
-        """Weights are about to become ``version`` although a rollout may be under way. False: they must not, because one
-        was judged by those of now, and is handed over; it has to be trained on first."""
+        """Weights are about to become ``version`` although a rollout may be under way. False: they must not, because
+        one was judged by those of now, and is handed over; it has to be trained on first."""
         return self._needed().source.may_become(version)
 
     def _oldest_version(self) -> int | None:

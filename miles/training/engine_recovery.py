@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _TELL_S = 60.0
 _TELL_AGAIN_S = 1.0
-_ASK_AGAIN_S = 1.0
 
 
 class EngineRecovery:
@@ -40,6 +39,7 @@ class EngineRecovery:
         update: An ordinary weight update, whatever else it needs. False: it must not be made now.
         can_catch_up: Whether the trainer has the engines' weights, and has them in memory.
         say: Shows a line to the person.
+        ask_again_s: After an update that must not be made now.
     """
 
     def __init__(
@@ -50,12 +50,14 @@ class EngineRecovery:
         update: Callable[[], Awaitable[bool]],
         can_catch_up: Callable[[], bool],
         say: Callable[[str], None] = logger.info,
+        ask_again_s: float = 1.0,
     ) -> None:
         self._parts = parts
         self._catch_up = catch_up
         self._update = update
         self._can_catch_up = can_catch_up
         self._say = say
+        self._ask_again_s = ask_again_s
 
     @property
     def _recovery(self) -> Any:
@@ -67,7 +69,7 @@ class EngineRecovery:
             if self._can_catch_up():
                 await self._catch_up()
             elif not await self._update():
-                await asyncio.wait({task}, timeout=_ASK_AGAIN_S)
+                await asyncio.wait({task}, timeout=self._ask_again_s)
         return await task
 
     async def until_update(self, task: asyncio.Task[Any]) -> None:

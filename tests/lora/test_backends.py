@@ -8,8 +8,8 @@ from support.lora_runs import Run
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
-from miles.backends.training_utils.checkpoints import commit_checkpoint
 from miles.backends.lora.files import read_adapter as ours
+from miles.backends.training_utils.checkpoints import commit_checkpoint
 
 pytestmark = pytest.mark.full
 SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

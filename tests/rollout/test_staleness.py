@@ -116,8 +116,8 @@ class FullyAsync(RuleBasedStateMachine):
         self.life.source.weights_are(self.world.version)
 
     @precondition(lambda self: self.life.is_shipped and not self.world.announced)
-    @rule()
-    def it_is_trained_on(self):
+    @rule(hears=st.booleans())
+    def it_is_trained_on(self, hears=True):
         world, (numbers, tokens) = self.world, self.life.batch
         assert len(numbers) == TARGET
         ages = [world.version - min(world.made_by[token] for token in of) for of in tokens]
@@ -125,9 +125,12 @@ class FullyAsync(RuleBasedStateMachine):
         assert not set(numbers) & set(world.trained), "a group is trained on twice"
         world.trained += numbers
         world.num_trained_rollouts += 1
+        self.is_asked, self.may_update = False, True
+        if not hears:
+            self.it_dies()
+            return
         self.life.batch, self.life.is_shipped = None, False
         self.life.source.trained(self.rollout_id - 1)
-        self.is_asked, self.may_update = False, True
 
     # -- the rollout manager
 
@@ -174,7 +177,7 @@ class FullyAsync(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     def nothing_is_lost(self):
-        """What was taken until now is trained on, if engines answer and the run goes on; or is filtered, and counted."""
+        """What was taken until now is trained on, if engines answer and the run goes on; or filtered, and counted."""
         ledger = self.life.source.ledger
         waiting, num_filtered = set(ledger.open) | ledger.returned, ledger.num_filtered
         for _ in range(ENOUGH_ROLLOUTS):

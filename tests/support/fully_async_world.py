@@ -1,5 +1,5 @@
-"""For tests of fully asynchronous training: engines, trainer and disk as a test decides, around the real producer, buffer,
-admission, ledger, journal and recovery of a rollout manager. Nothing happens between two orders of the test."""
+"""For tests of fully asynchronous training: engines, trainer and disk as a test decides, around the real producer,
+buffer, admission, ledger, journal and recovery of a rollout manager. Nothing happens between two orders of the test."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class AtOnce(ThreadPoolExecutor):
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result sees it
+        except BaseException as error:
             future.set_exception(error)
         return future
 
