@@ -1,6 +1,7 @@
 """Fully asynchronous: whatever happens to engines, weights and the rollout manager, nothing is trained on that is older
 than the bound, nothing is lost, nothing is trained on twice."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +24,8 @@ from miles.utils.types import Sample
 
 VERSION = 9
 ENOUGH_ROLLOUTS = 40
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""What is written here is made durable again and again; no machine dies in these tests."""
 WHICH = st.integers(0, 11)
 
 
@@ -48,7 +51,7 @@ class FullyAsync(RuleBasedStateMachine):
 
     @initialize(bound=st.sampled_from([0, 0, 1, 2]), handler=st.sampled_from(["retry", "drop"]))
     def begin(self, bound, handler):
-        self.directory, self.bound, self.handler = Path(tempfile.mkdtemp()), bound, handler
+        self.directory, self.bound, self.handler = Path(tempfile.mkdtemp(dir=MEMORY)), bound, handler
         self.world = EnginesAndTrainer()
         self.is_asked = self.may_update = False
         self.num_failed = 0
@@ -135,9 +138,11 @@ class FullyAsync(RuleBasedStateMachine):
     # -- the rollout manager
 
     @precondition(lambda self: self.life.call is not None and self.life.call.done())
-    @rule()
-    def its_groups_are_selected(self):
+    @rule(is_written=st.sampled_from([True, True, False]))
+    def its_groups_are_selected(self, is_written=False):
         self.life.select()
+        if is_written:
+            self.life.ship(self.rollout_id)
 
     @precondition(lambda self: self.life.batch is not None and not self.life.is_shipped)
     @rule()
@@ -203,7 +208,7 @@ class FullyAsync(RuleBasedStateMachine):
 
 
 TestFullyAsync = FullyAsync.TestCase
-TestFullyAsync.settings = settings(max_examples=15, stateful_step_count=50, deadline=None)
+TestFullyAsync.settings = settings(max_examples=12, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +249,33 @@ def test_what_was_finished_before_an_update_in_the_middle_of_a_call_is_judged_af
     assert not source.may_become(3)
     source.trained(0)
     assert source.may_become(3)
+
+
+def test_weights_stay_for_a_batch_that_a_successor_gives_again(tmp_path):
+    world = EnginesAndTrainer()
+    life = ManagerLife(world, tmp_path, bound=0, handler="drop")
+    life.run(life.recovery.begin({}, -1))
+    life.source.weights_are(1)
+    life.generate(0)
+    while not life.call.done():
+        world.finish_group(0)
+        life.settle()
+    life.select()
+    life.ship(0)
+    life.end(dies=True)
+    life = ManagerLife(world, tmp_path, bound=0, handler="drop")
+    try:
+        life.run(life.recovery.restore(-1))
+        life.source.weights_are(1)
+        assert not life.source.may_become(2)
+        life.generate(0)
+        assert life.is_shipped
+        assert not life.source.may_become(2)
+        life.source.trained(0)
+        assert life.source.may_become(2)
+    finally:
+        life.end(dies=False)
+        close_after_life()
 
 
 def test_weights_do_not_change_between_admission_and_training():

@@ -28,7 +28,7 @@ from miles.utils.types import Sample
 from support.rollout_cases import make_args
 
 GROUP = 2
-TARGET = 3
+TARGET = 2
 TURNS = 60
 """Passes of the loop after which nothing goes on by itself: there is no other thread, and no clock."""
 

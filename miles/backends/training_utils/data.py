@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from miles.backends.base import MicroBatch
-from miles.backends.training_utils.routing import COLUMN as ROUTED_EXPERTS
 from miles.backends.training_utils.routing import Routing
+from miles.utils.train_data import ROUTED_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RankData:
         partition: Place of each sample in the rollout.
         steps: Optimizer steps.
         forward: Micro-batches of passes without gradient, over all steps.
-        routed_experts: What engines recorded (``training_utils.routing.COLUMN``), int32 ``[T_i - 1, layers, k]`` each.
+        routed_experts: What engines recorded (``utils.train_data.ROUTED_EXPERTS``), int32 ``[T_i - 1, layers, k]`` each.
         routing: Of the passes of the model that is trained.
     """
 
