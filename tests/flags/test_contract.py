@@ -44,13 +44,12 @@ VALUES = {
     "--mtp-num-layers": ["1"],
     "--profile-target": ["train_overall", "train_actor train_log_probs"],
     "--load-debug-rollout-data": ["D"],
-    **dict.fromkeys(
-        (
-            "--custom-rm-path", "--dynamic-sampling-filter-path", "--buffer-filter-path", "--rollout-sample-filter-path",
-            "--custom-rollout-log-function-path", "--custom-eval-rollout-log-function-path",
-        ),
-        ["json.loads"],
-    ),
+    "--custom-rm-path": ["json.loads"],
+    "--dynamic-sampling-filter-path": ["json.loads"],
+    "--buffer-filter-path": ["json.loads"],
+    "--rollout-sample-filter-path": ["json.loads"],
+    "--custom-rollout-log-function-path": ["json.loads"],
+    "--custom-eval-rollout-log-function-path": ["json.loads"],
 }  # fmt: skip
 """Where those of the kind, or of the contract's list, are not what it takes."""
 NEEDS = {

@@ -44,7 +44,7 @@ class RankData:
         partition: Place of each sample in the rollout.
         steps: Optimizer steps.
         forward: Micro-batches of passes without gradient, over all steps.
-        routed_experts: What engines recorded (``utils.train_data.ROUTED_EXPERTS``), int32 ``[T_i - 1, layers, k]`` each.
+        routed_experts: What engines recorded (``train_data.ROUTED_EXPERTS``), int32 ``[T_i - 1, layers, k]`` each.
         routing: Of the passes of the model that is trained.
     """
 
