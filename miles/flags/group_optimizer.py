@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
 
 GROUP = "optimizer"
-PRECISION = "not built yet: optimizer state in lower precision, which is Transformer Engine's (and needs CUDA)"
+PRECISION = "optimizer state in lower precision is that of Transformer Engine, which needs CUDA and is no package of ours"
 SAMPLES = "the schedule counts optimizer steps: use the flag with iters in its name"
 
 FLAGS: tuple[Flag, ...] = (

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from miles.flags.group_optimizer import PRECISION
+
 MOE = "not built yet: other experts and routers than those of Qwen3-MoE"
 MLA = "not built yet: multi-latent attention"
 MTP = "not built yet: multi-token prediction on a pipeline stage of its own"
@@ -23,7 +25,7 @@ VISION = "not built yet: vision models"
 LOW_PRECISION = "not built yet: FP8 and FP4"
 FLOAT16 = "not built yet: float16 and its loss scaling"
 MUON = "not built yet: the Muon optimizer"
-LOW_STATE = "not built yet: optimizer state in lower precision, which is Transformer Engine's (and needs CUDA)"
+LOW_STATE = PRECISION
 HALF_AWAY = "not built yet: other ways of having the optimizer on the CPU than all of Adam (--optimizer-cpu-offload)"
 ENGINE = "SGLang generates, and has settings of its own: see --sglang-*"
 DATASET = "prompts come from --prompt-data, and are packed as they are"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache, partial
 
 from miles.flags import (
     group_algorithm,
@@ -24,6 +23,7 @@ from miles.flags import (
 )
 from miles.flags.flag import Flag, Plain
 from miles.flags.megatron_names import refused_megatron_flags
+from miles.flags.similar import most_alike
 
 OUR_GROUPS = (
     group_cluster,
@@ -54,14 +54,15 @@ class Table:
             if not flag.older:
                 by_dest.setdefault(flag.dest, flag)
         self.by_dest: Mapping[str, Flag] = by_dest
+        unlikely = {name for name, flag in self.by_name.items() if flag.status == "refused" or flag.older}
+        self._most_alike = lru_cache(maxsize=256)(partial(most_alike, names=self.by_name, unlikely=unlikely))
 
     def nearest(self, name: str) -> str | None:
         """The known name that this one begins, if there is one such name, else the one that looks most like it."""
         begun = [known for known in self.by_name if known.startswith(name)]
         if len(begun) == 1:
             return begun[0]
-        close = difflib.get_close_matches(name, self.by_name, n=1, cutoff=0.7)
-        return close[0] if close else None
+        return self._most_alike(name)
 
     def defaults(self) -> dict[str, Plain]:
         """Default by dest, in the table's order. Left out are the flags of Megatron-LM that are refused, and those of

@@ -3,15 +3,17 @@
 A producer (``group_producer``) keeps engines busy and fills a bounded buffer; a call takes the oldest finished groups
 out of it. Weights change while answers are written, so a group may have tokens of several weight versions. With
 ``--max-weight-staleness K``, no group is given out whose oldest token is more than K versions older than the weights
-that engines have at the call, which are those that it is trained against: older ones are generated again or dropped
-(``--async-unused-samples-handler``). Tokens whose ``Sample.weight_versions`` tells nothing count as made by the weights
-that engines had when the generation of their group began.
+that it is trained against: older ones are generated again or dropped (``--async-unused-samples-handler``). All groups
+of a rollout are judged together when it is complete (``admission``), because weights may change during the call, too,
+and from then on they do not change before it is trained on. Tokens whose ``Sample.weight_versions`` tells nothing
+count as made by the weights that engines had when the generation of their group began.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from miles.rollout.admission import staleness
 from miles.rollout.base_types import (
     Group,
     RolloutFnConstructorInput,
@@ -22,7 +24,7 @@ from miles.rollout.base_types import (
 )
 from miles.rollout.data_buffer import DataBuffer, DataBufferConstructorInput, FifoDataBuffer, buffer_capacity
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
-from miles.rollout.group_producer import GroupProducer, most_in_vain, versions_of
+from miles.rollout.group_producer import GroupProducer, most_in_vain
 from miles.rollout.hooks import load_hook
 from miles.rollout.inference_rollout.inference_rollout_common import GenerateState, SharedGenerateState
 from miles.rollout.inference_rollout.inference_rollout_eval import evaluate
@@ -58,61 +60,66 @@ class FullyAsyncRolloutFn:
                 return await evaluate(self.state, input.rollout_id)
         self.state.weight_version = input.weight_version
         self.state.progress.begin("generate", input.rollout_id, int(self.args.rollout_batch_size))
-        groups = await self._collect(input.weight_version)
+        self.source.weights_are(input.weight_version)
+        groups = await self._collect(input.rollout_id)
         groups.sort(key=lambda group: flat(group)[0].index or 0)
         hook = load_hook(self.args.rollout_sample_filter_path, "--rollout-sample-filter-path")
         if hook is not None:
             await hook(self.args, groups)
-        return RolloutFnTrainOutput(groups, self._metrics(groups, input.weight_version))
+        return RolloutFnTrainOutput(groups, self._metrics(groups))
 
     async def close(self) -> None:
         """The producer ends."""
         await self.producer.close()
 
-    async def _collect(self, version: int | None) -> list[Group]:
-        target, groups, too_old = int(self.args.rollout_batch_size), list[Group](), 0
-        limit = self.args.max_weight_staleness
+    async def _collect(self, rollout_id: int) -> list[Group]:
+        """As many groups as a rollout has. They are admitted: weights stay as they are until they are trained on."""
+        target, groups, num_old = int(self.args.rollout_batch_size), list[Group](), 0
         try:
-            while len(groups) < target:
-                [group] = await self.producer.get(1)
-                if limit is not None and version is not None and staleness(group, version) > int(limit):
-                    self.producer.unused(group, "stale")
-                    too_old += 1
-                    self._check_some_are_fresh(too_old, len(groups))
-                    continue
-                groups.append(group)
-                self.state.progress.finished = len(groups)
+            while True:
+                while len(groups) < target:
+                    groups += await self.producer.get(1)
+                    # Not kept waiting for the rest: it never becomes younger.
+                    num_old += self._without(groups, self.source.too_old(groups))
+                    self._check_some_are_fresh(num_old, len(groups))
+                    self.state.progress.finished = len(groups)
+                too_old = self.source.admit(rollout_id, groups)
+                if not too_old:
+                    return groups
+                num_old += self._without(groups, too_old)
         except BaseException:
             # Nobody trains on them: they wait in the data source, finished as they are.
             self.source.give_back(groups, "failed")
             raise
-        return groups
+
+    def _without(self, groups: list[Group], too_old: list[Group]) -> int:
+        """These are taken out of the rollout's groups: how many."""
+        gone = {id(group) for group in too_old}
+        groups[:] = [group for group in groups if id(group) not in gone]
+        for group in too_old:
+            self.producer.unused(group, "stale")
+        return len(too_old)
 
     def _check_some_are_fresh(self, too_old: int, kept: int) -> None:
         if not kept and too_old >= most_in_vain(self.args):
             raise FilterKeepsNothing(
                 f"all of {too_old} prompt groups were older than --max-weight-staleness allows; none was kept",
                 evidence=f"--max-weight-staleness {self.args.max_weight_staleness}, engines have weight version "
-                f"{self.state.weight_version}",
+                f"{self.source.admission.version}",
                 advice="Raise --max-weight-staleness or --update-weights-interval, or lower "
                 "--async-max-concurrent-samples and --async-data-buffer-capacity-factor.",
             )
 
-    def _metrics(self, groups: list[Group], version: int | None) -> dict[str, Any]:
+    def _metrics(self, groups: list[Group]) -> dict[str, Any]:
         counts, self.producer.counts = self.producer.counts, type(self.producer.counts)()
         metrics: dict[str, Any] = {}
         for name, count in sorted(counts.items()):
             place = "dynamic_filter" if name.startswith("drop_") else "fully_async"
             metrics[f"rollout/{place}/{name}"] = float(count)
-        ages = [] if version is None else [staleness(group, version) for group in groups]
+        admission = self.source.admission
+        ages = [] if admission.version is None else [admission.age(group) for group in groups]
         if ages:
             metrics["rollout/fully_async/staleness/max"] = float(max(ages))
             metrics["rollout/fully_async/staleness/mean"] = sum(ages) / len(ages)
         metrics["rollout/fully_async/under_way"] = float(self.producer.num_under_way)
         return metrics | {f"rollout/fully_async/{name}": n for name, n in self.buffer.get_metrics().items()}
-
-
-def staleness(group: Group, version: int) -> int:
-    """Weight versions between the oldest token of a group and ``version``; 0 if nothing tells which made it."""
-    known = [v for sample in flat(group) for v in versions_of(sample)]
-    return version - min(known) if known else 0

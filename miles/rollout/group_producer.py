@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from miles.rollout.admission import BEGUN_WITH, versions_of
 from miles.rollout.base_types import Group
 from miles.rollout.data_buffer import DataBuffer
 from miles.rollout.engines import EnginesFail
@@ -34,12 +35,10 @@ from miles.rollout.inference_rollout.inference_rollout_train import (
 )
 from miles.rollout.tracked_source import TrackedDataSource, is_complete, reset_group
 from miles.utils.http_utils import http_client, request_scope
-from miles.utils.types import Sample, SampleStatus
+from miles.utils.types import SampleStatus
 
 logger = logging.getLogger(__name__)
 SCOPE = "produce"
-BEGUN_WITH = "begun_weight_version"
-"""In the metadata of samples whose generate function tells no ``weight_versions``."""
 
 
 class GroupProducer:
@@ -253,13 +252,6 @@ class GroupProducer:
         groups = [reset_group(group) for group in self._pending.values()]
         self._pending.clear()
         self.source.give_back(groups, "stopped")
-
-
-def versions_of(sample: Sample) -> list[int]:
-    """Weight versions that made its tokens; if nobody said any, that of the engines when its generation began."""
-    told = [int(version) for version in sample.weight_versions if str(version).isdecimal()]
-    begun = sample.metadata.get(BEGUN_WITH)
-    return told or ([begun] if isinstance(begun, int) else [])
 
 
 def most_in_vain(args: Namespace) -> int:

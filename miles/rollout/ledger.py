@@ -13,7 +13,8 @@ and the open groups.
 
 A group belongs to the rollout that it was taken for, and from its selection on to the one that it was selected for:
 fully asynchronous generation takes groups before it is known which rollout they will be of. A selected group is
-filtered if only some of its samples are trained on.
+filtered if only some of its samples are trained on. With a bound on staleness, no group is selected whose oldest token
+is older.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ class Transition:
         group: The group's number.
         rollout_id: For which rollout.
         why: Source of a taking, reason of a filtering or giving back.
+        age: Of a selection: weight versions between the group's oldest token and the weights it is trained against.
     """
 
     kind: Kind
     group: int
     rollout_id: int
     why: str = ""
+    age: int = 0
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Ledger:
         open: Rollout id of each group that is taken, or selected (then it is in ``selected``, too).
         returned: Groups that are in the buffer.
         reasons: How many groups were filtered, by reason.
+        oldest: The greatest age of a group that was selected.
+        bound: The greatest age of a group that may be selected; None: any. Not part of what is saved: it is the run's.
     """
 
     open: dict[int, int] = field(default_factory=dict)
@@ -71,6 +76,8 @@ class Ledger:
     reasons: Counter[str] = field(default_factory=Counter)
     num_trained: int = 0
     sequence: int = 0
+    oldest: int = 0
+    bound: int | None = field(default=None, compare=False)
 
     @property
     def num_taken(self) -> int:
@@ -101,6 +108,7 @@ class Ledger:
             self.taken[step.why or "fresh"] += 1
         elif step.kind == "select":
             self.selected.add(group)
+            self.oldest = max(self.oldest, step.age)
             self.open[group] = step.rollout_id
         else:
             del self.open[group]
@@ -133,6 +141,8 @@ class Ledger:
             wrong = "it was not selected"
         elif step.kind == "select" and is_selected:
             wrong = "it is selected already"
+        elif step.kind == "select" and self.bound is not None and step.age > self.bound:
+            wrong = f"its oldest token is {step.age} weight versions old, and the bound is {self.bound}"
         elif step.kind == "filter" and not step.why:
             wrong = "no reason is given"
         if wrong:
@@ -165,6 +175,7 @@ class Ledger:
             "reasons": dict(self.reasons),
             "num_trained": self.num_trained,
             "sequence": self.sequence,
+            "oldest": self.oldest,
         }
 
     @classmethod
@@ -179,6 +190,7 @@ class Ledger:
             reasons=Counter(plain["reasons"]),
             num_trained=int(plain["num_trained"]),
             sequence=int(plain["sequence"]),
+            oldest=int(plain.get("oldest", 0)),
         )
 
     def closed(self, why: str, kept: Collection[int] = ()) -> Ledger:

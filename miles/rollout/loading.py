@@ -60,6 +60,8 @@ def load_all(args: Namespace) -> Loaded:
     for name in _HOOK_FLAGS:
         load_hook(getattr(args, name), "--" + name.replace("_", "-"))
     source = TrackedDataSource(_data_source(args))
+    if args.fully_async:
+        source.bound_staleness(args.max_weight_staleness)
     made_with = RolloutFnConstructorInput(args, source)
     if args.load_debug_rollout_data:
         rollout = Hook("--load-debug-rollout-data", args.load_debug_rollout_data, lambda _: None)

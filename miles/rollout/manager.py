@@ -122,6 +122,7 @@ class RolloutManager(Actor):
         """
         self.set_engines_now(targets, router_url, api_key)
         self._loaded = await asyncio.wrap_future(self._loading)
+        self._loaded.source.weights_are(self.weight_version)
         self.progress_now.begin("idle", -1)
         size = self._loaded.dataset_size
         return {
@@ -166,6 +167,7 @@ class RolloutManager(Actor):
                 work = self._recovery.shipped(self._counters(), rollout_id, Batch(answer, parts))
                 await self._on_user_loop(work)
         except BaseException:
+            loaded.source.not_trained(rollout_id)
             if not loaded.keeps_groups_open:
                 loaded.source.take_back_open(rollout_id, "failed")
             raise
@@ -205,9 +207,9 @@ class RolloutManager(Actor):
         await self._on_user_loop(self._recovery.begin(self._counters(), rollout_id))
 
     @endpoint
-    async def recover(self, trained: int, weight_version: int) -> None:
+    async def recover(self, trained: int, weight_version: int, next_version: int) -> None:
         """Go on where a manager that died was. ``trained``: the last rollout that was trained on; ``weight_version``:
-        what engines have now; 0: nobody gave them any.
+        what engines have now; ``next_version``: what they are about to get. 0: nobody gave, or gives, them any.
 
         Raises:
             NoStateKept, HookFailed.
@@ -215,6 +217,7 @@ class RolloutManager(Actor):
         self._recovery = self._new_recovery()
         counters = await self._on_user_loop(self._recovery.restore(trained))
         self.weight_version = weight_version or counters.get("weight_version")
+        self._needed().source.weights_are(next_version or self.weight_version)
         for rollout_id in self._recovery.batches.rollouts():
             if rollout_id < trained:
                 continue  # its data has left the store
@@ -255,8 +258,16 @@ class RolloutManager(Actor):
     async def set_weight_version(self, version: int) -> None:
         """The engines' weights are of this version from now on."""
         self.weight_version = version
+        if self._loaded is not None:
+            self._loaded.source.weights_are(version)
         if self._first_weight_version is None:
             self._first_weight_version = version
+
+    @endpoint
+    async def may_become(self, version: int) -> bool:
+        """Weights are about to become ``version`` although a rollout may be under way. False: they must not, because
+        one was judged by those of now, and is handed over; it has to be trained on first."""
+        return self._needed().source.may_become(version)
 
     def _oldest_version(self) -> int | None:
         """With ``--keep-old-actor``: the trainer has the weights of the version before the engines' own, too; not

@@ -92,6 +92,7 @@ class RolloutRecovery:
             if rollout_id <= trained:
                 self.source.trained(rollout_id)
         self._restored = {rollout_id for rollout_id in self.batches.rollouts() if rollout_id > trained}
+        self.source.is_under_way(max(self._restored, default=None))
         return counters
 
     async def again(self, rollout_id: int) -> Batch | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from miles.rollout.admission import Admission
 from miles.rollout.base_types import Group
 from miles.rollout.data_source import DataSource, NoBuffer
 from miles.rollout.filter_hub.dynamic_sampling_filters import flat
@@ -32,6 +33,7 @@ class TrackedDataSource(DataSource):
     def __init__(self, inner: DataSource) -> None:
         self.inner = inner
         self.ledger = Ledger()
+        self.admission = Admission()
         self.journal: Journal | None = None
         self.rollout_id = 0
         self.overflow: list[Group] = []
@@ -190,7 +192,42 @@ class TrackedDataSource(DataSource):
         kept = len(self.overflow) + len(self._coming_back)
         return kept if length is None else length + kept
 
+    def too_old(self, groups: Sequence[Group]) -> list[Group]:
+        """Those that may not be trained on any more."""
+        with self._lock:
+            return [group for group in groups if self.admission.is_too_old(group)]
+
+    def admit(self, rollout_id: int, groups: Sequence[Group]) -> list[Group]:
+        """See ``Admission.admit``."""
+        with self._lock:
+            return self.admission.admit(rollout_id, groups)
+
     # -- what the rollout manager uses -----------------------------------------------------------------------
+
+    def bound_staleness(self, bound: int | None) -> None:
+        """No group that is older is selected from now on."""
+        with self._lock:
+            self.admission.bound = self.ledger.bound = bound
+
+    def weights_are(self, version: int | None) -> None:
+        """See ``Admission.are``."""
+        with self._lock:
+            self.admission.are(version)
+
+    def may_become(self, version: int) -> bool:
+        """See ``Admission.may_become``."""
+        with self._lock:
+            return self.admission.may_become(version)
+
+    def is_under_way(self, rollout_id: int | None) -> None:
+        """What was restored has a rollout that was admitted and is not trained on, or none."""
+        with self._lock:
+            self.admission.under_way = rollout_id
+
+    def not_trained(self, rollout_id: int) -> None:
+        """The rollout failed after it was admitted: it will not be trained on as it is."""
+        with self._lock:
+            self.admission.ended(rollout_id)
 
     def attach(self, journal: Journal) -> None:
         """Write everything to this journal from now on."""
@@ -216,7 +253,7 @@ class TrackedDataSource(DataSource):
                 seen.add(number)
                 if number not in self.ledger.open:
                     steps.append(Transition("take", number, self.rollout_id, "foreign"))
-                steps.append(Transition("select", number, self.rollout_id))
+                steps.append(Transition("select", number, self.rollout_id, age=self.admission.age(group)))
                 self._open[number] = group
             self._apply(steps)
             self._sync()
@@ -243,6 +280,7 @@ class TrackedDataSource(DataSource):
         with self._lock:
             numbers = self.ledger.of_rollout(rollout_id, selected=True)
             self._end(numbers, "train", "")
+            self.admission.ended(rollout_id)
             self._sync()
         return len(numbers)
 
@@ -327,6 +365,7 @@ class TrackedDataSource(DataSource):
         num_selected = plain.get("num_selected", 0)
         with self._lock:
             self.ledger = Ledger.from_plain(plain["ledger"])
+            self.ledger.bound = self.admission.bound
             self._next_group, self._next_index = plain["next_group"], plain["next_index"]
             self._open = {self._number(group): group for group in found[:num_selected]}
             self._finished.clear()

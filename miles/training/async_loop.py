@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles.rollout.messages import RolloutBatchRefs
-from miles.training.loop import Outcome, Stopwatch, TrainingLoop
+from miles.training.loop import Outcome, TrainingLoop
+from miles.training.stopwatch import Stopwatch
 
 
 class AsyncTrainingLoop(TrainingLoop):

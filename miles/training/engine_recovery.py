@@ -6,7 +6,8 @@ rollout manager, in the loop's own task:
 
 * the trainer's weights are still those that the engines have, and it is awake: the engine catches up, at their version;
 * else, if another engine serves: the engine waits for the next update;
-* else, nobody serves, and what is waited for does not come before an update: it is made at once.
+* else, nobody serves, and what is waited for does not come before an update: it is made at once; unless what is waited
+  for is complete and on its way, judged by the weights of now.
 
 Consumes: the fleet's recovery, a task to wait for. Produces: its result; orders to the loop; the rollout manager's view
 of engines and router. Waits for: the task, or a change of engines. Invariant: no catch-up is under way when a wait is
@@ -35,9 +36,10 @@ class EngineRecovery:
 
     Args:
         catch_up: Sends the trainer's weights to the engines that wait for them.
-        update: An ordinary weight update, whatever else it needs.
+        update: An ordinary weight update, whatever else it needs. False: it must not be made now.
         can_catch_up: Whether the trainer has the engines' weights, and has them in memory.
         say: Shows a line to the person.
+        ask_again_s: After an update that must not be made now.
     """
 
     def __init__(
@@ -45,15 +47,17 @@ class EngineRecovery:
         parts: Parts,
         *,
         catch_up: Callable[[], Awaitable[None]],
-        update: Callable[[], Awaitable[None]],
+        update: Callable[[], Awaitable[bool]],
         can_catch_up: Callable[[], bool],
         say: Callable[[str], None] = logger.info,
+        ask_again_s: float = 1.0,
     ) -> None:
         self._parts = parts
         self._catch_up = catch_up
         self._update = update
         self._can_catch_up = can_catch_up
         self._say = say
+        self._ask_again_s = ask_again_s
 
     @property
     def _recovery(self) -> Any:
@@ -64,8 +68,8 @@ class EngineRecovery:
         while await self._changed_before(task):
             if self._can_catch_up():
                 await self._catch_up()
-            else:
-                await self._update()
+            elif not await self._update():
+                await asyncio.wait({task}, timeout=self._ask_again_s)
         return await task
 
     async def until_update(self, task: asyncio.Task[Any]) -> None:

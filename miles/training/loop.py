@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
 from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
@@ -31,7 +28,8 @@ from miles.tracking.trace import ENGINES, EVALUATE, GENERATE, LOOP, TRAINER
 from miles.training.engine_recovery import EngineRecovery
 from miles.training.parts import LOAD_S, Parts
 from miles.training.schedule import Cadence, Iteration, iterations
-from miles.utils.spans import SpanLog
+from miles.training.stopwatch import Stopwatch
+from miles.training.weight_updates import WeightUpdates
 from miles_agents.errors import MilesError
 
 logger = logging.getLogger(__name__)
@@ -50,36 +48,6 @@ class Outcome:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Stopwatch:
-    """Seconds by part of one iteration; ``spans`` are for the trace."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.spans = SpanLog()
-        self._began = time.perf_counter()
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Count what happens inside for ``part``."""
-        began, at = time.perf_counter(), time.time()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - began
-            self.seconds[part] = self.seconds.get(part, 0.0) + took
-            self.spans.add(part, at, at + took)
-
-    def metrics(self) -> dict[str, float]:
-        """``perf/{part}_time``, ``perf/step_time`` and what no part accounts for as ``perf/other_time``; how long
-        the trainer waits for others is ``perf/train_wait_time``, and its share ``perf/wait_time_ratio``."""
-        total = time.perf_counter() - self._began
-        parts = {f"perf/{part}_time": seconds for part, seconds in self.seconds.items()}
-        if "train" in self.seconds and total > 0:
-            waits = total - self.seconds["train"]
-            parts |= {"perf/train_wait_time": waits, "perf/wait_time_ratio": waits / total}
-        return {**parts, "perf/step_time": total, "perf/other_time": total - sum(self.seconds.values())}
-
-
 class TrainingLoop:
     """See the module's docstring."""
 
@@ -95,13 +63,12 @@ class TrainingLoop:
         """Behind the last rollout of this process."""
         self.rollout = parts.calls(parts.rollout)
         self.trainer = None if parts.trainer is None else parts.calls(parts.trainer)
-        self._has_newer_weights = False
-        """The trainer has trained since engines got its weights."""
+        self.weights = WeightUpdates(parts, config, console, trainer=self.trainer, rollout=self.rollout)
         self.engines = EngineRecovery(
             parts,
-            catch_up=self._catch_up,
-            update=self._update_at_once,
-            can_catch_up=self._can_catch_up,
+            catch_up=self.weights.catch_up,
+            update=self.weights.update_at_once,
+            can_catch_up=self.weights.can_catch_up,
             say=console.say,
         )
 
@@ -122,7 +89,7 @@ class TrainingLoop:
         )
         if self.trainer is not None and parts.fleet is not None:
             watch = Stopwatch()
-            await self._update_weights(watch)
+            await self.weights.update(watch)
             self.tracking.trace.add(LOOP, watch.spans.take())
         num_rollout = self._num_rollout()
         start = parts.start_rollout_id
@@ -174,7 +141,7 @@ class TrainingLoop:
                 await parts.recovery.after(rollout_id)
         if self.trainer is not None and parts.fleet is not None and self._is_update_due(rollout_id):
             await self._before_update(watch)
-            metrics.update(await self._update_weights(watch))
+            metrics.update(await self.weights.update(watch))
         metrics.update(watch.metrics())
         await self._trace(rollout_id, watch)
         self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, steps)
@@ -250,7 +217,7 @@ class TrainingLoop:
         if self.config["offload_train"] and fleet is not None:
             with watch.measure("offload"):
                 await trainer.wake_up.call()
-        self._has_newer_weights = True
+        self.weights.is_due = True
         with watch.measure("train"), self.console.phase("train"):
             answers = await trainer.train.call(rollout_id, refs)
         if self.parts.recovery is not None:
@@ -264,96 +231,6 @@ class TrainingLoop:
         first = self.parts.calls(self.parts.trainer, SOON_S).slice(gpus=0)
         steps: list[dict[str, float]] = await first.last_steps.call_one()
         return steps
-
-    async def _update_weights(self, watch: Stopwatch) -> dict[str, float]:
-        """The trainer's weights become those of all engines, memory changing hands around it."""
-        trainer, fleet = self._needed_trainer(), self.parts.fleet
-        if fleet is None:
-            raise AssertionError("weights are updated only where there are engines")
-        sleeps = self.config["offload_train"]
-        memory: dict[str, float] = {}
-        if sleeps:
-            with watch.measure("offload"):
-                memory["perf/trainer_rss_awake"] = (await trainer.sleep.call(1)).at(gpus=0)["rss_before"]
-        if self.config["offload_rollout"]:
-            with watch.measure("offload"):
-                await fleet.resume_memory("weights")
-        with watch.measure("update_weights"), self.console.phase("update"):
-            timings = await self._send_weights()
-        if self.config["check_weight_update_equal"]:
-            await self._check_weights()
-        if sleeps:
-            with watch.measure("offload"):
-                memory["perf/trainer_rss_asleep"] = (await trainer.sleep.call(2)).at(gpus=0)["rss_after"]
-        if self.config["offload_rollout"]:
-            with watch.measure("offload"):
-                await fleet.resume_memory("kv_cache")
-        return memory | {f"perf/update_weights/{name}_time": seconds for name, seconds in timings.items()}
-
-    async def _send_weights(self) -> dict[str, float]:
-        fleet = self.parts.fleet
-        timings: dict[str, float] = {}
-        if fleet is not None and not self.config.get("debug_skip_weight_update"):
-            before = fleet.targets
-            send = self._sender(timings)
-            version = await fleet.weight_update(send, version=max(fleet.weight_version, self.parts.weight_version) + 1)
-            self._has_newer_weights = False
-            await self.rollout.set_weight_version.call_one(version)
-            if fleet.targets != before and fleet.recovery is None:
-                await self._use_fewer_engines(before)
-        return timings
-
-    def _sender(self, timings: dict[str, float]) -> Callable[[WeightUpdate], Awaitable[None]]:
-        trainer = self._needed_trainer()
-
-        async def send(update: WeightUpdate) -> None:
-            answers = await trainer.update_weights.call(update)
-            timings.update(answers.at(gpus=0))
-
-        return send
-
-    def _can_catch_up(self) -> bool:
-        return self.trainer is not None and not self._has_newer_weights and not self.config["offload_train"]
-
-    async def _catch_up(self) -> None:
-        """Engines that have come back get the version of the others, and requests."""
-        if self.parts.fleet is not None:
-            await self.parts.fleet.catch_up(self._sender({}))
-
-    async def _update_at_once(self) -> None:
-        """No engine serves, and those that have come back wait for weights that only an update can give."""
-        if self.trainer is None or self.parts.fleet is None:
-            return
-        if self.config["offload_train"]:
-            await self.parts.fleet.release()
-            await self.trainer.wake_up.call()
-        await self._update_weights(Stopwatch())
-
-    async def _use_fewer_engines(self, before: list[EngineTarget]) -> None:
-        """Some engines failed in the update and are fenced: requests go to the others."""
-        fleet = self.parts.fleet
-        if fleet is not None:
-            lost = sorted({target.name for target in before} - {target.name for target in fleet.targets})
-            self.console.say(f"warning: {', '.join(lost)} failed in a weight update; the run goes on without")
-            await self.rollout.set_engines.call_one(fleet.targets, fleet.router_url, fleet.api_key)
-
-    async def _check_weights(self) -> None:
-        """``--check-weight-update-equal``: each engine holds what it loads from an export of the trainer's weights.
-
-        As it holds that export from then on, a tensor that no update brings differs after the next step. Gradients and
-        optimizer are put away again as they were before."""
-        trainer, fleet = self._needed_trainer(), self.parts.fleet
-        export = Path(self.config["run_dir"]) / "weight_check"
-        try:
-            await trainer.export_hf.call(str(export))
-            if fleet is not None:
-                await fleet.check_equal(export)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, export, ignore_errors=True)
-        if self.config["offload_train"]:
-            await trainer.sleep.call(1)
-        version = 0 if fleet is None else fleet.weight_version
-        self.console.say(f"weight version {version} checked: the engines hold exactly the trainer's weights")
 
     async def _save(self, rollout_id: int) -> None:
         """The rollout state first: the trainer's checkpoint makes it count, and the commit only tidies up."""

@@ -76,6 +76,8 @@ class Recovery:
     ) -> None:
         self.config = config
         self.trained = start - 1
+        self.next_version = 0
+        """Of the weights that engines are about to get while a rollout may be under way; 0: none is announced."""
         self.say: Callable[[str], None] = logger.info
         self._controller = controller
         self._starts = starts
@@ -164,7 +166,7 @@ class Recovery:
         try:
             await self._starts.init_rollout(mesh)
             version = 0 if self._fleet is None else self._fleet.weight_version
-            await mesh.options(timeout_s=CALL_S).recover.call_one(self.trained, version)
+            await mesh.options(timeout_s=CALL_S).recover.call_one(self.trained, version, self.next_version)
         except Exception as error:
             await _end(mesh, error)
             raise

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 REQUIRED = ("tokens", "response_lengths", "loss_masks")
 ROUTED_EXPERTS = "rollout_routed_experts"
+"""The column that engines' choices of experts travel in: integers ``[T_i - 1, layers, k]`` for each sample. A row of -1
+was not recorded; the last token has none, as no engine computes it."""
 ALWAYS_PER_TOKEN = frozenset({"rollout_log_probs", "teacher_log_probs", "opd_reverse_kl"})
 ALWAYS_FLOAT = ALWAYS_PER_TOKEN | {"log_probs", "ref_log_probs", "values", "returns", "advantages"}
 """What losses compute with; of other columns whole numbers stay what they are: float32 has 24 bits for them."""

@@ -2,12 +2,15 @@
 implementation on Hugging Face models that are given the weights of that moment."""
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.hf_reference import load_hf_model
 from support.plain_losses import plain_log_probs, plain_loss
 from support.ranks import RanksFailed, run_ranks
@@ -33,6 +36,21 @@ MADE_BY = [[["1"]] * 8, [["1"], ["2"]] * 4, [["2"], ["2", "3"]] * 4]
 """Of each rollout's samples: the versions that engines reported."""
 
 
+class Counting:
+    """A backend that says how often each sample went through its passes without gradient."""
+
+    def __init__(self, backend):
+        self.backend, self.passes, self.num_batches = backend, Counter(), 0
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def forward_only(self, batches, function, **model):
+        self.passes.update(place for batch in batches for place in batch.sample_positions)
+        self.num_batches += len(batches)
+        return self.backend.forward_only(batches, function, **model)
+
+
 class Run:
     """A trainer's rank, without engines: what it computes goes to files."""
 
@@ -40,7 +58,8 @@ class Run:
         self.args = args_of(path, kind, save_debug_train_data=f"{root}/{{rollout_id}}_{{rank}}.pt", **flags)
         self.backend = backend_of(kind, self.args)
         self.start = self.backend.init()
-        self.trainer = RolloutTrainer(self.args, self.backend, Timers(self.backend.device))
+        self.counting = Counting(self.backend)
+        self.trainer = RolloutTrainer(self.args, self.counting, Timers(self.backend.device))
         self.root = root
 
     def weights(self):
@@ -69,7 +88,10 @@ def kept(path, kind, root, sizes):
         version = rollout_id + 1
         old.keep(version)
         weights[version] = run.weights()
+        run.counting.passes.clear()
         found.append(run.train(rollout_id, made_by))
+        # Weights of a version are for its own samples.
+        assert set(run.counting.passes.values()) == {1}
         run.backend.sleep(2)
         old.sleep(2)
         run.backend.wake_up()
@@ -170,6 +192,47 @@ def test_all_ranks_say_whose_weights_are_missing(made_by, told):
     with pytest.raises(RanksFailed, match="E-TRAIN-031") as failed:
         run_ranks(2, unknown, made_by)
     assert told in str(failed.value)
+
+
+def split_unevenly(made_by):
+    """On two ranks with a sample per micro-batch: how many micro-batches each version gets, and of which samples."""
+    weights = [torch.ones(2)]
+    old = OldWeights(lambda: weights, SimpleNamespace(train_async=False), torch.device("cpu"))
+    for version in (1, 2):
+        old.keep(version)
+    said = [[version] for version in made_by[dist.get_rank()]]
+    row, count = np.zeros(2, np.int64), len(said)
+    forward = [[i] for i in range(count)]
+    data = RankData(
+        [row] * count, [1] * count, [torch.ones(1)] * count, {"weight_versions": said}, {}, list(range(count)),
+        [], forward,
+    )  # fmt: skip
+    return old.by_version(data)
+
+
+def test_ranks_have_as_many_micro_batches_of_each_version():
+    ranks = run_ranks(2, split_unevenly, [["1", "2", "1", "1"], ["2", "2", "2", "2"]])
+    assert ranks == [{1: [[0], [2], [3]], 2: [[1], [], [], []]}, {1: [[], [], []], 2: [[0], [1], [2], [3]]}]
+
+
+LENGTHS = st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@given(LENGTHS, st.data())
+@settings(deadline=None)
+def test_some_samples_are_packed_within_what_all_needed(lengths, draw):
+    numbers = itertools.count()
+    forward = [[next(numbers) for _ in batch] for batch in lengths]
+    tokens = [torch.zeros(length, dtype=torch.int32) for batch in lengths for length in batch]
+    count = len(tokens)
+    data = RankData(tokens, [1] * count, [torch.ones(1)] * count, {}, {}, list(range(count)), [], forward)
+    wanted = draw.draw(st.sets(st.integers(0, count - 1)))
+    packed = data.packed(sorted(wanted))
+    assert sorted(i for batch in packed for i in batch) == sorted(wanted)
+    assert len(packed) <= sum(1 for batch in forward if wanted & set(batch))
+    for batch in packed:
+        assert 0 < sum(len(tokens[i]) for i in batch) <= max(map(sum, lengths))
+        assert len(batch) <= max(map(len, lengths))
 
 
 MOVES = {"ref_update_interval": 2, "kl_loss_coef": 0.5, "use_kl_loss": True, "optimizer": "adam", "lr": 1e-2}

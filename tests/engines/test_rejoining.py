@@ -37,6 +37,7 @@ class Loop:
         self.fleet, self.done, self.told = Fleet(serving, waiting), [], []
         self.generated = asyncio.get_running_loop().create_future()
         self.fails = 0
+        self.may_update = True
         self.may_end = asyncio.Event()
         self.may_end.set()
         rollout = SimpleNamespace(set_engines=SimpleNamespace(call_one=self.tell))
@@ -46,6 +47,7 @@ class Loop:
             catch_up=lambda: self.give("catch up"),
             update=lambda: self.give("update"),
             can_catch_up=lambda: can_catch_up,
+            ask_again_s=0.0,
         )
         self.task = asyncio.ensure_future(self.wait())
 
@@ -53,9 +55,12 @@ class Loop:
         return await self.generated
 
     async def give(self, what):
+        if not self.may_update:
+            return False
         self.done.append(what)
         await self.may_end.wait()
         self.fleet.become(self.fleet.num_serving + self.fleet.num_waiting, 0)
+        return True
 
     async def tell(self, targets, url, key):
         if self.fails:
@@ -96,6 +101,19 @@ async def test_the_last_that_serves_dies_while_another_waits_for_the_next_update
     assert loop.done == ["update"]
     loop.generated.set_result(1)
     assert await result == 1
+
+
+async def test_an_update_that_must_not_be_yet_is_asked_for_again():
+    loop = Loop(0, 1, can_catch_up=False)
+    loop.may_update = False
+    result = asyncio.ensure_future(loop.recovery.result_of(loop.task))
+    await turns()
+    assert loop.done == []
+    loop.may_update = True
+    await turns()
+    assert loop.done == ["update"]
+    loop.generated.set_result("groups")
+    assert await result == "groups"
 
 
 async def test_a_catch_up_under_way_is_finished_before_training_begins():

@@ -126,11 +126,32 @@ def test_defaults_are_those_of_the_table_and_say_nothing_for_what_is_refused():
         ("--rollout-batchsize", "--rollout-batch-size"),
         ("--colocated", "--colocate"),
         ("--num-rollouts", "--num-rollout"),
+        ("--lerning-rate", "--lr"),
+        ("--learning-rate", "--lr"),
+        ("--min-learning-rate", "--min-lr"),
+        ("--gloabl-batch-size", "--global-batch-size"),
+        ("--batch-size-rollout", "--rollout-batch-size"),
+        ("--num-samples-per-prompt", "--n-samples-per-prompt"),
+        ("--temperature-rollout", "--rollout-temperature"),
+        ("--rollout-max-reponse-len", "--rollout-max-response-len"),
+        ("--rollout-max-response-length", "--rollout-max-response-len"),
+        ("--kl-loss-coeff", "--kl-loss-coef"),
+        ("--adv-estimator", "--advantage-estimator"),
+        ("--tp-size", "--tensor-model-parallel-size"),
+        ("--ep-size", "--expert-model-parallel-size"),
+        ("--huggingface-checkpiont", "--hf-checkpoint"),
+        ("--grad-clip", "--clip-grad"),
+        ("--weigth_decay", "--weight-decay"),
+        ("--custom-reward-path", "--custom-rm-path"),
+        ("--fullyasync", "--fully-async"),
+        ("--update-weight-interval", "--update-weights-interval"),
+        ("--ref-model", "--ref-load"),
     ],
 )
 def test_the_nearest_name(typed, meant):
     assert table().nearest(typed) == meant
 
 
-def test_a_name_like_no_other_has_no_nearest():
-    assert table().nearest("--xyzzy") is None
+@pytest.mark.parametrize("typed", ["--xyzzy", "--foo-bar", "--verbose", "--gpus", "--frobnicate", "--no", "--"])
+def test_a_name_like_no_other_has_no_nearest(typed):
+    assert table().nearest(typed) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +17,9 @@ async def letter_share(args, sample, **kwargs):
 def sync_letter_share(args, sample, **kwargs):
     """The same without async."""
     return sum(char.isascii() and char.isalpha() for char in sample.response) / max(1, len(sample.response))
+
+
+OVERLAP_S = 300.0
 
 
 class RewardWasWrong(Exception):
@@ -63,3 +68,36 @@ def note_save(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):
 def broken_step(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
     """Raises an error of the user's in the trainer."""
     raise RewardWasWrong(f"no step {step_id}")
+
+
+def _overlap(args):
+    """``OVERLAP=held from,answers``, and the files by which trainer and rollouts tell each other how far they are."""
+    held_from, answers = map(int, os.environ["OVERLAP"].split(","))
+    return held_from, answers, Path(args.run_dir, "training"), Path(args.run_dir, "answers")
+
+
+async def generate_while_training(input):  # noqa: A002 - the name tells the form
+    """Answers of later samples are asked for when the first rollout is trained on, and not before. Counts answers."""
+    from miles.rollout.generate_hub import single_turn
+
+    held_from, _, training, answers = _overlap(input.args)
+    deadline = time.monotonic() + OVERLAP_S
+    while input.sample.index >= held_from and not training.exists():
+        if time.monotonic() > deadline:
+            raise RewardWasWrong("the first rollout is not trained on")
+        await asyncio.sleep(0.05)
+    made = await single_turn.generate(input)
+    with answers.open("ab") as file:
+        file.write(b".")
+    return made
+
+
+def train_while_generating(args, rollout_id, step_id, model, optimizer, opt_param_scheduler):
+    """The first rollout is trained on for as long as so many answers in all are not there."""
+    _, count, training, answers = _overlap(args)
+    training.touch()
+    deadline = time.monotonic() + OVERLAP_S
+    while rollout_id == 0 and answers.stat().st_size < count:
+        if time.monotonic() > deadline:
+            raise RewardWasWrong(f"engines made {answers.stat().st_size} of {count} answers")
+        time.sleep(0.05)

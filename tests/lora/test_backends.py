@@ -9,6 +9,7 @@ from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
 from miles.backends.lora.files import read_adapter as ours
+from miles.backends.training_utils.checkpoints import commit_checkpoint
 
 pytestmark = pytest.mark.full
 SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -157,6 +158,32 @@ def test_another_reference_is_a_second_model(kind):
     torch.testing.assert_close(
         torch.tensor(theirs), torch.tensor(run_ranks(1, said, other, kind)[0]), rtol=1e-6, atol=1e-6
     )
+
+
+def two_checkpoints(path, kind, root):
+    """Of one run without adapters, whose weights differ."""
+    run = Run(path, kind, {"lora_rank": 0, "save": str(root)})
+    for rollout_id in (0, 1):
+        run.train([rollout_id])
+        commit_checkpoint(
+            root, rollout_id, lambda place, of=rollout_id: run.backend.save(place, rollout_id=of), run.backend.device
+        )  # fmt: skip
+    run.backend.close()
+
+
+def on_the_newest(path, kind, root, step):
+    """Adapters on a run's newest checkpoint; the reference is that of ``step``. Which second models there are."""
+    below = {"load": str(root), "finetune": True, "ref_load": str(root), "ref_ckpt_step": step}
+    run = Run(path, kind, below)
+    return sorted(run.frozen)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("megatron", marks=pytest.mark.long), "fsdp"])
+def test_another_checkpoint_of_the_same_directory_is_another_reference(tmp_path, kind):
+    path = tiny_model("qwen3")
+    run_ranks(1, two_checkpoints, path, kind, tmp_path)
+    for step, frozen in ((0, ["ref"]), (1, []), (None, [])):
+        assert run_ranks(1, on_the_newest, path, kind, tmp_path, step) == [frozen]
 
 
 def said(path, kind):

@@ -1,5 +1,6 @@
 """Gradients, optimizer steps and handed-on weights equal those of plain PyTorch on the Hugging Face model."""
 
+import importlib
 import math
 
 import pytest
@@ -193,6 +194,41 @@ def test_adam_in_host_memory_makes_the_same_steps():
     for theirs, their_outcomes in others:
         assert their_outcomes == outcomes
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights.items())
+
+
+class AdamOfPackage(torch.optim.AdamW):
+    """In place of Transformer Engine's: it can be on the device only."""
+
+    def __init__(self, params, *, adam_w_mode, **values):
+        assert adam_w_mode
+        super().__init__(params, **values)
+
+
+def beside_a_package(path):
+    """As where Transformer Engine is installed; what Adam each run has, and its weights."""
+    optimizers = importlib.import_module("megatron.core.optimizer")
+    importlib.import_module("megatron.core.optimizer.distrib_optimizer").Adam = optimizers.Adam = AdamOfPackage
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+    found = []
+    for changed in [*OFFLOADED, {}]:
+        backend = make_backend(path, params_dtype="bfloat16", **changed)
+        found.append(
+            [(type(part.optimizer).__name__, getattr(part.optimizer, "on_host", None))
+             for part in backend.objects().optimizer.chained_optimizers]
+        )  # fmt: skip
+        leave_parallel()
+        if len(found) == 1:
+            weights = train(path, {"params_dtype": "bfloat16", "weight_decay": 0.1} | OFFLOADED[1], 3, 2)[0]
+            leave_parallel()
+    return found, weights
+
+
+def test_adam_in_host_memory_does_without_the_packages_that_bring_their_own():
+    (first, *others), weights = run_ranks(1, beside_a_package, tiny_model("qwen3"))[0]
+    assert first == [("AdamOfPackage", None)]
+    assert others[:2] == [[("FusedLayoutAdam", True)]] * 2
+    [(expected, _)] = run_ranks(1, on_the_host, tiny_model("qwen3"))[0][:1]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.items())
 
 
 REFUSED = [

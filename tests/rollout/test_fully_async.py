@@ -299,6 +299,30 @@ async def test_an_answer_that_never_ends_keeps_nobody(tmp_path):
     assert 0 in ledger.returned
 
 
+async def test_a_successor_judges_by_the_weights_that_are_announced(tmp_path):
+    config = config_of(tmp_path, max_weight_staleness=0)
+    with servers(adds) as fake:
+        with manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.keep(-1)
+        with manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.recover(-1, 1, 2)
+            generating = asyncio.ensure_future(rollout.generate(0))
+            # Engines have version 1 still: their answers are too old for the weights that are about to be.
+            await eventually(lambda: "stale" in function_of(rollout).producer.counts)
+            assert not generating.done()
+            for engine in fake.engines:
+                engine.version = "2"
+            await rollout.set_weight_version(2)
+            batch = await generating
+            assert batch.metrics["rollout/fully_async/staleness/max"] == 0
+            assert versions_of(rollout, batch) == [["2"]] * 8
+            assert not await rollout.may_become(3)
+            await rollout.trained(0)
+            assert await rollout.may_become(3)
+
+
 class NewestFirst(FifoDataBuffer):
     """A user's: what is youngest is trained on first."""
 

@@ -251,7 +251,7 @@ async def test_a_manager_after_a_manager_gives_the_same_rollouts(tmp_path):
             rollout = SameStore(config, there)
             try:
                 await rollout.start(fake.targets, fake.router.url, "secret")
-                await (rollout.keep(-1) if life == 0 else rollout.recover(life - 2, 7))
+                await (rollout.keep(-1) if life == 0 else rollout.recover(life - 2, 7, 0))
                 if life > 0:  # the answer of the one before it was lost
                     shipped = set(there)
                     assert await rollout_of(rollout, life - 1) == found[-1]

@@ -138,7 +138,8 @@ NOT_BUILT = """\
 --fsdp-cpu-backend
 --use-precision-aware-optimizer
 """.splitlines()
-"""Flags of the contract that are refused for now, or taken with the value that is what is done."""
+"""Flags of the contract that are refused, for what is not ours to build, or taken with the value that is what is done:
+``tests/flags/test_contract.py`` has the reasons."""
 
 REFERENCE = """\
 --allgather-cp

@@ -91,9 +91,10 @@ class Job:
         self.trainer.value += 1.0
         self.has_newer_weights = True
 
-    async def update(self) -> None:
+    async def update(self) -> bool:
         await self.fleet.weight_update(self.trainer)
         self.has_newer_weights = False
+        return True
 
     async def generate(self, count: int = 12) -> list[dict[str, Any]]:
         """So many answers, as the rollout manager asks for them, while engines that come back get weights."""

@@ -46,6 +46,7 @@ from miles.backends.fsdp_utils.checkpoint import (
     save_checkpoint,
     save_weights,
     weights_beside,
+    weights_directory,
 )
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
 from miles.backends.fsdp_utils.lora import Adapters
@@ -56,6 +57,7 @@ from miles.backends.fsdp_utils.settings import settings_of
 from miles.backends.fsdp_utils.shards import named_shards
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
 from miles.backends.lora.files import check_checkpoint
+from miles.backends.lora.values import is_below
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import moves_reference
 from miles.backends.training_utils.sleeping import SleepingMemory
@@ -109,7 +111,8 @@ class FSDPBackend(TrainBackend):
             self._model, settings.optimizer, settings.schedule, _shards_group(self._mesh)
         )
         start = self._load()
-        if settings.needs_reference and not self._is_below(settings.loads.reference):
+        reference = weights_directory(settings.loads.reference, settings.loads.ref_step)
+        if settings.needs_reference and not (self._adapters and is_below(self._adapters.base, reference)):
             self._frozen["ref"] = self._make_reference()
         if settings.needs_teacher:
             source = cast("Path", settings.loads.teacher)
@@ -225,10 +228,6 @@ class FSDPBackend(TrainBackend):
         assert tag in self._frozen, f"init was not told that a model {tag!r} is needed"
         return self._frozen[tag]
 
-    def _is_below(self, source: Path) -> bool:
-        """Whether the model without its adapters has the weights of ``source``: then nobody needs a second one."""
-        return self._adapters is not None and self._adapters.base == source
-
     def _stands_in(self, tag: ModelTag) -> bool:
         """The model without its adapters is the reference."""
         return tag == "ref" and tag not in self._frozen and self._adapters is not None
@@ -300,7 +299,7 @@ class FSDPBackend(TrainBackend):
             logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
         self._load_weights(self._model, base, step, "--ref-load")
         fresh = lora if directory is None else replace(lora, adapter_path=None)
-        self._adapters = Adapters(self._model, fresh, base)
+        self._adapters = Adapters(self._model, fresh, weights_directory(base, step))
         if directory is None:
             return 0
         if holds_adapter(directory):

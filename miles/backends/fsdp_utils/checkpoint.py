@@ -194,6 +194,11 @@ def _part(local: torch.Tensor, like: DTensor) -> DTensor:
     return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
+def weights_directory(root: Path, step: int | None) -> Path:
+    """Of the checkpoint that ``root`` and ``step`` stand for; ``root`` itself if it is a Hugging Face directory."""
+    return checkpoint_directory(root, step) if is_checkpoint(root, step) else root
+
+
 def checkpoint_directory(root: Path, step: int | None) -> Path:
     """Of ``root``'s newest checkpoint, or of that of rollout ``step``.
 

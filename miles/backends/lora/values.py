@@ -17,6 +17,12 @@ _ROWS = 1 << 22
 """Numbers that a checksum looks at together."""
 
 
+def is_below(base: Path, source: Path) -> bool:
+    """Whether a model without its adapters, which stand on ``base``, has the weights of ``source``: then nobody needs a
+    second model of these. Both are directories of weights themselves: of one checkpoint, not of several."""
+    return base.resolve() == source.resolve()
+
+
 class Switch:
     """Whether adapters count: without them a model is what it was before."""
 

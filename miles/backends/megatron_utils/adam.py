@@ -115,11 +115,15 @@ def _fetch(param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     return copies[0], copies[1], arrived
 
 
-def use_in_megatron() -> None:
-    """Make it megatron.core's Adam where neither Transformer Engine nor Apex is installed."""
+def use_in_megatron(*, instead_of_fused: bool) -> None:
+    """Make it megatron.core's Adam where neither Transformer Engine nor Apex is installed.
+
+    Args:
+        instead_of_fused: Also where one of them is: theirs computes on the device only.
+    """
     optimizers: Any = importlib.import_module("megatron.core.optimizer")
     distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if not optimizers.USING_PYTORCH_OPTIMIZER:
+    if not (optimizers.USING_PYTORCH_OPTIMIZER or instead_of_fused):
         return
     optimizers.Adam = distributed.Adam = FusedLayoutAdam
     optimizers.USING_PYTORCH_OPTIMIZER = False

@@ -31,6 +31,7 @@ from miles.backends.base import (
 from miles.backends.checkpoint_layout import REFERENCE, FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
 from miles.backends.lora.files import check_checkpoint
+from miles.backends.lora.values import is_below
 from miles.backends.megatron_utils import passes
 from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
@@ -135,7 +136,7 @@ class MegatronBackend(TrainBackend):
         self.scheduler = build_scheduler(args, self.optimizer) if self.optimizer is not None else None
         start = 0 if source.resumes is None else self._resume(source.resumes)
         self.frozen: dict[ModelTag, Any] = {}
-        if needs_reference(args) and not self._is_below(reference_source(args)):
+        if needs_reference(args) and not (self.adapters and is_below(self.adapters.base, reference_source(args))):
             self.frozen["ref"] = self._build_frozen(moved_reference(args, source) or reference_source(args))
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
@@ -169,10 +170,6 @@ class MegatronBackend(TrainBackend):
                 state = TrainState(self.shape, self.parallel, adapters, is_adapter=True)
                 load_checkpoint(source.adapter, state, generators=False)
         return adapters
-
-    def _is_below(self, source: Path) -> bool:
-        """Whether the model without its adapters has the weights of ``source``: then nobody needs a second one."""
-        return self.adapters is not None and self.adapters.base == source
 
     def _build_frozen(self, source: Path) -> Any:
         model = self._build_model()

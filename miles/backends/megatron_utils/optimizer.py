@@ -66,7 +66,8 @@ def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
         raise UnsupportedSetting(
             f"--optimizer {args.optimizer} is not known", evidence="known: adam, sgd", advice="Choose one of them."
         )
-    use_in_megatron()
+    on_host = bool(getattr(args, "optimizer_cpu_offload", False))
+    use_in_megatron(instead_of_fused=on_host)
     dtype = model.config.params_dtype
     config = OptimizerConfig(
         **fields(args, OPTIMIZER),
@@ -77,7 +78,7 @@ def build_optimizer(args: Namespace, model: DistributedDataParallel) -> Any:
     overrides = get_standard_config_overrides(config)
     optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
-        if getattr(args, "optimizer_cpu_offload", False):
+        if on_host:
             _compute_on_host(args, part)
         part.init_state_fn = part.init_state_fn or _init_sgd
         # Not with the first step: a checkpoint holds the same before it, and sleeping has something to put away.
@@ -90,9 +91,8 @@ def _compute_on_host(args: Namespace, part: Any) -> None:
     if not isinstance(part.optimizer, FusedLayoutAdam):
         raise UnsupportedSetting(
             f"--optimizer-cpu-offload does not go with {type(part.optimizer).__name__}",
-            evidence=f"--optimizer {args.optimizer}; what goes to the host is the plain Adam that is used without "
-            "Transformer Engine and Apex",
-            advice="Use --optimizer adam without these installed, or leave it out.",
+            evidence=f"--optimizer {args.optimizer}; what goes to the host is Adam",
+            advice="Use --optimizer adam, or leave it out.",
         )
     part.optimizer.on_host = True
     part.optimizer.overlaps = bool(getattr(args, "overlap_cpu_optimizer_d2h_h2d", False))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from miles.backends.base import MicroBatch
-from miles.backends.training_utils.routing import COLUMN as ROUTED_EXPERTS
 from miles.backends.training_utils.routing import Routing
+from miles.utils.train_data import ROUTED_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RankData:
         partition: Place of each sample in the rollout.
         steps: Optimizer steps.
         forward: Micro-batches of passes without gradient, over all steps.
-        routed_experts: What engines recorded (``training_utils.routing.COLUMN``), int32 ``[T_i - 1, layers, k]`` each.
+        routed_experts: What engines recorded (``train_data.ROUTED_EXPERTS``), int32 ``[T_i - 1, layers, k]`` each.
         routing: Of the passes of the model that is trained.
     """
 
@@ -128,6 +128,21 @@ class RankData:
                 raise ValueError(f"{name} of sample {wrong[0]} has not as many entries as its response has tokens")
         self.loss_masks = [torch.as_tensor(mask).float() for mask in changed["loss_masks"]]
         self.columns = {name: list(v) for name, v in changed.items() if name not in fixed | {"loss_masks"}}
+
+    def packed(self, samples: Sequence[int]) -> list[list[int]]:
+        """Micro-batches of some of the samples for a pass without gradient. None has more tokens, or more samples, than
+        the largest of ``forward`` has: what fits there, fits here."""
+        most_tokens = max((sum(self.total_lengths[i] for i in of) for of in self.forward), default=0)
+        most_samples = max((len(of) for of in self.forward), default=0)
+        wanted, found = set(samples), list[list[int]]()
+        left = 0
+        for i in (i for of in self.forward for i in of if i in wanted):
+            if not found or self.total_lengths[i] > left or len(found[-1]) == most_samples:
+                found.append([])
+                left = most_tokens
+            found[-1].append(i)
+            left -= self.total_lengths[i]
+        return found
 
     def micro_batch(
         self, samples: Sequence[int], device: torch.device, names: Iterable[str] = (), *, routed: bool = False

@@ -85,30 +85,34 @@ class OldWeights:
         finally:
             _put(weights, own)
 
-    def by_version(self, data: RankData) -> dict[int, list[int]]:
-        """Places of this rank's samples by the version that made them; of one that was continued, the last version:
-        tokens of earlier ones are masked. All ranks have the same versions, in the same order. Collective.
+    def by_version(self, data: RankData) -> dict[int, list[list[int]]]:
+        """Micro-batches of this rank's samples by the version that made them; of one that was continued, the last
+        version: tokens of earlier ones are masked. All ranks have the same versions, in the same order, and as many
+        micro-batches of each: empty ones keep a rank in step. Collective.
 
         Raises:
             NoOldWeights: On all ranks alike.
         """
-        found = [_version(said) for said in data.columns.get("weight_versions", [()] * len(data))]
+        versions = [_version(said) for said in data.columns.get("weight_versions", [()] * len(data))]
         # One without a trained token may not have been generated at all: its log-probs count for nothing.
         trained = [bool(mask.any()) for mask in data.loss_masks]
         newest = str(max(self._snapshots, default=0))
         own = [
             str(version) if version is not None else _UNKNOWN if is_trained else newest
-            for version, is_trained in zip(found, trained, strict=True)
+            for version, is_trained in zip(versions, trained, strict=True)
         ]
-        told = all_gather_text(" ".join(sorted(set(own))), self._device)
-        everywhere = {version for text in told for version in text.split()}
-        unknown = sorted(everywhere - {str(version) for version in self._snapshots})
+        found = {said: data.packed([i for i, of in enumerate(own) if of == said]) for said in sorted(set(own))}
+        told = all_gather_text(" ".join(f"{said}:{len(of)}" for said, of in found.items()), self._device)
+        most: dict[str, int] = {}
+        for said, _, count in (entry.partition(":") for text in told for entry in text.split()):
+            most[said] = max(most.get(said, 0), int(count))
+        unknown = sorted(set(most) - {str(version) for version in self._snapshots})
         if unknown:
             raise _no_old_weights(unknown, self.versions)
         return {
-            version: [place for place, said in enumerate(own) if said == str(version)]
+            version: (batches := found.get(str(version), [])) + [[] for _ in range(most[str(version)] - len(batches))]
             for version in self.versions
-            if str(version) in everywhere
+            if str(version) in most
         }
 
     def sleep(self, level: int) -> None:

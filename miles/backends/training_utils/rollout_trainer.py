@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +27,8 @@ from miles.backends.training_utils.profiling import StepProfiler
 from miles.backends.training_utils.routing import Routing
 from miles.backends.training_utils.timers import Timers
 from miles.rollout.hooks import BadHookResult, Hook
+
+_Output: TypeAlias = tuple[Sequence[int], LogProbOutput]
 
 
 class RolloutTrainer:
@@ -120,17 +122,11 @@ class RolloutTrainer:
         if self.old_weights is None:
             self._log_probs(data, "actor", "log_probs", with_entropy=with_entropy)
             return
-        found: dict[str, dict[int, Any]] = {"log_probs": {}, "entropy": {}}
-        for version, places in self.old_weights.by_version(data).items():
+        outputs = list[_Output]()
+        for version, micro_batches in self.old_weights.by_version(data).items():
             with self.old_weights.in_place(version):
-                self._log_probs(data, "actor", "log_probs", with_entropy=with_entropy)
-            for column, values in found.items():
-                of_all = data.columns.pop(column, None)
-                if of_all is not None:
-                    values.update((place, of_all[place]) for place in places)
-        for column, values in found.items():
-            if values:
-                data.columns[column] = [values[place] for place in range(len(data))]
+                outputs += self._log_prob_pass(data, "actor", micro_batches, with_entropy=with_entropy)
+        _take(data, "log_probs", outputs)
 
     def _update_reference(self, rollout_id: int) -> None:
         """``--ref-update-interval``: after every so many rollouts the reference is the actor as it is then."""
@@ -142,21 +138,21 @@ class RolloutTrainer:
 
     def _log_probs(self, data: RankData, model: ModelTag, name: str, *, with_entropy: bool = False) -> None:
         """Fill a column (ranks without logits get none: they compute no loss)."""
+        _take(data, name, self._log_prob_pass(data, model, data.forward, with_entropy=with_entropy))
+
+    def _log_prob_pass(
+        self, data: RankData, model: ModelTag, micro_batches: Sequence[Sequence[int]], *, with_entropy: bool
+    ) -> list[_Output]:
+        """Samples and output of each micro-batch; nothing on a rank without logits."""
         if self.hooks.before_log_prob is not None:
             prefix = "" if model == "actor" else f"{model}_"
             self.hooks.before_log_prob.call(self.args, self.backend.objects(model).model, prefix)
-        batches = [data.micro_batch(s, self.backend.device, routed=model == "actor") for s in data.forward]
+        batches = [data.micro_batch(s, self.backend.device, routed=model == "actor") for s in micro_batches]
         function = self.losses.log_prob_function(with_entropy=with_entropy)
         with self.profiler.step("train_log_probs"):
             outputs = self.backend.forward_only(batches, function, model=model)
-        found: dict[str, dict[int, torch.Tensor]] = {name: {}, "entropy": {}}
-        for batch, output in zip(batches, outputs, strict=False):
-            if isinstance(output, LogProbOutput):
-                found[name] |= zip(batch.sample_positions, output.log_probs, strict=False)
-                found["entropy"] |= zip(batch.sample_positions, output.entropy or [], strict=False)
-        for column, values in found.items():
-            if values:
-                data.columns[column] = [values[i].cpu() for i in range(len(data))]
+        pairs = zip(micro_batches, outputs, strict=False)
+        return [(samples, output) for samples, output in pairs if isinstance(output, LogProbOutput)]
 
     def _steps(self, rollout_id: int, data: RankData) -> list[dict[str, float]]:
         backend = self.backend
@@ -176,6 +172,17 @@ class RolloutTrainer:
             log_utils.check_finite(self.args, found, f"rollout {rollout_id}, step {number}")
             metrics.append(found | {"skipped": float(not outcome.stepped)})
         return metrics
+
+
+def _take(data: RankData, name: str, outputs: Sequence[_Output]) -> None:
+    """Columns of passes that went over all samples together."""
+    found: dict[str, dict[int, torch.Tensor]] = {name: {}, "entropy": {}}
+    for samples, output in outputs:
+        found[name] |= zip(samples, output.log_probs, strict=False)
+        found["entropy"] |= zip(samples, output.entropy or [], strict=False)
+    for column, values in found.items():
+        if values:
+            data.columns[column] = [values[i].cpu() for i in range(len(data))]
 
 
 def postprocess(hook: Hook, args: Any, data: RankData) -> None:

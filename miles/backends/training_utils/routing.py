@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 
+from miles.utils.train_data import ROUTED_EXPERTS
 from miles_agents.errors import ConfigError
-
-COLUMN = "rollout_routed_experts"
-"""The column of train data that engines' choices travel in: integers ``[T_i - 1, layers, k]`` for each sample. A row of
--1 was not recorded; the last token has none, as no engine computes it."""
 
 
 class BadRoutedExperts(ConfigError):
@@ -53,7 +50,7 @@ class Routing:
         if getattr(args, "use_rollout_routing_replay", False):
             if given is None:
                 raise BadRoutedExperts(
-                    f"the samples of this rollout have no {COLUMN}",
+                    f"the samples of this rollout have no {ROUTED_EXPERTS}",
                     evidence="--use-rollout-routing-replay takes the experts of each token from there",
                     advice="Let the generate function keep what engines answer, load data that was recorded with it, "
                     "or use --use-routing-replay alone.",
@@ -86,7 +83,7 @@ class Routing:
         found = self.given[sample]
         if found.dim() != 3 or found.shape[0] != length - 1 or found.shape[1] <= max(layers):
             raise BadRoutedExperts(
-                f"{COLUMN} of sample {sample} does not fit",
+                f"{ROUTED_EXPERTS} of sample {sample} does not fit",
                 evidence=f"shape {tuple(found.shape)}; {length} tokens, {max(layers) + 1} layers or more",
                 advice="It is [tokens - 1, layers, experts per token], with a row of -1 for what is not known.",
                 sample=sample,
