@@ -48,7 +48,8 @@ def adapter_flops(hf_config: Mapping[str, Any], lora: LoraSettings) -> float:
         (dense, _mlp_widths(hidden, config.get("intermediate_size") or 0)),
         ((layers - dense) * active, _mlp_widths(hidden, config.get("moe_intermediate_size") or 0)),
     ]
-    return 2.0 * sum(count * lora.rank * _adapter_rows(of_layer, lora) for count, of_layer in widths)
+    numbers: int = sum(count * lora.rank * _adapter_rows(of_layer, lora) for count, of_layer in widths)
+    return 2.0 * numbers
 
 
 def _mlp_widths(hidden: int, ffn: int) -> dict[str, tuple[int, int]]:

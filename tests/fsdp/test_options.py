@@ -79,7 +79,9 @@ DTYPES = {
 """Of computing, gradients, masters, the optimizer's state, and what engines get."""
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "bfloat16 alone")) for name in DTYPES]
+)
 def test_dtypes_are_those_of_the_flags_and_one_layer_is_whole_at_a_time(name):
     flags, expected = DTYPES[name]
     path = tiny_model("qwen3", layers=LAYERS, dtype=getattr(torch, flags.get("params_dtype", "float32")))
