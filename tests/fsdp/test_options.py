@@ -32,11 +32,18 @@ def whole_layers(model):
     return sum(not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in model.model.layers)
 
 
+def look_at_gradients(optimizer, seen):
+    for gradient in (p.grad for group in optimizer.param_groups for p in group["params"]):
+        seen["gradients"].add(str(gradient.dtype))
+        # What was added up in bfloat16 has its few bits, whatever holds it.
+        seen["summed in float32"] |= not torch.equal(gradient.bfloat16().to(gradient.dtype), gradient)
+
+
 def observed(path, flags):
     """Of one rollout with one training step."""
     trainer = trainer_of("fsdp", path, **flags)
     (model,), optimizer = trainer.backend.objects().model, trainer.backend.objects().optimizer
-    seen = {"whole": set(), "layers": set(), "gradients": set()}
+    seen = {"whole": set(), "layers": set(), "gradients": set(), "summed in float32": False}
 
     def note(_module, _inputs, output):
         seen["whole"].add(whole_layers(model))
@@ -44,9 +51,7 @@ def observed(path, flags):
 
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(note)
-    optimizer.register_step_pre_hook(
-        lambda *_: seen["gradients"].update(str(p.grad.dtype) for g in optimizer.param_groups for p in g["params"])
-    )
+    optimizer.register_step_pre_hook(lambda *_: look_at_gradients(optimizer, seen))
     with CountAttention() as counted:
         train(trainer)
     state = {str(value.dtype) for one in optimizer.state.values() for value in one.values() if value.dim()}
@@ -88,6 +93,7 @@ def test_dtypes_are_those_of_the_flags_and_one_layer_is_whole_at_a_time(name):
     for found in run_ranks(2, observed, path, {**flags, "optimizer": "adam", "lr": 1e-3}):
         told = [found[what] for what in ("layers", "gradients", "masters", "state", "handed on")]
         assert told == [{one} for one in expected]
+        assert found["summed in float32"] == (expected[1] == FLOAT)
         # The next one may be on its way while one computes.
         assert found["whole"] <= {1, 2}
         assert found["whole after"] == 0
