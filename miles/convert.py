@@ -74,14 +74,15 @@ def hf_to_torch_dist(source: Path, destination: Path) -> None:
         CannotWriteCheckpoint: The disk is full, or forbids it.
     """
     from miles.backends.checkpoint_layout import RELEASE, TRACKER
-    from miles.backends.hf_directory import HFDirectory
+    from miles.backends.hf_directory import MTP_LAYERS, HFDirectory
     from miles.backends.megatron_utils.checkpoint import TrainState, save_checkpoint
     from miles.backends.megatron_utils.standalone import StandaloneModel
 
     _refuse_existing(destination)
     directory = HFDirectory(source)
     with _single_rank(), _aside(destination) as aside:
-        model = StandaloneModel(directory.config(), directory.common_dtype())
+        further = any(name.startswith(MTP_LAYERS) for name in directory.names)
+        model = StandaloneModel(directory.config(), directory.common_dtype(), further=further)
         model.load_hf(directory)
         (aside / RELEASE).mkdir()
         state = TrainState(model.shape, model.parallel, model.module)
@@ -102,7 +103,7 @@ def torch_dist_to_hf(source: Path, destination: Path, hf_checkpoint: Path, *, st
     from miles.backends.hf_directory import HFDirectory, read_config
     from miles.backends.hf_export import export_hf
     from miles.backends.lora.merging import MergedModel
-    from miles.backends.megatron_utils.standalone import StandaloneModel, checkpoint_dtype
+    from miles.backends.megatron_utils.standalone import StandaloneModel, checkpoint_dtype, has_further_layers
 
     _refuse_existing(destination)
     config, args = read_config(hf_checkpoint), Namespace(hf_checkpoint=str(hf_checkpoint))
@@ -118,7 +119,8 @@ def torch_dist_to_hf(source: Path, destination: Path, hf_checkpoint: Path, *, st
         if holds_adapter(found.directory):
             export_hf(MergedModel(HFDirectory(hf_checkpoint), found.directory), args, destination)
             return
-        model = StandaloneModel(config, checkpoint_dtype(found.directory))
+        further = has_further_layers(found.directory)
+        model = StandaloneModel(config, checkpoint_dtype(found.directory), further=further)
         model.load_torch_dist(found.directory)
         export_hf(model, args, destination)
 

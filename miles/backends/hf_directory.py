@@ -15,6 +15,8 @@ from miles_agents.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MTP_LAYERS = "model.mtp_layers."
+"""What names of MiMo's layers that predict further tokens begin with: a run may leave these layers out."""
 
 
 class UnreadableModelDirectory(ConfigError):

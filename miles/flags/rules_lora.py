@@ -37,15 +37,6 @@ def resolve_lora(draft: Draft) -> None:
             "layers that predict further tokens have no adapters, and with --lora-rank nothing else is trained",
             advice="Leave it out.",
         )
-    found = draft.directory("load")
-    is_base = found.has_weights or (found.newest is not None and not found.newest.adapter)
-    if draft["use_fault_tolerance"] and draft["load"] and is_base:
-        draft.problem(
-            "load",
-            "ranks that die could not find the weights below the adapter again: a checkpoint of it goes in their place",
-            allowed="these weights as --ref-load, or a Hugging Face directory as --hf-checkpoint",
-            advice="Give them so, or leave --use-fault-tolerance out.",
-        )
     if draft["lora_adapter_path"]:
         _check_adapter(draft, targets)
 

@@ -72,8 +72,20 @@ def _check_shards(draft: Draft) -> None:
             allowed=f"a divisor of {world}",
             advice="Change it, or the number of ranks.",
         )
+    if draft["fsdp_cpu_offload"] and draft["device"] == "cuda" and draft["offload_train"]:
+        _check_host_shards(draft)
     if not draft["keep_fp32_master"] and draft["params_dtype"] == "float32":
         draft.notice("--no-keep-fp32-master has no effect: parameters are in float32")
+
+
+def _check_host_shards(draft: Draft) -> None:
+    if draft["offload_train_target"] == "disk":
+        draft.problem(
+            "offload_train_target",
+            "--fsdp-cpu-offload keeps shards in pinned memory of the host, which cannot shrink",
+            allowed="cpu",
+            advice="Give cpu, or leave --fsdp-cpu-offload out.",
+        )
 
 
 def _check_saves(draft: Draft) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from miles.utils.lora import LoraSettings
+
 
 def forward_flops(hf_config: Mapping[str, Any], length: float) -> float:
-    """Floating-point operations of one forward pass over a sequence of ``length`` tokens; training takes three times
-    as many. Two per weight and token, and attention's two products with a causal mask.
+    """Floating-point operations of one forward pass over a sequence of ``length`` tokens: two per weight and token, and
+    attention's two products with a causal mask.
 
     Args:
         hf_config: A model's ``config.json``; of a mixture of experts, what each token passes through is counted.
@@ -19,6 +21,46 @@ def forward_flops(hf_config: Mapping[str, Any], length: float) -> float:
     """
     per_token, per_square = flops_factors(hf_config)
     return per_token * length + per_square * length**2
+
+
+def training_flops(hf_config: Mapping[str, Any], length: float, lora: LoraSettings | None = None) -> float:
+    """Of a forward and a backward pass. A gradient of an input, and one of a weight, cost as much as the product they
+    belong to; a weight below an adapter is frozen, and has no gradient of its own. What is computed again in the
+    backward pass is not counted."""
+    per_token, per_square = flops_factors(hf_config)
+    passes = 3.0 if lora is None else 2.0
+    trained = 3.0 * adapter_flops(hf_config, lora) if lora is not None else 0.0
+    return (passes * per_token + trained) * length + 3.0 * per_square * length**2
+
+
+def adapter_flops(hf_config: Mapping[str, Any], lora: LoraSettings) -> float:
+    """What adapters add to a forward pass, per token: two per number of ``A`` and ``B``, a shared ``A`` once."""
+    config = hf_config.get("text_config") or hf_config
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    groups = config.get("num_key_value_heads") or heads
+    queries, keys = (hidden, heads * head), (hidden, groups * head)
+    attention = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries[::-1]}
+    layers, active = config["num_hidden_layers"], config.get("num_experts_per_tok") or 0
+    dense = _dense_layers(config) if active else layers
+    widths = [
+        (layers, attention),
+        (dense, _mlp_widths(hidden, config.get("intermediate_size") or 0)),
+        ((layers - dense) * active, _mlp_widths(hidden, config.get("moe_intermediate_size") or 0)),
+    ]
+    numbers: int = sum(count * lora.rank * _adapter_rows(of_layer, lora) for count, of_layer in widths)
+    return 2.0 * numbers
+
+
+def _mlp_widths(hidden: int, ffn: int) -> dict[str, tuple[int, int]]:
+    return {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
+
+
+def _adapter_rows(widths: Mapping[str, tuple[int, int]], lora: LoraSettings) -> int:
+    """Numbers in the adapters of layers of these widths (in, out), per rank."""
+    targets = [name for name in widths if name in lora.targets]
+    inputs = {lora.sharer(f".{name}"): widths[name][0] for name in targets}
+    return sum(inputs.values()) + sum(widths[name][1] for name in targets)
 
 
 def sample_costs(args: Any, lengths: npt.NDArray[np.int64] | Sequence[int]) -> list[float]:

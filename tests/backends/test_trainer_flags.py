@@ -313,3 +313,14 @@ def test_speed_is_told_for_each_pass_and_as_a_share_of_the_peak():
     assert metrics["perf/actor_train_mfu"] == pytest.approx(metrics["perf/actor_train_tflops"] / 2.0)
     (without,), _ = run_ranks(1, trained, "fsdp", tiny_model("qwen3"), {})[0]
     assert "perf/actor_train_mfu" not in without
+
+
+def test_a_step_with_adapters_counts_less_than_three_passes():
+    lora = {"lora_rank": 4, "lora_alpha": 4, "target_modules": "all-linear", "lora_type": "lora"}
+    (metrics,), _ = run_ranks(1, trained, "fsdp", tiny_model("qwen3"), {"use_kl_loss": True, **lora})[0]
+    seconds = {name: metrics[f"perf/{name}_time"] for name in ("log_probs", "ref_log_probs", "actor_train")}
+    flops = {name: metrics[f"perf/{name}_tflops"] * took for name, took in seconds.items()}
+    added = flops["log_probs"] - flops["ref_log_probs"]
+    assert 0 < added < flops["log_probs"]
+    # Attention's products have both gradients.
+    assert 2 < (flops["actor_train"] - 3 * added) / flops["ref_log_probs"] < 2.2

@@ -106,3 +106,30 @@ def test_on_a_cpu_the_optimizer_is_in_host_memory_anyway():
     assert [notice for notice in found.notices if "--optimizer-cpu-offload has no effect" in notice]
     assert found.config["optimizer_cpu_offload"] is False
     assert config("--optimizer-cpu-offload", facts=GPUS)["optimizer_cpu_offload"] is True
+
+
+COLOCATED = f"{FSDP} --fsdp-cpu-offload --colocate --actor-num-gpus-per-node 4"
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "text"),
+    [
+        (f"{COLOCATED} --offload-train-target disk", "--offload-train-target", "--fsdp-cpu-offload"),
+        (f"{FSDP} --fsdp-cpu-backend nccl", "--fsdp-cpu-backend", "gloo"),
+        (f"{FSDP} --attn-implementation magic", "--attn-implementation", "flash_attention_2, sdpa or eager"),
+        ("--fsdp-cpu-offload", "--fsdp-cpu-offload", "only the FSDP backend"),
+        ("--gradient-checkpointing", "--gradient-checkpointing", "--recompute-granularity"),
+        ("--attn-implementation sdpa", "--attn-implementation", "--attention-backend"),
+    ],
+)
+def test_what_fsdp_on_gpus_cannot_do_and_what_it_alone_can(words, flag, text):
+    found = problems(words, facts=GPUS)
+    assert text in found[flag], found
+
+
+def test_what_fsdp_does_anyway_and_what_goes_with_shards_on_the_host():
+    assert config(f"{FSDP} --fsdp-state-dict-cpu-offload", facts=GPUS)["fsdp_state_dict_cpu_offload"]
+    found = config(f"{COLOCATED} --offload-train-target cpu", facts=GPUS)
+    assert found["fsdp_cpu_offload"] and found["offload_train"]
+    # Where nobody sleeps, the target is no matter.
+    config(f"{FSDP} --fsdp-cpu-offload --no-offload-train --offload-train-target disk", facts=GPUS)

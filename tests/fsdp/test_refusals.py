@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -32,6 +33,18 @@ from miles.backends.hf_directory import UnreadableModelDirectory
 def test_flags_are_refused_by_name(flags, named):
     with pytest.raises(FsdpFlagRefused, match=named):
         settings_of(backend_args(tiny_model("qwen3"), **flags))
+
+
+def test_flash_attention_is_what_is_installed():
+    path, installed = tiny_model("qwen3"), importlib.util.find_spec("flash_attn") is not None
+    args = backend_args(path, device="cuda", attn_implementation="flash_attention_2")
+    assert settings_of(args).attention == ("flash_attention_2" if installed else "sdpa")
+    args.explicit_flags = ["attn_implementation"]
+    if installed:
+        assert settings_of(args).attention == "flash_attention_2"
+    else:
+        with pytest.raises(FsdpFlagRefused, match="needs the package flash-attn"):
+            settings_of(args)
 
 
 def test_defaults_become_what_a_cpu_can_do(caplog):

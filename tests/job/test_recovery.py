@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.recorded_rollouts import write_rollouts
+from support.tiny_models import tiny_model
 from support.training_runs import train
 
 from miles.rollout.journal import replay
@@ -17,6 +18,10 @@ PACKAGE = "miles.backends"
 STEPS = f"{PACKAGE}.training_utils.rollout_trainer:RolloutTrainer._steps"
 SAVE = f"{PACKAGE}.training_utils.checkpoints:_make_durable"
 SEND = f"{PACKAGE}.weight_update.sender:Sender._copy"
+LORA = {
+    "lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_kl_loss": True, "kl_loss_coef": 0.1,
+}  # fmt: skip
+BELOW = "weights that only the adapter stands on"
 QUICK_HEARTS = {
     "trainer_heartbeat_checker_first_wait": 0, "trainer_heartbeat_checker_interval": 0.5,
     "trainer_heartbeat_checker_timeout": 4,
@@ -123,10 +128,16 @@ def test_an_asynchronous_run_with_engines_outlives_a_rank_that_falls_in_a_weight
         ({"advantage_estimator": "ppo", "use_kl_loss": True, "kl_loss_coef": 0.1, "recovery_interval": 2},
          f"1,4,SIGKILL,{STEPS}"),
         ({"global_batch_size": 32, "num_steps_per_rollout": 2}, f"1,3,SIGKILL,{STEPS}"),
+        ({**LORA, "recovery_interval": 2}, f"1,4,SIGKILL,{STEPS}"),
+        ({**LORA, "recovery_interval": 2, "load": BELOW}, f"1,4,SIGKILL,{STEPS}"),
+        ({**LORA, "recovery_interval": 2, "load": BELOW, "train_backend": "fsdp"}, f"0,2,SIGKILL,{STEPS}"),
     ],
-    ids=["stopped", "in saving", "behind a checkpoint", "fsdp", "TP 2", "with critic and reference", "two steps"],
+    ids=["stopped", "in saving", "behind a checkpoint", "fsdp", "TP 2", "with critic and reference", "two steps",
+         "an adapter", "an adapter on weights of its own", "the same with fsdp, before a checkpoint"],
 )  # fmt: skip
 def test_wherever_it_falls_and_whatever_it_trains(tmp_path, flags, place):
+    if flags.get("load") == BELOW:
+        flags = {**flags, "load": tiny_model("qwen3", hidden=64, layers=2, seed=5)}
     given = {name: flags[name] for name in flags if name != "recovery_interval"}
     only = {"recovery_interval": flags["recovery_interval"]} if "recovery_interval" in flags else {}
     assert len(compared(tmp_path, recorded(tmp_path, **given), place, **QUICK_HEARTS, **only)) == 1

@@ -117,6 +117,19 @@ def test_it_can_be_converted(run, name, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
 
 
+@pytest.mark.parametrize("further", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_one_of_a_model_with_layers_for_further_tokens_can_be_converted(tmp_path, further):
+    """Whether the run had left them out or not: what comes out has what the run's exports have."""
+    path = tiny_model("mimo")
+    ((saved, _),) = run_ranks(1, whole_run, path, "megatron", {"mtp_num_layers": further}, tmp_path / "save")
+    assert any("mtp_layers" in name for name in saved) == bool(further)
+    assert run_ranks(1, converted, tmp_path / "save", tmp_path / "hf", path, distributed=False) == [0]
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(found) == set(saved)
+    for key, value in saved.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=key)
+
+
 def converted(root, destination, path):
     from miles.convert import main
 

@@ -177,3 +177,30 @@ def test_a_source_without_a_checkpoint_is_refused(tmp_path, name, code):
     status, text = run_convert("torch-dist-to-hf", tmp_path / name, tmp_path / "out", "--hf-checkpoint", origin)
     assert (status, code in text) == (2, True), text
     assert os.listdir(tmp_path) == []
+
+
+def without_further_layers(path, converted, root):
+    """Weights of runs that leave the layers for further tokens out, begun from a conversion that has them."""
+    found = []
+    for flag in ("load", "ref_load"):
+        backend = make_backend(path, **{flag: str(converted)})
+        found.append(weights_of(backend))
+        save_backend(backend, root / flag, 0)
+        export_hf(backend, backend.args, root / f"{flag}-hf")
+        backend.close()
+    return found
+
+
+def test_layers_for_further_tokens_may_be_left_out_on_the_way(tmp_path):
+    """``--mtp-num-layers 0`` with MiMo: its conversions are loaded, and what it saves and exports is converted."""
+    origin, other = tiny_model(MIMO), tiny_model(MIMO, seed=3)
+    run_convert("hf-to-torch-dist", other, tmp_path / "whole")
+    expected = {name: tensor for name, tensor in tensors_of(other).items() if "mtp" not in name}
+    assert len(expected) < len(tensors_of(other))
+    for weights in run_ranks(1, without_further_layers, origin, tmp_path / "whole", tmp_path)[0]:
+        assert_same(weights, expected)
+    assert_same(tensors_of(tmp_path / "load-hf"), expected)
+    assert run_convert("torch-dist-to-hf", tmp_path / "load", tmp_path / "back", "--hf-checkpoint", origin)[0] == 0
+    assert_same(tensors_of(tmp_path / "back"), expected)
+    assert run_convert("hf-to-torch-dist", tmp_path / "load-hf", tmp_path / "again")[0] == 0
+    assert_same(run_ranks(1, loaded, origin, {"ref_load": str(tmp_path / "again")})[0][1], expected)

@@ -115,6 +115,11 @@ def plain_lora(path, adapter, changed, seed, targets=ALL, kind="lora"):
     with torch.no_grad():
         data["log_probs"] = plain_log_probs(args, model.logits, data)
         data["ref_log_probs"] = plain_log_probs(args, lambda tokens: below(tokens[None]).logits[0].float(), data)
+    return lora_steps(args, model, data)
+
+
+def lora_steps(args, model, data):
+    """Two steps of gradient descent on a ``PlainLora``: mean metrics, merged weights, and the adapter's pairs."""
     steps = []
     for first in (0, 4):
         for parameter in model.trained:
@@ -129,7 +134,7 @@ def plain_lora(path, adapter, changed, seed, targets=ALL, kind="lora"):
                 parameter.sub_(args.lr * parameter.grad)
     means = {f"train/{name}": (steps[0][name] + steps[1][name]) / 2 for name in steps[0]}
     pairs = {name: [half.detach() for half in pair] for name, pair in model.pairs().items()}
-    return means, merged(path, pairs, model.scaling), pairs
+    return means, merged(model.model, pairs, model.scaling), pairs
 
 
 def frozen_of(kind, backend):

@@ -58,9 +58,9 @@ def plain(path, changed, seed):
 
 
 def plain_steps(args, module, model, data, more=None):
-    """Two steps of gradient descent on ``module``, whose logits ``model`` computes of a sample's tokens. ``more``: of a
-    step's samples a factor, the name of a metric, and what it is the value of, for a further part of the loss."""
-    steps = []
+    """Two steps of torch's own optimizer on ``module``, whose logits ``model`` computes of a sample's tokens. ``more``:
+    of a step's samples a factor, the name of a metric, and what it is the value of, for a further part of the loss."""
+    optimizer, steps = plain_optimizer(args, module), []
     for first in range(0, 8, args.global_batch_size):
         module.zero_grad()
         places = range(first, min(first + args.global_batch_size, 8))
@@ -74,8 +74,20 @@ def plain_steps(args, module, model, data, more=None):
         norm = sum(float(p.grad.square().sum()) for p in module.parameters()) ** 0.5
         steps.append({name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()})
         steps[-1]["grad_norm"] = norm
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.sub_(args.lr * parameter.grad)
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip_grad)
+        optimizer.step()
     means = {f"train/{name}": (steps[0][name] + steps[1][name]) / 2 for name in steps[0]}
     return means, hf_parameters(module)
+
+
+def plain_optimizer(args, module):
+    """torch's own. As in Megatron, what has one dimension is not decayed."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.sgd_momentum)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)

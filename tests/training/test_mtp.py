@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from support.plain_losses import assert_close, plain_log_probs
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
-from support.trained_rollouts import args_of, data_of, plain_steps, trained
+from support.trained_rollouts import args_of, backend_of, data_of, plain_steps, trained
 
 from miles.backends.megatron_utils.errors import UnsupportedParallelism
 
@@ -189,3 +189,44 @@ def test_checkpoints_hold_them_and_stages_are_refused(tmp_path):
         for name, value in before.items():
             torch.testing.assert_close(after[name], value, rtol=0, atol=0, msg=name)
             torch.testing.assert_close(value, original[name] + 0.25 * ("mtp_layers" in name), rtol=0, atol=1e-6)
+
+
+ADAM = {"optimizer": "adam", "lr": 1e-2, "adam_eps": 1e-4}
+
+
+def rollout(path, flags, number, seed, save=None):
+    """Train one; what there is to train on is that of its number. Where it began, and weights before and after."""
+    from miles.backends.training_utils.checkpoints import commit_checkpoint
+    from miles.backends.training_utils.rollout_trainer import RolloutTrainer
+    from miles.backends.training_utils.timers import Timers
+    from miles.utils.train_data import split_train_data
+
+    args = args_of(path, "megatron", **{"dp_size": 1, **ADAM, **flags})
+    backend = backend_of("megatron", args)
+    start = backend.init()
+    before = {name: tensor.clone() for name, tensor in backend.hf_weights()}
+    part = split_train_data(args, data_of(seed))[0]
+    RolloutTrainer(args, backend, Timers(backend.device)).train(number, lambda: part)
+    if save is not None:
+        commit_checkpoint(save, number, lambda to: backend.save(to, rollout_id=number), backend.device)
+    after = {name: tensor.clone() for name, tensor in backend.hf_weights()}
+    backend.close()
+    return start, before, after
+
+
+def goes_on(path, save):
+    """A run with these layers, and what goes on from its checkpoint with them and without."""
+    mtp = {**ON, "mtp_num_layers": 1}
+    _, _, saved = rollout(path, mtp, 0, 3, save)
+    return saved, *(rollout(path, {**flags, "load": str(save)}, 1, 4) for flags in (mtp, {}))
+
+
+def test_a_run_goes_on_without_them(tmp_path):
+    saved, through, without = run_ranks(1, goes_on, tiny_model("mimo"), tmp_path / "save")[0]
+    assert (through[0], without[0]) == (1, 1)
+    assert set(without[1]) == {name for name in saved if "mtp" not in name} != set(saved)
+    for name, tensor in without[1].items():
+        assert torch.equal(tensor, saved[name]), name
+        # The optimizer's state was taken over, too.
+        assert torch.equal(without[2][name], through[2][name]), name
+        assert not torch.equal(without[2][name], tensor), name

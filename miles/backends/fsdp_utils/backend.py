@@ -49,14 +49,14 @@ from miles.backends.fsdp_utils.checkpoint import (
     weights_directory,
 )
 from miles.backends.fsdp_utils.errors import BadModelDirectory, FsdpFlagRefused, NotFinite
-from miles.backends.fsdp_utils.lora import Adapters
+from miles.backends.fsdp_utils.lora import Adapters, weights_checksum
 from miles.backends.fsdp_utils.model import ModelOptions, build_model, fsdp_modules
 from miles.backends.fsdp_utils.optimizer import ShardedOptimizer
 from miles.backends.fsdp_utils.packing import packed_layout
 from miles.backends.fsdp_utils.settings import settings_of
 from miles.backends.fsdp_utils.shards import named_shards
 from miles.backends.fsdp_utils.weights import full_weights, load_hf_weights
-from miles.backends.lora.files import check_checkpoint
+from miles.backends.lora.files import check_checkpoint, check_reference, weights_apart
 from miles.backends.lora.values import is_below
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import moves_reference
@@ -117,6 +117,7 @@ class FSDPBackend(TrainBackend):
         if settings.needs_teacher:
             source = cast("Path", settings.loads.teacher)
             self._frozen["teacher"] = self._make_frozen(source, settings.loads.teacher_step, "--opd-teacher-load")
+        self._remember_reference()
         return start
 
     def forward_only(
@@ -287,24 +288,38 @@ class FSDPBackend(TrainBackend):
     def _load_adapted(self, lora: LoraSettings) -> int:
         """The weights below adapters, which a checkpoint of adapters says nothing of; then the adapters."""
         loads = self.settings.loads
-        base, step = loads.reference, loads.ref_step
+        base, step, apart = loads.reference, loads.ref_step, False
         directory = None
         if loads.load is not None and is_checkpoint(loads.load, loads.step):
             directory = checkpoint_directory(loads.load, loads.step)
             if loads.finetune and not holds_adapter(directory):
-                base, step, directory = loads.load, loads.step, None
+                base, step, directory, apart = loads.load, loads.step, None, True
+            elif holds_adapter(directory) and (found := weights_apart(directory)) is not None:
+                base, step, apart = found, None, True
         elif loads.load is not None and (loads.load / "config.json").is_file():
-            base, step = loads.load, None
+            base, step, apart = loads.load, None, True
         elif loads.load is not None:
             logger.info("--load %s holds no checkpoint yet: this is a fresh start", loads.load)
         self._load_weights(self._model, base, step, "--ref-load")
         fresh = lora if directory is None else replace(lora, adapter_path=None)
         self._adapters = Adapters(self._model, fresh, weights_directory(base, step))
+        self._adapters.below = replace(self._adapters.below, apart=apart)
         if directory is None:
             return 0
         if holds_adapter(directory):
             check_checkpoint(directory, lora, self._adapters.checksum)
         return self._go_on(cast("Path", loads.load))
+
+    def _remember_reference(self) -> None:
+        """What checkpoints of adapters say of the reference; it must not have changed where a run goes on."""
+        loads, adapters = self.settings.loads, self._adapters
+        if adapters is None or not self.settings.needs_reference:
+            return
+        frozen = self._frozen.get("ref")
+        reference = adapters.checksum if frozen is None else weights_checksum(frozen)
+        adapters.below = replace(adapters.below, reference=reference)
+        if loads.load is not None and not loads.finetune and is_checkpoint(loads.load, loads.step):
+            check_reference(checkpoint_directory(loads.load, loads.step), reference)
 
     def _go_on(self, root: Path) -> int:
         """From the checkpoint that is chosen; returns the next rollout's number."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from miles.backends.fsdp_utils.shards import base_shards, first_row, whole
-from miles.backends.lora.files import Pair, write_adapter
+from miles.backends.lora.files import Below, Pair, write_adapter
 from miles.backends.lora.values import FirstValues, Switch, bit_sum, merged
 from miles.utils.lora import LoraSettings
 
@@ -80,7 +80,8 @@ class Adapters:
         self.settings, self.base = settings, base
         self._model = model
         self.switch = next(adapter.switch for _, _, adapter in _linears(model))
-        self.checksum = _checksum(model)
+        self.checksum = weights_checksum(model)
+        self.below = Below(base, self.checksum)
         widths = {name: (linear.out_features, linear.in_features) for name, linear, _ in _linears(model)}
         values = FirstValues(settings, widths)
         with torch.no_grad():
@@ -100,7 +101,7 @@ class Adapters:
             if dist.get_rank() == 0:
                 kept[name] = (pair[0].cpu(), pair[1].cpu())
         if dist.get_rank() == 0:
-            write_adapter(directory, kept, self.settings, base=str(self.base), checksum=self.checksum)
+            write_adapter(directory, kept, self.settings, self.below)
 
 
 def pair_of(adapter: Adapter) -> Pair:
@@ -123,8 +124,8 @@ def _fill(shard: DTensor, value: torch.Tensor) -> None:
         local.copy_(value[start : start + local.shape[0]])
 
 
-def _checksum(model: nn.Module) -> int:
-    """``bit_sum`` of all weights below."""
+def weights_checksum(model: nn.Module) -> int:
+    """``bit_sum`` of all weights but adapters'. Collective."""
     shards = [shard for _, shard in base_shards(model)]
     total = torch.stack([bit_sum(shard.to_local()) for shard in shards]).sum()
     mesh = shards[0].device_mesh

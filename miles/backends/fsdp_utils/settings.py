@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _refuse_other_parallelism(args: Any) -> None:
 
 
 def _attention(args: Any, device: str) -> str:
-    """The contract's default, flash attention, becomes what the device has; typed, it is refused."""
+    """The contract's default, flash attention, becomes what device and packages have; typed, it is refused."""
     name = getattr(args, "attn_implementation", None) or "flash_attention_2"
     if name not in _ATTENTION:
         raise FsdpFlagRefused(
@@ -146,15 +147,17 @@ def _attention(args: Any, device: str) -> str:
             evidence=f"known: {', '.join(_ATTENTION)}",
             advice="Give one of the known ones.",
         )
-    if name != "flash_attention_2" or device != "cpu":
+    is_installed = importlib.util.find_spec("flash_attn") is not None
+    if name != "flash_attention_2" or (device != "cpu" and is_installed):
         return name
+    lacks = "a GPU" if device == "cpu" else "the package flash-attn"
     if "attn_implementation" in (getattr(args, "explicit_flags", None) or ()):
         raise FsdpFlagRefused(
-            "--attn-implementation flash_attention_2 needs a GPU",
-            evidence="the device of this run is cpu",
+            f"--attn-implementation flash_attention_2 needs {lacks}",
+            evidence=f"the device of this run is {device}",
             advice="Leave it out, or give sdpa or eager.",
         )
-    logger.info("--attn-implementation: sdpa, since flash_attention_2 needs a GPU")
+    logger.info("--attn-implementation: sdpa, since flash_attention_2 needs %s", lacks)
     return "sdpa"
 
 
@@ -170,7 +173,7 @@ def _cpu_offload(args: Any, device: str) -> bool:
             evidence="--fsdp-cpu-backend is empty",
             advice="Give --fsdp-cpu-backend gloo.",
         )
-    if getattr(args, "offload_train_target", "cpu") == "disk":
+    if getattr(args, "offload_train", True) and getattr(args, "offload_train_target", "cpu") == "disk":
         raise FsdpFlagRefused(
             "--fsdp-cpu-offload does not go with --offload-train-target disk",
             evidence="it keeps parameters in pinned memory of the host, which cannot shrink",

@@ -1,13 +1,15 @@
 """Adapters in the layout that ``peft`` reads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Beside them lies ``base.json``, with the checksum of the weights that the adapter belongs to: on others it would be
-noise.
+noise. It says, too, whether these were apart from what ``--ref-load`` and ``--hf-checkpoint`` name, and the checksum of
+the reference that the run was held to, so that a run that goes on has the same two.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,25 @@ class BadAdapter(ConfigError):
     code = "E-MODEL-004"
 
 
-def write_adapter(
-    directory: Path, pairs: Mapping[str, Pair], settings: LoraSettings, *, base: str, checksum: int
-) -> None:
-    """Into a new directory. ``pairs``: by the layer's full name; ``base``: the path of the weights below.
+@dataclass(frozen=True)
+class Below:
+    """The weights below an adapter.
+
+    Attributes:
+        path: Where they are.
+        checksum: Their ``bit_sum``.
+        apart: They are not those of ``--ref-load`` or ``--hf-checkpoint``: ``--load`` named them when it was begun.
+        reference: ``bit_sum`` of the reference model; None: the run has none.
+    """
+
+    path: Path
+    checksum: int
+    apart: bool = False
+    reference: int | None = None
+
+
+def write_adapter(directory: Path, pairs: Mapping[str, Pair], settings: LoraSettings, below: Below) -> None:
+    """Into a new directory. ``pairs``: by the layer's full name.
 
     Raises:
         OSError, SafetensorError: The disk is full, or forbids it.
@@ -43,8 +60,9 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.detach().to("cpu", copy=True).contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.detach().to("cpu", copy=True).contiguous()
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(_config(settings, base), indent=2) + "\n")
-    (directory / BASE).write_text(json.dumps({"checksum": checksum, "lora_type": settings.kind}) + "\n")
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(_config(settings, str(below.path)), indent=2) + "\n")
+    about = {"checksum": below.checksum, "lora_type": settings.kind, "apart": below.apart, "reference": below.reference}
+    (directory / BASE).write_text(json.dumps(about) + "\n")
 
 
 def _config(settings: LoraSettings, base: str) -> dict[str, Any]:
@@ -125,6 +143,44 @@ def base_checksum(checkpoint: Path) -> int:
     if not isinstance(checksum, int):
         raise _bad(checkpoint / ADAPTER_DIRECTORY, f"{BASE} holds no checksum")
     return checksum
+
+
+def weights_apart(checkpoint: Path) -> Path | None:
+    """Where the weights below the adapter in a checkpoint are, if neither ``--ref-load`` nor ``--hf-checkpoint`` named
+    them, or the same, when it was begun.
+
+    Raises:
+        BadAdapter: They are not there any more.
+    """
+    directory = checkpoint / ADAPTER_DIRECTORY
+    about = _json(directory, BASE)
+    if not about.get("apart") or about.get("reference") == about.get("checksum"):
+        return None
+    path = Path(str(_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")))
+    if not path.is_dir():
+        raise _bad(
+            directory,
+            f"the weights below it, which it was begun on with --load, are not at {path}",
+            advice=f"Put them back there, or change base_model_name_or_path in {ADAPTER_CONFIG}.",
+        )
+    return path
+
+
+def check_reference(checkpoint: Path, checksum: int) -> None:
+    """That a run goes on with the reference model that it had.
+
+    Raises:
+        BadAdapter: It would be held to another one.
+    """
+    directory = checkpoint / ADAPTER_DIRECTORY
+    had = _json(directory, BASE).get("reference")
+    if had is not None and had != checksum:
+        raise _bad(
+            directory,
+            f"the reference model is not the one it was trained with: checksum {checksum}, and it was {had}",
+            advice="Give --ref-load, or --hf-checkpoint, as the run had it; the weights below the adapter are found "
+            "by its checkpoint. --finetune begins anew with another reference.",
+        )
 
 
 def check_base(checkpoint: Path, checksum: int) -> None:

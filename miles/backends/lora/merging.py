@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from miles.backends.hf_directory import HFDirectory, OpenedDirectory
+from miles.backends.hf_directory import MTP_LAYERS, HFDirectory, OpenedDirectory
 from miles.backends.lora.files import base_checksum, check_base, read_adapter
 from miles.backends.lora.values import bit_sum, merged
 from miles.utils.lora import ADAPTER_DIRECTORY
@@ -32,30 +32,44 @@ class MergedModel:
         self._directory = directory
         config, self._pairs = read_adapter(checkpoint / ADAPTER_DIRECTORY)
         self._scaling = config["lora_alpha"] / config["r"]
-        self._dtype = self._find_dtype(checkpoint)
+        self._names, self._dtype = self._find_base(checkpoint)
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``TrainBackend.hf_weights``."""
         with self._directory.opened() as opened:
-            for name in self._names():
+            for name in self._names:
                 weight = opened.tensor(name).to(self._dtype)
                 pair = self._pairs.get(name.removesuffix(".weight"))
                 yield name, weight if pair is None else merged(weight, pair, self._scaling)
 
-    def _names(self) -> list[str]:
+    def _all_names(self) -> list[str]:
         """Those that a backend has: no copies, nothing that is computed."""
         copies = ("lm_head.weight",) if self._directory.config().get("tie_word_embeddings") else ()
         return sorted(name for name in self._directory.names if not name.endswith(("rotary_emb.inv_freq", *copies)))
 
-    def _find_dtype(self, checkpoint: Path) -> torch.dtype:
-        """That of the run: the one in which the weights are those that the adapter was trained on."""
-        own = self._directory.common_dtype()
+    def _find_base(self, checkpoint: Path) -> tuple[list[str], torch.dtype]:
+        """The run's weights below: with these, in this dtype, the adapter was trained. A run may have left out the
+        layers that predict further tokens (``--mtp-num-layers``); an export of it has none."""
+        every, own = self._all_names(), self._directory.common_dtype()
+        further = [name for name in every if name.startswith(MTP_LAYERS)]
+        others = [name for name in every if not name.startswith(MTP_LAYERS)]
+        wanted = base_checksum(checkpoint)
         with self._directory.opened() as opened:
-            if own != torch.bfloat16 and self._checksum(opened, torch.bfloat16) == base_checksum(checkpoint):
-                return torch.bfloat16
-            check_base(checkpoint, self._checksum(opened, own))
-        return own
+            for dtype in dict.fromkeys((torch.bfloat16, own)):
+                total = self._sum(opened, others, dtype)
+                if further and _signed(total) == wanted:
+                    return others, dtype
+                total += self._sum(opened, further, dtype)
+                if _signed(total) == wanted:
+                    return every, dtype
+        check_base(checkpoint, _signed(total))
+        return every, own
 
-    def _checksum(self, opened: OpenedDirectory, dtype: torch.dtype) -> int:
-        total = sum(int(bit_sum(opened.tensor(name).to(dtype))) for name in self._names()) & _MASK
-        return total - (1 << 64) if total >> 63 else total
+    def _sum(self, opened: OpenedDirectory, names: list[str], dtype: torch.dtype) -> int:
+        return sum(int(bit_sum(opened.tensor(name).to(dtype))) for name in names)
+
+
+def _signed(total: int) -> int:
+    """As a sum of int64 comes out."""
+    total &= _MASK
+    return total - (1 << 64) if total >> 63 else total

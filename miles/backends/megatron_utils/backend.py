@@ -30,13 +30,13 @@ from miles.backends.base import (
 )
 from miles.backends.checkpoint_layout import REFERENCE, FoundCheckpoint, is_hf_directory
 from miles.backends.hf_directory import HFDirectory
-from miles.backends.lora.files import check_checkpoint
+from miles.backends.lora.files import check_checkpoint, check_reference
 from miles.backends.lora.values import is_below
 from miles.backends.megatron_utils import passes
 from miles.backends.megatron_utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from miles.backends.megatron_utils.errors import NonFiniteGradients, UnsupportedSetting
 from miles.backends.megatron_utils.families import read_shape, weight_rules
-from miles.backends.megatron_utils.lora import Adapters
+from miles.backends.megatron_utils.lora import Adapters, weights_checksum
 from miles.backends.megatron_utils.megatron_training import provide_get_args
 from miles.backends.megatron_utils.model import build_model, padded_vocab, transformer_config
 from miles.backends.megatron_utils.mtp import make_mtp
@@ -140,6 +140,7 @@ class MegatronBackend(TrainBackend):
             self.frozen["ref"] = self._build_frozen(moved_reference(args, source) or reference_source(args))
         if needs_teacher(args):
             self.frozen["teacher"] = self._build_frozen(teacher_source(args))
+        self._remember_below(source)
         return start
 
     def _make_logits_of(self) -> passes.LogitsOf:
@@ -170,6 +171,19 @@ class MegatronBackend(TrainBackend):
                 state = TrainState(self.shape, self.parallel, adapters, is_adapter=True)
                 load_checkpoint(source.adapter, state, generators=False)
         return adapters
+
+    def _remember_below(self, source: Source) -> None:
+        """What checkpoints of adapters say of the weights below and of the reference; it must not have changed."""
+        adapters = self.adapters
+        if adapters is None:
+            return
+        reference = None
+        if needs_reference(self.args):
+            frozen, parts = self.frozen.get("ref"), (self.rules, self.stage, self.parallel)
+            reference = adapters.checksum if frozen is None else weights_checksum(frozen, *parts)
+            if source.adapter is not None and source.resumes is not None:
+                check_reference(source.adapter, reference)
+        adapters.below = replace(adapters.below, apart=source.apart, reference=reference)
 
     def _build_frozen(self, source: Path) -> Any:
         model = self._build_model()

@@ -230,6 +230,9 @@ def _check_fit(directory: Path, common: dict[str, Any], index: Metadata, state: 
     wanted, found = asdict(state.shape), common.get("shape")
     if found is not None and state.without_head:
         wanted = {**wanted, "tied": found.get("tied")}
+    if found is not None and not state.shape.mtp_layers:
+        # What this model leaves out (``--mtp-num-layers``) may well be there.
+        wanted = {**wanted, "mtp_layers": found.get("mtp_layers")}
     if found is not None and found != wanted:
         different = [
             f"{key}: {found.get(key)} there, {wanted[key]} wanted" for key in wanted if found.get(key) != wanted[key]

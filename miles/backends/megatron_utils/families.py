@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from miles.backends.hf_directory import MTP_LAYERS
 from miles.backends.megatron_utils.errors import UnsupportedModel
 from miles.backends.megatron_utils.weight_layouts import (
     Cut,
@@ -40,10 +41,6 @@ FAMILIES: Mapping[str, Family] = {
     "mimo": Family(qkv_bias=True, qk_norm=False, has_mtp=True),
 }
 """By ``model_type``."""
-
-
-MTP_LAYERS = "model.mtp_layers."
-"""What the names of MiMo's layers for further tokens begin with."""
 
 
 @dataclass(frozen=True)

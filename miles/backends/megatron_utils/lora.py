@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from miles.backends.base import ParallelState
-from miles.backends.lora.files import Pair, write_adapter
+from miles.backends.lora.files import Below, Pair, write_adapter
 from miles.backends.lora.values import FirstValues, Switch, bit_sum, merged
 from miles.backends.megatron_utils.errors import UnsupportedSetting
 from miles.backends.megatron_utils.families import Rule
@@ -240,7 +240,8 @@ class Adapters:
         of_layers = [rule for rule in rules if rule.layer is not None]
         plans = {rule.megatron: plan for rule in of_layers if (plan := Plan.of(rule, settings)) is not None}
         self._plans = plans
-        self.checksum = _checksum(model, rules, stage, parallel)
+        self.checksum = weights_checksum(model, rules, stage, parallel)
+        self.below = Below(base, self.checksum)
         model.requires_grad_(False)
         values = FirstValues(
             settings, {name: width for plan in plans.values() for name, width in plan.widths().items()}
@@ -312,7 +313,7 @@ class Adapters:
             if is_first:
                 kept[module] = (a.to("cpu", copy=True), b.to("cpu", copy=True))
         if is_first:
-            write_adapter(directory, kept, self.settings, base=str(self.base), checksum=self.checksum)
+            write_adapter(directory, kept, self.settings, self.below)
 
     def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """This rank's, by the names of its parameters in the model."""
@@ -342,7 +343,7 @@ def _give_gradients_a_way(model: torch.nn.Module) -> None:
         embedding.register_forward_hook(ask)
 
 
-def _checksum(model: torch.nn.Module, rules: Sequence[Rule], stage: Stage, parallel: ParallelState) -> int:
+def weights_checksum(model: torch.nn.Module, rules: Sequence[Rule], stage: Stage, parallel: ParallelState) -> int:
     """``bit_sum`` of all weights, each counted once, whatever ranks they are spread over."""
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))

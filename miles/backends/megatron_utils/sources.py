@@ -14,6 +14,7 @@ from miles.backends.checkpoint_layout import (
     holds_adapter,
     is_hf_directory,
 )
+from miles.backends.lora.files import weights_apart
 from miles.backends.training_utils.loss_hub.settings import moves_reference
 
 
@@ -21,28 +22,36 @@ from miles.backends.training_utils.loss_hub.settings import moves_reference
 class Source:
     """``resumes``: a checkpoint whose run goes on. ``weights``: else the directory that weights are read from; with
     adapters, those below. ``is_own``: it is ``--load``, and so has what only a model of this role has (a critic's value
-    head). ``adapter``: the checkpoint that adapters are read from, if any."""
+    head). ``adapter``: the checkpoint that adapters are read from, if any. ``apart``: with adapters, the weights below
+    are not those of ``--ref-load`` or ``--hf-checkpoint``: ``--load`` names them, or did when the adapter was begun."""
 
     weights: Path
     resumes: FoundCheckpoint | None = None
     is_own: bool = False
     adapter: Path | None = None
+    apart: bool = False
 
 
 def choose_source(args: Namespace) -> Source:
     """``--load`` if it holds a checkpoint, else ``--ref-load``, else ``--hf-checkpoint``.
 
     A checkpoint of ``miles convert``, or ``--finetune``, gives weights only. One of adapters says nothing of the
-    weights below, which are those that a fresh start has.
+    weights below, which are those that a fresh start has, unless it says that they were apart from these.
     """
     found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
     if found is not None:
         weights_only = found.rollout_id is None or getattr(args, "finetune", False)
         if getattr(args, "lora_rank", 0) and holds_adapter(found.directory):
-            return Source(reference_source(args), None if weights_only else found, adapter=found.directory)
-        return Source(found.directory, None if weights_only else found, is_own=True)
+            apart = weights_apart(found.directory)
+            return Source(
+                apart or reference_source(args),
+                None if weights_only else found,
+                adapter=found.directory,
+                apart=apart is not None,
+            )
+        return Source(found.directory, None if weights_only else found, is_own=True, apart=True)
     if args.load is not None and is_hf_directory(Path(args.load)):
-        return Source(Path(args.load))
+        return Source(Path(args.load), apart=True)
     return Source(reference_source(args))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ _ARGS = Namespace(tensor_model_parallel_size=1, make_vocab_size_divisible_by=128
 
 
 class StandaloneModel:
-    """On the CPU, on the only rank of ``torch.distributed``."""
+    """On the CPU, on the only rank of ``torch.distributed``.
+
+    Args:
+        further: Whether it has the layers that predict further tokens, if ``config.json`` says that there are some: a
+            run may leave them out (``--mtp-num-layers``).
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.shape = read_shape(config)
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, *, further: bool = True) -> None:
+        shape = read_shape(config)
+        self.shape = shape if further else replace(shape, mtp_layers=0)
         self.rules = weight_rules(self.shape, padded_vocab(_ARGS, self.shape.vocab))
         self.parallel = init_parallel(_ARGS)
         config = transformer_config(_ARGS, self.shape, dtype)
@@ -46,6 +53,11 @@ class StandaloneModel:
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``TrainBackend.hf_weights``."""
         return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel)
+
+
+def has_further_layers(directory: Path) -> bool:
+    """Whether a torch_dist checkpoint holds layers that predict further tokens."""
+    return any(key.startswith("mtp.") for key in check_complete(directory).state_dict_metadata)
 
 
 def checkpoint_dtype(directory: Path) -> torch.dtype:

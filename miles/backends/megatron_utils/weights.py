@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from miles.backends.base import ParallelState
-from miles.backends.hf_directory import HFDirectory
+from miles.backends.hf_directory import MTP_LAYERS, HFDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory
-from miles.backends.megatron_utils.families import MTP_LAYERS, Rule
+from miles.backends.megatron_utils.families import Rule
 from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -11,7 +12,8 @@ import torch
 from miles.backends.base import ParallelState, StepOutcome, TrainBackend
 from miles.backends.training_utils.collectives import sum_by_name
 from miles.backends.training_utils.data import RankData
-from miles.utils.flops import forward_flops
+from miles.utils.flops import adapter_flops, forward_flops, training_flops
+from miles.utils.lora import LoraSettings
 from miles_agents.errors import EnvironmentFault
 
 PER_TOKEN = ("log_probs", "ref_log_probs", "rollout_log_probs", "advantages", "returns", "entropy")
@@ -118,9 +120,6 @@ def params_norm(backend: TrainBackend) -> float:
     return math.sqrt(sum(float(tensor.detach().double().square().sum()) for _, tensor in backend.hf_weights()))
 
 
-PASSES = {"log_probs": 1.0, "ref_log_probs": 1.0, "actor_train": 3.0}
-"""Timers in which all samples go through a model, and how many forward passes that is worth."""
-
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0,
     "L40S": 362.0, "L20": 119.5, "RTX 4090": 165.0,
@@ -139,20 +138,26 @@ def speed_metrics(
         own["tokens"] = float(sum(data.total_lengths))
         config = getattr(args, "hf_config", None) or {}
         if {"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"} <= config.keys():
-            own["flops"] = sum(forward_flops(config, length) for length in data.total_lengths)
+            own |= _pass_flops(config, data.total_lengths, LoraSettings.from_args(args))
     totals = sum_by_name(own, device)
     elapsed = max(seconds.get("perf/actor_train_time", 0.0), 1e-9)
     metrics = {"perf/actor_train_tok_per_s": totals["tokens"] / elapsed}
-    if "flops" not in totals:
-        return metrics
-    for timer, passes in PASSES.items():
+    for timer, flops in totals.items():
         took = seconds.get(f"perf/{timer}_time", 0.0)
         if took > 0:
-            metrics[f"perf/{timer}_tflops"] = passes * totals["flops"] / took / parallel.world_size / 1e12
+            metrics[f"perf/{timer}_tflops"] = flops / took / parallel.world_size / 1e12
     peak = peak_tflops(args, device)
     if peak and "perf/actor_train_tflops" in metrics:
         metrics["perf/actor_train_mfu"] = metrics["perf/actor_train_tflops"] / peak
     return metrics
+
+
+def _pass_flops(config: Any, lengths: Sequence[int], lora: LoraSettings | None) -> dict[str, float]:
+    """Of the timers in which all samples go through a model. The reference has no adapters."""
+    below = sum(forward_flops(config, length) for length in lengths)
+    added = adapter_flops(config, lora) * sum(lengths) if lora is not None else 0.0
+    training = sum(training_flops(config, length, lora) for length in lengths)
+    return {"log_probs": below + added, "ref_log_probs": below, "actor_train": training}
 
 
 def peak_tflops(args: Any, device: torch.device) -> float | None:
