@@ -67,7 +67,9 @@ def test_one_of_two_engines_comes_back_while_the_other_serves(tmp_path, name, as
         told = until(run, "recovered engine-").splitlines()[-1]
         checked = [until(run, "the engines hold exactly the trainer's weights") for _ in range(2)]
         run.send_signal(signal.SIGINT)
-    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told
+    # One that stops is found by its heartbeats; if an update comes before their verdict, by that.
+    causes = ("SIGKILL",) if name == "SIGKILL" else ("health probes failed", "did not answer", "said nothing for")
+    assert any(cause in told for cause in causes)
     [event] = events(tmp_path, "recovered")
     assert event["text"] == told and event["fields"]["version"] > 1
     assert "warning" not in "".join(checked)
