@@ -2,8 +2,8 @@
 
 ``--custom-megatron-init-path fatal_code.plan`` with ``--env FATAL=rank,nth,signal,module:function,marker``: the rank
 sends itself the signal when it enters the function for the nth time, unless the file ``marker`` is there already. With
-one more word, ``rollout``, the signal is for the rollout manager, which ``--custom-rm-path fatal_code.noted_reward`` has
-leave its pid.
+one more word, ``rollout``, the signal is for the rollout manager, whose pid ``--custom-rm-path
+fatal_code.noted_reward`` leaves in a file.
 """
 
 from __future__ import annotations

@@ -48,12 +48,13 @@ def finishes(process, tmp_path, name, version_at_least):
     return told, output
 
 
-def test_a_colocated_run_outlives_its_only_engine(tmp_path):
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.long)])
+def test_a_colocated_run_outlives_its_only_engine(tmp_path, name):
     """Generation waits; the trainer, which is asleep, is woken for an update at once."""
-    strike = {"custom_rm_path": "engine_strikes.reward", "env": "STRIKE=90,SIGKILL"}
+    strike = {"custom_rm_path": "engine_strikes.reward", "env": f"STRIKE=90,{name}"}
     with running(tmp_path, colocate=True, num_rollout=2, **QUICK, **strike) as process:
         told, _ = finishes(process, tmp_path, "engine-0", 2)
-    assert "SIGKILL" in told["fields"]["cause"]
+    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told["fields"]["cause"]
     assert trained(tmp_path) == 2
 
 
