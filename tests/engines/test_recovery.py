@@ -123,6 +123,20 @@ async def test_a_mute_router_is_restarted(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [KILL, STOP])
+async def test_a_router_that_falls_while_others_work_keeps_nobody(tmp_path, number):
+    async with recovering(tmp_path / "run") as job:
+        job.train()
+        job.strike("router", number)
+        await job.cluster.event("recovered", "router")
+        job.trainer.before_send = lambda: job.strike("router", number)
+        await job.update()
+        await job.fleet.recovery.until(lambda: len(job.recoveries("router")) == 2)
+        await all_are_well(job, 2)
+        assert len(job.recoveries()) == 2
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("has_newer_weights", [False, True])
 async def test_generation_that_lost_all_engines_waits_for_the_first_that_comes_back(tmp_path, has_newer_weights):
     """By a catch-up; or, where the trainer has gone on meanwhile, by an update at once."""

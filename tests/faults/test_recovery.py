@@ -77,7 +77,7 @@ async def running(cluster, directory, **values):
             TextTrainer,
             dict(changed),
             dims={"gpus": 2},
-            policy=Policy("kill_group"),
+            policy=Policy("kill_group", stopped_timeout_s=config.get("stopped_s")),
             oversubscribe=True,
             rank_env=lambda rank: {"MILES_TEST_RANK": str(rank)},
         )
@@ -214,27 +214,36 @@ async def test_the_rollout_manager_goes_on_where_it_was(cluster, tmp_path):
         assert len(run.told) == 4
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_rollout_manager_that_ends_or_stops_is_started_again_whatever_is_done(cluster, tmp_path, sig):
-    async with running(cluster, tmp_path) as run:
+@pytest.mark.parametrize(
+    ("part", "sig"),
+    [
+        ("trainer", signal.SIGSTOP),
+        ("rollout", signal.SIGSTOP),
+        pytest.param("rollout", signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
+async def test_what_ends_or_stops_is_started_again_whatever_is_done(cluster, tmp_path, part, sig):
+    async with running(cluster, tmp_path, stopped_s=STOPPED_S) as run:
         await run.iterate(0)
         doing = [
             ("generate", lambda: run.iterate(1), after(0, 1)),
-            ("0", lambda: run.iterate(2), after(0, 1, 2)),
+            ("1", lambda: run.iterate(2), after(0, 1, 2)),
             ("update", lambda: run.trainer.update_weights.call(7), [(7, after(0, 1, 2)[0])] * 2),
         ]
         for number, (what, begin, expected) in enumerate(doing):
             run.ask(f"wait-{what}")
             task = asyncio.ensure_future(begin())
             await eventually((tmp_path / f"waiting-{what}").exists, 30.0)
-            await run.kill(run.rollout, sig=sig)
+            await run.kill(getattr(run, part), 1 if part == "trainer" else 0, sig)
+            if part == "trainer":  # else its successor waits, too
+                (tmp_path / f"wait-{what}").unlink()
             await eventually(lambda number=number: len(run.told) > number, 60.0)
-            (tmp_path / f"wait-{what}").unlink()
+            (tmp_path / f"wait-{what}").unlink(missing_ok=True)
             found = await task
             assert list(getattr(found, "values", found)) == expected
-            assert "the rollout manager" in run.told[number]
+            assert ("the rollout manager" if part == "rollout" else "the trainer's 2 ranks") in run.told[number]
             assert ("was stopped (SIGSTOP) for" in run.told[number]) == (sig == signal.SIGSTOP)
-        assert run.lives() == 1
+        assert run.lives() == (1 if part == "rollout" else 4)
 
 
 async def test_deaths_in_a_recovery_count_and_the_budget_ends_it(cluster, tmp_path):
