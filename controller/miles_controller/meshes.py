@@ -179,6 +179,7 @@ class MeshSupervisor:
             preload=plan.preload,
             start_method=plan.start_method,
             siblings=siblings,
+            stopped_timeout_s=self.policy.stopped_timeout_s,
         )
 
     async def _construct(self, ranks: Sequence[Rank]) -> list[Any]:
@@ -319,7 +320,7 @@ class MeshSupervisor:
     def on_silent(self, rank_number: int, incarnation: int, silence_s: float, evidence: str) -> None:
         """A rank gives no sign of life."""
         rank = self.ranks[rank_number]
-        if rank.incarnation == incarnation and rank.state == "up" and not rank.dismissed:
+        if rank.incarnation == incarnation and rank.state in ("up", "silent") and not rank.dismissed:
             rank.state, rank.evidence = "silent", evidence
             since = self.loop.time() - silence_s
             self._step(policies.RankFrozen(rank_number, incarnation, since, evidence))

@@ -60,6 +60,8 @@ class Policy:
         max_restarts: Budget within ``window_s`` seconds; the death after it fails the mesh.
         backoff_s: Wait before the first restart; doubles with each restart in the window, up to ``backoff_cap_s``.
         hang_timeout_s: A rank frozen for so long is killed; None: it is only reported.
+        stopped_timeout_s: A rank whose process was stopped (SIGSTOP) for so long is killed by its agent, which looks
+            at it with every beat; None: it is only reported. One that a debugger holds (ptrace) is not meant.
 
     Raises:
         InvalidPolicy: With all that is wrong.
@@ -71,6 +73,7 @@ class Policy:
     backoff_s: float = 1.0
     backoff_cap_s: float = 30.0
     hang_timeout_s: float | None = None
+    stopped_timeout_s: float | None = None
     whole_group: bool = False
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class Policy:
             problems.append(f"backoff_s={self.backoff_s} is not between 0 and backoff_cap_s={self.backoff_cap_s}")
         if self.hang_timeout_s is not None and self.hang_timeout_s <= 0:
             problems.append(f"hang_timeout_s={self.hang_timeout_s} is not positive")
+        if self.stopped_timeout_s is not None and self.stopped_timeout_s <= 0:
+            problems.append(f"stopped_timeout_s={self.stopped_timeout_s} is not positive")
         if problems:
             raise InvalidPolicy(
                 "a supervision policy makes no sense",

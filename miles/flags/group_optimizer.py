@@ -5,7 +5,9 @@ from __future__ import annotations
 from miles.flags.flag import Flag, grouped, integer, number, refused, switch, text
 
 GROUP = "optimizer"
-PRECISION = "optimizer state in lower precision is that of Transformer Engine, which needs CUDA and is no package of ours"
+PRECISION = (
+    "optimizer state in lower precision is that of Transformer Engine, which needs CUDA and is no package of ours"
+)
 SAMPLES = "the schedule counts optimizer steps: use the flag with iters in its name"
 
 FLAGS: tuple[Flag, ...] = (

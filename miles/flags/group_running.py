@@ -41,6 +41,12 @@ _FAULTS: tuple[Flag, ...] = (
             "rollouts that are trained on again at most when ranks die: after so many without a checkpoint in --save "
             "one is written to the run directory",
         ),
+        number(
+            "--recovery-stop-timeout",
+            30.0,
+            "seconds for which a rank of the trainer or the rollout manager may be stopped (SIGSTOP); after them it is "
+            "killed and started again",
+        ),
     ),
 )
 

@@ -121,6 +121,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "lambd": (0, 1, "0 to 1"),
     "trainer_heartbeat_checker_interval": (math.ulp(0.0), _INF, "above 0"),
     "trainer_heartbeat_checker_timeout": (math.ulp(0.0), _INF, "above 0"),
+    "recovery_stop_timeout": (math.ulp(0.0), _INF, "above 0"),
     "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_silence_timeout": (math.ulp(0.0), _INF, "above 0"),

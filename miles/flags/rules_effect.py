@@ -231,7 +231,7 @@ EFFECTS: tuple[Effect, ...] = (
     ),
     _needs(
         "trainer_heartbeat_checker_interval trainer_heartbeat_checker_timeout trainer_heartbeat_checker_first_wait "
-        "trainer_heartbeat_checker_failure_threshold recovery_interval",
+        "trainer_heartbeat_checker_failure_threshold recovery_interval recovery_stop_timeout",
         _is_set("use_fault_tolerance"),
         "without --use-fault-tolerance",
     ),

@@ -207,14 +207,23 @@ class RolloutManager(Actor):
         await self._on_user_loop(self._recovery.begin(self._counters(), rollout_id))
 
     @endpoint
-    async def recover(self, trained: int, weight_version: int, next_version: int) -> None:
-        """Go on where a manager that died was. ``trained``: the last rollout that was trained on; ``weight_version``:
-        what engines have now; ``next_version``: what they are about to get. 0: nobody gave, or gives, them any.
+    async def recover(
+        self, trained: int, weight_version: int, next_version: int, replaying: dict[int, list[Ref]]
+    ) -> None:
+        """Go on where a manager that died was.
+
+        Args:
+            trained: The last rollout that was trained on.
+            weight_version: What engines have now; 0: nobody gave them any.
+            next_version: What they are about to get; 0: nobody gives them any.
+            replaying: Rollouts that the manager before this one has given out by ``replay``, and of which it was not
+                told ``replayed`` yet.
 
         Raises:
             NoStateKept, HookFailed.
         """
         self._recovery = self._new_recovery()
+        self._replayed = dict(replaying)
         counters = await self._on_user_loop(self._recovery.restore(trained))
         self.weight_version = weight_version or counters.get("weight_version")
         self._needed().source.weights_are(next_version or self.weight_version)
@@ -224,6 +233,9 @@ class RolloutManager(Actor):
             batch = await asyncio.to_thread(self._recovery.batches.read, rollout_id)
             self._refs[rollout_id] = batch.answer.refs
         await self.trained(trained)
+        # What was put into the store and told to nobody: the manager died between the two.
+        known = [*self._refs.values(), *self._replayed.values()]
+        await self._remove_left([ref for refs in known for ref in refs])
 
     @endpoint
     async def kept(self) -> tuple[list[int], int]:
@@ -235,6 +247,7 @@ class RolloutManager(Actor):
     async def replay(self, rollout_id: int) -> list[Ref]:
         """A kept batch into the store once more, until ``replayed``. Raises DamagedBatch."""
         batch = await asyncio.to_thread(self._kept_batches().read, rollout_id)
+        await self.replayed(rollout_id)  # the ranks for whom it was there before have died
         self._replayed[rollout_id] = refs = await self._put(batch.parts)
         return refs
 
@@ -421,6 +434,9 @@ class RolloutManager(Actor):
 
     async def _remove(self, ref: Ref) -> None:
         await store.remove_async(ref)
+
+    async def _remove_left(self, kept: list[Ref]) -> None:
+        await store.remove_left_async(kept)
 
     async def _evaluate(self, loaded: Loaded, rollout_id: int) -> EvalResult:
         hook = loaded.eval_function

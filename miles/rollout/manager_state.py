@@ -117,11 +117,12 @@ async def _write(args: Namespace, source: TrackedDataSource, head: dict[str, Any
                 await hook(rollout_id)
             # In a thread: whoever holds the data source at this moment may need the loop to let go of it.
             save = _done if hook.is_async else partial(hook.call, rollout_id)
-            cut = partial(source.cut, save, take)
-            plain, groups = await asyncio.get_running_loop().run_in_executor(hook_pool(), cut)
+            # The generators inside of it: taking groups may draw from them.
+            cut = partial(source.cut, save, lambda: (*take(), _random_states()))
+            plain, groups, generators = await asyncio.get_running_loop().run_in_executor(hook_pool(), cut)
         finally:
             vars(args)["save"] = before
-    values = {"version": _VERSION, "source": plain, "random": _random_states(), **head}
+    values = {"version": _VERSION, "source": plain, "random": generators, **head}
     await asyncio.to_thread(write_values, state_path(directory, rollout_id), [values, *map(plain_group, groups)])
 
 

@@ -4,7 +4,8 @@ Consumes: answers of the ranks' ``progress``, which comes from a thread of its o
 do not keep it. Produces: the end of a rank that hangs, after which its group ends and is recovered. Waits for: answers,
 each with a deadline. Invariant: a rank is ended only after ``--trainer-heartbeat-checker-failure-threshold`` heartbeats
 in a row without an answer, and none is looked at in the first seconds of a group's life
-(``--trainer-heartbeat-checker-first-wait``), in which libraries are loaded and kernels compiled.
+(``--trainer-heartbeat-checker-first-wait``), in which libraries are loaded and kernels compiled. A group that is being
+brought back is watched like any other: its life begins with its processes.
 """
 
 from __future__ import annotations

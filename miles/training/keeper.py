@@ -22,7 +22,6 @@ from miles_agents.rpc.errors import DeadlineExceeded, WorkerDied
 from miles_agents.rpc.mesh import ActorMesh
 from miles_agents.wire.remote_error import RemoteError
 from miles_controller import OwnedMesh, Policy
-from miles_controller.owned_mesh import MeshFailed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,15 +63,17 @@ class Keeper:
 
     Args:
         mesh: The part, up.
-        rebuild: Given the dead mesh, ends what is left of it and returns its successor. Raises DiedAgain for a death.
+        rebuild: Given the dead mesh, ends what is left of it and returns its successor; it calls what it is given with
+            that successor as soon as there are processes. Raises DiedAgain for a death.
         on_rebuilt: Told the cause and the seconds from the death on.
-        beside: Runs beside each life of the part, and is cancelled at its end.
+        beside: Runs beside each life of the part, also while it is being brought to its state, and is cancelled at its
+            end.
     """
 
     def __init__(
         self,
         mesh: OwnedMesh,
-        rebuild: Callable[[OwnedMesh], Awaitable[OwnedMesh]],
+        rebuild: Callable[[OwnedMesh, Callable[[OwnedMesh], None]], Awaitable[OwnedMesh]],
         on_rebuilt: Callable[[str, float], None],
         *,
         policy: Policy,
@@ -86,6 +87,7 @@ class Keeper:
         self._rebuild = rebuild
         self._on_rebuilt = on_rebuilt
         self._beside = beside
+        self._watch: asyncio.Future[None] | None = None
         self._life = Life(policy, eager)
         self._wanted = asyncio.Event()
         self._settled = asyncio.Event()
@@ -94,29 +96,38 @@ class Keeper:
 
     async def run(self) -> None:
         """Watch and bring back, until it is given up. The error is then in ``lost``."""
-        while not self.lost.done():
-            failure = await self._death()
-            self._settled.clear()
-            if failure is None:
-                self._lose(_stopped(self.name))
-                return
-            cause = self.note or failure.evidence or failure.what
-            self.note = ""
-            logger.info("%s: %s", self.name, cause)
-            try:
-                await self._bring_back(cause)
-            except Exception as error:  # noqa: BLE001  boundary: it ends the run
-                self._lose(error)
-
-    async def _death(self) -> MeshFailed | None:
-        if self._beside is None:
-            return await self.mesh.wait_failed()
-        beside = asyncio.ensure_future(self._beside(self, self.mesh))
+        self._begin_watch(self.mesh)
         try:
-            return await self.mesh.wait_failed()
+            while not self.lost.done():
+                failure = await self.mesh.wait_failed()
+                await self._end_watch()
+                self._settled.clear()
+                if failure is None:
+                    self._lose(_stopped(self.name))
+                    return
+                cause = self._cause(failure.evidence or failure.what)
+                logger.info("%s: %s", self.name, cause)
+                try:
+                    await self._bring_back(cause)
+                except Exception as error:  # noqa: BLE001  boundary: it ends the run
+                    self._lose(error)
         finally:
-            beside.cancel()
-            await asyncio.gather(beside, return_exceptions=True)
+            await self._end_watch()
+
+    def _begin_watch(self, mesh: OwnedMesh) -> None:
+        if self._beside is not None:
+            self._watch = asyncio.ensure_future(self._beside(self, mesh))
+
+    async def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
+
+    def _cause(self, found: str) -> str:
+        """Why it ended: our own reason, if we had one."""
+        cause, self.note = self.note or found, ""
+        return cause
 
     async def _bring_back(self, cause: str) -> None:
         loop = asyncio.get_running_loop()
@@ -129,10 +140,12 @@ class Keeper:
         while isinstance(effect, Begin):
             await asyncio.sleep(max(0.0, effect.at - loop.time()))
             try:
-                self.mesh = await self._rebuild(self.mesh)
+                self.mesh = await self._rebuild(self.mesh, self._begin_watch)
             except DiedAgain as error:
-                logger.warning("%s died while it was started anew: %s", self.name, error.evidence)
-                self._life, effect = step(self._life, Died(error.evidence), loop.time())
+                await self._end_watch()
+                again = self._cause(error.evidence)
+                logger.warning("%s died while it was started anew: %s", self.name, again)
+                self._life, effect = step(self._life, Died(again), loop.time())
             except BaseException:
                 self._life, _ = step(self._life, Broke(), loop.time())
                 raise

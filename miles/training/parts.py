@@ -187,11 +187,16 @@ async def _start_rollout(controller: Controller, config: Mapping[str, Any]) -> O
         "miles.rollout.manager:RolloutManager",
         config,
         devices_per_rank=0,
-        policy=Policy(),
+        policy=Policy(stopped_timeout_s=_stop_timeout(config)),
         env=ROLLOUT_ENV,
         start_timeout_s=300.0,
         start_method="exec",  # user code decides what is imported here
     )
+
+
+def _stop_timeout(config: Mapping[str, Any]) -> float | None:
+    """How long a process may be stopped. Where nobody would bring it back, it is reported only."""
+    return float(config["recovery_stop_timeout"]) if config.get("use_fault_tolerance") else None
 
 
 async def _start_trainer(
@@ -218,7 +223,7 @@ async def _spawn_trainer(controller: Controller, config: Mapping[str, Any], plac
         dict(config),
         dims={"gpus": size},
         placement=placement,
-        policy=Policy("kill_group"),
+        policy=Policy("kill_group", stopped_timeout_s=_stop_timeout(config)),
         env=trainer_env(config),
         rank_env=rank_env,
         start_timeout_s=300.0,

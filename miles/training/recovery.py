@@ -18,21 +18,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from miles.backends.checkpoint_layout import find_checkpoint, iteration_name
 from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.training.heartbeats import watch_heartbeats
 from miles.training.keeper import DiedAgain, Keeper, Lasting, is_death, is_final
 from miles.training.recovery_plan import Checkpoint, Replay, is_checkpoint_due, plan_replay
+from miles_agents import Ref
 from miles_agents.errors import PeerFault
+from miles_agents.rpc.errors import DeadlineExceeded
 from miles_controller import Controller, OwnedMesh, Policy
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 CALL_S = 600.0
 LONG_S = 7 * 24 * 3600.0
 MAX_JOURNAL_BYTES = 8 << 30
@@ -85,6 +88,7 @@ class Recovery:
         self._start = start
         self._newest: Checkpoint | None = None
         self._replay = Replay(None)
+        self._replaying: dict[int, list[Ref]] = {}
         self._own = Path(config["run_dir"]) / "recovery" / "checkpoints"
         self._rollout = Keeper(rollout, self._rebuild_rollout, self._rollout_is_back, policy=POLICY)
         self._keepers = [self._rollout]
@@ -160,13 +164,15 @@ class Recovery:
     def _rollout_calls(self) -> Lasting:
         return self.calls("rollout", CALL_S)
 
-    async def _rebuild_rollout(self, dead: OwnedMesh) -> OwnedMesh:
+    async def _rebuild_rollout(self, dead: OwnedMesh, begun: Callable[[OwnedMesh], None]) -> OwnedMesh:
         await dead.stop(grace_s=0.0)
         mesh = await _begun(self._starts.rollout())
+        begun(mesh)
         try:
             await self._starts.init_rollout(mesh)
             version = 0 if self._fleet is None else self._fleet.weight_version
-            await mesh.options(timeout_s=CALL_S).recover.call_one(self.trained, version, self.next_version)
+            told = (self.trained, version, self.next_version, self._replaying)
+            await mesh.options(timeout_s=CALL_S).recover.call_one(*told)
         except Exception as error:
             await _end(mesh, error)
             raise
@@ -179,15 +185,16 @@ class Recovery:
 
     # -- the trainer -----------------------------------------------------------------------------------------
 
-    async def _rebuild_trainer(self, dead: OwnedMesh) -> OwnedMesh:
+    async def _rebuild_trainer(self, dead: OwnedMesh, begun: Callable[[OwnedMesh], None]) -> OwnedMesh:
         await dead.stop(grace_s=0.0)
         kept, _ = await self._rollout_calls().kept.call_one()
         self._replay = plan_replay(self._newest, start=self._start, trained=self.trained, kept=kept)
         found = self._replay.checkpoint
         config = {**self.config, **({} if found is None else found.flags(self.config))}
         mesh = await _begun(self._starts.trainer(config))
+        begun(mesh)
         try:
-            await self._starts.init_trainer(mesh, config)
+            await _answered(self._starts.init_trainer(mesh, config))
             for rollout_id in self._replay.rollouts:
                 await self._train_again(mesh, rollout_id)
         except Exception as error:
@@ -196,9 +203,20 @@ class Recovery:
         return mesh
 
     async def _train_again(self, mesh: OwnedMesh, rollout_id: int) -> None:
+        """What is replayed leaves the store, whether the ranks live or not; a rollout manager that dies meanwhile does
+        not take it along."""
         refs = await self._rollout_calls().replay.call_one(rollout_id)
-        await mesh.options(timeout_s=LONG_S).train.call(rollout_id, refs)
+        self._replaying = {rollout_id: refs}
+        try:
+            await _answered(mesh.options(timeout_s=LONG_S).train.call(rollout_id, refs))
+        except Exception:
+            await self._replayed(rollout_id)
+            raise
+        await self._replayed(rollout_id)
+
+    async def _replayed(self, rollout_id: int) -> None:
         await self._rollout_calls().replayed.call_one(rollout_id)
+        self._replaying = {}
 
     def _trainer_is_back(self, cause: str, seconds: float) -> None:
         found, again = self._replay.checkpoint, len(self._replay.rollouts)
@@ -232,9 +250,17 @@ async def _begun(starting: Any) -> OwnedMesh:
     return mesh
 
 
+async def _answered(call: Awaitable[T]) -> T:
+    """A call of ranks that are being brought back. One that has no answer in its time is a hang, and that a death."""
+    try:
+        return await call
+    except DeadlineExceeded as error:
+        raise DiedAgain("it hung", evidence=f"{error.what}: {error.evidence}", advice="") from error
+
+
 async def _end(mesh: OwnedMesh, error: Exception) -> None:
     """Nothing is left of an attempt that failed. Raises DiedAgain if it failed by a death of its own."""
-    died = not is_final(error) and await is_death(mesh, error)
+    died = not isinstance(error, DiedAgain) and not is_final(error) and await is_death(mesh, error)
     failure = mesh.failure
     await mesh.stop(grace_s=0.0)
     if died and failure is not None:

@@ -1,5 +1,7 @@
 """The life of a worker as a pure machine: each path by hand, then random events that never break the rules."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -105,6 +107,41 @@ def test_silence_alone_never_kills():
         assert not any(isinstance(effect, Kill) for effect in run.send(Tick("T"), 60.0))
 
 
+def fenced_after(*looks, timeout_s=10.0):
+    """What each look (state, seconds after the one before) at a worker that may be stopped for so long came to."""
+    run = up()
+    run.life = replace(run.life, stopped_timeout_s=timeout_s)
+    return run, [[type(effect) for effect in run.send(Tick(state), after_s)] for state, after_s in looks]
+
+
+def test_a_process_that_every_look_finds_stopped_is_killed_and_nobody_asked_for_that():
+    run, effects = fenced_after(("T", 1.0), *[("T", 2.5)] * 4, ("T", 1.0))
+    assert effects == [[], [Silent], [], [], [Kill], []]
+    (dead,) = run.send(Exited("killed by SIGKILL (9)"))
+    cause = "killed by SIGKILL (9); it was ended because its process was stopped (SIGSTOP) for 10 s"
+    assert dead == Dead(cause, expected=False, was_ready=True)
+
+
+def test_a_stop_that_ends_or_is_a_debuggers_or_was_not_looked_at_is_not_enough():
+    stopped = [("T", 4.0)] * 3
+    for broken in (("S", 1.0), ("t", 1.0), ("T", SUSPECT_S + 0.1)):  # the last: the agent did not run
+        _, effects = fenced_after(*stopped, broken, *stopped[:2])
+        assert [Kill] not in effects, broken
+    assert [Kill] not in fenced_after(*[("t", 1.0)] * 100)[1]
+    assert [Kill] not in fenced_after(*[("T", 1.0)] * 100, timeout_s=None)[1]
+    run, _ = fenced_after(*stopped)
+    run.send(Heard())
+    assert run.send(Tick("T"), 4.0)[-1:] != [Kill]
+    assert run.life.state == "silent"
+
+
+def test_a_silent_worker_is_told_of_again_when_it_is_stopped_and_when_it_is_not():
+    run = up()
+    evidence = [run.send(Tick(state), SUSPECT_S) for state in ("R", "S", "T", "T", "t", "S")]
+    told = [[("SIGSTOP" in silent.evidence, "debugger" in silent.evidence) for silent in each] for each in evidence]
+    assert told == [[(False, False)], [], [(True, False)], [], [(False, True)], [(False, False)]]
+
+
 def test_a_death_that_nobody_asked_for_is_not_expected():
     assert up().send(Exited("exit code 1")) == [Dead("exit code 1", expected=False, was_ready=True)]
 
@@ -142,13 +179,18 @@ def test_the_dead_stay_dead():
 class Worlds(RuleBasedStateMachine):
     """Any events in any order, judged by a memory of its own."""
 
-    @initialize()
-    def set_up(self):
+    @initialize(stopped_timeout_s=st.none() | st.floats(1, 20))
+    def set_up(self, stopped_timeout_s):
         self.now = 0.0
-        self.life = begin(self.now, start_timeout_s=START_TIMEOUT_S, beat_s=BEAT_S, suspect_s=SUSPECT_S)
+        self.stopped_timeout_s = stopped_timeout_s
+        self.life = begin(
+            self.now, start_timeout_s=START_TIMEOUT_S, beat_s=BEAT_S, suspect_s=SUSPECT_S,
+            stopped_timeout_s=stopped_timeout_s,
+        )  # fmt: skip
         self.effects = []
-        self.ready = self.silent = self.stopping = self.dead = False
+        self.ready = self.silent = self.stopping = self.fenced = self.dead = False
         self.heard_at = 0.0
+        self.stopped_looks = []
 
     def send(self, event):
         self.life, effects = step(self.life, event, self.now)
@@ -165,20 +207,24 @@ class Worlds(RuleBasedStateMachine):
                 self.ready = True
             case Silent(silence_s):
                 assert self.ready
-                assert not self.silent
+                assert not self.silent or self.told_stop != self.looked
                 assert not self.stopping
+                self.told_stop = self.looked
                 assert silence_s == self.now - self.heard_at >= min(2 * BEAT_S, SUSPECT_S)
                 self.silent = True
             case Heard():
                 assert self.silent
                 self.silent = False
             case Kill():
-                assert not self.ready
                 assert not self.stopping
-                assert self.now >= START_TIMEOUT_S
+                if self.ready:
+                    self.fenced = True
+                    assert self.now - self.stopped_looks[0] >= self.stopped_timeout_s
+                else:
+                    assert self.now >= START_TIMEOUT_S
                 self.stopping = True
             case Dead(_, expected, was_ready):
-                assert expected == self.stopping
+                assert expected == (self.stopping and not self.fenced)
                 assert was_ready == self.ready
                 self.dead = True
 
@@ -192,16 +238,19 @@ class Worlds(RuleBasedStateMachine):
 
     @rule()
     def greeted(self):
-        self.heard_at = self.now
+        self.heard_at, self.stopped_looks = self.now, []
         self.send(Greeted())
 
     @rule()
     def heard(self):
-        self.heard_at = self.now
+        self.heard_at, self.stopped_looks = self.now, []
         self.send(Heard())
 
     @rule(state=st.sampled_from(["S", "R", "D", "T", "t", "Z", None]))
     def tick(self, state):
+        goes_on = state == "T" and self.stopped_looks and self.now - self.stopped_looks[-1] <= SUSPECT_S
+        self.stopped_looks = [*(self.stopped_looks if goes_on else []), *([self.now] if state == "T" else [])]
+        self.looked = state if state in ("T", "t") else ""
         self.send(Tick(state))
 
     @precondition(lambda self: not self.dead)

@@ -165,6 +165,7 @@ def test_a_thawed_rank_is_not_killed():
         {"window_s": 0.0},
         {"backoff_s": 31.0},
         {"hang_timeout_s": 0.0},
+        {"stopped_timeout_s": 0.0},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(bad):

@@ -64,11 +64,17 @@ async def update(engine, weights, *, version=1, method="tensor", bucket_bytes=20
 
 
 async def running(engine, rid, **sampling):
-    """A request that is being answered."""
+    """A request that is being answered, and has tokens."""
     task = asyncio.ensure_future(engine.client.generate(PROMPT, LONG | sampling, rid=rid))
-    await asyncio.sleep(0.1)
+    await others_have_tokens(engine)
+    await others_have_tokens(engine)  # the first may have come before it, not so the second
     assert not task.done()
     return task
+
+
+async def others_have_tokens(engine):
+    """Requests that came before have made tokens since, when one that came after them has: all are in one batch."""
+    await engine.client.generate([1, 2], GREEDY | {"max_new_tokens": 3})
 
 
 async def test_an_answer_has_as_many_tokens_as_asked_for_each_with_its_log_prob(engine):
@@ -142,7 +148,7 @@ async def test_the_completions_api_takes_the_key_too(engine):
 
 
 async def test_an_abort_by_id_ends_that_request_with_what_it_has(engine):
-    one, other = await running(engine, "one"), await running(engine, "other", max_new_tokens=60)
+    one, other = await running(engine, "one"), await running(engine, "other", max_new_tokens=200)
     await engine.client.abort("one")
     answer = await one
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
@@ -152,7 +158,7 @@ async def test_an_abort_by_id_ends_that_request_with_what_it_has(engine):
 
 
 async def test_an_abort_of_an_unknown_id_harms_nobody(engine):
-    task = await running(engine, "one", max_new_tokens=60)
+    task = await running(engine, "one", max_new_tokens=200)
     await engine.client.abort("on")
     assert (await task)["meta_info"]["finish_reason"]["type"] == "length"
 
@@ -166,14 +172,14 @@ async def test_abort_all_ends_all(engine):
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 async def test_a_paused_engine_keeps_requests_and_takes_new_ones_up_when_it_goes_on(engine, mode):
-    before = await running(engine, "before", max_new_tokens=100)
+    before = await running(engine, "before", max_new_tokens=200)
     await engine.client.pause(mode)
     after = asyncio.ensure_future(engine.client.generate(PROMPT, GREEDY | {"max_new_tokens": 3}))
     done, _ = await asyncio.wait({before, after}, timeout=0.5)
     assert not done
     assert (await engine.client.model_info())["weight_version"] and await engine.client.health()
     await engine.client.resume()
-    assert len((await before)["output_ids"]) == 100 and len((await after)["output_ids"]) == 3
+    assert len((await before)["output_ids"]) == 200 and len((await after)["output_ids"]) == 3
 
 
 async def test_pausing_by_abort_ends_what_runs(engine):
@@ -200,7 +206,7 @@ async def test_each_token_is_reported_with_the_version_that_made_it(engine, mode
     await engine.client.pause(mode)
     await engine.client.update_weight_version(7)
     await engine.client.resume()
-    await asyncio.sleep(0.1)
+    await others_have_tokens(engine)
     await engine.client.abort("one")
     meta = (await task)["meta_info"]
     spans = meta["weight_versions"]
@@ -259,7 +265,7 @@ async def test_a_request_that_spans_an_update_goes_on_with_the_new_weights(engin
     task = await running(engine, "one")
     changed = {name: tensor * 1.5 for name, tensor in load_directory(engine.model).items()}
     await update(engine, changed, version=9)
-    await asyncio.sleep(0.1)
+    await others_have_tokens(engine)
     await engine.client.abort("one")
     answer = await task
     assert [span["version"] for span in answer["meta_info"]["weight_versions"]] == ["default", "9"]

@@ -73,6 +73,29 @@ async def test_what_dies_or_hangs_comes_back_with_the_current_weights(tmp_path):
         assert [event.subject for event in job.recoveries()] == ["engine-1", "engine-0", "engine-1", "router"]
 
 
+async def test_engines_that_fall_after_the_commit_of_an_update_come_back_with_its_weights(tmp_path):
+    async with recovering(tmp_path / "run", update_weight_silence_timeout=5.0) as job:
+        # All have reported the version, which is not the fleet's yet: the others make it that.
+        job.train()
+        job.strike_at("end_weight_update", "SIGKILL")
+        await job.update()
+        assert len(job.fleet.targets) == 1
+        await all_are_well(job, 2)
+        # It is the fleet's, and one of them does not go on.
+        job.train()
+        job.strike_at("continue_generation", "SIGSTOP")
+        await job.update()
+        await all_are_well(job, 3)
+        # None goes on: the next one makes it again, with a version of its own.
+        job.train()
+        job.strike_at("continue_generation", "SIGKILL", count=2)
+        await job.update()
+        await all_are_well(job, 5)
+        causes = [event.fields["cause"] for event in job.recoveries()]
+        assert len(causes) == 4 and "said nothing for 5 s" in causes[1]
+        assert all("SIGKILL" in cause or "did not answer" in cause for cause in (causes[0], *causes[2:]))
+
+
 @pytest.mark.long
 async def test_a_mute_engine_is_found_by_its_heartbeats(tmp_path):
     async with recovering(tmp_path / "run") as job:
@@ -97,6 +120,20 @@ async def test_a_mute_router_is_restarted(tmp_path):
         assert versions(await strike_while_generating(job, "router", STOP)) == {"1"}
         await all_are_well(job, 1)
         assert "health probes failed" in job.recoveries("router")[0].fields["cause"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [KILL, STOP])
+async def test_a_router_that_falls_while_others_work_keeps_nobody(tmp_path, number):
+    async with recovering(tmp_path / "run") as job:
+        job.train()
+        job.strike("router", number)
+        await job.cluster.event("recovered", "router")
+        job.trainer.before_send = lambda: job.strike("router", number)
+        await job.update()
+        await job.fleet.recovery.until(lambda: len(job.recoveries("router")) == 2)
+        await all_are_well(job, 2)
+        assert len(job.recoveries()) == 2
 
 
 @pytest.mark.long

@@ -19,9 +19,11 @@ from miles_controller.policy import Policy
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SETTINGS = {
     "load": None, "offload_train": False, "recovery_interval": 100, "trainer_heartbeat_checker_first_wait": 0,
-    "trainer_heartbeat_checker_interval": 0.1, "trainer_heartbeat_checker_timeout": 1.0,
+    "trainer_heartbeat_checker_interval": 0.1, "trainer_heartbeat_checker_timeout": 20.0,
     "trainer_heartbeat_checker_failure_threshold": 3,
 }  # fmt: skip
+QUICK_HEARTS = {"trainer_heartbeat_checker_timeout": 1.0}
+STOPPED_S = 0.5
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -75,7 +77,7 @@ async def running(cluster, directory, **values):
             TextTrainer,
             dict(changed),
             dims={"gpus": 2},
-            policy=Policy("kill_group"),
+            policy=Policy("kill_group", stopped_timeout_s=config.get("stopped_s")),
             oversubscribe=True,
             rank_env=lambda rank: {"MILES_TEST_RANK": str(rank)},
         )
@@ -84,7 +86,8 @@ async def running(cluster, directory, **values):
         await mesh.options(timeout_s=60.0).init.call()
 
     async def rollout():
-        return await controller.spawn("rollout", FileRollouts, str(directory), devices_per_rank=0, policy=Policy())
+        policy = Policy(stopped_timeout_s=STOPPED_S)
+        return await controller.spawn("rollout", FileRollouts, str(directory), devices_per_rank=0, policy=policy)
 
     async def nothing(mesh):
         pass
@@ -138,7 +141,7 @@ async def test_an_error_that_a_death_explains_is_none(cluster, tmp_path):
 
 
 async def test_a_stopped_rank_is_found_by_its_heartbeats(cluster, tmp_path):
-    async with running(cluster, tmp_path) as run:
+    async with running(cluster, tmp_path, **QUICK_HEARTS) as run:
         await run.iterate(0)
         run.ask("wait-1")
         training = asyncio.ensure_future(run.iterate(1))
@@ -147,6 +150,37 @@ async def test_a_stopped_rank_is_found_by_its_heartbeats(cluster, tmp_path):
         (tmp_path / "wait-1").unlink()
         assert await training == after(0, 1)
         assert "rank 1 left out 3 heartbeats in a row" in run.told[0]
+
+
+async def test_ranks_that_hang_while_their_group_comes_back_are_found_and_count(cluster, tmp_path):
+    async with running(cluster, tmp_path, **QUICK_HEARTS) as run:
+        await run.iterate(0)
+        mesh = run.recovery.mesh("trainer")
+        await run.kill(run.trainer, 1)
+        await mesh.wait_failed()
+        run.ask("stop-1-init", "stuck-0-train")
+        assert await run.iterate(1) == after(0, 1)
+        assert not list(tmp_path.glob("st*-*"))
+        assert (await run.rollout.story.call_one())["replayed"] == [0, 0]  # of both attempts the data leaves the store
+        [line] = run.told
+        assert "SIGKILL" in line
+        run.ask("die-0-train")
+        error = await error_of(run.iterate(2), RecoveryGivenUp)
+        assert [f"rank {rank} left out 3 heartbeats" in error.evidence for rank in (0, 1)] == [True, True]
+
+
+async def test_what_is_replayed_outlives_a_rollout_manager(cluster, tmp_path):
+    async with running(cluster, tmp_path) as run:
+        await run.iterate(0)
+        run.ask("wait-1")
+        await run.kill(run.trainer, 1)
+        await eventually((tmp_path / "waiting-1").exists, 30.0)  # in the replay
+        await run.kill(run.rollout)
+        await cluster.event("recovered", "the rollout manager", fits=lambda event: event.text in run.told)
+        (tmp_path / "wait-1").unlink()
+        assert await run.iterate(1) == after(0, 1)
+        story = await run.rollout.story.call_one()
+        assert (story["replaying"], story["replayed"]) == ([{0: ["batch 0"]}], [0])
 
 
 async def test_the_newest_checkpoint_is_where_it_begins(cluster, tmp_path):
@@ -178,6 +212,38 @@ async def test_the_rollout_manager_goes_on_where_it_was(cluster, tmp_path):
         assert await run.iterate(2) == after(0, 1, 2)
         assert (await run.rollout.story.call_one())["recovered_at"] == [(1, 0)]
         assert len(run.told) == 4
+
+
+@pytest.mark.parametrize(
+    ("part", "sig"),
+    [
+        ("trainer", signal.SIGSTOP),
+        ("rollout", signal.SIGSTOP),
+        pytest.param("rollout", signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
+async def test_what_ends_or_stops_is_started_again_whatever_is_done(cluster, tmp_path, part, sig):
+    async with running(cluster, tmp_path, stopped_s=STOPPED_S) as run:
+        await run.iterate(0)
+        doing = [
+            ("generate", lambda: run.iterate(1), after(0, 1)),
+            ("1", lambda: run.iterate(2), after(0, 1, 2)),
+            ("update", lambda: run.trainer.update_weights.call(7), [(7, after(0, 1, 2)[0])] * 2),
+        ]
+        for number, (what, begin, expected) in enumerate(doing):
+            run.ask(f"wait-{what}")
+            task = asyncio.ensure_future(begin())
+            await eventually((tmp_path / f"waiting-{what}").exists, 30.0)
+            await run.kill(getattr(run, part), 1 if part == "trainer" else 0, sig)
+            if part == "trainer":  # else its successor waits, too
+                (tmp_path / f"wait-{what}").unlink()
+            await eventually(lambda number=number: len(run.told) > number, 60.0)
+            (tmp_path / f"wait-{what}").unlink(missing_ok=True)
+            found = await task
+            assert list(getattr(found, "values", found)) == expected
+            assert ("the rollout manager" if part == "rollout" else "the trainer's 2 ranks") in run.told[number]
+            assert ("was stopped (SIGSTOP) for" in run.told[number]) == (sig == signal.SIGSTOP)
+        assert run.lives() == (1 if part == "rollout" else 4)
 
 
 async def test_deaths_in_a_recovery_count_and_the_budget_ends_it(cluster, tmp_path):

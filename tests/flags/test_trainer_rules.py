@@ -57,6 +57,7 @@ FSDP = "--train-backend fsdp"
         ("--use-fault-tolerance --save S --no-save-optim", "--no-save-optim", "must have everything"),
         ("--use-fault-tolerance --save S --no-save-rng", "--no-save-rng", "must have everything"),
         ("--use-fault-tolerance --recovery-interval 0", "--recovery-interval", "1 or more"),
+        ("--use-fault-tolerance --recovery-stop-timeout 0", "--recovery-stop-timeout", "above 0"),
         ("--trainer-heartbeat-checker-timeout 0", "--trainer-heartbeat-checker-timeout", "above 0"),
     ],
 )

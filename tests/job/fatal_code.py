@@ -1,7 +1,9 @@
 """What a test brings that wants a rank of the trainer to die, or to stop, at one exact place, once.
 
 ``--custom-megatron-init-path fatal_code.plan`` with ``--env FATAL=rank,nth,signal,module:function,marker``: the rank
-sends itself the signal when it enters the function for the nth time, unless the file ``marker`` is there already.
+sends itself the signal when it enters the function for the nth time, unless the file ``marker`` is there already. With
+one more word, ``rollout``, the signal is for the rollout manager, whose pid ``--custom-rm-path
+fatal_code.noted_reward`` leaves in a file.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class BrokenRank(Exception):
 
 def plan(args):
     """Arm the rank."""
-    rank, nth, name, where, marker = os.environ["FATAL"].split(",")
+    rank, nth, name, where, marker, *whom = os.environ["FATAL"].split(",")
     if int(rank) != int(os.environ["RANK"]) or Path(marker).exists():
         return
     module, function = where.split(":")
@@ -35,7 +37,8 @@ def plan(args):
             seen.append(event)
             if len(seen) == int(nth):
                 Path(marker).touch()
-                os.kill(os.getpid(), signal.Signals[name])
+                struck = int(Path(f"{marker}.pid").read_text()) if whom else os.getpid()
+                os.kill(struck, signal.Signals[name])
 
     sys.setprofile(entered)  # of this thread, which is the one that trains
 
@@ -44,12 +47,21 @@ _answers = []
 
 
 def deadly_reward(args, sample, **kwargs):
-    """``user_code.letter_share``, but the rollout manager that grades dies at the 100th answer, once."""
+    """``user_code.letter_share``, but at the 100th answer the rollout manager that grades sends itself a signal, once:
+    ``FATAL=signal,marker``."""
     _answers.append(sample.index)
-    marker = Path(os.environ["FATAL"])
-    if len(_answers) == 100 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    name, marker = os.environ["FATAL"].split(",")
+    if len(_answers) == 100 and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.Signals[name])
+    return sync_letter_share(args, sample, **kwargs)
+
+
+def noted_reward(args, sample, **kwargs):
+    """``user_code.letter_share``, by a process whose pid is in a file."""
+    if not _answers:
+        _answers.append(sample.index)
+        Path(os.environ["FATAL"].split(",")[4] + ".pid").write_text(str(os.getpid()))
     return sync_letter_share(args, sample, **kwargs)
 
 

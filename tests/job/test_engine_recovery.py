@@ -48,12 +48,13 @@ def finishes(process, tmp_path, name, version_at_least):
     return told, output
 
 
-def test_a_colocated_run_outlives_its_only_engine(tmp_path):
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.long)])
+def test_a_colocated_run_outlives_its_only_engine(tmp_path, name):
     """Generation waits; the trainer, which is asleep, is woken for an update at once."""
-    strike = {"custom_rm_path": "engine_strikes.reward", "env": "STRIKE=90,SIGKILL"}
+    strike = {"custom_rm_path": "engine_strikes.reward", "env": f"STRIKE=90,{name}"}
     with running(tmp_path, colocate=True, num_rollout=2, **QUICK, **strike) as process:
         told, _ = finishes(process, tmp_path, "engine-0", 2)
-    assert "SIGKILL" in told["fields"]["cause"]
+    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told["fields"]["cause"]
     assert trained(tmp_path) == 2
 
 
@@ -67,7 +68,9 @@ def test_one_of_two_engines_comes_back_while_the_other_serves(tmp_path, name, as
         told = until(run, "recovered engine-").splitlines()[-1]
         checked = [until(run, "the engines hold exactly the trainer's weights") for _ in range(2)]
         run.send_signal(signal.SIGINT)
-    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told
+    # One that stops is found by its heartbeats; if an update comes before their verdict, by that.
+    causes = ("SIGKILL",) if name == "SIGKILL" else ("health probes failed", "did not answer", "said nothing for")
+    assert any(cause in told for cause in causes)
     [event] = events(tmp_path, "recovered")
     assert event["text"] == told and event["fields"]["version"] > 1
     assert "warning" not in "".join(checked)

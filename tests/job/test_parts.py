@@ -1,7 +1,11 @@
 """What the job asks of nodes and engines."""
 
-from miles.training.parts import engine_seed, placement_requests, trainer_env
+import pytest
+
+from miles.training.parts import _spawn_trainer, _start_rollout, engine_seed, placement_requests, trainer_env
 from miles.training.recovery import pinned
+from miles_controller import Placement
+from miles_controller.placement import Slot
 
 
 def config(**changed):
@@ -46,6 +50,24 @@ def test_deterministic_ranks_on_gpus_tell_their_libraries():
     found = trainer_env(config(device="cuda", deterministic_mode=True, train_env_vars={"NCCL_ALGO": "Tree"}))
     assert found == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Tree"}
     assert "NCCL_ALGO" not in trainer_env(config(deterministic_mode=True))
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_what_is_stopped_is_brought_back_only_with_fault_tolerance(recovers):
+    policies = {}
+
+    class Controller:
+        async def spawn(self, name, *_, policy, **__):
+            policies[name] = policy
+
+    given = config(
+        use_fault_tolerance=recovers, recovery_stop_timeout=7.0, device="cuda", world_size=1, train_backend="megatron"
+    )
+    await _start_rollout(Controller(), given)
+    await _spawn_trainer(Controller(), given, Placement((), {"trainer": (((Slot("node-0", (0,), 0, 0)),),)}, "node-0"))
+    assert {name: policy.stopped_timeout_s for name, policy in policies.items()} == dict.fromkeys(
+        ("rollout", "trainer"), 7.0 if recovers else None
+    )
 
 
 def test_ranks_that_begin_again_take_what_the_run_began_with(tmp_path):

@@ -143,24 +143,45 @@ def test_wherever_it_falls_and_whatever_it_trains(tmp_path, flags, place):
     assert len(compared(tmp_path, recorded(tmp_path, **given), place, **QUICK_HEARTS, **only)) == 1
 
 
+FULLY = {"train_async": True, "fully_async": True, "max_weight_staleness": 1, "async_unused_samples_handler": "retry"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "name"),
     [
-        {"colocate": True},
-        {"train_async": True},
-        {"train_async": True, "fully_async": True, "max_weight_staleness": 1, "async_unused_samples_handler": "retry"},
+        ({"colocate": True}, "SIGKILL"), ({"train_async": True}, "SIGKILL"), (FULLY, "SIGKILL"),
+        ({"train_async": True}, "SIGSTOP"),
     ],
-    ids=["one after the other", "one step ahead", "fully asynchronous"],
-)
-def test_a_rollout_manager_that_is_killed_loses_nothing(tmp_path, flags):
+    ids=["one after the other", "one step ahead", "fully asynchronous", "stopped"],
+)  # fmt: skip
+def test_a_rollout_manager_that_falls_loses_nothing(tmp_path, flags, name):
     done = train(
         tmp_path, num_rollout=4, use_fault_tolerance=True, custom_rm_path="fatal_code.deadly_reward",
-        env=f"FATAL={tmp_path / 'marker'}", timeout_s=400, **flags,
+        recovery_stop_timeout=3, env=f"FATAL={name},{tmp_path / 'marker'}", timeout_s=400, **flags,
     )  # fmt: skip
+    assert_nothing_is_lost(done, name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("place", [f"0,3,{{}},{STEPS}", f"0,60,{{}},{SEND}"], ids=["in training", "in a weight update"])
+def test_a_rollout_manager_that_falls_while_others_work_loses_nothing(tmp_path, name, place):
+    flags = fatal(tmp_path, place.format(name))
+    done = train(
+        tmp_path, **{**flags, "env": flags["env"] + ",rollout"}, num_rollout=4, recovery_stop_timeout=3, colocate=True,
+        custom_rm_path="fatal_code.noted_reward", check_weight_update_equal=True, timeout_s=400,
+    )  # fmt: skip
+    assert (tmp_path / "marker").exists()
+    assert_nothing_is_lost(done, name)
+
+
+def assert_nothing_is_lost(done, name):
     assert done.code == 0, done.output
     assert [row["rollout_id"] for row in done.rows()] == [0, 1, 2, 3]
-    assert [event["subject"] for event in recoveries(done)] == ["the rollout manager"]
+    [event] = recoveries(done)
+    assert event["subject"] == "the rollout manager"
+    assert ("SIGKILL" if name == "SIGKILL" else "was stopped (SIGSTOP) for") in event["fields"]["cause"]
     ledger = replay(done.run_dir / "journal" / "rollout.jsonl")
     assert ledger.num_trained == 4 * 8
     assert ledger.num_taken == ledger.num_trained + ledger.num_filtered + ledger.num_returned + len(ledger.open)

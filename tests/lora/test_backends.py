@@ -4,12 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.lora_cases import layers_of, lora_flags, write_adapter
-from support.lora_runs import Run
+from support.lora_runs import Run, two_checkpoints
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
 from miles.backends.lora.files import read_adapter as ours
-from miles.backends.training_utils.checkpoints import commit_checkpoint
 
 pytestmark = pytest.mark.full
 SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -158,17 +157,6 @@ def test_another_reference_is_a_second_model(kind):
     torch.testing.assert_close(
         torch.tensor(theirs), torch.tensor(run_ranks(1, said, other, kind)[0]), rtol=1e-6, atol=1e-6
     )
-
-
-def two_checkpoints(path, kind, root):
-    """Of one run without adapters, whose weights differ."""
-    run = Run(path, kind, {"lora_rank": 0, "save": str(root)})
-    for rollout_id in (0, 1):
-        run.train([rollout_id])
-        commit_checkpoint(
-            root, rollout_id, lambda place, of=rollout_id: run.backend.save(place, rollout_id=of), run.backend.device
-        )  # fmt: skip
-    run.backend.close()
 
 
 def on_the_newest(path, kind, root, step):

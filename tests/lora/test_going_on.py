@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from support.lora_runs import Run, resumed_run, whole_run
+from support.lora_runs import Run, resumed_run, two_checkpoints, whole_run
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
@@ -85,6 +85,22 @@ def test_finetuning_takes_another_reference(begun, kind):
     changed = {**BELOW, "ref_load": str(tiny_model("qwen3", seed=9)), "finetune": True}
     weights = run_ranks(1, weights_of, tiny_model("qwen3"), kind, changed, root / "save")[0]
     assert_same(weights, saved)
+
+
+def begun_on_a_checkpoint(path, kind, root):
+    """Adapters on the older of two checkpoints without any; saved, then trained on. Weights at both times."""
+    two_checkpoints(path, kind, root / "below")
+    changed = {"load": str(root / "below"), "ckpt_step": 0, "finetune": True}
+    return whole_run(path, kind, changed, root / "save")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_upon_the_checkpoint_that_it_was_begun_on_and_not_the_newest(tmp_path, kind):
+    saved, last = run_ranks(1, begun_on_a_checkpoint, tiny_model("qwen3"), kind, tmp_path)[0]
+    start, middle, end = run_ranks(1, resumed_run, tiny_model("qwen3"), kind, {}, tmp_path / "save")[0]
+    assert start == 1
+    assert_same(middle, saved)
+    assert_same(end, last)
 
 
 def weights_of(path, kind, changed, root):

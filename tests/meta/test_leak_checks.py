@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import psutil
 import pytest
@@ -128,3 +129,22 @@ def test_a_reused_pid_is_not_the_same_process():
     assert alive(identity)
     assert not alive(type(identity)(identity.pid, identity.start_time + 1))
     assert not alive(process_identity(2**22))
+
+
+def test_a_process_that_is_bound_to_a_session_ends_when_that_is_killed():
+    """As the real engine of the tests, which nobody else would end then."""
+    code = (
+        "import subprocess, sys, time; from support.procs import bound_to_us; "
+        "child = subprocess.Popen(bound_to_us(['sleep', '1000'])); print(child.pid, flush=True); time.sleep(1000)"
+    )
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    session = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    )
+    with session.stdout:
+        bound = process_identity(int(session.stdout.readline()))
+    eventually_sync(lambda: psutil.Process(bound.pid).name() == "sleep", 60.0)
+    assert alive(bound)
+    session.kill()
+    session.wait()
+    eventually_sync(lambda: not alive(bound), 60.0)

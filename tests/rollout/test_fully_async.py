@@ -307,7 +307,7 @@ async def test_a_successor_judges_by_the_weights_that_are_announced(tmp_path):
             await rollout.keep(-1)
         with manager(config) as rollout:
             await started(rollout, fake)
-            await rollout.recover(-1, 1, 2)
+            await rollout.recover(-1, 1, 2, {})
             generating = asyncio.ensure_future(rollout.generate(0))
             # Engines have version 1 still: their answers are too old for the weights that are about to be.
             await eventually(lambda: "stale" in function_of(rollout).producer.counts)

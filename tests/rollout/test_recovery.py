@@ -3,10 +3,12 @@
 import asyncio
 import itertools
 import json
+import random
 import shutil
 import tempfile
 import threading
 from argparse import Namespace
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rollout_cases import Answer, LocalManager, adds, make_config, manager, servers, sums
 
+from miles.rollout import manager_state
 from miles.rollout.batch_journal import Batch, BatchJournal
 from miles.rollout.data_source import DataSource
 from miles.rollout.hooks import close_hook_pool
 from miles.rollout.journal import Journal, replay
 from miles.rollout.messages import RolloutBatchRefs
 from miles.rollout.recovery import NoStateKept, RolloutRecovery
+from miles.rollout.saved_state import read_values
 from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.types import Sample
 
 FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 NUM_ROLLOUTS = 5
 REFS = itertools.count()
+STATES = 12
 CRASHES = ("none", "taken", "batch", "state", "trained")
 
 
@@ -204,6 +209,54 @@ def test_what_is_saved_of_both_sides_is_of_one_moment():
     assert all(sorted(numbers) == list(range(len(numbers))) for numbers in seen)
 
 
+class Drawing(Numbers):
+    """Draws from the generators of the process with each call, as a data source that shuffles may; its position is how
+    often it did."""
+
+    drawn = 0
+
+    def get_samples(self, num_samples):
+        random.random()
+        np.random.random()
+        self.drawn += 1
+        return super().get_samples(num_samples)
+
+    def save(self, rollout_id):
+        (Path(self.args.save) / str(rollout_id)).write_text(str(self.drawn))
+
+
+async def test_the_generators_that_are_saved_are_those_of_the_position(tmp_path):
+    source = TrackedDataSource(Drawing(Namespace(save=None, load=None, data_source_path="test.Drawing")))
+    args, over = source.inner.args, threading.Event()
+    random.seed(1)
+    np.random.seed(1)
+
+    def move():
+        while not over.is_set():
+            source.give_back(source.get_samples(1), "again")
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        for number in range(STATES):
+            await manager_state.write_state(args, source, {}, number, tmp_path / str(number))
+    finally:
+        over.set()
+        mover.join(timeout=30)
+        close_hook_pool()
+    position = 0
+    random.seed(1)
+    np.random.seed(1)
+    for number in range(STATES):
+        before, position = position, int((tmp_path / str(number) / str(number)).read_text())
+        for _ in range(position - before):
+            random.random()
+            np.random.random()
+        head = next(read_values(manager_state.state_path(tmp_path / str(number), number)))
+        assert head["random"] == manager_state._random_states()
+    assert position > 0
+
+
 class SameStore(LocalManager):
     """What is in the store outlives the process that put it there; removing twice does nothing."""
 
@@ -218,6 +271,11 @@ class SameStore(LocalManager):
 
     async def _remove(self, ref):
         self.shipped.pop(ref, None)
+
+    async def _remove_left(self, kept):
+        """As of this life nothing is in the store yet."""
+        for ref in set(self.shipped) - set(kept):
+            del self.shipped[ref]
 
 
 def config_of(tmp_path):
@@ -251,7 +309,7 @@ async def test_a_manager_after_a_manager_gives_the_same_rollouts(tmp_path):
             rollout = SameStore(config, there)
             try:
                 await rollout.start(fake.targets, fake.router.url, "secret")
-                await (rollout.keep(-1) if life == 0 else rollout.recover(life - 2, 7, 0))
+                await (rollout.keep(-1) if life == 0 else rollout.recover(life - 2, 7, 0, {}))
                 if life > 0:  # the answer of the one before it was lost
                     shipped = set(there)
                     assert await rollout_of(rollout, life - 1) == found[-1]
@@ -264,6 +322,56 @@ async def test_a_manager_after_a_manager_gives_the_same_rollouts(tmp_path):
                 rollout.close()
         assert found == whole
         assert BatchJournal(tmp_path / "run" / "recovery" / "batches").rollouts() == [0, 1, 2, 3]
+
+
+@asynccontextmanager
+async def life(config, there, fake):
+    """Of a manager that dies without a word."""
+    rollout = SameStore(config, there)
+    try:
+        await rollout.start(fake.targets, fake.router.url, "secret")
+        yield rollout
+    finally:
+        rollout.close()
+
+
+async def test_what_a_manager_put_into_the_store_and_told_nobody_of_is_removed_by_the_next(tmp_path):
+    config, there = config_of(tmp_path), {}
+    with servers(sometimes_right) as fake:
+        async with life(config, there, fake) as rollout:
+            await rollout.keep(-1)
+            rollout._recovery.shipped = dies_with(rollout._recovery.shipped)
+            with pytest.raises(Ended):
+                await rollout.generate(0)
+            assert there
+        async with life(config, there, fake) as rollout:
+            await rollout.recover(-1, 0, 0, {})
+            assert not there
+            first = (await rollout.generate(0)).refs
+            await rollout.trained(0)
+            replayed = await rollout.replay(0)
+            assert await rollout.replay(0) != replayed  # for other ranks: the first have died
+            replayed = list(there)
+            second = (await rollout.generate(1)).refs
+            await rollout._put([{}])  # of a replay whose answer was lost
+        async with life(config, there, fake) as rollout:
+            await rollout.recover(0, 7, 0, {0: replayed})
+            assert sorted(there) == sorted([*replayed, *second])
+            await rollout.replayed(0)
+            assert list(there) == second != first
+
+
+class Ended(Exception):
+    """In place of the end of the process."""
+
+
+def dies_with(shipped):
+    """The state is never written."""
+
+    async def dying(*args):
+        raise Ended
+
+    return dying
 
 
 async def test_a_kept_batch_is_given_again_until_a_checkpoint_has_it(tmp_path):

@@ -10,6 +10,7 @@ from support.store_cluster import MIB, segments_anywhere, store_of, until_store
 
 from miles_agents.rpc.errors import WorkerDied
 from miles_agents.store.errors import NotAllowedHere
+from miles_controller.policy import Policy
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.full]
 
@@ -44,6 +45,23 @@ async def test_what_a_producer_committed_outlives_it(tmp_path):
         assert "put by pair[0]" in (await store_of(cluster))["segments"][0]
         await second.remove.call_one(ref)
         await until_store(cluster, lambda s: not s["used_bytes"])
+
+
+async def test_a_successor_removes_what_the_dead_put_and_told_nobody_of(tmp_path):
+    async with real_cluster(tmp_path, store_bytes=64 * MIB) as cluster:
+        policy = Policy("restart", backoff_s=0.0)
+        mesh = await cluster.controller.spawn("pair", Keeper, dims={"gpus": 2}, policy=policy)
+        first, second = mesh.slice(gpus=0), mesh.slice(gpus=1)
+        known, *_ = [await first.put_zeros.call_one(5 * MIB, fill) for fill in (1, 2, 3)]
+        others = await second.put_zeros.call_one(5 * MIB, 4)
+        kill(await first.pid.call_one())
+        await cluster.event("worker_restarted", "pair[0]")
+        own = await mesh.slice(gpus=0).put_zeros.call_one(5 * MIB, 5)
+        assert await mesh.slice(gpus=0).remove_left.call_one([known, others]) == 2
+        assert await mesh.slice(gpus=0).remove_left.call_one([known]) == 0
+        assert [(await second.summary.call_one(ref))[1] for ref in (known, others, own)] == [1, 4, 5]
+        assert len([text for text in (await store_of(cluster))["segments"] if "put by pair" in text]) == 3
+        assert await mesh.slice(gpus=0).remove_left.call_one([]) == 1
 
 
 async def test_the_mappings_of_a_killed_reader_end(tmp_path):

@@ -33,6 +33,7 @@ from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.agent.ports import PortLeases
 from miles_agents.runtime_dir import sweep
 from support.fake_engine import load_directory
+from support.procs import bound_to_us
 from support.tiny_models import tiny_model
 
 START_S = 300.0
@@ -91,7 +92,7 @@ def external_config(*fakes: Any, **more: Any) -> dict[str, Any]:
 
 @contextmanager
 def real_engine(model: Path, *, api_key: str = KEY, **config: Any) -> Iterator[RealEngine]:
-    """Starts one; at the end none of its processes is left."""
+    """Starts one; at the end none of its processes is left, also if this process is killed."""
     settings = engine_config(model, **config)
     size = settings["rollout_num_gpus_per_engine"]
     leases = PortLeases()
@@ -104,7 +105,7 @@ def real_engine(model: Path, *, api_key: str = KEY, **config: Any) -> Iterator[R
         with log_path.open("wb") as log:
             leases.hand_over([http, nccl])
             process = subprocess.Popen(
-                [*program, json.dumps(server_arguments(settings, 0))],
+                bound_to_us([*program, json.dumps(server_arguments(settings, 0))]),
                 env={**os.environ, **env, KEY_VARIABLE: api_key},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

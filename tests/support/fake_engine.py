@@ -88,6 +88,7 @@ class FakeEngine:
         self.session_open = False
         self.paused = None
         self.dead = False
+        self.on_request = lambda path: None
         self._go = asyncio.Event()
         self._go.set()
         self._rids = (f"fake-{number}" for number in itertools.count())
@@ -127,6 +128,7 @@ class FakeEngine:
     @web.middleware
     async def _guard(self, request, handler):
         self.calls.append(request.path)
+        self.on_request(request.path)
         if self.frozen:
             await self._hanging.wait()
         open_to_all = request.path.startswith(("/health", "/metrics"))

@@ -117,6 +117,8 @@ job/test_recovery.py::test_a_rank_that_is_killed_in_training_changes_nothing
     --use-fault-tolerance
 faults/test_recovery.py::test_the_newest_checkpoint_is_where_it_begins
     --recovery-interval
+job/test_parts.py::test_what_is_stopped_is_brought_back_only_with_fault_tolerance
+    --recovery-stop-timeout
 rollout/test_conversion.py::test_whole_groups_are_trimmed
     --disable-rollout-trim-samples
 rollout/test_train_rollout.py::test_samples_that_are_finished_make_room_for_other_prompts

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from miles.backends.checkpoint_layout import TRACKER, iteration_name
+from miles.backends.training_utils.checkpoints import commit_checkpoint
 from miles.backends.training_utils.rollout_trainer import RolloutTrainer
 from miles.backends.training_utils.timers import Timers
 from miles.utils.train_data import split_train_data
@@ -95,3 +96,14 @@ def resumed_run(path, kind, changed, root):
 def started_weights(path, kind, changed):
     run = Run(path, kind, changed)
     return run.start, run.weights()
+
+
+def two_checkpoints(path, kind, root):
+    """Of one run without adapters, whose weights differ."""
+    run = Run(path, kind, {"lora_rank": 0, "save": str(root)})
+    for rollout_id in (0, 1):
+        run.train([rollout_id])
+        commit_checkpoint(
+            root, rollout_id, lambda place, of=rollout_id: run.backend.save(place, rollout_id=of), run.backend.device
+        )  # fmt: skip
+    run.backend.close()

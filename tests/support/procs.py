@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+BOUND = (
+    "import os, sys; from miles_agents.agent.exec_shim import bind_life_to_parent; "
+    "bind_life_to_parent(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+def bound_to_us(program: Sequence[str]) -> list[str]:
+    """A command that becomes ``program``, which ends with this process's main thread, however that ends."""
+    return [sys.executable, "-c", BOUND, str(os.getpid()), *program]
 
 
 async def eventually(predicate: Callable[[], object], timeout: float = 10.0, *, what: str = "") -> None:

@@ -70,8 +70,8 @@ class Trainer:
 class Job:
     """What a training loop does with engines, and what a rollout manager does."""
 
-    def __init__(self, cluster: Cluster, fleet: EngineFleet) -> None:
-        self.cluster, self.fleet, self.trainer = cluster, fleet, Trainer()
+    def __init__(self, cluster: Cluster, fleet: EngineFleet, strikes: Path) -> None:
+        self.cluster, self.fleet, self.trainer, self.strikes = cluster, fleet, Trainer(), strikes
         self.engines = Engines()
         self.has_newer_weights = False
         rollout = SimpleNamespace(set_engines=SimpleNamespace(call_one=self._set_engines))
@@ -134,6 +134,11 @@ class Job:
             with suppress(ProcessLookupError):
                 os.kill(one.pid, number)
 
+    def strike_at(self, path: str, name: str, count: int = 1) -> None:
+        """So many engines get the signal when such a request comes to them."""
+        for number in range(count):
+            (self.strikes / f"{path}.{name}.{number}").touch()
+
     async def checksums(self) -> dict[str, str]:
         """What engines hold."""
         found = {}
@@ -156,10 +161,13 @@ async def recovering(run_dir: Any, policy: Policy = QUICK, **config: Any) -> Asy
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     async with real_cluster(run_dir) as cluster:
         cluster.controller.forwarded_env["PYTHONPATH"] = path  # where the scripted engine is
+        strikes = Path(run_dir) / "strikes"
+        strikes.mkdir(parents=True)
+        cluster.controller.forwarded_env["MILES_TEST_STRIKES"] = str(strikes)
         fleet = EngineFleet(cluster.controller, engine_config(engine_model(), **{**FAKES, **config}))
         fleet.restart_policy = policy
         await fleet.start()
-        job = Job(cluster, fleet)
+        job = Job(cluster, fleet, strikes)
         try:
             job.train()
             await job.update()

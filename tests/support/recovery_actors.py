@@ -5,7 +5,9 @@ The trainer's state is a text of all that it was trained on, in order; the rollo
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,16 @@ def meets_its_end(directory: Path, what: str) -> bool:
     return True
 
 
+def pause(directory: Path, what: str) -> None:
+    """For as long as the file ``wait-{what}`` is there; says with ``waiting-{what}`` that it was."""
+    while (directory / f"wait-{what}").exists():
+        (directory / f"waiting-{what}").touch()
+        time.sleep(0.01)
+
+
 class TextTrainer(Actor):
-    """One rank. Files named ``die-{rank}-{where}`` make it die there, ``raise-{rank}`` raise as user code does."""
+    """One rank. Files named ``die-{rank}-{where}`` make it die there, ``stop-{rank}-{where}`` stop, as by SIGSTOP,
+    ``stuck-{rank}-{where}`` hang without letting other threads run, ``raise-{rank}`` raise as user code does."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.rank = config, int(os.environ["MILES_TEST_RANK"])
@@ -35,6 +45,11 @@ class TextTrainer(Actor):
     def _maybe_die(self, where: str) -> None:
         if (self.directory / f"always-{where}").exists() or meets_its_end(self.directory, f"die-{self.rank}-{where}"):
             os.abort()
+        if meets_its_end(self.directory, f"stop-{self.rank}-{where}"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if meets_its_end(self.directory, f"stuck-{self.rank}-{where}"):
+            while True:
+                ctypes.PyDLL(None).sleep(3600)  # a signal ends it; PyDLL does not let go of the interpreter
 
     @endpoint(thread="io")
     def pid(self) -> int:
@@ -66,8 +81,7 @@ class TextTrainer(Actor):
         self.state += f"half of {rollout_id};"
         self._maybe_die("train")
         self._lose_each_other()
-        while (self.directory / f"wait-{self.rank}").exists():
-            time.sleep(0.01)
+        pause(self.directory, f"{self.rank}")
         self.state = before + f"{rollout_id}: {', '.join(refs)};"
         return self.state
 
@@ -98,6 +112,7 @@ class TextTrainer(Actor):
     def update_weights(self, version: int) -> tuple[int, str]:
         """What engines would get."""
         self._maybe_die("update")
+        pause(self.directory, "update")
         return version, self.state
 
 
@@ -107,7 +122,9 @@ class FileRollouts(Actor):
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
         self.recovered_at: list[tuple[int, int]] = []
+        self.replaying: list[dict[int, list[str]]] = []
         self.replays: list[int] = []
+        self.ended: list[int] = []
 
     @endpoint(thread="io")
     def pid(self) -> int:
@@ -120,15 +137,17 @@ class FileRollouts(Actor):
         (self.directory / "batches").mkdir()
 
     @endpoint
-    def recover(self, trained: int, weight_version: int) -> None:
+    def recover(self, trained: int, weight_version: int, next_version: int, replaying: dict[int, list[str]]) -> None:
         """A run goes on."""
         self.recovered_at.append((trained, weight_version))
+        self.replaying.append(replaying)
 
     @endpoint
     def generate(self, rollout_id: int) -> list[str]:
         """The same batch whenever it is asked for."""
         if meets_its_end(self.directory, "die-generate"):
             os.abort()
+        pause(self.directory, "generate")
         path = self.directory / "batches" / str(rollout_id)
         path.write_text(f"batch {rollout_id}")
         return [path.read_text()]
@@ -148,7 +167,8 @@ class FileRollouts(Actor):
 
     @endpoint
     def replayed(self, rollout_id: int) -> None:
-        """It was trained on."""
+        """It was trained on, or the ranks have died."""
+        self.ended.append(rollout_id)
 
     @endpoint
     def covered(self, rollout_id: int) -> None:
@@ -160,4 +180,7 @@ class FileRollouts(Actor):
     @endpoint
     def story(self) -> dict[str, Any]:
         """What happened in this life."""
-        return {"recovered_at": self.recovered_at, "replays": self.replays}
+        return {
+            "recovered_at": self.recovered_at, "replays": self.replays, "replayed": self.ended,
+            "replaying": self.replaying,
+        }  # fmt: skip

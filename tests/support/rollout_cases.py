@@ -256,6 +256,9 @@ class LocalManager(RolloutManager):
     async def _remove(self, ref: Any) -> None:
         del self.shipped[ref]
 
+    async def _remove_left(self, kept: list[Any]) -> None:
+        assert set(kept) <= set(self.shipped)
+
 
 @contextmanager
 def manager(config: dict[str, Any]) -> Iterator[LocalManager]:

@@ -40,6 +40,11 @@ class Keeper(Actor):
         return store.put(bytearray([fill]) * nbytes, timeout_s=timeout_s, copies=copies)
 
     @endpoint
+    async def remove_left(self, kept: list[Ref]) -> int:
+        """What earlier lives of this actor put here."""
+        return await store.remove_left_async(kept)
+
+    @endpoint
     def put_parts(self, values: list[Any]) -> list[Ref]:
         """All of them in one segment."""
         return store.put_parts(values)

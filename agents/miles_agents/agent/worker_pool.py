@@ -130,6 +130,7 @@ class WorkerPool:
             start_timeout_s=spec.start_timeout_s,
             beat_s=timings.beat_s,
             suspect_s=timings.suspect_s,
+            stopped_timeout_s=spec.stopped_timeout_s,
         )
         log_path = self.agent.parts.log_dir / f"{spec.mesh_name}-{spec.rank}.{spec.incarnation}.log"
         worker = Worker(spec, life, log_path)

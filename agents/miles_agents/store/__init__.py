@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         put_parts_async,
         remove,
         remove_async,
+        remove_left_async,
     )
     from miles_agents.store.errors import ObjectLost, ObjectRemoved, StoreFull
     from miles_agents.store.ref import Ref
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 # Resolved on first use: agents and controllers need only parts of it.
 _EXPORTS = {
     **dict.fromkeys(["get", "put", "put_parts", "remove"], "api"),
-    **dict.fromkeys(["get_async", "put_async", "put_parts_async", "remove_async"], "api"),
+    **dict.fromkeys(["get_async", "put_async", "put_parts_async", "remove_async", "remove_left_async"], "api"),
     **dict.fromkeys(["ObjectLost", "ObjectRemoved", "StoreFull"], "errors"),
     "Ref": "ref",
 }
 __all__ = [
     "ObjectLost", "ObjectRemoved", "Ref", "StoreFull",
     "get", "get_async", "put", "put_async", "put_parts", "put_parts_async", "remove", "remove_async",
+    "remove_left_async",
 ]  # fmt: skip
 
 

@@ -114,6 +114,21 @@ async def remove_async(ref: Ref, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Non
     await _in_thread("remove", lambda: client.remove([checked], deadline))
 
 
+async def remove_left_async(kept: Sequence[Ref], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+    """For an actor that takes the place of one that died: remove what processes of its name and rank before this one
+    put on this node, but for the objects that somebody still has to read. Nobody else may know how these are called:
+    a process can die between a put and telling of it.
+
+    Args:
+        kept: References of those objects.
+
+    Returns:
+        How many objects were removed.
+    """
+    client, deadline, checked = _client(), _deadline(timeout_s), [_checked(ref) for ref in kept]
+    return await _in_thread("remove", lambda: client.remove_left(checked, deadline))
+
+
 async def _in_thread(verb: str, work: Callable[[], T], take_back: Callable[[Future[T]], None] | None = None) -> T:
     job = _pool(verb).submit(work)
     try:

@@ -197,6 +197,13 @@ class StoreClient:
         with self._connection() as connection:
             connection.ask([messages.REMOVE, [ref.to_plain() for ref in refs]], _left(deadline))
 
+    def remove_left(self, kept: Sequence[Ref], deadline: float) -> int:
+        """Remove what earlier lives of this worker's actor put on this node; how many objects."""
+        with self._connection() as connection:
+            question = [messages.REMOVE_LEFT, [list(ref.key) for ref in kept]]
+            (count,), _ = connection.ask(question, _left(deadline))
+        return int(count)
+
     # -- connections -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ from miles_agents.errors import MilesError
 from miles_agents.wire.remote_error import describe_exception, rebuild_exception
 
 HELLO, ALLOC, COMMIT, GET, REMOVE, RELEASE = "hello", "alloc", "commit", "get", "remove", "release"
+REMOVE_LEFT = "remove_left"
 OK, ERROR = "ok", "error"
 MAX_PACKET = 192 * 1024
 MAX_PARTS = 4096

@@ -219,6 +219,8 @@ class NodeStore:
             case [messages.REMOVE, list(plains)]:
                 await self._remove([Ref.from_plain(plain) for plain in plains])
                 return [], None
+            case [messages.REMOVE_LEFT, list(kept)]:
+                return [await self._remove_left(visitor.me, {Key(*key) for key in kept})], None
             case [messages.RELEASE, list(holds)]:
                 self.release(visitor.me.ident, holds)
                 return [], None
@@ -303,6 +305,13 @@ class NodeStore:
         self.drop([ref.key for ref in refs])
         if self.others is not None:
             await self.others.remove(refs)
+
+    async def _remove_left(self, owner: Owner, kept: set[Key]) -> int:
+        token = owner.ident.partition(":")[0]
+        left = [found for found in self.table.left_behind(owner.label, f"{token}:") if self.is_home_of(found.key)]
+        refs = [Ref(self.node, found.key, found.nbytes) for found in left if found.key not in kept]
+        await self._remove(refs)
+        return len(refs)
 
     # -- inside ------------------------------------------------------------------------------------------------
 

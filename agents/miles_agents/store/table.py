@@ -269,6 +269,16 @@ class PoolTable:
         found.removed = True
         return self._serve(now) if not found.holds and self._one_less(found, now) else []
 
+    def left_behind(self, label: str, token: str) -> list[StoredObject]:
+        """What owners of that label put here that did not have this token: earlier lives of the same actor."""
+        return [
+            stored
+            for segment in self.segments.values()
+            if segment.owner is not None and segment.owner.label == label and not segment.owner.ident.startswith(token)
+            for stored in segment.objects
+            if not stored.removed
+        ]
+
     def owner_gone(self, ident: str, now: float) -> list[Effect]:
         """A process is dead: what it asked for, writes and maps ends. What it committed stays."""
         for waiter in [waiter for waiter in self._waiting.values() if waiter.owner.ident == ident]:

@@ -52,6 +52,7 @@ class WorkerSpec:
         preload: Modules to have imported before the actor's class; None: none, and the agent chooses how to start.
         start_method: One of ``START_METHODS``: by exec, by a zygote or not at all, or as the agent sees fit.
         siblings: How many workers of this profile start on this node together, this one included.
+        stopped_timeout_s: One whose process is stopped (SIGSTOP) for so long is killed; None: it is only reported.
     """
 
     run_id: str
@@ -73,6 +74,7 @@ class WorkerSpec:
     preload: tuple[str, ...] | None = None
     start_method: str = "auto"
     siblings: int = 1
+    stopped_timeout_s: float | None = None
 
     @property
     def label(self) -> str:

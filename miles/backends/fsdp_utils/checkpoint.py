@@ -88,8 +88,10 @@ class RankState:
 
 
 def is_checkpoint(root: Path, step: int | None = None) -> bool:
-    """Whether ``root`` is a place where this backend has saved; with ``step``, also one without a tracker file that has
-    the checkpoint of that rollout."""
+    """Whether ``root`` is a place where this backend has saved, or one checkpoint of such a place; with ``step``, also
+    one without a tracker file that has the checkpoint of that rollout."""
+    if step is None and (root / FSDP_META).is_file():
+        return True
     recover_all(root, "iter_*")
     if step is not None and (root / iteration_name(step) / FSDP_META).is_file():
         return True
@@ -200,11 +202,13 @@ def weights_directory(root: Path, step: int | None) -> Path:
 
 
 def checkpoint_directory(root: Path, step: int | None) -> Path:
-    """Of ``root``'s newest checkpoint, or of that of rollout ``step``.
+    """Of ``root``'s newest checkpoint, or of that of rollout ``step``; ``root`` itself if it is one.
 
     Raises:
         BadFsdpCheckpoint: It is not there.
     """
+    if step is None and (root / FSDP_META).is_file():
+        return root
     if step is None:
         step = int((root / TRACKER).read_text())
     directory = root / iteration_name(step)
