@@ -64,6 +64,7 @@ _AT_LEAST_1 = (
     "trainer_heartbeat_checker_failure_threshold",
     "rollout_health_check_timeout",
     "lora_alpha",
+    "hosts_at_once",
 )
 _AT_LEAST_0 = (
     "rollout_health_check_first_wait",
@@ -121,6 +122,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "lambd": (0, 1, "0 to 1"),
     "trainer_heartbeat_checker_interval": (math.ulp(0.0), _INF, "above 0"),
     "trainer_heartbeat_checker_timeout": (math.ulp(0.0), _INF, "above 0"),
+    "start_timeout": (math.ulp(0.0), _INF, "above 0"),
     "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_silence_timeout": (math.ulp(0.0), _INF, "above 0"),
