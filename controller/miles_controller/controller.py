@@ -222,6 +222,15 @@ class Controller:
         transport = self.fabric.link.transport
         return transport.local_address if isinstance(transport, JoinedAcceptor) else transport.address
 
+    def address_of(self, node: str | None = None) -> str:
+        """Where the other nodes reach what listens on this one (None: the first). Loopback if the controller listens
+        there itself: then all nodes are this machine.
+
+        Raises:
+            NoSuchNode: it is not in the run now.
+        """
+        return self.services.address_of(node)
+
     def issue_key(self, node: str) -> str:
         """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""
         self.fabric.expect(node)

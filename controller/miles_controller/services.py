@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from miles_controller.controller import Controller
 
 _ORDER_S = 60.0
+LOOPBACK = "127.0.0.1"
 
 
 class NoSuchNode(ConfigError):
@@ -43,7 +44,7 @@ class ServiceHandle:
         self.ports: dict[str, int] = {}
         self.log = ""
         self.fault = ""
-        self.host = "127.0.0.1"
+        self.host = LOOPBACK
         self._keeper = keeper
         self._node = node
         self._changed = asyncio.Event()
@@ -51,7 +52,8 @@ class ServiceHandle:
     @property
     def url(self) -> str:
         """``http://host:port`` of the first port."""
-        return f"http://{self.host}:{next(iter(self.ports.values()), 0)}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{next(iter(self.ports.values()), 0)}"
 
     async def stop(self, why: str = "its owner stopped it") -> None:
         """End it for good; returns when nothing of it runs any more."""
@@ -157,6 +159,11 @@ class ServiceKeeper:
             {"name": s.name, "node": s.node, "phase": s.phase, "pid": s.pid, "ports": s.ports, "fault": s.fault}
             for s in self._services.values()
         ]
+
+    def address_of(self, name: str | None) -> str:
+        """See ``Controller.address_of``."""
+        addresses = self._node(name).info.addresses
+        return LOOPBACK if self._controller.config.is_local or not addresses else addresses[0]
 
     def _node(self, name: str | None) -> Node:
         nodes = self._controller.fabric.nodes

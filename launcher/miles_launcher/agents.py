@@ -1,7 +1,7 @@
 """What all launchers share: one process per node, whose stdin brings the key and is the lifeline of what it started.
 
-``AgentProcesses`` consumes ``AgentCommand``s: the agent's own reaper (``local``), or what reaches it (``ssh``, ``srun``).
-It produces exits, told once each to whoever made it, and what was written to stdout, line by line, where that is wanted.
+``AgentProcesses`` consumes ``AgentCommand``s: the agent's own reaper (``local``), or what reaches it (``ssh``). It
+produces exits, told once each to whoever made it, and what was written to stdout, line by line, where that is wanted.
 It waits for exits through pidfds, and in ``stop`` for all, each wait with a deadline.
 
 Invariants: nothing here blocks the loop; the first input is written before anything else and stdin stays open until

@@ -1,8 +1,8 @@
 """Start many nodes, some at a time, and know of each what became of it.
 
 Consumes a ``Starter``, which knows how one node is started and how that is given up. Produces a ``Report``. Waits for:
-the starts, each with a deadline of its own that begins when its turn comes. Invariants: no more than ``at_once`` starts
-are under way; every node is either started or failed with a reason when ``start_all`` returns; what was begun for a node
+the starts, each with a deadline of its own that begins when its turn comes. Invariants: no more than ``at_once`` are
+under way; every node has either joined or failed with a reason when ``start_all`` returns; what was begun for a node
 that failed has been given up. Nothing here knows of processes or networks, so that it runs on virtual time, too.
 """
 
@@ -16,7 +16,7 @@ from typing import Protocol
 from miles_agents.errors import EnvironmentFault, MilesError
 
 AT_ONCE = 64
-"""Starts under way, unless told otherwise: sshd of one bastion takes 10 at once by default, a shared disk some hundred."""
+"""Starts under way, unless told otherwise: what a shared disk and one machine's processes bear."""
 
 
 class StartTooSlow(EnvironmentFault):
@@ -32,7 +32,7 @@ class Starter(Protocol):
         """Until it has joined. Raises MilesError: why it cannot."""
 
     async def give_up(self, node: str) -> None:
-        """End what was begun for it. Bounded; called once for each start that raised, was cancelled, or took too long."""
+        """End what was begun for it, in bounded time. Called once for each start that raised or was cancelled."""
 
     def doing(self, node: str) -> str:
         """What is being waited for, for people."""

@@ -1,24 +1,24 @@
 """One remote host from the start of its ssh to its end. Pure.
 
-Consumes what its ssh prints and how it ends, what the controller says of its node, the end of the copying of code, time.
+Consumes what its ssh prints and how it ends, that the controller welcomed its node, the end of the copying of code.
 Produces effects for whoever runs it. Waits for nothing itself.
 
-What counts as the end of what runs there: the agent's goodbye (``NodeGone``), its reaper's word (``SaidClean``), the
-controller's verdict (``NodeGone``, too). The end of ssh is none: it closes the agent's stdin, which ends nothing as long
-as the agent has its link to the controller. So
+What proves the end of what runs there is the agent's goodbye, which the controller hears, and its reaper's word
+(``SaidClean``). The end of ssh proves nothing: it closes the agent's stdin, which ends nothing as long as the agent has
+its link to the controller. So
 
-    waiting -> starting -> (copying ->) joining -> joined <-> link lost
-    any of them -> gone | failed
+    waiting -> starting (-> copying -> starting) -> joining -> joined -> link lost
+    before joined -> failed; from joined on -> gone
 
-Invariants: ``Joined`` is told at most once, ``Failed`` at most once, and never after it; a host in an end state produces
-no effect; ``ReportClean`` is produced only after the reaper said so.
+Invariants: one of ``TellJoined`` and ``Failed`` is told at most once; a host in an end state produces no effect;
+``ReportClean`` is produced at most once, and only after the reaper said so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 
 class Phase(Enum):
@@ -52,9 +52,9 @@ class WantsCode:
 
 @dataclass(frozen=True, slots=True)
 class CodeCopied:
-    """rsync has ended. ``error``: why it could not be copied."""
+    """rsync has ended."""
 
-    error: str = ""
+    well: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +66,12 @@ class SaidReady:
 
 @dataclass(frozen=True, slots=True)
 class SaidFailed:
-    """The host cannot be used, for a reason that it found itself."""
-
-    reason: str
+    """The host cannot be used, as it found itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeJoined:
     """The controller has welcomed its agent."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeGone:
-    """The controller knows that the node has ended."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +81,16 @@ class SaidClean:
 
 @dataclass(frozen=True, slots=True)
 class SshEnded:
-    """The local ssh has ended. ``story``: how, and what it wrote last."""
-
-    story: str
+    """The local ssh has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
     """Whoever starts it has no more time, or ends everything."""
 
-    reason: str
-
 
 Event: TypeAlias = (
-    StartAsked
-    | WantsCode
-    | CodeCopied
-    | SaidReady
-    | SaidFailed
-    | NodeJoined
-    | NodeGone
-    | SaidClean
-    | SshEnded
-    | GivenUp
+    StartAsked | WantsCode | CodeCopied | SaidReady | SaidFailed | NodeJoined | SaidClean | SshEnded | GivenUp
 )
 
 
@@ -129,8 +107,13 @@ class CopyCode:
 
 
 @dataclass(frozen=True, slots=True)
+class SayGo:
+    """Tell the host that the code is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class SendKey:
-    """Write the key: the host is as it has to be."""
+    """Write the key: the host is as it has to be. Watch for its node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +121,14 @@ class TellJoined:
     """It can be used."""
 
 
+Cause: TypeAlias = Literal["host", "copy", "ssh", "given up"]
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It cannot. ``by_host``: the host said so itself; else it is what ssh's end looks like."""
+    """It cannot. ``cause``: who knows why: the host said it, rsync did, it is in how ssh ended, or nobody waits."""
 
-    reason: str
-    by_host: bool
+    cause: Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +139,20 @@ class ReportClean:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkLost:
+class TellLinkLost:
     """Tell people that ssh has ended; the run goes on."""
 
-    story: str
 
-
-Effect: TypeAlias = Spawn | CopyCode | SendKey | TellJoined | Failed | ReportClean | LinkLost
+Effect: TypeAlias = Spawn | CopyCode | SayGo | SendKey | TellJoined | Failed | ReportClean | TellLinkLost
 
 
 @dataclass(frozen=True, slots=True)
 class HostLife:
-    """The state. ``reaper``: its pid on the host, 0 before it is known. ``clean``: it has said its word."""
+    """The state. ``reaper``: its pid on the host, 0 before it is known. ``clean``: it has given its word."""
 
     phase: Phase = Phase.WAITING
     reaper: int = 0
     clean: bool = False
-    reason: str = ""
 
 
 def step(host: HostLife, event: Event) -> tuple[HostLife, tuple[Effect, ...]]:
@@ -178,16 +160,16 @@ def step(host: HostLife, event: Event) -> tuple[HostLife, tuple[Effect, ...]]:
     if host.phase in ENDS:
         return host, ()
     match event:
-        case SaidFailed(reason):
-            return _failed(host, reason, by_host=True)
-        case GivenUp(reason):
-            return _failed(host, reason, by_host=False) if host.phase not in IN_RUN else _gone(host, reason)
-        case NodeGone(reason):
-            return _gone(host, reason) if host.phase in IN_RUN else (host, ())
+        case SaidFailed():
+            return _end(host, "host")
+        case GivenUp():
+            return _end(host, "given up")
         case SaidClean() if host.reaper and not host.clean:
             return replace(host, clean=True), (ReportClean(host.reaper),)
-        case SshEnded(story):
-            return _ssh_ended(host, story)
+        case SshEnded() if host.phase in IN_RUN and not host.clean:
+            return replace(host, phase=Phase.LINK_LOST), (TellLinkLost(),) if host.phase is Phase.JOINED else ()
+        case SshEnded():
+            return _end(host, "ssh")
     return _forward(host, event)
 
 
@@ -198,10 +180,8 @@ def _forward(host: HostLife, event: Event) -> tuple[HostLife, tuple[Effect, ...]
             return replace(host, phase=Phase.STARTING), (Spawn(),)
         case Phase.STARTING, WantsCode(directory):
             return replace(host, phase=Phase.COPYING), (CopyCode(directory),)
-        case Phase.COPYING, CodeCopied(error):
-            if error:
-                return _failed(host, error, by_host=True)
-            return replace(host, phase=Phase.STARTING), ()
+        case Phase.COPYING, CodeCopied(well):
+            return (replace(host, phase=Phase.STARTING), (SayGo(),)) if well else _end(host, "copy")
         case Phase.STARTING, SaidReady(reaper):
             return replace(host, phase=Phase.JOINING, reaper=reaper), (SendKey(),)
         case Phase.JOINING, NodeJoined():
@@ -209,21 +189,7 @@ def _forward(host: HostLife, event: Event) -> tuple[HostLife, tuple[Effect, ...]
     return host, ()
 
 
-def _ssh_ended(host: HostLife, story: str) -> tuple[HostLife, tuple[Effect, ...]]:
-    if host.phase is Phase.JOINED:
-        if host.clean:
-            return _gone(host, story)
-        return replace(host, phase=Phase.LINK_LOST), (LinkLost(story),)
-    if host.phase is Phase.LINK_LOST:
-        return host, ()
-    return _failed(host, story, by_host=False)
-
-
-def _failed(host: HostLife, reason: str, *, by_host: bool) -> tuple[HostLife, tuple[Effect, ...]]:
+def _end(host: HostLife, cause: Cause) -> tuple[HostLife, tuple[Effect, ...]]:
     if host.phase in IN_RUN:
-        return _gone(host, reason)
-    return replace(host, phase=Phase.FAILED, reason=reason), (Failed(reason, by_host),)
-
-
-def _gone(host: HostLife, reason: str) -> tuple[HostLife, tuple[Effect, ...]]:
-    return replace(host, phase=Phase.GONE, reason=reason), ()
+        return replace(host, phase=Phase.GONE), ()
+    return replace(host, phase=Phase.FAILED), (Failed(cause),)

@@ -47,4 +47,11 @@ def local_nodes(config: Mapping[str, Any]) -> Nodes:
     return Nodes((NODE,), start)
 
 
-_LAUNCHERS: dict[str, Callable[[Mapping[str, Any]], Nodes]] = {"local": local_nodes}
+def ssh_nodes(config: Mapping[str, Any]) -> Nodes:
+    """The machines of ``--hosts`` or ``--hostfile``, by ssh."""
+    from miles_launcher.ssh_nodes import nodes_by_ssh
+
+    return nodes_by_ssh(config, agent_environment(config))
+
+
+_LAUNCHERS: dict[str, Callable[[Mapping[str, Any]], Nodes]] = {"local": local_nodes, "ssh": ssh_nodes}

@@ -75,9 +75,8 @@ class LocalAgents:
         self._controller = controller
         self._nodes = list(nodes)
         self._run_dir = run_dir
-        self._flags = agent_flags(
-            controller.local_address,
-            run_dir,
+        self._flags = ["--controller", controller.local_address, "--run-dir", str(run_dir)]
+        self._flags += agent_flags(
             cpu_slots=cpu_slots,
             timings=timings,
             preload=check_start(preload, "auto"),
@@ -143,8 +142,6 @@ class LocalAgents:
 
 
 def agent_flags(
-    address: str,
-    run_dir: Path | str,
     *,
     cpu_slots: int | None = None,
     timings: Timings | None = None,
@@ -152,8 +149,8 @@ def agent_flags(
     store_bytes: int | None = None,
     interface: str | None = None,
 ) -> list[str]:
-    """Flags of ``miles agent`` for an agent that dials ``address``, beyond ``--node``."""
-    flags = ["--controller", address, "--run-dir", str(run_dir)]
+    """Flags of ``miles agent`` about what its node offers and prepares."""
+    flags: list[str] = []
     if cpu_slots is not None:
         flags += ["--cpu-slots", str(cpu_slots)]
     if timings is not None:
