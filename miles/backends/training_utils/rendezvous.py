@@ -38,7 +38,7 @@ class Rendezvous:
         self._address = ("", 0)
 
     def listen(self) -> tuple[str, int]:
-        """On rank 0: serve the store where other nodes reach this one, if there are others. A second call gives the same
+        """On rank 0: serve the store, where other nodes reach this one if there are any. A second call gives the same
         address.
 
         Raises:
