@@ -140,11 +140,11 @@ class Controller:
         finally:
             self._owned.close()
 
-    async def dismiss(self, *names: str, reason: str) -> None:
+    async def dismiss(self, *names: str, reason: str) -> list[str]:
         """Goodbye to the agents of these nodes: each ends its workers with their grace, says goodbye itself, and is
         waited for, ``leave_timeout_s`` at most. Ranks there are expected to end; those elsewhere stay supervised, and
         a mesh that has no rank elsewhere is stopped. An agent that comes (back) later is refused, until ``issue_key``
-        invites its node again."""
+        invites its node again. Returns the nodes that did not say goodbye in time: their leases end them."""
         self.fabric.dismissed.update(dict.fromkeys(names, reason))
         nodes = [node for node in self.fabric.nodes if node.name in names]
         going = {node.name for node in nodes}
@@ -154,6 +154,7 @@ class Controller:
             if node.peer is not None:
                 node.peer.say_goodbye(reason)
         deadline = self.fabric.loop.time() + self.config.leave_timeout_s
+        left: list[str] = []
         for node in nodes:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -161,6 +162,8 @@ class Controller:
             except TimeoutError:
                 text = "it did not say goodbye in time; its lease will end it"
                 self.events.emit("node_left_behind", node.name, text)
+                left.append(node.name)
+        return left
 
     def _runtime_directory(self) -> RuntimeDir:
         """The run's, for sockets; held until the controller closes."""

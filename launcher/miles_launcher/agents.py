@@ -47,8 +47,9 @@ class ControllerLike(Protocol):
     def report_node_exit(self, node: str, evidence: str, *, reaper: int) -> None:
         """The node's reaper, of this pid, has ended by itself: nothing that it started is left running."""
 
-    async def dismiss(self, *nodes: str, reason: str) -> None:
-        """Say goodbye to the agents of these nodes and wait, for a bounded time, until they have left in good order."""
+    async def dismiss(self, *nodes: str, reason: str) -> object:
+        """Say goodbye to the agents of these nodes and wait, for a bounded time, until they have left in good order.
+        Returns the names of those that have not."""
 
 
 class CannotStartAgent(EnvironmentFault):

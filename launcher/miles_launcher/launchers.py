@@ -44,7 +44,7 @@ def local_nodes(config: Mapping[str, Any]) -> Nodes:
             env={**os.environ, **agent_environment(config)},
         )
 
-    return Nodes((NODE,), start)
+    return Nodes((NODE,), start, join_s=config["start_timeout"])
 
 
 def ssh_nodes(config: Mapping[str, Any]) -> Nodes:

@@ -181,12 +181,14 @@ class SshAgents:
                 logger.warning("logs of %s stay there, in %s: the run directory is not shared", name, logs)
 
     async def _stop(self, reason: str) -> None:
-        """Goodbye to agents; then the end of stdin, SIGTERM, SIGKILL for ssh. Hosts that vouch for nothing are told."""
+        """Goodbye to agents; then the end of stdin, SIGTERM, SIGKILL for ssh. Hosts that did not leave are told."""
         processes = self._processes
         if processes is None:
             return
         try:
-            await self._controller.dismiss(*self._hosts, reason=reason)
+            left = await self._controller.dismiss(*self._hosts, reason=reason)
+            if isinstance(left, list) and left:
+                logger.warning("%s did not say goodbye; the agents there end everything by themselves", ", ".join(left))
         finally:
             for host in self._hosts.values():
                 for task in host.tasks:
@@ -195,11 +197,6 @@ class SshAgents:
             steps = (_wait, processes.close_lifeline, terminate, kill)
             await processes.stop(steps, grace_s=self._settings.grace_s)
             for host in self._hosts.values():
-                if host.life.phase in life.IN_RUN and not host.life.clean:
-                    logger.warning(
-                        "%s did not say that nothing is left there; its agent ends everything without its controller",
-                        host.machine.name,
-                    )
                 self._apply(host, life.GivenUp())
 
     # -- Starter ---------------------------------------------------------------------------------------------

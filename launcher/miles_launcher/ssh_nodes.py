@@ -78,7 +78,7 @@ def needed_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
 def shared_directories(config: Mapping[str, Any]) -> dict[str, Path]:
     """What ranks on several hosts write together, or read what others wrote."""
     found = {flag: config[dest] for flag, dest in (("--save", "save"), ("--critic-save", "critic_save"))}
-    if config["use_fault_tolerance"]:
+    if config["use_fault_tolerance"] or config["check_weight_update_equal"]:
         found["--run-dir"] = config["run_dir"]
     return {flag: Path(path) for flag, path in found.items() if path}
 
