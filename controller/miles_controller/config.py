@@ -13,7 +13,9 @@ from miles_agents.timings import Timings
 FORWARDED_PREFIXES = ("NCCL_", "CUDA_", "TORCH", "NVTE_", "SGLANG_", "HF_", "WANDB_", "MILES_")
 FORWARDED_NAMES = frozenset({"PYTHONPATH", "http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 # These describe one process or one machine, not the run.
-_LOCAL_NAMES = frozenset({"CUDA_VISIBLE_DEVICES", "MILES_RUN", "MILES_KEY_FD", "MILES_REAPER_FD", "MILES_WORKER_FD"}) | {
+_LOCAL_NAMES = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "MILES_RUN", "MILES_KEY_FD", "MILES_REAPER_FD", "MILES_WORKER_FD"}
+) | {
     "MILES_NODE_PATH",
     "MILES_NODE_ADDRESS",
     "MILES_REAPER_SAYS",

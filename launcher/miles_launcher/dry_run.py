@@ -125,7 +125,14 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
 
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_router", _HOST, "PORTS")
     if not config["sglang_router_ip"]:
-        yield Process("router", placement.head or NODE, (), ("http", "metrics"), (*launch, json.dumps(router_arguments(config))), {})
+        yield Process(
+            "router",
+            placement.head or NODE,
+            (),
+            ("http", "metrics"),
+            (*launch, json.dumps(router_arguments(config))),
+            {},
+        )
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", _HOST, "PORTS")
     for rank, slots in enumerate(slots_of_engines(config, engines)):
         devices = tuple(device for slot in slots for device in slot.devices)

@@ -225,12 +225,12 @@ class Start:
         os.execve(sys.executable, argv, env)  # noqa: S606  # no shell
 
 
-def sweep(base: Path) -> None:
-    """Remove what runs left of which nothing lives any more."""
+def sweep(base: Path, now: float | None = None) -> None:
+    """Remove what runs left of which nothing lives any more. ``now``: seconds since 1970, in place of the clock."""
     for name in os.listdir(base):
         path = base / name
         try:
-            if time.time() - os.stat(path).st_ctime < _LEFT_S:
+            if (time.time() if now is None else now) - os.stat(path).st_ctime < _LEFT_S:
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

@@ -100,7 +100,13 @@ def test_everything_wrong_in_a_file_is_told_by_line():
     assert hosts == []
     assert [one.line for one in found] == [1, 2, 3, 4, 5, 8, 7]
     told = "; ".join(map(str, found))
-    for words in ("a number from 1", "more than max_slots=2", "'color=red' is not", "first in line 6", "'8' is not KEY"):
+    for words in (
+        "a number from 1",
+        "more than max_slots=2",
+        "'color=red' is not",
+        "first in line 6",
+        "'8' is not KEY",
+    ):
         assert words in told
     assert "names no host" in str(parse_hostfile("# nothing\n")[1][0])
 
