@@ -28,7 +28,8 @@ LOADER = (
 )
 """For ``python -c``. Unbuffered: what follows the line is for others."""
 
-EXIT_REFUSED = 3
+REFUSED_CODE = 3
+"""Exit code of a start that was refused, in the range of no shell and no agent."""
 CODE_DIRECTORY = ".cache/miles/code"
 RUN_DIRECTORY = ".cache/miles/runs"
 _LEFT_S = 3600.0
@@ -99,7 +100,7 @@ class Start:
         except Refused as refused:
             self._remove()
             self.say("failed", error=refused.kind, text=str(refused), **refused.facts)
-            sys.exit(EXIT_REFUSED)
+            sys.exit(REFUSED_CODE)
         except BaseException:
             self._remove()
             raise

@@ -1,4 +1,4 @@
-"""Machines as they are written: ranges of Slurm's kind, files of OpenMPI's and DeepSpeed's, and what is wrong with them."""
+"""Machines as they are written: ranges of Slurm's kind, files of OpenMPI's and DeepSpeed's, what is wrong with them."""
 
 from dataclasses import replace
 

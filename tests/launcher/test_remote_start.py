@@ -24,7 +24,7 @@ def head(tmp_path, code):
     def make(*, flags=(), **changes):
         run = Run(
             run_id="r", run_dir=tmp_path / "run", code=code, copies_code=False, modules=(), shared={},
-            flags=("--controller", "tcp://127.0.0.1:1"), env={},
+            flags=("--controller", "tcp://127.0.0.1:1"), env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
         )  # fmt: skip
         plain = json.loads(header(run, Machine("n", "n"), "mark", flags))
         return {**plain, **changes}
@@ -53,7 +53,7 @@ def start(head, tmp_path, further=b""):
 )
 def test_what_is_not_as_it_has_to_be_is_refused(head, tmp_path, changes, error, words):
     (said,), exit_code, _ = start(head(**changes), tmp_path)
-    assert (said["kind"], said["error"], exit_code) == ("failed", error, remote_start.EXIT_REFUSED)
+    assert (said["kind"], said["error"], exit_code) == ("failed", error, remote_start.REFUSED_CODE)
     assert words in said["text"]
     assert not (tmp_path / ".cache").exists()
 
@@ -86,7 +86,7 @@ def test_logs_of_a_run_directory_that_is_not_shared_stay_in_the_home(head, tmp_p
 def test_code_that_does_not_come_leaves_no_directory(head, tmp_path):
     said, exit_code, _ = start(head(copies_code=True), tmp_path)  # stdin ends
     assert [one["kind"] for one in said] == ["wants_code", "failed"]
-    assert exit_code == remote_start.EXIT_REFUSED
+    assert exit_code == remote_start.REFUSED_CODE
     assert not os.path.exists(said[0]["directory"])
 
 
@@ -94,7 +94,7 @@ def test_code_that_does_not_come_leaves_no_directory(head, tmp_path):
 def test_code_of_an_agent_that_does_not_start_is_removed(head, tmp_path, changes):
     said, exit_code, _ = start(head(copies_code=True, **changes), tmp_path, b"go\n")
     assert [one["kind"] for one in said] == ["wants_code", "failed" if changes else "ready"]
-    assert exit_code == (remote_start.EXIT_REFUSED if changes else 2)
+    assert exit_code == (remote_start.REFUSED_CODE if changes else 2)
     assert not os.path.exists(said[0]["directory"])
 
 

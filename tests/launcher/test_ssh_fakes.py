@@ -1,4 +1,4 @@
-"""Faults that no real ssh shows on demand: a program named ssh that runs what it is given here, or does something else."""
+"""Faults that no real ssh shows on demand: a program named ssh that runs what it is given here, or does another thing."""
 
 import pytest
 from support.procs import eventually
@@ -54,7 +54,7 @@ async def test_what_login_shells_print_harms_nobody(fake_ssh, tmp_path):
 
 async def test_a_host_that_hangs_is_given_up_after_its_time_with_what_it_said_last(fake_ssh, tmp_path):
     fake_ssh(a=HANGS)
-    with pytest.raises(StartTooSlow, match="a has not joined within 0.5 s") as caught:
+    with pytest.raises(StartTooSlow, match=r"a has not joined within 0\.5 s") as caught:
         async with ssh_cluster(tmp_path / "run", None, machines("a"), timeout_s=0.5):
             pytest.fail("was entered")
     assert "waiting for ssh and Python" in caught.value.evidence

@@ -47,7 +47,7 @@ async def ssh_cluster(
     run_dir: Path, config: Path | None, hosts: Sequence[Machine], *, timings: Timings = PATIENT, **settings: Any
 ) -> AsyncIterator[tuple[Controller, SshAgents]]:
     """Entered when all hosts have joined."""
-    run_dir.mkdir(exist_ok=True)
+    run_dir.mkdir(exist_ok=True)  # noqa: ASYNC240  # of a test
     names = tuple(host.name for host in hosts)
     flags = tuple(word for name in ("beat_s", "suspect_s", "fence_s", "dead_s") for word in
                   ("--" + name.replace("_", "-"), str(getattr(timings, name))))  # fmt: skip

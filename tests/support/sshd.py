@@ -1,4 +1,4 @@
-"""Hosts for tests: real sshds on this machine, each on a port of its own, under names that one ssh configuration knows."""
+"""Hosts for tests: real sshds on this machine, each on a port of its own, by names that one ssh configuration knows."""
 
 from __future__ import annotations
 
