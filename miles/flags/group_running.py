@@ -208,7 +208,7 @@ _OURS: tuple[Flag, ...] = grouped(
             choices=("local", "ssh", "slurm", "external"),
         ),
         "not built yet: other launchers",
-        only=(None, "local", "ssh"),
+        only=("local", "ssh"),
     ),
     text("--hosts", None, "machines: node[1-4],alice@other:2222 (docs/clusters.md)"),
     path("--hostfile", "file of machines, as OpenMPI and DeepSpeed have it (docs/clusters.md)"),

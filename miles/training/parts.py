@@ -78,7 +78,7 @@ def placement_requests(config: Mapping[str, Any]) -> list[Request]:
     # Cores are shared more readily than GPUs: where there are too few, ranks and engines take turns on them.
     oversubscribe = on_cpu
     if not config["debug_rollout_only"]:
-        per_node = config["actor_num_gpus_per_node"] if config.get("num_nodes") != 1 else None
+        per_node = config["actor_num_gpus_per_node"] if config.get("num_nodes", 1) != 1 else None
         requests.append(Request("trainer", config["world_size"], ranks_per_node=per_node, oversubscribe=oversubscribe))
     if not config["debug_train_only"] and not config.get("rollout_external"):
         colocated = config["colocate"] and not config["debug_rollout_only"]

@@ -1,4 +1,4 @@
-"""Faults that no real ssh shows on demand: a program named ssh that runs what it is given here, or does another thing."""
+"""Faults that no real ssh shows on demand: a program named ssh that runs what it is given here, or does not."""
 
 import pytest
 from support.procs import eventually

@@ -18,7 +18,14 @@ from miles_launcher.ssh_errors import (
     from_exit,
     from_host,
 )
-from miles_launcher.ssh_nodes import bind_address, needed_modules, settings_of, shared_directories, way_to
+from miles_launcher.ssh_nodes import (
+    bind_address,
+    needed_modules,
+    nodes_by_ssh,
+    settings_of,
+    shared_directories,
+    way_to,
+)
 from miles_launcher.ssh_start import Machine, Ssh
 
 CONFIG = """
@@ -61,6 +68,13 @@ def test_where_no_way_is_known_an_address_is_asked_for(ssh):
 )
 def test_an_address_that_is_given_is_taken(ssh, given, bind):
     assert bind_address(given, machines("jump"), ssh) == bind
+
+
+def test_the_controller_listens_where_flags_say(ssh):
+    values = config(f"--hosts jump,loop --ssh-config {ssh.config} --controller-host 127.0.0.3")
+    nodes = nodes_by_ssh(values, {})
+    assert nodes.bind == "tcp://127.0.0.3:0"
+    assert nodes.names == ("jump", "loop")
 
 
 @pytest.mark.parametrize(
