@@ -15,6 +15,7 @@ from pathlib import Path
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 _START_S = 60.0
+_TRIES = 5
 
 SSHD_CONFIG = """\
 Port {port}
@@ -88,13 +89,9 @@ class SshHosts:
         self.config.write_text("\n".join([*further, *blocks, USER_CONFIG.format(folder=self.folder)]))
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, outside of the range for outgoing connections where that begins late."""
-    sockets = []
-    with ExitStack() as opened:
-        for _ in range(count):
-            sockets.append(opened.enter_context(socket.create_server(("127.0.0.1", 0))))
-        return [one.getsockname()[1] for one in sockets]
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @contextmanager
@@ -107,20 +104,31 @@ def ssh_hosts(folder: Path, names: Sequence[str]) -> Iterator[SshHosts]:
     made = SshHosts(folder, {})
     known = []
     with ExitStack() as owned:
-        for name, port in zip(names, free_ports(len(names)), strict=True):
-            own, home = folder / name, folder / name / "home"
-            home.mkdir(parents=True)
-            _make_key(own / "host_key")
-            shutil.copy(folder / "user_key.pub", own / "authorized")
-            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-            (own / "sshd_config").write_text(SSHD_CONFIG.format(port=port, folder=own, home=home, path=path))
-            public = " ".join((own / "host_key.pub").read_text().split()[:2])
-            known.append(f"[127.0.0.1]:{port} {public}")
-            host = made.hosts[name] = SshHost(name, port, home, own, _serve(own, port))
+        for name in names:
+            host = made.hosts[name] = _make_host(folder, name)
             owned.callback(host.end)
+            public = " ".join((host.folder / "host_key.pub").read_text().split()[:2])
+            known.append(f"[127.0.0.1]:{host.port} {public}")
         (folder / "known_hosts").write_text("\n".join(known) + "\n")
         made.write_config()
         yield made
+
+
+def _make_host(folder: Path, name: str) -> SshHost:
+    own, home = folder / name, folder / name / "home"
+    home.mkdir(parents=True)
+    _make_key(own / "host_key")
+    shutil.copy(folder / "user_key.pub", own / "authorized")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for left in reversed(range(_TRIES)):  # somebody may take the port before sshd does
+        port = _free_port()
+        (own / "sshd_config").write_text(SSHD_CONFIG.format(port=port, folder=own, home=home, path=path))
+        try:
+            return SshHost(name, port, home, own, _serve(own, port))
+        except AssertionError:
+            if not left:
+                raise
+    raise AssertionError("left above")
 
 
 def _make_key(path: Path) -> None:

@@ -260,7 +260,7 @@ def one_after_the_other(targets: tuple[EngineTarget, ...]) -> tuple[EngineTarget
 
 def _is_spread(config: Mapping[str, Any]) -> bool:
     """Memory files of the trainer's first rank do not reach all engines."""
-    return bool(config["device"] == "cpu" and config.get("num_nodes", 1) != 1)
+    return bool(config.get("num_nodes", 1) != 1 and config["device"] == "cpu")
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
