@@ -27,6 +27,7 @@ from typing import Any
 
 from miles_agents.errors import MilesError
 from miles_agents.names import checked_name
+from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, WorkerDied
@@ -233,6 +234,10 @@ class Controller:
             NoSuchNode: it is not in the run now.
         """
         return self.services.address_of(node)
+
+    def node_info(self, node: str | None = None) -> NodeInfo:
+        """What this node (None: the first) said of itself. Raises NoSuchNode."""
+        return self.services.node_info(node)
 
     def issue_key(self, node: str) -> str:
         """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_agents.errors import ConfigError, MilesError
 from miles_agents.names import checked_name
+from miles_agents.node_info import NodeInfo
 from miles_controller.fabric import Node
 
 if TYPE_CHECKING:
@@ -160,9 +161,13 @@ class ServiceKeeper:
             for s in self._services.values()
         ]
 
+    def node_info(self, name: str | None) -> NodeInfo:
+        """See ``Controller.node_info``."""
+        return self._node(name).info
+
     def address_of(self, name: str | None) -> str:
         """See ``Controller.address_of``."""
-        addresses = self._node(name).info.addresses
+        addresses = self.node_info(name).addresses
         return LOOPBACK if self._controller.config.is_local or not addresses else addresses[0]
 
     def _node(self, name: str | None) -> Node:

@@ -33,7 +33,9 @@ REFUSED_CODE = 3
 CODE_DIRECTORY = ".cache/miles/code"
 RUN_DIRECTORY = ".cache/miles/runs"
 _LEFT_S = 3600.0
-"""What nobody holds is removed after so long: what is younger may be about to be used."""
+"""Code that nobody holds is removed after so long: what is younger may be about to be used."""
+_LOGS_S = 14 * 24 * 3600.0
+"""Logs that stayed on a host are removed after so long, when another run starts there."""
 _SUFFIXES = {".py", ".json"}
 
 
@@ -130,7 +132,7 @@ class Start:
         base = Path.home() / CODE_DIRECTORY
         try:
             base.mkdir(parents=True, exist_ok=True, mode=0o700)
-            sweep(base)
+            sweep(base, _LEFT_S)
             self.made = base / f"{self.head['run']}-{self.head['node']}-{os.getpid()}"
             for folder in (self.made, self.made / "lib", self.made / "cwd"):
                 folder.mkdir(mode=0o700)
@@ -202,8 +204,11 @@ class Start:
         run_dir = str(self.head["run_dir"])
         if run_dir in shared:
             return run_dir
-        own = Path.home() / RUN_DIRECTORY / self.head["run"] / self.head["node"]
+        base = Path.home() / RUN_DIRECTORY
+        own = base / self.head["run"] / self.head["node"]
         try:
+            base.mkdir(parents=True, exist_ok=True, mode=0o700)
+            sweep(base, _LOGS_S)
             own.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise Refused("directory", f"no directory for logs can be made: {error}") from None
@@ -226,12 +231,13 @@ class Start:
         os.execve(sys.executable, argv, env)  # noqa: S606  # no shell
 
 
-def sweep(base: Path, now: float | None = None) -> None:
-    """Remove what runs left of which nothing lives any more. ``now``: seconds since 1970, in place of the clock."""
+def sweep(base: Path, age_s: float, now: float | None = None) -> None:
+    """Remove the directories of runs that nobody holds and that did not change for ``age_s``. ``now``: seconds since
+    1970, in place of the clock."""
     for name in os.listdir(base):
         path = base / name
         try:
-            if (time.time() if now is None else now) - os.stat(path).st_ctime < _LEFT_S:
+            if (time.time() if now is None else now) - os.stat(path).st_ctime < age_s:
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

@@ -19,7 +19,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,8 +59,8 @@ class SshSettings:
         must_share: Directories that all hosts have to see, by flag.
         env: Of everything that runs there.
         flags: Of ``miles agent``, for all.
-        cpu_slots: Offered by hosts that name no number of their own; None: the agent's default.
-        on_gpus: A host's slots are GPUs.
+        slots: Offered by hosts that name no number of their own; None: all GPUs, or the agent's number of CPU slots.
+        on_gpus: Slots are GPUs.
         timeout_s: In which a host has to join, from its turn on.
         grace_s: After each step of ending.
     """
@@ -72,7 +72,7 @@ class SshSettings:
     must_share: Mapping[str, Path] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    cpu_slots: int | None = None
+    slots: int | None = None
     on_gpus: bool = False
     at_once: int = AT_ONCE
     timeout_s: float = 120.0
@@ -277,11 +277,11 @@ class SshAgents:
         if self._processes is None or self._run is None:
             raise AssertionError("entered")
         machine, settings = host.machine, self._settings
-        slots = machine.slots or settings.cpu_slots
+        slots = machine.slots or settings.slots
         flags = ["--cpu-slots", str(slots)] if slots is not None and not settings.on_gpus else []
-        if settings.on_gpus and machine.slots is not None and "CUDA_VISIBLE_DEVICES" not in machine.env:
-            own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(machine.slots)))}
-            machine = Machine(**{**_fields(machine), "env": {**own, **machine.env}})
+        if settings.on_gpus and slots is not None:
+            own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(slots)))}
+            machine = replace(machine, env={**own, **machine.env})
         command = AgentCommand(
             node=machine.name,
             argv=settings.ssh.command(machine, start_words(python_of(machine, settings.python))),
@@ -395,7 +395,3 @@ def _tokens(directories: Sequence[Path], run_id: str) -> Iterator[dict[str, str]
 
 def _wait(_agent: AgentProcess) -> None:
     """A ``Step``: agents that were dismissed end by themselves, and with them ssh."""
-
-
-def _fields(machine: Machine) -> dict[str, Any]:
-    return {name: getattr(machine, name) for name in Machine.__slots__}

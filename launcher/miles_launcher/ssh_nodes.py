@@ -53,7 +53,7 @@ def settings_of(config: Mapping[str, Any], env: Mapping[str, str]) -> SshSetting
         must_share=shared_directories(config),
         env={**forwarded_environment(), **env},
         flags=tuple(further_flags(config)),
-        cpu_slots=None if on_gpus else config["cpu_slots"] or None,
+        slots=config["num_gpus_per_node"] if on_gpus else config["cpu_slots"] or None,
         on_gpus=on_gpus,
         at_once=config["hosts_at_once"],
         timeout_s=config["start_timeout"],

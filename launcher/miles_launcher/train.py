@@ -105,10 +105,12 @@ def start(config: dict[str, Any]) -> int:
     """Run the job of a resolved config on the nodes of its launcher."""
     from miles.training.errors import exit_code
     from miles.training.job import run
+    from miles_agents.agent.main import raise_file_limit
     from miles_launcher.launchers import nodes_of
 
     try:
         nodes = nodes_of(config)
+        raise_file_limit()  # each host takes a handful
     except MilesError as error:
         sys.stderr.write(f"{error}\n")
         return exit_code(error)

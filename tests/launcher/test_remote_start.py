@@ -106,9 +106,9 @@ def test_what_nobody_holds_is_swept_but_not_what_is_young_or_held(tmp_path):
     fd = os.open(tmp_path / "held", os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
-        remote_start.sweep(tmp_path)
+        remote_start.sweep(tmp_path, 3600.0)
         assert sorted(os.listdir(tmp_path)) == ["held", "old"]
-        remote_start.sweep(tmp_path, now=time.time() + 4000)
+        remote_start.sweep(tmp_path, 3600.0, time.time() + 4000)
         assert os.listdir(tmp_path) == ["held"]
     finally:
         os.close(fd)

@@ -2,7 +2,7 @@
 
 import pytest
 from support.procs import eventually
-from support.ssh_cluster import machines, processes_of, ssh_cluster
+from support.ssh_cluster import Asked, machines, processes_of, ssh_cluster
 
 from miles_launcher.bounded_start import StartTooSlow
 from miles_launcher.host_life import Phase
@@ -77,7 +77,16 @@ async def test_an_ssh_that_ends_is_told_with_its_last_words(fake_ssh, tmp_path, 
 async def test_an_agent_that_refuses_its_flags_is_told_with_its_own_error(fake_ssh, tmp_path):
     fake_ssh()
     with pytest.raises(HostEnded, match="ended before its agent had joined") as caught:
-        async with ssh_cluster(tmp_path / "run", None, machines("a"), cpu_slots=-1):
+        async with ssh_cluster(tmp_path / "run", None, machines("a"), slots=-1):
             pytest.fail("was entered")
     assert "--cpu-slots -1 is no number of slots" in caught.value.evidence
+    await eventually(lambda: not processes_of(tmp_path / "home"), LONG_S)
+
+
+async def test_slots_of_a_host_are_its_first_gpus_where_models_run_on_gpus(fake_ssh, tmp_path):
+    fake_ssh()
+    hosts = [*machines("a"), *machines("b", slots=1), *machines("c", env={"CUDA_VISIBLE_DEVICES": "7"})]
+    async with ssh_cluster(tmp_path / "run", None, hosts, on_gpus=True) as (controller, _):
+        mesh = await controller.spawn("asked", Asked, dims={"hosts": 3, "gpus": 1})
+        assert list((await mesh.variable.call("CUDA_VISIBLE_DEVICES")).values) == ["0,1", "0", "7"]
     await eventually(lambda: not processes_of(tmp_path / "home"), LONG_S)

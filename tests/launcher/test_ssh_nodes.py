@@ -102,7 +102,7 @@ def test_hosts_get_what_flags_say():
     found = settings_of(values, {"B": "2"})
     assert found.ssh.config == "C"
     assert (found.python, found.copies_code, found.at_once, found.timeout_s) == ("/opt/py", True, 7, 9.0)
-    assert found.cpu_slots == 3
+    assert (found.slots, found.on_gpus) == (3, False)
     assert found.env["B"] == "2"
     assert found.flags[found.flags.index("--interface") + 1] == "eth7"
     assert {"torch", "megatron.core", "sglang"} <= set(found.modules)

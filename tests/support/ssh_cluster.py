@@ -53,7 +53,7 @@ async def ssh_cluster(
                   ("--" + name.replace("_", "-"), str(getattr(timings, name))))  # fmt: skip
     chosen = SshSettings(
         ssh=Ssh(str(config) if config else None),
-        **{"cpu_slots": 2, "timeout_s": 120.0, "flags": flags, "grace_s": 5.0, **settings},
+        **{"slots": 2, "timeout_s": 120.0, "flags": flags, "grace_s": 5.0, **settings},
     )
     options = ControllerConfig(nodes=names, run_dir=run_dir, status=False, timings=timings)
     async with Controller(options) as controller, SshAgents(controller, hosts, run_dir, chosen) as agents:

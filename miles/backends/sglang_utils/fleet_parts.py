@@ -124,6 +124,7 @@ async def start_engine(
         colocate=bool(config.get("colocate")),
         inherited={**os.environ, **controller.forwarded_env},
         device_ids=[str(device) for device in devices],
+        num_cores=controller.node_info(node).cores,
         is_alone=host.startswith("127."),
     )
     service = await controller.start_service(
