@@ -10,6 +10,8 @@ from miles_agents.errors import PeerFault
 
 _T = TypeVar("_T", int, str)
 
+ADDRESS_VARIABLE = "MILES_NODE_ADDRESS"
+"""Set in everything that runs on a node of a run of several machines: where the others reach what listens there."""
 MAX_CPU_SLOTS = 4096
 MAX_GPUS = 64
 MAX_ADDRESSES = 64

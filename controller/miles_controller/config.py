@@ -6,13 +6,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from miles_agents.timings import Timings
 
 FORWARDED_PREFIXES = ("NCCL_", "CUDA_", "TORCH", "NVTE_", "SGLANG_", "HF_", "WANDB_", "MILES_")
 FORWARDED_NAMES = frozenset({"PYTHONPATH", "http_proxy", "https_proxy", "no_proxy", "all_proxy"})
 # These describe one process or one machine, not the run.
-_LOCAL_NAMES = frozenset({"CUDA_VISIBLE_DEVICES", "MILES_RUN", "MILES_KEY_FD", "MILES_REAPER_FD", "MILES_WORKER_FD"})
+_LOCAL_NAMES = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "MILES_RUN", "MILES_KEY_FD", "MILES_REAPER_FD", "MILES_WORKER_FD"}
+) | {
+    "MILES_NODE_PATH",
+    "MILES_NODE_ADDRESS",
+    "MILES_REAPER_SAYS",
+    "MILES_REAPER_REMOVES",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,12 @@ class ControllerConfig:
     status: bool = True
     overdue_s: float = 60.0
     leave_timeout_s: float = 30.0
+
+    @property
+    def is_local(self) -> bool:
+        """Only agents of this machine can dial."""
+        host = urlsplit(self.bind).hostname or ""
+        return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def forwarded_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from miles_agents.errors import MilesError
 from miles_agents.names import checked_name
+from miles_agents.node_info import NodeInfo
 from miles_agents.rpc.actor import Actor, EndpointInfo
 from miles_agents.rpc.context import outside_of_calls
 from miles_agents.rpc.errors import ControllerLost, WorkerDied
@@ -140,11 +141,11 @@ class Controller:
         finally:
             self._owned.close()
 
-    async def dismiss(self, *names: str, reason: str) -> None:
+    async def dismiss(self, *names: str, reason: str) -> list[str]:
         """Goodbye to the agents of these nodes: each ends its workers with their grace, says goodbye itself, and is
         waited for, ``leave_timeout_s`` at most. Ranks there are expected to end; those elsewhere stay supervised, and
         a mesh that has no rank elsewhere is stopped. An agent that comes (back) later is refused, until ``issue_key``
-        invites its node again."""
+        invites its node again. Returns the nodes that did not say goodbye in time: their leases end them."""
         self.fabric.dismissed.update(dict.fromkeys(names, reason))
         nodes = [node for node in self.fabric.nodes if node.name in names]
         going = {node.name for node in nodes}
@@ -154,6 +155,7 @@ class Controller:
             if node.peer is not None:
                 node.peer.say_goodbye(reason)
         deadline = self.fabric.loop.time() + self.config.leave_timeout_s
+        left: list[str] = []
         for node in nodes:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -161,6 +163,8 @@ class Controller:
             except TimeoutError:
                 text = "it did not say goodbye in time; its lease will end it"
                 self.events.emit("node_left_behind", node.name, text)
+                left.append(node.name)
+        return left
 
     def _runtime_directory(self) -> RuntimeDir:
         """The run's, for sockets; held until the controller closes."""
@@ -221,6 +225,19 @@ class Controller:
         """Where agents of this machine dial: faster than ``address``, which serves them, too."""
         transport = self.fabric.link.transport
         return transport.local_address if isinstance(transport, JoinedAcceptor) else transport.address
+
+    def address_of(self, node: str | None = None) -> str:
+        """Where the other nodes reach what listens on this one (None: the first). Loopback if the controller listens
+        there itself: then all nodes are this machine.
+
+        Raises:
+            NoSuchNode: it is not in the run now.
+        """
+        return self.services.address_of(node)
+
+    def node_info(self, node: str | None = None) -> NodeInfo:
+        """What this node (None: the first) said of itself. Raises NoSuchNode."""
+        return self.services.node_info(node)
 
     def issue_key(self, node: str) -> str:
         """The key bundle with which an agent can join as ``node``: one JSON line, secret. The same on every call."""

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from miles_agents.errors import ConfigError, MilesError
 from miles_agents.names import checked_name
+from miles_agents.node_info import NodeInfo
 from miles_controller.fabric import Node
 
 if TYPE_CHECKING:
     from miles_controller.controller import Controller
 
 _ORDER_S = 60.0
+LOOPBACK = "127.0.0.1"
 
 
 class NoSuchNode(ConfigError):
@@ -43,7 +45,7 @@ class ServiceHandle:
         self.ports: dict[str, int] = {}
         self.log = ""
         self.fault = ""
-        self.host = "127.0.0.1"
+        self.host = LOOPBACK
         self._keeper = keeper
         self._node = node
         self._changed = asyncio.Event()
@@ -51,7 +53,8 @@ class ServiceHandle:
     @property
     def url(self) -> str:
         """``http://host:port`` of the first port."""
-        return f"http://{self.host}:{next(iter(self.ports.values()), 0)}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{next(iter(self.ports.values()), 0)}"
 
     async def stop(self, why: str = "its owner stopped it") -> None:
         """End it for good; returns when nothing of it runs any more."""
@@ -157,6 +160,15 @@ class ServiceKeeper:
             {"name": s.name, "node": s.node, "phase": s.phase, "pid": s.pid, "ports": s.ports, "fault": s.fault}
             for s in self._services.values()
         ]
+
+    def node_info(self, name: str | None) -> NodeInfo:
+        """See ``Controller.node_info``."""
+        return self._node(name).info
+
+    def address_of(self, name: str | None) -> str:
+        """See ``Controller.address_of``."""
+        addresses = self.node_info(name).addresses
+        return LOOPBACK if self._controller.config.is_local or not addresses else addresses[0]
 
     def _node(self, name: str | None) -> Node:
         nodes = self._controller.fabric.nodes

@@ -73,8 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_status(options.run, as_json=options.json)
     except MilesError as error:
         print(error, file=sys.stderr)
+        _remove_copied_code()
         return 2
     return 0
+
+
+def _remove_copied_code() -> None:
+    """What was copied here for an agent that does not start; else its reaper does it (``remote_start``)."""
+    directory = os.environ.get("MILES_REAPER_REMOVES")
+    if directory:
+        import shutil
+
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _flags(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,13 +60,26 @@ def show_plan(config: dict[str, Any], out: Console) -> int:
         info = take_inventory(
             NODE, cpu_slots=config["cpu_slots"] or None, interface=None, nvml=None if on_cpu else DriverNvml()
         )
-        placement = place(Inventory.of([info]), placement_requests(config))
+        nodes = nodes_like(info, config["machines"]) or [info]
+        placement = place(Inventory.of(nodes), placement_requests(config))
         processes = list(plan(config, placement))
     except MilesError as error:
         out.print(Text(str(error), style="bold red"))
         return EXIT_BAD_CONFIG
     _write(config, info, placement, processes, out)
     return EXIT_OK
+
+
+def nodes_like(here: NodeInfo, machines: Sequence[Mapping[str, Any]]) -> list[NodeInfo]:
+    """Machines are not asked: each is taken to be like this one, with the slots that the hostfile gives it."""
+    found = []
+    for machine in machines:
+        slots = machine["slots"]
+        if here.gpus:
+            found.append(replace(here, node=machine["name"], gpus=here.gpus[:slots]))
+        else:
+            found.append(replace(here, node=machine["name"], cpu_slots=slots or here.cpu_slots))
+    return found
 
 
 def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
@@ -81,9 +94,10 @@ def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
         return {name: value for name, value in env.items() if of_agent.get(name) != value}
 
     yield Process("controller", "here", (), ("status",), (sys.executable, "train.py"), {})
-    agent = (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", NODE)
-    yield Process(f"agent of {NODE}", NODE, (), (), agent, own)
-    yield Process("rollout manager", NODE, (), (), worker, differs(ROLLOUT_ENV))
+    for node in [machine["name"] for machine in config["machines"]] or [NODE]:
+        agent = (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", node)
+        yield Process(f"agent of {node}", node, (), (), agent, own)
+    yield Process("rollout manager", placement.head or NODE, (), (), worker, differs(ROLLOUT_ENV))
     for process in _engines(config, placement):
         yield replace(process, env=differs(process.env))
     for rank, slots in enumerate(placement.slots.get("trainer", ())):
@@ -111,7 +125,14 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
 
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_router", _HOST, "PORTS")
     if not config["sglang_router_ip"]:
-        yield Process("router", NODE, (), ("http", "metrics"), (*launch, json.dumps(router_arguments(config))), {})
+        yield Process(
+            "router",
+            placement.head or NODE,
+            (),
+            ("http", "metrics"),
+            (*launch, json.dumps(router_arguments(config))),
+            {},
+        )
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", _HOST, "PORTS")
     for rank, slots in enumerate(slots_of_engines(config, engines)):
         devices = tuple(device for slot in slots for device in slot.devices)
@@ -132,6 +153,8 @@ def _write(
 ) -> None:
     kind = "CPU slot" if config["device"] == "cpu" else "GPU"
     out.print(Text(f"run directory {config['run_dir']}, device {config['device']}, {config['params_dtype']}"))
+    if config["machines"]:
+        out.print(Text("note: hosts are not asked: each is taken to be like this machine", style="dim"))
     for notice in inventory_notices(info):
         out.print(Text(f"note: {notice}", style="dim"))
     table = Table(title="placement", title_justify="left")

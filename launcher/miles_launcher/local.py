@@ -2,7 +2,7 @@
 
 ``LocalAgents`` consumes a list of node names. It produces one ``miles agent`` process per node (which becomes the
 node's reaper), each with its stdin as lifeline: when this process dies, however, the pipes end and the agents notice.
-It waits for exits through pidfds, and on leaving for all of them, each wait with a deadline.
+``agents.py`` has the processes.
 
 Invariants: an exit is reported to the controller as proof of death only if the reaper ended by itself and says that
 the node is clean; after ``__aexit__`` no reaper started here is left, and an error names those that cannot vouch for
@@ -11,86 +11,37 @@ their node.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
-
-import psutil
 
 from miles_agents.agent.reaper import EXIT_NOT_CLEAN
 from miles_agents.errors import EnvironmentFault
 from miles_agents.runtime_dir import sweep
 from miles_agents.timings import Timings
 from miles_agents.worker.spec import check_start
+from miles_launcher.agents import (
+    AgentCommand,
+    AgentProcess,
+    AgentProcesses,
+    CannotStartAgent,
+    ControllerLike,
+    kill,
+    kill_agent,
+    terminate,
+)
+
+__all__ = ["AgentWouldNotStop", "CannotStartAgent", "ControllerLike", "LocalAgents", "agent_flags"]
 
 log = logging.getLogger(__name__)
-
-_TAIL_BYTES = 4096
-_TAIL_LINES = 20
-
-
-class ControllerLike(Protocol):
-    """What is needed of a controller."""
-
-    @property
-    def local_address(self) -> str:
-        """Where agents of this machine dial: ``unix:///path``, or ``tcp://host:port``."""
-
-    def issue_key(self, node: str) -> str:
-        """A new key bundle for that node, one line of JSON."""
-
-    def report_node_exit(self, node: str, evidence: str, *, reaper: int) -> None:
-        """The node's reaper, of this pid, has ended by itself: nothing that it started is left running."""
-
-    async def dismiss(self, *nodes: str, reason: str) -> None:
-        """Say goodbye to the agents of these nodes and wait, for a bounded time, until they have left in good order."""
-
-
-class CannotStartAgent(EnvironmentFault):
-    """The process of a local agent could not be started."""
-
-    code = "E-LOCAL-001"
 
 
 class AgentWouldNotStop(EnvironmentFault):
     """A local agent's reaper did not end by itself, so nothing vouches for what it started."""
 
     code = "E-LOCAL-002"
-
-
-@dataclass(slots=True)
-class LocalAgent:
-    """One agent's process. ``exited`` holds the exit code (negative: the signal) once it has ended."""
-
-    node: str
-    process: subprocess.Popen[bytes]
-    pidfd: int
-    log_path: Path
-    exited: asyncio.Future[int] = field(repr=False)
-
-    @property
-    def pid(self) -> int:
-        """Of the reaper, which is the parent of the agent."""
-        return self.process.pid
-
-    def log_tail(self) -> str:
-        """The last 20 lines that the agent and its reaper wrote to stderr."""
-        try:
-            with self.log_path.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - _TAIL_BYTES))
-                text = file.read().decode(errors="replace")
-        except OSError as error:
-            return f"(log {self.log_path} cannot be read: {error})"
-        return "\n".join(text.splitlines()[-_TAIL_LINES:]) or "(the log is empty)"
 
 
 class LocalAgents:
@@ -124,99 +75,63 @@ class LocalAgents:
         self._controller = controller
         self._nodes = list(nodes)
         self._run_dir = run_dir
-        self._flags = _flags(controller.local_address, run_dir, cpu_slots, timings, check_start(preload, "auto"))
-        if store_bytes is not None:
-            self._flags += ["--store-bytes", str(store_bytes)]
+        self._flags = ["--controller", controller.local_address, "--run-dir", str(run_dir)]
+        self._flags += agent_flags(
+            cpu_slots=cpu_slots,
+            timings=timings,
+            preload=check_start(preload, "auto"),
+            store_bytes=store_bytes,
+        )
         self._env = dict(os.environ if env is None else env)
         self._grace_s = grace_s
-        self._agents: dict[str, LocalAgent] = {}
+        self._processes: AgentProcesses | None = None
 
     @property
-    def agents(self) -> Mapping[str, LocalAgent]:
-        """By node, also those that have ended."""
-        return self._agents
+    def agents(self) -> Mapping[str, AgentProcess]:
+        """By node, also those that have ended. ``pid`` is that of the reaper, which is the parent of the agent."""
+        return {} if self._processes is None else self._processes.by_node
 
     async def __aenter__(self) -> LocalAgents:
+        processes = self._processes = AgentProcesses(self._on_exit)
         try:
             for node in self._nodes:
-                self._start(node)
+                processes.start(self._command(node))
         except BaseException:
-            await self._stop()
+            await self._stop(processes)
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._processes is None:
+            return
         try:
             reason = "its starter is done" if kind is None else f"its starter failed: {kind.__name__}"
             await self._controller.dismiss(*self._nodes, reason=reason)
         finally:
-            await self._stop()
+            await self._stop(self._processes)
 
-    def _start(self, node: str) -> None:
+    def _command(self, node: str) -> AgentCommand:
         key = self._controller.issue_key(node).rstrip("\n").encode() + b"\n"
-        log_path = self._run_dir / "logs" / f"agent-{node}.log"
-        argv = [sys.executable, "-m", "miles_launcher.cli", "agent", "--node", node, *self._flags]
-        try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            with _private_log(log_path) as stderr:
-                process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.PIPE,
-                    stdout=stderr,
-                    stderr=stderr,
-                    env=self._env,
-                    start_new_session=True,  # Ctrl-C is the controller's to handle, in order
-                    bufsize=0,
-                )
-        except OSError as error:
-            raise CannotStartAgent(
-                f"agent of {node} cannot be started",
-                evidence=f"{error}; command: {' '.join(argv)}",
-                advice="Free what the evidence names (processes, memory, disk space) and start again.",
-            ) from error
-        loop = asyncio.get_running_loop()
-        agent = LocalAgent(node, process, os.pidfd_open(process.pid), log_path, loop.create_future())
-        self._agents[node] = agent
-        loop.add_reader(agent.pidfd, self._on_exit, agent)
-        try:
-            _lifeline(process).write(key)
-        except BrokenPipeError:
-            log.warning("agent of %s ended before it took its key", node)  # its exit is on the way
+        argv = (sys.executable, "-m", "miles_launcher.cli", "agent", "--node", node, *self._flags)
+        return AgentCommand(node, argv, key, self._env, self._run_dir / "logs" / f"agent-{node}.log")
 
-    def _on_exit(self, agent: LocalAgent) -> None:
-        asyncio.get_running_loop().remove_reader(agent.pidfd)
-        os.close(agent.pidfd)
-        code = agent.process.wait()  # at once: the pidfd was readable
-        _close_lifeline(agent.process)
-        agent.exited.set_result(code)
+    def _on_exit(self, agent: AgentProcess) -> None:
+        code = agent.exited.result()
         story = (
-            f"reaper of {agent.node} (pid {agent.pid}) {_ending(code)}; log {agent.log_path} ends:\n{agent.log_tail()}"
+            f"reaper of {agent.node} (pid {agent.pid}) {agent.ending()}; log {agent.log_path} ends:\n{agent.log_tail()}"
         )
         if code < 0 or code == EXIT_NOT_CLEAN:
             log.error("no proof that the node is clean: %s", story)  # the controller's own verdict has to wait
         else:
             self._controller.report_node_exit(agent.node, story, reaper=agent.pid)
 
-    def _running(self) -> list[LocalAgent]:
-        return [agent for agent in self._agents.values() if not agent.exited.done()]
-
-    async def _stop(self) -> None:
+    async def _stop(self, processes: AgentProcesses) -> None:
         """End of lifeline, SIGTERM, kill of the agent (the reaper then cleans up), kill of everything."""
-        forced: list[str] = []
+        steps = (processes.close_lifeline, terminate, kill_agent, kill)
         try:
-            for step in (_close_lifeline, _terminate, _kill_agent, _kill_all):
-                running = self._running()
-                if step is _kill_all:
-                    forced = [f"{agent.node}: pid {agent.pid}, {_state(agent.pid)}" for agent in running]
-                for agent in running:
-                    step(agent.process)
-                if running:
-                    await asyncio.wait([agent.exited for agent in running], timeout=self._grace_s)
-        finally:  # also when cancelled: the ends of lifelines are on their way, only nobody watches any more
-            for agent in self._running():
-                asyncio.get_running_loop().remove_reader(agent.pidfd)
-                os.close(agent.pidfd)
-        sweep()  # an agent that was killed could not remove its runtime directory
+            forced = await processes.stop(steps, grace_s=self._grace_s)
+        finally:
+            sweep()  # an agent that was killed could not remove its runtime directory
         if forced:
             raise AgentWouldNotStop(
                 "local agents had to be killed together with their reapers",
@@ -226,10 +141,16 @@ class LocalAgents:
             )
 
 
-def _flags(
-    address: str, run_dir: Path, cpu_slots: int | None, timings: Timings | None, preload: tuple[str, ...] | None
+def agent_flags(
+    *,
+    cpu_slots: int | None = None,
+    timings: Timings | None = None,
+    preload: tuple[str, ...] | None = None,
+    store_bytes: int | None = None,
+    interface: str | None = None,
 ) -> list[str]:
-    flags = ["--controller", address, "--run-dir", str(run_dir)]
+    """Flags of ``miles agent`` about what its node offers and prepares."""
+    flags: list[str] = []
     if cpu_slots is not None:
         flags += ["--cpu-slots", str(cpu_slots)]
     if timings is not None:
@@ -237,52 +158,8 @@ def _flags(
             flags += ["--" + name.replace("_", "-"), str(getattr(timings, name))]
     if preload is not None:
         flags += ["--preload", ",".join(preload)]
+    if store_bytes is not None:
+        flags += ["--store-bytes", str(store_bytes)]
+    if interface is not None:
+        flags += ["--interface", interface]
     return flags
-
-
-def _private_log(path: Path) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab", buffering=0)
-
-
-def _lifeline(process: subprocess.Popen[bytes]) -> IO[bytes]:
-    if process.stdin is None:
-        raise AssertionError("started with stdin=PIPE")
-    return process.stdin
-
-
-def _close_lifeline(process: subprocess.Popen[bytes]) -> None:
-    _lifeline(process).close()
-
-
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-
-
-def _kill_agent(process: subprocess.Popen[bytes]) -> None:
-    """The reaper kills its agent without grace; it is woken first, in case somebody stopped it."""
-    process.send_signal(signal.SIGCONT)
-    process.send_signal(signal.SIGQUIT)
-
-
-def _kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Also what is below the reaper, as far as it can be seen now."""
-    below: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()  # psutil compares start times: a reused pid is not hit
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
-
-
-def _state(pid: int) -> str:
-    try:
-        return f"state {psutil.Process(pid).status()}"
-    except psutil.NoSuchProcess:
-        return "gone by now"

@@ -11,10 +11,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -23,9 +22,6 @@ from miles.flags.problems import FlagProblems, Problem, ResolverFailed
 from miles.tracking.secrets import as_variables, cover_argument, split_argv
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from miles_agents.errors import MilesError
-
-if TYPE_CHECKING:
-    from miles_controller import Controller
 
 RESOLVE_S = 300.0
 """Deadline of the process that resolves flags. Most of it is for SGLang's parser, which is read once per version."""
@@ -106,23 +102,19 @@ def _find_user_code() -> None:
 
 
 def start(config: dict[str, Any]) -> int:
-    """Run the job of a resolved config, with an agent on this machine."""
+    """Run the job of a resolved config on the nodes of its launcher."""
+    from miles.training.errors import exit_code
     from miles.training.job import run
-    from miles.training.parts import preload, trainer_env
+    from miles_agents.agent.main import raise_file_limit
+    from miles_launcher.launchers import nodes_of
 
-    def agents(controller: Controller, run_dir: Path) -> AbstractAsyncContextManager[Any]:
-        from miles_launcher.local import LocalAgents
-
-        return LocalAgents(
-            controller,
-            ["node-0"],
-            run_dir=run_dir,
-            cpu_slots=config["cpu_slots"] or None,
-            preload=preload(config),
-            env={**os.environ, **config["env"], **trainer_env(config)},
-        )
-
-    return run(config, agents)
+    try:
+        nodes = nodes_of(config)
+        raise_file_limit()  # each host takes a handful
+    except MilesError as error:
+        sys.stderr.write(f"{error}\n")
+        return exit_code(error)
+    return run(config, nodes)
 
 
 def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:

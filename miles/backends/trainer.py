@@ -85,7 +85,7 @@ class Trainer(Actor):
     @endpoint(thread="io")
     def rendezvous(self) -> tuple[str, int]:
         """On rank 0: where ``init`` of all ranks is to go."""
-        return self._rendezvous.listen(self.args)
+        return self._rendezvous.listen()
 
     @endpoint(thread="io")
     def progress(self) -> dict[str, Any]:

@@ -152,6 +152,7 @@ class Facts:
         engines: What --sglang-config says, and SGLang's arguments.
         adapter: ``adapter_config.json`` of ``--lora-adapter-path``.
         adapter_error: Why there is none.
+        hostfile: Its text, and why there is none.
         default_run_dir: Where a run without ``--run-dir`` writes.
         cwd: What relative paths are relative to.
     """
@@ -174,6 +175,7 @@ class Facts:
     engines: EngineFacts = field(default_factory=EngineFacts)
     adapter: Mapping[str, Any] | None = None
     adapter_error: str = ""
+    hostfile: tuple[str, str] = ("", "")
     default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
     cwd: str = "/"
 
@@ -219,6 +221,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         engines=look_at_engines(values),
         adapter=adapter,
         adapter_error=adapter_error,
+        hostfile=_read_text(values.get("hostfile")),
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )
@@ -254,6 +257,15 @@ def _read_adapter(path: str | None) -> tuple[dict[str, Any] | None, str]:
     if absent:
         return None, f"it has no {absent[0]}"
     return _read_config(Path(path) / ADAPTER_CONFIG)
+
+
+def _read_text(path: str | None) -> tuple[str, str]:
+    if not path:
+        return "", ""
+    try:
+        return Path(path).read_text(encoding="utf-8"), ""
+    except (OSError, ValueError) as error:
+        return "", f"it cannot be read: {error}"
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:

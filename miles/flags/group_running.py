@@ -8,7 +8,6 @@ FAULTS = "the controller recovers all parts by itself, with --use-fault-toleranc
 DUMPER = "not built yet: the tensor dumper"
 DASHBOARD = "not built yet: the dashboard"
 CI = "for the reference system's own tests"
-HOSTS = "not built yet: more than this machine"
 
 _FAULTS: tuple[Flag, ...] = (
     *grouped(
@@ -208,12 +207,26 @@ _OURS: tuple[Flag, ...] = grouped(
     text("--resume", None, "auto: go on from the newest checkpoint in --save, if there is one", choices=("auto",)),
     Flag(("--env",), "env", "append", default=[], help="KEY=VALUE for all processes; may be repeated"),
     refused(
-        text("--launcher", "local", "how agents are started", choices=("local", "ssh", "slurm", "external")),
-        HOSTS,
-        only=("local",),
+        text(
+            "--launcher",
+            None,
+            "how agents are started (unset: ssh with --hosts or --hostfile, else local)",
+            choices=("local", "ssh", "slurm", "external"),
+        ),
+        "not built yet: other launchers",
+        only=("local", "ssh"),
     ),
-    refused(text("--hosts", None, "machines, with commas between them"), HOSTS),
-    refused(path("--hostfile", "file of machines"), HOSTS),
+    text("--hosts", None, "machines: node[1-4],alice@other:2222 (docs/clusters.md)"),
+    path("--hostfile", "file of machines, as OpenMPI and DeepSpeed have it (docs/clusters.md)"),
+    text(
+        "--controller-host", None, "address[:port] at which nodes reach this machine (unset: that on the way to them)"
+    ),
+    text("--interface", None, "network interface of nodes, or its address (unset: the one towards the controller)"),
+    switch("--sync-code", "copy the code to each host with rsync, for the length of the run"),
+    text("--remote-python", None, "Python of hosts (unset: the same path as here)"),
+    path("--ssh-config", "configuration of ssh in place of yours (ssh -F)"),
+    integer("--hosts-at-once", 64, "hosts that are being started at the same time"),
+    number("--start-timeout", 120.0, "seconds in which a node has to join"),
 )
 
 FLAGS: tuple[Flag, ...] = (*_FAULTS, *_DASHBOARD, *_PROFILING, *_DEBUGGING, *_HOOKS, *_OURS)

@@ -64,6 +64,7 @@ _AT_LEAST_1 = (
     "trainer_heartbeat_checker_failure_threshold",
     "rollout_health_check_timeout",
     "lora_alpha",
+    "hosts_at_once",
 )
 _AT_LEAST_0 = (
     "rollout_health_check_first_wait",
@@ -122,6 +123,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "trainer_heartbeat_checker_interval": (math.ulp(0.0), _INF, "above 0"),
     "trainer_heartbeat_checker_timeout": (math.ulp(0.0), _INF, "above 0"),
     "recovery_stop_timeout": (math.ulp(0.0), _INF, "above 0"),
+    "start_timeout": (math.ulp(0.0), _INF, "above 0"),
     "rm_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_timeout": (math.ulp(0.0), _INF, "above 0"),
     "update_weight_silence_timeout": (math.ulp(0.0), _INF, "above 0"),

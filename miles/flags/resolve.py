@@ -23,6 +23,7 @@ from miles.flags.rules_generate import resolve_generate
 from miles.flags.rules_lora import resolve_lora
 from miles.flags.rules_model import resolve_checkpoints, resolve_model
 from miles.flags.rules_mtp import resolve_mtp
+from miles.flags.rules_nodes import resolve_nodes
 from miles.flags.rules_parallel import resolve_parallel
 from miles.flags.rules_replay import resolve_replay
 from miles.flags.rules_reward import resolve_reward
@@ -34,6 +35,7 @@ from miles.flags.table import Table
 
 RULES = (
     resolve_parts,
+    resolve_nodes,
     resolve_device,
     resolve_backend,
     resolve_model,

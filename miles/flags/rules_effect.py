@@ -87,6 +87,8 @@ EFFECTS: tuple[Effect, ...] = (
         _is("advantage_estimator", *GROUP_RELATIVE),
         "with this --advantage-estimator, which takes rewards as they are",
     ),
+    _needs("ssh_config sync_code remote_python hosts_at_once", _is("launcher", "ssh"), "without --hosts or --hostfile"),
+    _needs("interface controller_host", lambda draft: draft["launcher"] != "local", "on one machine"),
     _needs("mtp_loss_scaling_factor", _is_set("enable_mtp_training"), "without --enable-mtp-training"),
     _needs("opsm_delta", _is_set("use_opsm"), "without --use-opsm"),
     _needs("opd_kl_coef opd_teacher_key", _is_set("use_opd"), "without --use-opd"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from miles.flags.draft import Draft
 from miles.flags.row_checks import SFT_ROLLOUT
 from miles.flags.rules_external import resolve_external
+from miles.flags.rules_nodes import is_remote, slots_of
 from miles.flags.rules_parallel import data_parallel
 from miles.flags.server_groups import resolve_groups
 
@@ -63,7 +64,9 @@ def resolve_device(draft: Draft) -> None:
             draft.notice(f"{facts.gpus} GPUs are not used: the installed torch is a CPU build")
         elif facts.gpu_fault:
             draft.notice(f"no GPU is used: {facts.gpu_fault}")
-    elif draft["device"] == "cuda" and not can_cuda:
+        if is_remote(draft):
+            draft.notice(f"--device is {draft['device']}, as on this machine; give it if the nodes are different")
+    elif draft["device"] == "cuda" and not can_cuda and not is_remote(draft):
         why = facts.gpu_fault or ("the installed torch is a CPU build" if facts.gpus else "this machine shows no GPU")
         draft.problem("device", why, allowed="cpu or auto", advice="Use --device auto.")
     is_cpu = draft["device"] == "cpu"
@@ -158,12 +161,13 @@ def resolve_backend(draft: Draft) -> None:
 
 def resolve_cluster(draft: Draft) -> None:
     """World size, engines, and whether this machine has room for both."""
-    if draft["actor_num_nodes"] > 1 and draft.trains:
+    num_nodes = draft["num_nodes"]
+    if draft.trains and num_nodes is not None and draft["actor_num_nodes"] > num_nodes:
         draft.problem(
             "actor_num_nodes",
-            "not built yet: more than this machine",
-            allowed="1",
-            advice="Give --actor-num-nodes 1 and put all ranks into --actor-num-gpus-per-node.",
+            f"the run has {num_nodes} machines" if is_remote(draft) else "the run has this machine alone",
+            allowed=f"up to {num_nodes}",
+            advice="Name more machines with --hosts or --hostfile, or put all ranks into --actor-num-gpus-per-node.",
         )
     world = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"] if draft.trains else 0
     draft["world_size"] = world
@@ -182,8 +186,11 @@ def resolve_cluster(draft: Draft) -> None:
     _check_room(draft, needed, slots)
 
 
-def _slots(draft: Draft) -> int:
-    """GPUs of this machine, or the CPU slots that it offers in their place."""
+def _slots(draft: Draft) -> int | None:
+    """GPUs of all machines, or the CPU slots that they offer in their place. None: that is known when they join."""
+    if is_remote(draft):
+        found = slots_of(draft)
+        return None if not found or None in found else sum(one or 0 for one in found)
     if draft["device"] == "cpu":
         return int(draft["num_gpus_per_node"] or max(8, draft.facts.cores))
     asked = draft["num_gpus_per_node"]
@@ -205,7 +212,7 @@ def _resolve_offload(draft: Draft) -> None:
         draft["offload_train"] = draft["offload_rollout"] = False
 
 
-def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
+def _engine_gpus(draft: Draft, world: int, slots: int | None) -> int:
     per_engine: int = draft["rollout_num_gpus_per_engine"]
     given: int | None = draft["rollout_num_gpus"]
     if draft["rollout_external"]:
@@ -218,6 +225,13 @@ def _engine_gpus(draft: Draft, world: int, slots: int) -> int:
         return given
     if draft["device"] == "cpu":
         draft.notice(f"--rollout-num-gpus is {per_engine}: one engine, for CPU slots are no devices to fill")
+        return per_engine
+    if slots is None:
+        draft.problem(
+            "rollout_num_gpus",
+            "how many GPUs the trainer leaves is not known before the nodes join",
+            advice="Give it, or say with --num-gpus-per-node or slots= in the hostfile what each node has.",
+        )
         return per_engine
     left = slots - world
     if left < per_engine:
@@ -263,16 +277,24 @@ def _count_engines(draft: Draft, gpus: int) -> None:
     draft["sglang_tp_size"] = per_engine
 
 
-def _check_room(draft: Draft, needed: int, slots: int) -> None:
-    draft["cpu_slots"] = max(slots, needed) if draft["device"] == "cpu" else 0
-    if draft["device"] == "cpu":
+def _check_room(draft: Draft, needed: int, slots: int | None) -> None:
+    if is_remote(draft):
+        draft["cpu_slots"] = int(draft["num_gpus_per_node"] or 0) if draft["device"] == "cpu" else 0
+        if slots is None or needed <= slots or draft["device"] == "cpu":
+            return
+    elif draft["device"] == "cpu":
+        draft["cpu_slots"] = max(slots or 0, needed)
         if needed > draft.facts.cores:
             draft.notice(f"{needed} ranks and engines share {draft.facts.cores} CPU cores")
-    elif needed > slots:
+        return
+    else:
+        draft["cpu_slots"] = 0
+    if slots is not None and needed > slots:
         flag = "actor_num_gpus_per_node" if draft.trains else "rollout_num_gpus"
+        whose = f"{draft['num_nodes']} machines offer" if is_remote(draft) else "this machine offers"
         draft.problem(
             flag,
-            f"trainer and engines need {needed} GPUs, this machine offers {slots}",
+            f"trainer and engines need {needed} GPUs, {whose} {slots}",
             allowed=f"{slots} in all",
             advice="Lower the numbers, or share GPUs with --colocate.",
         )

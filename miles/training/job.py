@@ -1,6 +1,6 @@
 """One training job from its resolved config to its exit code: the controller, its nodes, the parts, the loop, the end.
 
-Consumes: a config as ``miles.flags`` resolves it, and a way to start agents for a controller. Produces: the run
+Consumes: a config as ``miles.flags`` resolves it, and the nodes that a launcher brings. Produces: the run
 directory (config, logs, events, metrics, journal), checkpoints, the exit code; on the terminal the story. Waits for:
 the loop, a death, or the user's Ctrl-C. Invariants: whatever ends the job, no process of it is left when ``run``
 returns; an error is told once, the user's own traceback first.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,12 +41,30 @@ logger = logging.getLogger(__name__)
 StartNodes: TypeAlias = Callable[[Controller, Path], AbstractAsyncContextManager[Any]]
 """Given a controller that listens and the run directory: starts its agents on entering, ends them on leaving."""
 
-_JOIN_S = 120.0
 _PLOT_S = 60.0
-NODES = ("node-0",)
+JOIN_S = 120.0
+LOOPBACK = "tcp://127.0.0.1:0"
 
 
-def run(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """What a launcher brings.
+
+    Attributes:
+        names: The nodes that are to join, in the order in which they are filled: the first is the head of the run.
+        start: Starts their agents. What it raises on entering says for each node why it cannot be used.
+        bind: Where the controller listens: loopback where all nodes are this machine, else the address that the nodes
+            reach it at.
+        join_s: They have joined so many seconds after ``start`` was entered, or are missing.
+    """
+
+    names: tuple[str, ...]
+    start: StartNodes
+    bind: str = LOOPBACK
+    join_s: float = JOIN_S
+
+
+def run(config: dict[str, Any], nodes: Nodes, *, console: RunConsole | None = None) -> int:
     """Run the job to its end in an event loop of its own; returns the exit code.
 
     0: done. 1: the run failed. 2: it failed for something that the user's flags or files have to change. 130: Ctrl-C.
@@ -59,7 +78,7 @@ def run(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole 
         shown.say(story(error))
         return exit_code(error)
     with _logging_to(run_dir / "logs" / "controller.log", shown):
-        return _run(config, start_nodes, shown, run_dir, secrets)
+        return _run(config, nodes, shown, run_dir, secrets)
 
 
 def _prepared_directory(config: dict[str, Any]) -> Path:
@@ -78,14 +97,12 @@ def _prepared_directory(config: dict[str, Any]) -> Path:
     return run_dir
 
 
-def _run(
-    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, run_dir: Path, secrets: dict[str, str]
-) -> int:
+def _run(config: dict[str, Any], nodes: Nodes, shown: RunConsole, run_dir: Path, secrets: dict[str, str]) -> int:
     terminated: list[int] = []
     try:
         tracking = Tracking(config, run_dir, shown.say, secrets)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            outcome = runner.run(_main(config, start_nodes, shown, tracking, terminated))
+            outcome = runner.run(_main(config, nodes, shown, tracking, terminated))
     except KeyboardInterrupt:
         shown.say(f"interrupted; everything has ended. Logs: {run_dir / 'logs'}")
         return EXIT_INTERRUPTED
@@ -103,15 +120,15 @@ def _run(
     return EXIT_OK
 
 
-async def run_job(config: dict[str, Any], start_nodes: StartNodes, *, console: RunConsole | None = None) -> Outcome:
+async def run_job(config: dict[str, Any], nodes: Nodes, *, console: RunConsole | None = None) -> Outcome:
     """The job as an awaitable, for callers that have an event loop. Raises what ended it."""
     config, secrets = take_secrets(config)
     shown = console or RunConsole()
-    return await _job(config, start_nodes, shown, Tracking(config, Path(config["run_dir"]), shown.say, secrets))
+    return await _job(config, nodes, shown, Tracking(config, Path(config["run_dir"]), shown.say, secrets))
 
 
 async def _main(
-    config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, tracking: Tracking, terminated: list[int]
+    config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking: Tracking, terminated: list[int]
 ) -> Outcome:
     task = asyncio.current_task()
 
@@ -121,17 +138,17 @@ async def _main(
             task.cancel()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
-    return await _job(config, start_nodes, shown, tracking)
+    return await _job(config, nodes, shown, tracking)
 
 
-async def _job(config: dict[str, Any], start_nodes: StartNodes, shown: RunConsole, tracking: Tracking) -> Outcome:
+async def _job(config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking: Tracking) -> Outcome:
     run_dir, how = tracking.run_dir, "failed"
     try:
         await tracking.open()
-        options = ControllerConfig(nodes=NODES, run_dir=run_dir, env=config.get("env") or {})
-        async with Controller(options) as controller, start_nodes(controller, run_dir):
+        options = ControllerConfig(bind=nodes.bind, nodes=nodes.names, run_dir=run_dir, env=config.get("env") or {})
+        async with Controller(options) as controller, nodes.start(controller, run_dir):
             shown.say(f"run {controller.run_id}, directory {run_dir}")
-            await controller.wait_for_nodes(timeout_s=_JOIN_S)
+            await controller.wait_for_nodes(timeout_s=nodes.join_s)
             parts = await start(controller, config)
             if parts.num_too_long:
                 shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")

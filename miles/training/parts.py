@@ -78,7 +78,8 @@ def placement_requests(config: Mapping[str, Any]) -> list[Request]:
     # Cores are shared more readily than GPUs: where there are too few, ranks and engines take turns on them.
     oversubscribe = on_cpu
     if not config["debug_rollout_only"]:
-        requests.append(Request("trainer", config["world_size"], oversubscribe=oversubscribe))
+        per_node = config["actor_num_gpus_per_node"] if config.get("num_nodes", 1) != 1 else None
+        requests.append(Request("trainer", config["world_size"], ranks_per_node=per_node, oversubscribe=oversubscribe))
     if not config["debug_train_only"] and not config.get("rollout_external"):
         colocated = config["colocate"] and not config["debug_rollout_only"]
         # Groups of engines of several sizes take their devices one by one.
@@ -108,7 +109,8 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
         slots_by_engine = slots_of_engines(config, placement.slots.get("engines", ()))
         devices = [[index for slot in slots for index in slot.devices] for slots in slots_by_engine]
         settings = {**config, "seed": engine_seed(config)}
-        fleet = EngineFleet(controller, settings, node=placement.head, devices=devices)
+        nodes = [slots[0].node for slots in slots_by_engine]
+        fleet = EngineFleet(controller, settings, node=placement.head, devices=devices, nodes=nodes or None)
     try:
         return await _start(controller, config, placement, fleet)
     except BaseException:

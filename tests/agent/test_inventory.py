@@ -12,7 +12,9 @@ from miles_agents.agent.inventory import (
     DriverNvml,
     GpuDriverFault,
     UnknownInterface,
+    address_towards,
     interface_addresses,
+    interface_of,
     inventory_notices,
     memory_left,
     order_addresses,
@@ -273,3 +275,15 @@ def test_without_limits_the_machine_counts(tmp_path):
     )
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
     assert usable_memory(tmp_path) == usable_memory(tmp_path / "none") == psutil.virtual_memory().total
+
+
+def test_the_own_address_is_the_one_at_which_the_way_begins():
+    assert address_towards("tcp://127.0.0.1:9") == "127.0.0.1"
+    assert address_towards("tcp://127.0.0.77:9") == "127.0.0.1"
+    for nowhere in ("unix:///tmp/socket", "tcp://no.such.host.invalid:9", "tcp://"):
+        assert address_towards(nowhere) is None
+
+
+def test_an_interface_is_found_by_its_address():
+    assert interface_of("10.0.0.2", {"lo": ["127.0.0.1"], "eth1": ["10.0.0.1", "10.0.0.2"]}) == "eth1"
+    assert interface_of("10.0.0.3", {"lo": ["127.0.0.1"]}) is None

@@ -277,3 +277,16 @@ async def test_without_a_reaper_there_is_nothing_to_watch(monkeypatch: pytest.Mo
     before = open_fds()
     watch_reaper(asyncio.get_running_loop(), lambda: pytest.fail("nobody died"))()
     assert open_fds() == before
+
+
+@pytest.mark.parametrize("ends", ["raise SystemExit(5)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_the_reapers_word_comes_when_the_node_is_clean_and_its_directory_is_gone(run, tmp_path, ends):
+    (tmp_path / "copied" / "lib").mkdir(parents=True)
+    says = {"MILES_REAPER_SAYS": "the word", "MILES_REAPER_REMOVES": str(tmp_path / "copied")}
+    shows = (
+        f"import os, sys; print(sorted(name for name in os.environ if 'REAPER_' in name)); sys.stdout.flush(); {ends}"
+    )
+    process = run.start_bare(shows, env={**os.environ, **says}, stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=60)
+    assert out.decode() == "['MILES_REAPER_FD']\n\nthe word\n"
+    assert not (tmp_path / "copied").exists()

@@ -196,3 +196,9 @@ def test_arguments_that_this_version_does_not_know_are_left_out_and_named(caplog
     found = supported({"model_path": "m", "dtype": "auto", "paths": ["a"], "newer": 1}, Known)
     assert found == {"model_path": "m", "paths": ["a"]}
     assert "newer" in caplog.text and "dtype" not in caplog.text
+
+
+def test_an_engine_beside_other_machines_is_told_no_loopback():
+    env = engine_environment("cpu", index=0, tp_size=1, colocate=False, inherited={}, is_alone=False)
+    assert "GLOO_SOCKET_IFNAME" not in env
+    assert engine_environment("cpu", index=0, tp_size=1, colocate=False, inherited={})["GLOO_SOCKET_IFNAME"] == "lo"

@@ -267,3 +267,10 @@ async def test_in_place_pausing_leaves_the_cache_alone():
         fake = await fleet.add()
         await fleet.update(1.0)
         assert fake.count("/flush_cache") == 0 and fake.version == "1"
+
+
+def test_memory_files_carry_weights_on_one_machine_only():
+    assert settings({"colocate": True})["method"] == "tensor"
+    assert settings({"colocate": True, "num_nodes": 2, "device": "cpu"})["method"] == "broadcast"
+    assert settings({"colocate": True, "num_nodes": 2, "device": "cuda"})["method"] == "tensor"
+    assert settings({"colocate": False, "num_nodes": 1})["method"] == "broadcast"

@@ -69,6 +69,8 @@ READ = {
     "sequence_parallel": "--tensor-model-parallel-size 2",
     "bias_swiglu_fusion": "--device cuda",
     "lora_alpha": "--lora-rank 2 --target-modules q_proj",
+    "ssh_config": "--hosts a",
+    "interface": "--hosts a",
 }
 """By the first flag of a line: with this, it is read."""
 NEVER = {"seq_length", "moe_grouped_gemm"}

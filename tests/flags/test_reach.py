@@ -120,7 +120,7 @@ def process_group(values):
     args = Namespace(**values)
     meeting = Rendezvous()
     meeting.rank, meeting.world_size = 0, 1
-    meeting.join(*meeting.listen(args), args)
+    meeting.join(*meeting.listen(), args)
     backend = distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     minutes = backend.options._timeout.total_seconds() / 60
     meeting.leave()

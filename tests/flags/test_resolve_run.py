@@ -87,10 +87,12 @@ def test_cpu_slots_are_adjusted_and_shared_cores_are_told():
     assert config()["cpu_slots"] == 8
 
 
-def test_more_than_this_machine_is_not_built():
-    assert "not built yet" in problems("--actor-num-nodes 2")["--actor-num-nodes"]
-    assert "not built yet" in problems("--launcher ssh")["--launcher"]
-    assert config("--launcher local")["launcher"] == "local"
+def test_this_machine_is_one_node():
+    assert "this machine alone" in problems("--actor-num-nodes 2")["--actor-num-nodes"]
+    assert "no machine is named" in problems("--launcher ssh")["--launcher"]
+    assert config("--launcher local")["launcher"] == config()["launcher"] == "local"
+    assert config()["num_nodes"] == 1
+    assert config()["machines"] == []
 
 
 def test_tensor_parallel_makes_data_parallel_smaller():

@@ -81,3 +81,10 @@ def test_ranks_that_begin_again_take_what_the_run_began_with(tmp_path):
     tracker.write_text("5")
     assert found == {**config(load=str(tmp_path), critic_load=str(tmp_path / "iter_0000005")), "ckpt_step": 2}
     assert pinned(config()) == config()
+
+
+def test_over_several_nodes_each_has_its_share_of_the_trainer():
+    (trainer, _) = placement_requests(config(num_nodes=3, actor_num_gpus_per_node=2))
+    assert (trainer.num_ranks, trainer.ranks_per_node) == (4, 2)
+    (trainer, _) = placement_requests(config(num_nodes=1, actor_num_gpus_per_node=2))
+    assert trainer.ranks_per_node is None

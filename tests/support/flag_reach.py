@@ -10,8 +10,14 @@ rollout/test_fully_async.py::test_the_capacity_is_rounded_down
     --async-data-buffer-capacity-factor
 rollout/test_fully_async.py::test_a_buffer_of_the_users_takes_the_place_of_ours
     --custom-async-data-buffer-path
-flags/test_resolve_run.py::test_more_than_this_machine_is_not_built
+flags/test_hosts.py::test_nodes_of_the_trainer_are_among_the_hosts
     --actor-num-nodes
+flags/test_hosts.py::test_hosts_are_started_by_ssh_and_are_the_nodes_of_the_run
+    --hosts --hostfile
+launcher/test_ssh_nodes.py::test_hosts_get_what_flags_say
+    --ssh-config --sync-code --remote-python --hosts-at-once --start-timeout --interface
+launcher/test_ssh_nodes.py::test_the_controller_listens_where_flags_say
+    --controller-host
 flags/test_resolve_run.py::test_engines_of_several_ranks
     --actor-num-gpus-per-node --rollout-num-gpus-per-engine
 flags/test_resolve_run.py::test_a_recipe_resolves

@@ -1,11 +1,14 @@
 """What a worker finds in its environment, and that it was there before its first instruction."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from miles_agents import Actor, endpoint, lease_ports
+from miles_agents.agent.main import name_interface
+from miles_agents.agent.orders import service_spec
 from miles_agents.agent.starter import worker_environment
 from miles_agents.node_info import Gpu, NodeInfo
 from miles_agents.rpc.context import current_actor
@@ -96,3 +99,28 @@ async def test_a_real_worker_has_its_environment_before_exec(tmp_path):
         assert len({*first, *second}) == 6
         with pytest.raises(NotYourOrder):
             await mesh.slice(gpus=0).order.call_one()
+
+
+def test_code_of_the_node_comes_before_that_of_the_controller():
+    base = {"MILES_NODE_PATH": "/here/lib:/here/cwd"}
+    path = worker_environment(base, spec(env={"PYTHONPATH": "/there"}), NODE)["PYTHONPATH"]
+    assert path == "/here/lib:/here/cwd:/there"
+    assert worker_environment(base, spec(), NODE)["PYTHONPATH"] == "/here/lib:/here/cwd"
+    assert worker_environment(base, spec(env={"PYTHONPATH": path}), NODE)["PYTHONPATH"] == path
+    assert "PYTHONPATH" not in worker_environment({}, spec(), NODE)
+
+
+def test_services_run_this_nodes_interpreter_and_code(tmp_path):
+    plain = {"name": "s", "argv": ["{python}", "-m", "{python}"], "env": {"PYTHONPATH": "/there"}}
+    made = service_spec(plain, tmp_path, {"MILES_NODE_PATH": "/here"})
+    assert made.argv == (sys.executable, "-m", "{python}")
+    assert made.env["PYTHONPATH"] == "/here:/there"
+
+
+def test_process_groups_talk_over_the_interface_of_the_nodes_address_unless_told():
+    env = {"NCCL_SOCKET_IFNAME": "mine"}
+    name_interface("127.0.0.1", env)
+    assert env == {"NCCL_SOCKET_IFNAME": "mine", "GLOO_SOCKET_IFNAME": "lo", "MILES_NODE_ADDRESS": "127.0.0.1"}
+    env = {}
+    name_interface("203.0.113.1", env)
+    assert env == {"MILES_NODE_ADDRESS": "203.0.113.1"}

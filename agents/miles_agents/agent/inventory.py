@@ -15,6 +15,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -280,6 +281,28 @@ def interface_addresses() -> dict[str, list[str]]:
         for name, entries in psutil.net_if_addrs().items()
         if name not in stats or stats[name].isup
     }
+
+
+def address_towards(address: str) -> str | None:
+    """This machine's own address on the way to ``tcp://host:port``; None where there is no way, or it is a socket here.
+
+    Nothing is sent.
+    """
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or not parts.hostname:
+        return None
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def interface_of(address: str, interfaces: Mapping[str, list[str]]) -> str | None:
+    """The name of the interface that has it."""
+    return next((name for name, found in interfaces.items() if address in found), None)
 
 
 def order_addresses(interfaces: Mapping[str, list[str]], chosen: str | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import resource
 import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +25,14 @@ from typing import Any
 import uvloop
 
 from miles_agents.agent.agent import Agent, AgentParts
-from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
+from miles_agents.agent.inventory import (
+    DriverNvml,
+    address_towards,
+    interface_addresses,
+    interface_of,
+    inventory_notices,
+    take_inventory,
+)
 from miles_agents.agent.lease import Fence
 from miles_agents.agent.ports import PortLeases
 from miles_agents.agent.process import ProcessTable
@@ -36,7 +43,7 @@ from miles_agents.agent.zygotes import Zygotes
 from miles_agents.errors import MilesError
 from miles_agents.free_memory import return_free_memory
 from miles_agents.names import checked_name
-from miles_agents.node_info import NodeInfo
+from miles_agents.node_info import ADDRESS_VARIABLE, NodeInfo
 from miles_agents.run_files import usable_directory
 from miles_agents.runtime_dir import runtime_dir
 from miles_agents.store.node_store import store_parts
@@ -134,9 +141,10 @@ class _Process:
     async def serve(self) -> Fence:
         """Lives, one after the other."""
         loop = asyncio.get_running_loop()
-        info = take_inventory(
-            self.node, cpu_slots=self.options.cpu_slots, interface=self.options.interface, nvml=DriverNvml()
-        )
+        interface = self.options.interface or address_towards(self.options.controller)
+        info = take_inventory(self.node, cpu_slots=self.options.cpu_slots, interface=interface, nvml=DriverNvml())
+        if interface is not None:
+            name_interface(info.addresses[0], os.environ)
         for notice in inventory_notices(info):
             logger.info(notice)
         reaper = os.getppid() if LIFELINE_VARIABLE in os.environ else 0
@@ -147,7 +155,7 @@ class _Process:
                 loop.add_signal_handler(number, functools.partial(self._end, f"{name} received", orderly=True))
             table = ProcessTable(gpu=NvmlProbe() if info.gpus else None)
             owned.callback(table.close)
-            ports = _port_leases(info, self.options.interface)
+            ports = _port_leases(info, interface)
             owned.callback(ports.close)
             directory = runtime_dir(f"{self.key.run_id[:20]}-{os.getpid()}")
             owned.enter_context(directory)
@@ -239,6 +247,16 @@ class _Process:
             loop.remove_reader(0)
 
         return stop
+
+
+def name_interface(address: str, environ: MutableMapping[str, str]) -> None:
+    """Have process groups of everything that runs here talk over the interface of ``address``, unless the user chose:
+    else gloo takes the one that this machine's name resolves to, which often is loopback."""
+    environ[ADDRESS_VARIABLE] = address
+    name = interface_of(address, interface_addresses())
+    if name is not None:
+        environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def _port_leases(info: NodeInfo, interface: str | None) -> PortLeases:

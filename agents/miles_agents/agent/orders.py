@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from miles_agents.agent import service_life
 from miles_agents.agent.background import Background
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
+from miles_agents.agent.starter import with_node_path
 from miles_agents.agent.worker_pool import nobody_cares, too_late
 from miles_agents.errors import ConfigError, MilesError, PeerFault
 from miles_agents.names import checked_name
@@ -328,11 +330,14 @@ class Orders:
 
 
 def service_spec(plain: dict[str, Any], log_dir: Path, base_env: dict[str, str]) -> ServiceSpec:
-    """A ``ServiceSpec`` from what the controller sent: its fields, ``env`` as additions, ``numbers`` as a dict."""
+    """A ``ServiceSpec`` from what the controller sent: its fields, ``env`` as additions, ``numbers`` as a dict. A first
+    word ``{python}`` is this agent's interpreter."""
     fields = dict(plain)
-    fields["argv"] = tuple(fields["argv"])
+    argv = fields["argv"]
+    fields["argv"] = tuple([sys.executable if word == "{python}" else word for word in argv[:1]] + argv[1:])
     fields["ports"] = tuple(fields.get("ports", ("http",)))
     fields["env"] = {**base_env, **fields.get("env", {})}
+    with_node_path(fields["env"], base_env)
     fields["cwd"] = Path(fields["cwd"]) if fields.get("cwd") else None
     fields["numbers"] = service_life.LifeNumbers(**fields.get("numbers", {}))
     fields["log_path"] = log_dir / f"{checked_name('service', fields['name'])}.log"

@@ -9,6 +9,8 @@ Consumes: TERM, INT, HUP (passed on to the agent; an INT typed at the terminal i
 it to the agent as well), QUIT (kills the agent without grace), and the ends of children.
 Produces: a lifeline, a pipe whose read end the agent inherits (``MILES_REAPER_FD``); its end of file tells the agent
 that the reaper died. stdin, stdout and stderr are the agent's too, so they close only when the node is clean.
+With ``MILES_REAPER_REMOVES`` it removes that directory when the node is clean; with ``MILES_REAPER_SAYS`` it then
+writes that line to stdout: its word, for a launcher that does not see its exit.
 Waits for: the agent, without a deadline (this is its job); then for its children to end, until there is none or
 nothing has ended for ``give_up_s``.
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 LIFELINE_VARIABLE = "MILES_REAPER_FD"
+SAYS_VARIABLE = "MILES_REAPER_SAYS"
+REMOVES_VARIABLE = "MILES_REAPER_REMOVES"
 EXIT_NOT_CLEAN = 98
 EXIT_CANNOT_EXEC = 127
 EXIT_USAGE = 64
@@ -218,13 +222,35 @@ def main(arguments: list[str]) -> int:
         return EXIT_USAGE
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an inherited SIG_IGN would discard exit statuses
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*FORWARDED, signal.SIGCHLD])
+    word, directory = os.environ.pop(SAYS_VARIABLE, ""), os.environ.pop(REMOVES_VARIABLE, "")
     lifeline, _held_until_exit = os.pipe()
     agent = start_agent(arguments[cut + 1 :], lifeline, mask)
     os.close(lifeline)
     status = attend(agent)
     if not clean(give_up_s):
         return EXIT_NOT_CLEAN
+    remove(directory)
+    give_word(word)
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def remove(directory: str) -> None:
+    """The directory that was made for this node, if any."""
+    if not directory:
+        return
+    import shutil  # after the run: it would cost memory during it
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def give_word(word: str) -> None:
+    """Write it to stdout, on a line of its own, if anybody still reads that."""
+    if not word:
+        return
+    try:
+        os.write(1, f"\n{word}\n".encode())
+    except OSError:
+        return
 
 
 def guarded_main() -> int:

@@ -28,6 +28,8 @@ from miles_agents.worker.spec import SPEC_FD_VARIABLE, Birth, WorkerSpec
 
 logger = logging.getLogger(__name__)
 RUN_TAG_VARIABLE = "MILES_RUN"
+NODE_PATH_VARIABLE = "MILES_NODE_PATH"
+"""Directories of our code and the user's on this node, set by what started the agent where they may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,14 @@ def worker_defaults(base: Mapping[str, str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
 
 
+def with_node_path(env: dict[str, str], base: Mapping[str, str]) -> None:
+    """Where this node has the code comes before where the controller has it."""
+    own = base.get(NODE_PATH_VARIABLE, "")
+    if own:
+        given = env.get("PYTHONPATH", "")
+        env["PYTHONPATH"] = given if given.startswith(own) else os.pathsep.join(filter(None, [own, given]))
+
+
 def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo) -> dict[str, str]:
     """The complete environment of a worker: the agent's, then defaults as of torchrun, then the run's own.
 
@@ -230,6 +240,7 @@ def worker_environment(base: Mapping[str, str], spec: WorkerSpec, info: NodeInfo
     env["WORLD_SIZE"] = str(len(spec.shape))
     env["LOCAL_RANK"] = str(spec.local_rank)
     env.update(spec.env)
+    with_node_path(env, base)
     if env.get("CUDA_VISIBLE_DEVICES") == "own":
         uuids = {gpu.index: gpu.uuid for gpu in info.gpus}
         env["CUDA_VISIBLE_DEVICES"] = ",".join(uuids.get(index, str(index)) for index in spec.devices)

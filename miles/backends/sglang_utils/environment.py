@@ -40,6 +40,7 @@ def engine_environment(
     inherited: Mapping[str, str],
     device_ids: Sequence[str] = (),
     num_cores: int | None = None,
+    is_alone: bool = True,
 ) -> dict[str, str]:
     """What to add to the environment of engine ``index``.
 
@@ -48,11 +49,14 @@ def engine_environment(
         inherited: The user's environment: what it sets of these stays as it is, but for the choice of devices.
         device_ids: CUDA only: indices or UUIDs of the engine's GPUs, in the order of its ranks.
         num_cores: CPU only: cores to bind ranks to; default: those of this machine.
+        is_alone: All of the run is on one machine. Else its agent names the interface for process groups.
     """
     wanted = {**_ALWAYS, "SGLANG_DG_CACHE_DIR": f"/tmp/sglang_deep_gemm/regular_rank_{index}"}  # noqa: S108
     wanted["SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"] = "0" if colocate and tp_size > 1 else "1"
     if device == "cpu":
         wanted |= _CPU
+        if not is_alone:
+            del wanted["GLOO_SOCKET_IFNAME"]
         if tp_size > 1:
             wanted["SGLANG_CPU_OMP_THREADS_BIND"] = _core_lists(tp_size, index, num_cores or os.cpu_count() or 1)
     env = {name: value for name, value in wanted.items() if name not in inherited}

@@ -53,9 +53,11 @@ class EngineFleet:
 
     Args:
         config: The run's, resolved.
-        node: Where everything runs; default: the first.
+        node: Where the router runs, and engines that have no place of their own; default: the first.
         devices: GPUs of each engine, by index, in the order of its ranks. Without meaning on a CPU.
-        host: Address on that node that engines and router listen at. Its user's programs reach it, with the key.
+        nodes: The node of each engine.
+        host: Address that engines and router listen at; default: of each, where its node is reached
+            (``Controller.address_of``). Users' programs reach it, with the key.
 
     Attributes:
         recovery: With ``--use-fault-tolerance``, from ``start`` on: who serves, who waits, who comes back.
@@ -71,7 +73,8 @@ class EngineFleet:
         *,
         node: str | None = None,
         devices: Sequence[Sequence[int]] | None = None,
-        host: str = "127.0.0.1",
+        nodes: Sequence[str] | None = None,
+        host: str | None = None,
     ) -> None:
         self.is_external = bool(config.get("rollout_external"))
         self.api_key = (external_key() if self.is_external else "") or secrets.token_urlsafe(32)
@@ -80,6 +83,7 @@ class EngineFleet:
         self._config = dict(config)
         self._node = node
         self._devices = devices or [[] for _ in range(int(config["rollout_num_engines"]))]
+        self._nodes = nodes
         self._host = host
         self._roster = Roster()
         self._stopping = False
@@ -140,12 +144,13 @@ class EngineFleet:
         self._joined(await self._start_engine(rank))
 
     async def _start_engine(self, rank: int) -> Engine:
+        node = self._node if self._nodes is None else self._nodes[rank]
         return await start_engine(
             self._controller,
             self._config,
             rank,
-            node=self._node,
-            host=self._host,
+            node=node,
+            host=self._address(node),
             api_key=self.api_key,
             devices=self._devices[rank],
         )
@@ -161,9 +166,12 @@ class EngineFleet:
 
     async def _start_our_router(self) -> tuple[ServiceHandle, RouterClient]:
         service = await start_router(
-            self._controller, self._config, node=self._node, host=self._host, api_key=self.api_key
+            self._controller, self._config, node=self._node, host=self._address(self._node), api_key=self.api_key
         )
         return service, RouterClient(service.url, self.api_key, name="router")
+
+    def _address(self, node: str | None) -> str:
+        return self._host or self._controller.address_of(node)
 
     async def stop(self) -> None:
         """End everything. An external router only forgets the engines; external engines are let go."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,6 +124,8 @@ async def start_engine(
         colocate=bool(config.get("colocate")),
         inherited={**os.environ, **controller.forwarded_env},
         device_ids=[str(device) for device in devices],
+        num_cores=controller.node_info(node).cores,
+        is_alone=host.startswith("127."),
     )
     service = await controller.start_service(
         name,
@@ -178,7 +179,7 @@ def url_of_others(config: Mapping[str, Any]) -> str:
 def _argv(module: str, ports: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
     """Command line of a launcher of ours; the agent puts host and ports in."""
     by_name = ", ".join(f'"{port}": {{ports[{port}]}}' for port in ports)
-    program = [sys.executable, "-m", module]
+    program = ["{python}", "-m", module]
     return [*program, "{host}", f"{{{by_name}}}", json.dumps(arguments)]
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from miles_agents.agent.inventory import interface_addresses, order_addresses
 from miles_agents.errors import EnvironmentFault
+from miles_agents.node_info import ADDRESS_VARIABLE
 
 CONNECT_S = 120.0
 LOOPBACK = "127.0.0.1"
@@ -37,14 +37,15 @@ class Rendezvous:
         self._store: TCPStore | None = None
         self._address = ("", 0)
 
-    def listen(self, args: Any) -> tuple[str, int]:
-        """On rank 0: serve the store. A second call gives the same address.
+    def listen(self) -> tuple[str, int]:
+        """On rank 0: serve the store, where other nodes reach this one if there are any. A second call gives the same
+        address.
 
         Raises:
             NoRendezvous: The address cannot be bound.
         """
         if self._store is None:
-            host = _own_address(args)
+            host = os.environ.get(ADDRESS_VARIABLE) or LOOPBACK
             try:
                 listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
                 listener.bind((host, 0))
@@ -101,11 +102,3 @@ class Rendezvous:
         if dist.is_initialized():
             dist.destroy_process_group()
         self._store = None
-
-
-def _own_address(args: Any) -> str:
-    """Loopback where all ranks are on one node, else what other nodes reach this one at."""
-    if (getattr(args, "actor_num_nodes", None) or 1) == 1:
-        return LOOPBACK
-    addresses = order_addresses(interface_addresses(), getattr(args, "interface", None))
-    return addresses[0] if addresses else LOOPBACK
