@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from support.netns import HERE
+from support.netns import HERE, network
+from support.procs import eventually_sync
 
 pytestmark = [pytest.mark.full, pytest.mark.needs("hosts")]
+TESTS = str(Path(__file__).parents[1])
 GREETING = (
     "import socket, sys, time\n"
     "at = time.monotonic()\n"
@@ -76,3 +79,22 @@ def test_a_host_without_its_cable_or_its_power_is_silent_until_it_has_it_again(n
     net.give_back("node3")
     assert net["node3"].processes() == []
     assert greeting(net, "node1", "node3")[0] == "SSH-"
+
+
+@pytest.mark.long
+def test_nothing_outlives_a_session_that_is_killed(tmp_path):
+    text = (
+        "import sys, threading\nfrom support.netns import network\n"
+        "with network(['lone']) as net:\n"
+        "    print(net.hosts['lone'].init, net.switch.pid, net.directory, flush=True)\n    threading.Event().wait()\n"
+    )
+    argv = [sys.executable, "-c", text]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": TESTS}) as session:
+        init, switch, directory = session.stdout.readline().split()
+        assert all(os.path.exists(f"/proc/{pid}") for pid in (init, switch))
+        session.kill()
+    eventually_sync(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in (init, switch)), 60.0)
+    links = subprocess.run(["ip", "-brief", "link"], check=True, capture_output=True, text=True).stdout
+    assert os.path.basename(directory) not in links
+    with network([]):
+        assert not os.path.exists(directory), "what a killed session left goes with the next"
