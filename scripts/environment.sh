@@ -68,3 +68,20 @@ install_for_cpu() {
     "${pip[@]}" --no-deps -r "$REQUIREMENTS/cpu-no-deps.txt" || return
     "${pip[@]}" -r "$REQUIREMENTS/cpu.txt" -e ".[$1]"
 }
+
+# install_system_packages PROGRAM:PACKAGE...: from Debian's packages, those whose program is not there. Only as root, and
+# only where no init system runs that would start their servers: a container, continuous integration. What stays missing
+# is not an error here; tests that need it say so.
+install_system_packages() {
+    local pair missing=()
+    for pair in "$@"; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" != 0 ] || [ -d /run/systemd/system ] || ! command -v apt-get >/dev/null; then
+        echo "not installed: ${missing[*]}"
+        return 0
+    fi
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" ||
+        echo "could not be installed: ${missing[*]}"
+}

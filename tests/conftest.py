@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from support import needs
 from support.leaks import begin_session, no_leaks
 
 # How long an example takes says more about the machine than about the code.
@@ -34,3 +35,42 @@ def leaves_nothing_behind(private_runtime_directory):
     """Descriptors, threads, processes, shared memory and runtime directories are as before the module."""
     with no_leaks():
         yield
+
+
+LEFT_OUT = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    """A place for what is left out, here and by those who run tests for us."""
+    config.stash[LEFT_OUT] = []
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """What this machine cannot run is left out, unless it has to be able to."""
+    items[:], left_out, out = needs.split(items, os.environ)
+    config.stash[LEFT_OUT] += left_out
+    if out:
+        config.hook.pytest_deselected(items=out)
+
+
+def pytest_sessionfinish(session):
+    """A process of xdist tells the one that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """All of them tell the same, or nothing if they died."""
+    told = [tuple(one) for one in getattr(node, "workeroutput", {}).get("left_out", ())]
+    node.config.stash[LEFT_OUT] += told
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """No gap goes unseen."""
+    lines = needs.report(config.stash[LEFT_OUT])
+    if lines:
+        terminalreporter.write_sep("=", "left out")
+    for line in lines:
+        terminalreporter.write_line(line)

@@ -48,7 +48,7 @@ class ServiceHandle:
         self.host = LOOPBACK
         self._keeper = keeper
         self._node = node
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def url(self) -> str:
@@ -77,9 +77,14 @@ class ServiceHandle:
         """Until it is in one of these phases; returns which. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while self.phase not in phases:
-                self._changed.clear()
-                await self._changed.wait()
+                await self.next_change()
         return self.phase
+
+    def next_change(self) -> asyncio.Future[None]:
+        """Done when something about it is reported from now on."""
+        change = asyncio.get_running_loop().create_future()
+        self._waiting.append(change)
+        return change
 
     def note(self, phase: str, change: dict[str, Any]) -> None:
         """For the keeper."""
@@ -87,7 +92,10 @@ class ServiceHandle:
         self.pid = change.get("pid")
         self.ports = dict(change.get("ports") or self.ports)
         self.fault = str(change.get("fault") or "")
-        self._changed.set()
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
 
 
 class ServiceKeeper:
@@ -130,6 +138,14 @@ class ServiceKeeper:
         handle.ports, handle.log = dict(started["ports"]), started["log"]
         handle.phase = started["phase"]
         return handle
+
+    async def lease_port(self, node: str | None, owner: str) -> int:
+        """A port of a node that nobody else there is given, until ``release_port``. Raises NoSuchNode, NodeLost."""
+        return int((await self.order(self._node(node), "lease_ports", owner, 1))[0])
+
+    async def release_port(self, node: str | None, owner: str) -> None:
+        """Give it back."""
+        await self.order(self._node(node), "release_ports", owner)
 
     async def order(self, node: Node, order: str, *args: Any) -> Any:
         """Tell the agent of a service. Raises NodeLost if that is gone."""

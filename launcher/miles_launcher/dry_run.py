@@ -156,6 +156,7 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
     import json
 
     from miles.backends.sglang_utils.environment import engine_environment
+    from miles.backends.sglang_utils.places import engine_parts
     from miles.backends.sglang_utils.server_arguments import (
         engine_size,
         router_arguments,
@@ -176,17 +177,21 @@ def _engines(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
         )
     launch = (sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", host, "PORTS")
     for rank, slots in enumerate(slots_of_engines(config, engines)):
-        devices = tuple(device for slot in slots for device in slot.devices)
-        env = engine_environment(
-            config["device"],
-            index=rank,
-            tp_size=engine_size(config, rank),
-            colocate=config["colocate"],
-            inherited={**os.environ, **config["env"]},
-            device_ids=[str(device) for device in devices],
-        )
-        arguments = json.dumps(server_arguments(config, rank))
-        yield Process(f"engine {rank}", slots[0].node, devices, ("http", "nccl"), (*launch, arguments), env)
+        parts = engine_parts(rank, slots)
+        for number, part in enumerate(parts):
+            env = engine_environment(
+                config["device"],
+                index=rank,
+                tp_size=engine_size(config, rank),
+                colocate=config["colocate"],
+                inherited={**os.environ, **config["env"]},
+                device_ids=[str(device) for device in part.devices],
+            )
+            spans = {"nnodes": len(parts), "node_rank": number, "dist_init_addr": f"{parts[0].node}:PORT"}
+            arguments = json.dumps(server_arguments(config, rank) | (spans if len(parts) > 1 else {}))
+            name = f"engine {rank}" + (f", part {number}" if len(parts) > 1 else "")
+            ports = ("http", "nccl", *(("meeting",) if len(parts) > 1 and number == 0 else ()))
+            yield Process(name, part.node or NODE, part.devices, ports, (*launch, arguments), env)
 
 
 def _write(

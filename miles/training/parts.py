@@ -15,7 +15,7 @@ from typing import Any
 
 from miles.backends.checkpoint_layout import find_checkpoint
 from miles.backends.sglang_utils.fleet import EngineFleet
-from miles.backends.sglang_utils.server_arguments import slots_of_engines
+from miles.backends.sglang_utils.places import fleet_places
 from miles.training.errors import CheckpointsDisagree, first_of
 from miles.training.recovery import Recovery, Starts, pinned
 from miles_agents.rpc.mesh import ActorMesh
@@ -106,11 +106,9 @@ async def start(controller: Controller, config: dict[str, Any]) -> Parts:
     placement = controller.place(placement_requests(config))
     fleet = None
     if not config["debug_train_only"]:
-        slots_by_engine = slots_of_engines(config, placement.slots.get("engines", ()))
-        devices = [[index for slot in slots for index in slot.devices] for slots in slots_by_engine]
+        places = fleet_places(config, placement)
         settings = {**config, "seed": engine_seed(config)}
-        nodes = [slots[0].node for slots in slots_by_engine]
-        fleet = EngineFleet(controller, settings, node=placement.head, devices=devices, nodes=nodes or None)
+        fleet = EngineFleet(controller, settings, places=places)
     try:
         return await _start(controller, config, placement, fleet)
     except BaseException:

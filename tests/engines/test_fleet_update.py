@@ -271,6 +271,6 @@ async def test_in_place_pausing_leaves_the_cache_alone():
 
 def test_memory_files_carry_weights_on_one_machine_only():
     assert settings({"colocate": True})["method"] == "tensor"
-    assert settings({"colocate": True, "num_nodes": 2, "device": "cpu"})["method"] == "broadcast"
-    assert settings({"colocate": True, "num_nodes": 2, "device": "cuda"})["method"] == "tensor"
-    assert settings({"colocate": False, "num_nodes": 1})["method"] == "broadcast"
+    assert settings({"colocate": True, "device": "cpu"}, on_one_node=False)["method"] == "broadcast"
+    assert settings({"colocate": True, "device": "cuda"}, on_one_node=False)["method"] == "tensor"
+    assert settings({"colocate": False})["method"] == "broadcast"

@@ -7,7 +7,7 @@ from support.ssh_cluster import processes_of
 from support.sshd import ssh_hosts
 from support.training_runs import assert_trains, train
 
-pytestmark = [pytest.mark.full, pytest.mark.long]
+pytestmark = [pytest.mark.full, pytest.mark.long, pytest.mark.needs("ssh")]
 
 
 def test_training_over_three_hosts_leaves_nothing_on_them(tmp_path):

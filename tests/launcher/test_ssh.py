@@ -19,7 +19,7 @@ from miles_launcher.host_life import Phase
 from miles_launcher.ssh_errors import CodeNotCopied, HostsFailed, NotShared
 from miles_launcher.ssh_start import Machine
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.needs("ssh")]
 LONG_S = 120.0
 ASKED = "support.ssh_cluster:Asked"
 

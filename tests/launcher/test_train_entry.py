@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -128,6 +129,22 @@ def test_a_dry_run_shows_how_environments_differ_from_the_agents(place):
         assert "OMP_NUM_THREADS" not in shown[name], "as the agent's"
     assert shown["trainer rank 1"].split()[:3] == ["RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1"]
     assert "secret" not in done.stdout
+
+
+def test_a_dry_run_shows_the_parts_of_an_engine_that_spans_hosts(place):
+    flags = (
+        f"{BASE} --hosts n[1-3] --num-gpus-per-node 2 --rollout-num-gpus 4 --rollout-num-gpus-per-engine 4 --dry-run"
+    )
+    done = train(place, flags, COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    shown = {title[:-1]: line for title, line in itertools.pairwise(lines) if title.endswith(":")}
+    for rank, name in enumerate(("engine 0, part 0", "engine 0, part 1")):
+        arguments = json.loads(shlex.split(shown[name])[-1])
+        assert (arguments["nnodes"], arguments["node_rank"], arguments["tp_size"]) == (2, rank, 4)
+        assert arguments["dist_init_addr"] == "n2:PORT"
+    placed = [line.split() for line in lines if "engine 0, part" in line and "meeting" not in line]
+    assert any("n3" in words for words in placed) and any("meeting" in line for line in lines)
 
 
 def test_a_dry_run_of_what_cannot_be_is_told(place):

@@ -18,6 +18,7 @@ import torch
 from miles.backends.base import ParallelState
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.fleet import EngineFleet
+from miles.backends.sglang_utils.places import FleetPlaces
 from miles.backends.weight_update.sender import make_sender
 from miles.rollout.engines import Engines
 from miles.training.engine_recovery import EngineRecovery
@@ -118,18 +119,19 @@ class Job:
     async def until_all_serve(self) -> None:
         """In which the loop waits for something else than engines."""
         recovery = self.fleet.recovery
-        names = len(self.fleet._devices)
+        names = len(self.fleet._places.engines)
         waiting = asyncio.ensure_future(recovery.until(lambda: recovery.num_serving == names))
         await self.loop.result_of(waiting)
 
-    def pid(self, name: str) -> int:
-        """Of the process that lives under this name now."""
-        [found] = [service for service in self.cluster.controller.services.snapshot() if service["name"] == name]
+    def pid(self, name: str, node: str = "") -> int:
+        """Of the process that lives under this name now, on that node if an engine spans several."""
+        services = self.cluster.controller.services.snapshot()
+        [found] = [one for one in services if one["name"] == name and node in ("", one["node"])]
         return int(found["pid"])
 
-    def strike(self, name: str, number: int) -> None:
+    def strike(self, name: str, number: int, node: str = "") -> None:
         """A signal for a service, all its processes at once."""
-        process = psutil.Process(self.pid(name))
+        process = psutil.Process(self.pid(name, node))
         for one in (process, *process.children(recursive=True)):
             with suppress(ProcessLookupError):
                 os.kill(one.pid, number)
@@ -156,15 +158,17 @@ async def _all(calls: Any) -> list[Any]:
 
 
 @asynccontextmanager
-async def recovering(run_dir: Any, policy: Policy = QUICK, **config: Any) -> AsyncIterator[Job]:
+async def recovering(
+    run_dir: Any, policy: Policy = QUICK, *, num_nodes: int = 1, places: FleetPlaces | None = None, **config: Any
+) -> AsyncIterator[Job]:
     """The fleet has started, and all engines have version 1."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    async with real_cluster(run_dir) as cluster:
+    async with real_cluster(run_dir, num_nodes=num_nodes) as cluster:
         cluster.controller.forwarded_env["PYTHONPATH"] = path  # where the scripted engine is
         strikes = Path(run_dir) / "strikes"
         strikes.mkdir(parents=True)
         cluster.controller.forwarded_env["MILES_TEST_STRIKES"] = str(strikes)
-        fleet = EngineFleet(cluster.controller, engine_config(engine_model(), **{**FAKES, **config}))
+        fleet = EngineFleet(cluster.controller, engine_config(engine_model(), **{**FAKES, **config}), places=places)
         fleet.restart_policy = policy
         await fleet.start()
         job = Job(cluster, fleet, strikes)

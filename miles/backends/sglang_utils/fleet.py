@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from miles.backends.sglang_utils.fleet_parts import (
 from miles.backends.sglang_utils.fleet_recovery import FleetRecovery
 from miles.backends.sglang_utils.fleet_update import NoEngineLeft, Send, UpdateRunner, settings
 from miles.backends.sglang_utils.liveness import while_alive
+from miles.backends.sglang_utils.places import FleetPlaces
 from miles.backends.sglang_utils.roster import FleetHands, Roster
 from miles.backends.sglang_utils.router import RouterClient
 from miles.backends.sglang_utils.settle import forget_stale
@@ -53,11 +54,8 @@ class EngineFleet:
 
     Args:
         config: The run's, resolved.
-        node: Where the router runs, and engines that have no place of their own; default: the first.
-        devices: GPUs of each engine, by index, in the order of its ranks. Without meaning on a CPU.
-        nodes: The node of each engine.
-        host: Address that engines and router listen at; default: of each, where its node is reached
-            (``Controller.address_of``). Users' programs reach it, with the key.
+        places: Nodes and devices of engines and router; default: all on the first node. Each listens where its node is
+            reached (``Controller.address_of``); users' programs reach it, with the key.
 
     Attributes:
         recovery: With ``--use-fault-tolerance``, from ``start`` on: who serves, who waits, who comes back.
@@ -71,27 +69,20 @@ class EngineFleet:
         controller: Controller,
         config: Mapping[str, Any],
         *,
-        node: str | None = None,
-        devices: Sequence[Sequence[int]] | None = None,
-        nodes: Sequence[str] | None = None,
-        host: str | None = None,
+        places: FleetPlaces | None = None,
     ) -> None:
         self.is_external = bool(config.get("rollout_external"))
         self.api_key = (external_key() if self.is_external else "") or secrets.token_urlsafe(32)
         self.recovery: FleetRecovery | None = None
         self._controller = controller
         self._config = dict(config)
-        self._node = node
-        self._devices = devices or [[] for _ in range(int(config["rollout_num_engines"]))]
-        self._nodes = nodes
-        self._host = host
+        self._places = places or FleetPlaces.anywhere(int(config["rollout_num_engines"]))
         self._roster = Roster()
         self._stopping = False
         self._memory_is_released = False
-        self._silence_s = float(settings(config)["silence_s"])
-        self._updates = UpdateRunner(
-            fence=self._fence, are_judged=lambda: not self._memory_is_released, **settings(config)
-        )
+        how = settings(config, on_one_node=self._places.on_one_node)
+        self._silence_s = float(how["silence_s"])
+        self._updates = UpdateRunner(fence=self._fence, are_judged=lambda: not self._memory_is_released, **how)
 
     # -- beginning and end -----------------------------------------------------------------------------------
 
@@ -108,7 +99,9 @@ class EngineFleet:
                     self._joined(engine)
                 await self._start_router()
             else:
-                await all_of(self._start_router(), *(self._start_first(rank) for rank in range(len(self._devices))))
+                await all_of(
+                    self._start_router(), *(self._start_first(rank) for rank in range(len(self._places.engines)))
+                )
             router = self._roster.router
             if router is None:
                 raise AssertionError("started above")
@@ -144,15 +137,12 @@ class EngineFleet:
         self._joined(await self._start_engine(rank))
 
     async def _start_engine(self, rank: int) -> Engine:
-        node = self._node if self._nodes is None else self._nodes[rank]
         return await start_engine(
             self._controller,
             self._config,
             rank,
-            node=node,
-            host=self._address(node),
+            places=self._places.engines[rank],
             api_key=self.api_key,
-            devices=self._devices[rank],
         )
 
     async def _start_router(self) -> None:
@@ -165,13 +155,10 @@ class EngineFleet:
         roster.router = RouterClient(roster.router_url, self.api_key, name="router")
 
     async def _start_our_router(self) -> tuple[ServiceHandle, RouterClient]:
-        service = await start_router(
-            self._controller, self._config, node=self._node, host=self._address(self._node), api_key=self.api_key
-        )
+        node = self._places.head
+        host = self._controller.address_of(node)
+        service = await start_router(self._controller, self._config, node=node, host=host, api_key=self.api_key)
         return service, RouterClient(service.url, self.api_key, name="router")
-
-    def _address(self, node: str | None) -> str:
-        return self._host or self._controller.address_of(node)
 
     async def stop(self) -> None:
         """End everything. An external router only forgets the engines; external engines are let go."""

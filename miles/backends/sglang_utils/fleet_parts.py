@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE
+from miles.backends.sglang_utils.places import Place
 from miles.backends.sglang_utils.server_arguments import (
     BadEngineConfig,
     engine_size,
@@ -19,6 +20,7 @@ from miles.backends.sglang_utils.server_arguments import (
     router_arguments,
     server_arguments,
 )
+from miles.backends.sglang_utils.spanning import SpanningService, start_spanning
 from miles.backends.weight_update.messages import EngineTarget
 from miles_agents.errors import MilesError, PeerFault
 from miles_controller import Controller
@@ -64,9 +66,18 @@ class EngineService(Protocol):
     """What keeps an engine: a service of ours, or what stands for it where the engine is somebody else's."""
 
     name: str
-    phase: str
-    fault: str
-    log: str
+
+    @property
+    def phase(self) -> str:
+        """As it was reported last."""
+
+    @property
+    def fault(self) -> str:
+        """Why it is dead or unhealthy."""
+
+    @property
+    def log(self) -> str:
+        """Where its output is."""
 
     async def pause(self) -> None:
         """Do not probe its health until ``resume``."""
@@ -99,17 +110,10 @@ def loads_weights() -> bool:
 
 
 async def start_engine(
-    controller: Controller,
-    config: Mapping[str, Any],
-    rank: int,
-    *,
-    node: str | None,
-    host: str,
-    api_key: str,
-    devices: Sequence[int],
+    controller: Controller, config: Mapping[str, Any], rank: int, *, places: Sequence[Place], api_key: str
 ) -> Engine:
-    """Start engine ``rank`` and wait until it answers. ``engine_launcher`` of ``config`` may name another module than
-    ours that is run in its place, with the same arguments.
+    """Start engine ``rank`` and wait until it answers; with several places, a server on each. ``engine_launcher`` of
+    ``config`` may name another module than ours that is run in its place, with the same arguments.
 
     Raises:
         BadEngineConfig; what ``Controller.start_service`` raises, with the last lines of the engine's log.
@@ -117,26 +121,35 @@ async def start_engine(
     name, size, arguments = f"engine-{rank}", engine_size(config, rank), server_arguments(config, rank)
     if not loads_weights():
         arguments["load_format"] = "dummy"
-    env = engine_environment(
-        config["device"],
-        index=rank,
-        tp_size=size,
-        colocate=bool(config.get("colocate")),
-        inherited={**os.environ, **controller.forwarded_env},
-        device_ids=[str(device) for device in devices],
-        num_cores=controller.node_info(node).cores,
-        is_alone=host.startswith("127."),
-    )
-    service = await controller.start_service(
-        name,
-        _argv(str(config.get("engine_launcher") or LAUNCHER), ("http", "nccl"), arguments),
-        node=node,
-        host=host,
-        env={**env, KEY_VARIABLE: api_key},
-        ports=["http", "nccl"],
-        numbers={**health_numbers(config), "start_timeout_s": START_S},
-        ready_timeout_s=START_S,
-    )
+
+    async def start_part(place: Place, further: dict[str, Any]) -> ServiceHandle:
+        host = controller.address_of(place.node)
+        env = engine_environment(
+            config["device"],
+            index=rank,
+            tp_size=size,
+            colocate=bool(config.get("colocate")),
+            inherited={**os.environ, **controller.forwarded_env},
+            device_ids=[str(device) for device in place.devices],
+            num_cores=controller.node_info(place.node).cores,
+            is_alone=host.startswith("127."),
+        )
+        return await controller.start_service(
+            name,
+            _argv(str(config.get("engine_launcher") or LAUNCHER), ("http", "nccl"), arguments | further),
+            node=place.node,
+            host=host,
+            env={**env, KEY_VARIABLE: api_key},
+            ports=["http", "nccl"],
+            numbers={**health_numbers(config), "start_timeout_s": START_S},
+            ready_timeout_s=START_S,
+        )
+
+    service: ServiceHandle | SpanningService
+    if len(places) == 1:
+        service = await start_part(places[0], {})
+    else:
+        service = await start_spanning(controller, name, places, start_part)
     client = EngineClient(service.url, api_key, name=name, vocab_size=config["hf_config"].get("vocab_size"))
     try:
         bracket = await client.has_bracket()

@@ -258,16 +258,13 @@ def one_after_the_other(targets: tuple[EngineTarget, ...]) -> tuple[EngineTarget
     return tuple(placed)
 
 
-def _is_spread(config: Mapping[str, Any]) -> bool:
-    """Memory files of the trainer's first rank do not reach all engines."""
-    return bool(config.get("num_nodes", 1) != 1 and config["device"] == "cpu")
-
-
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``UpdateRunner`` from the run's configuration."""
+def settings(config: Mapping[str, Any], *, on_one_node: bool = True) -> dict[str, Any]:
+    """Arguments of ``UpdateRunner`` from the run's configuration. On a CPU, what is handed over is the memory of the
+    trainer's first rank, which other nodes cannot map; on GPUs each rank hands over its own."""
+    shares = config.get("colocate") and (on_one_node or config["device"] == "cuda")
     return {
         "mode": config.get("pause_generation_mode") or "retract",
-        "method": "tensor" if config.get("colocate") and not _is_spread(config) else "broadcast",
+        "method": "tensor" if shares else "broadcast",
         "bucket_bytes": int(config.get("update_weight_buffer_size") or 512 << 20),
         "timeout_s": float(config.get("update_weight_timeout") or STEP_S),
         "silence_s": float(config.get("update_weight_silence_timeout") or SILENCE_S),

@@ -74,7 +74,7 @@ def run(key: str) -> None:
 
     load_plugins()
     arguments = {**wanted, "host": host, "port": ports["http"], "nccl_port": ports["nccl"], KEY_FIELD: key or None}
-    settle_when_ready(f"http://{host}:{ports['http']}", key)
+    settle_when_ready(f"http://{f'[{host}]' if ':' in host else host}:{ports['http']}", key)
     serve(ServerArgs(**supported(arguments, ServerArgs)))
 
 
