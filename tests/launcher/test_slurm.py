@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 PATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
 WAIT_S = 90.0
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.needs("slurm")]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """What tests need of the machine beyond an interpreter, and what happens where it is not there.
 
-``@pytest.mark.needs("hosts")``: where continuous integration runs (``CI`` is set) such a test runs in any case, and
-fails with the names of what is missing; elsewhere it is left out, and the report counts and names it.
+``@pytest.mark.needs("hosts")``: where continuous integration runs (``CI`` is set) such a test runs although a program is
+missing, and fails with its name; elsewhere it is left out, and the report counts and names it. So it is everywhere where
+the machine does not allow what the test does, which no package can mend.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from support.netns import missing_for_hosts, missing_for_ssh
+from support.netns import NotAllowed, missing_for_hosts, missing_for_ssh
+from support.slurm_cluster import missing_for_slurm
 
-NEEDS: Mapping[str, Callable[[], Sequence[str]]] = {"hosts": missing_for_hosts, "ssh": missing_for_ssh}
+NEEDS: Mapping[str, Callable[[], Sequence[str]]] = {
+    "hosts": missing_for_hosts,
+    "slurm": missing_for_slurm,
+    "ssh": missing_for_ssh,
+}
 """What is missing here, by the name of the need."""
 
 LeftOut = list[tuple[str, str]]
@@ -26,7 +32,7 @@ def split(
     for item in items:
         names = [name for mark in item.iter_markers("needs") for name in mark.args]
         missing = [thing for name in names for thing in needs[name]()]
-        if missing and not environ.get("CI"):
+        if missing and (not environ.get("CI") or any(isinstance(thing, NotAllowed) for thing in missing)):
             left_out.append((item.nodeid, ", ".join(missing)))
             out.append(item)
         else:
