@@ -1,8 +1,8 @@
 """What tests need of the machine beyond an interpreter, and what happens where it is not there.
 
-``@pytest.mark.needs("hosts")``: where continuous integration runs (``CI`` is set) such a test runs although a program is
-missing, and fails with its name; elsewhere it is left out, and the report counts and names it. So it is everywhere where
-the machine does not allow what the test does, which no package can mend.
+``@pytest.mark.needs("hosts")``: where continuous integration runs (``CI`` is set) such a test runs although a program
+is missing, and fails with its name; elsewhere it is left out, and the report counts and names it. So it is everywhere
+where the machine does not allow what the test does, which no package can mend.
 """
 
 from __future__ import annotations
