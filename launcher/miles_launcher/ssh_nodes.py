@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -93,17 +93,22 @@ def bind_address(given: str | None, machines: Sequence[Machine], ssh: Ssh) -> st
     if given is not None:
         return _own(given)
     ways = {machine.host: way_to(machine, ssh) for machine in machines[:_LOOKED_AT]}
-    found = set(ways.values()) - {None}
-    # Who is reached over loopback is this machine, which reaches all of its addresses.
-    outward = {address for address in found if address and not ipaddress.ip_address(address).is_loopback} or found
-    if len(outward) == 1:
-        return _tcp(str(outward.pop()), 0)
+    if (address := common_address(ways.values())) is not None:
+        return _tcp(address, 0)
     raise NoCommonAddress(
         "it is not clear at which address the hosts reach this machine",
         evidence="; ".join(f"{host}: {way or 'no direct way (a name only ssh knows, or a proxy)'}" for host, way in
                            ways.items()),
         advice="Give --controller-host with an address of this machine that all hosts reach.",
     )  # fmt: skip
+
+
+def common_address(ways: Iterable[str | None]) -> str | None:
+    """The address of this machine that all hosts reach, given where the way to each begins, None: not known."""
+    found = {way for way in ways if way is not None}
+    # Who is reached over loopback is this machine, which reaches all of its addresses.
+    outward = {address for address in found if not ipaddress.ip_address(address).is_loopback} or found
+    return outward.pop() if len(outward) == 1 else None
 
 
 def way_to(machine: Machine, ssh: Ssh) -> str | None:

@@ -20,6 +20,7 @@ from miles_launcher.ssh_errors import (
 )
 from miles_launcher.ssh_nodes import (
     bind_address,
+    common_address,
     needed_modules,
     nodes_by_ssh,
     settings_of,
@@ -53,6 +54,21 @@ def test_the_controller_listens_where_the_way_to_the_hosts_begins(ssh):
     assert bind_address(None, machines("loop", "jump"), ssh) == "tcp://127.0.0.1:0"
     assert way_to(Machine("x", "jump"), ssh) is None
     assert way_to(Machine("x", "nowhere"), ssh) is None
+
+
+@pytest.mark.parametrize(
+    ("ways", "address"),
+    [
+        (["10.0.0.1", "10.0.0.1", None], "10.0.0.1"),
+        (["127.0.0.1", "10.0.0.1"], "10.0.0.1"),
+        (["127.0.0.1"], "127.0.0.1"),
+        (["fd00::1", "::1"], "fd00::1"),
+        (["10.0.0.1", "10.1.0.1"], None),
+        ([None], None),
+    ],
+)
+def test_one_address_serves_all_hosts_or_none_is_taken(ways, address):
+    assert common_address(ways) == address
 
 
 def test_where_no_way_is_known_an_address_is_asked_for(ssh):
