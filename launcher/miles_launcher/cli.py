@@ -99,7 +99,24 @@ def _convert(arguments: list[str]) -> int:
     return convert(arguments)
 
 
-_PASSED_ON: dict[str, Callable[[list[str]], int]] = {"flags": _flags, "convert": _convert}
+def _doctor(arguments: list[str]) -> int:
+    from miles_launcher.doctor import main as doctor
+
+    return doctor(arguments)
+
+
+def _submit(arguments: list[str]) -> int:
+    from miles_launcher.submit import main as submit
+
+    return submit(arguments)
+
+
+_PASSED_ON: dict[str, Callable[[list[str]], int]] = {
+    "flags": _flags,
+    "convert": _convert,
+    "doctor": _doctor,
+    "submit": _submit,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
 
     # For --help only: their own parsers take what follows.
     commands.add_parser("flags", add_help=False, help="list the flags of train.py, or say why one is refused")
+    commands.add_parser("doctor", add_help=False, help="look at this machine, or at the hosts of a run, for faults")
+    commands.add_parser("submit", add_help=False, help="write a Slurm job script of a run, and submit it")
     commands.add_parser("convert", add_help=False, help="convert checkpoints between Hugging Face and torch_dist")
     return parser
 

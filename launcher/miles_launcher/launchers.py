@@ -21,7 +21,9 @@ NODE = "node-0"
 
 def nodes_of(config: Mapping[str, Any]) -> Nodes:
     """Those of ``config["launcher"]``."""
-    return _LAUNCHERS[config["launcher"]](config)
+    from miles_launcher.preflight.before_run import checked
+
+    return checked(_LAUNCHERS[config["launcher"]](config), config)
 
 
 def agent_environment(config: Mapping[str, Any]) -> dict[str, str]:
@@ -54,4 +56,23 @@ def ssh_nodes(config: Mapping[str, Any]) -> Nodes:
     return nodes_by_ssh(config, agent_environment(config))
 
 
-_LAUNCHERS: dict[str, Callable[[Mapping[str, Any]], Nodes]] = {"local": local_nodes, "ssh": ssh_nodes}
+def slurm_nodes(config: Mapping[str, Any]) -> Nodes:
+    """The nodes of the Slurm allocation that this process stands in, by srun."""
+    from miles_launcher.slurm import nodes_by_slurm
+
+    return nodes_by_slurm(config, agent_environment(config))
+
+
+def external_nodes(config: Mapping[str, Any]) -> Nodes:
+    """Nodes whose agents somebody else starts."""
+    from miles_launcher.external import nodes_by_others
+
+    return nodes_by_others(config)
+
+
+_LAUNCHERS: dict[str, Callable[[Mapping[str, Any]], Nodes]] = {
+    "local": local_nodes,
+    "ssh": ssh_nodes,
+    "slurm": slurm_nodes,
+    "external": external_nodes,
+}

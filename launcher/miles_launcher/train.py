@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from miles.flags.problems import FlagProblems, Problem, ResolverFailed
-from miles.tracking.secrets import as_variables, cover_argument, split_argv
+from miles.tracking.secrets import as_variables, cover_argument, split_argv, take_variables
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from miles_agents.errors import MilesError
 
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_help(arguments)
     for secret in split_argv(arguments)[1].values():
         cover_argument(secret)
+    arguments += take_variables(os.environ)  # of a job script; no process of the run inherits them
     _find_user_code()
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MilesError as error:
         err.print(Text(str(error)))
         return EXIT_FAILED
-    config = _told(answer, out, err)
+    config = told(answer, out, err)
     if config is None:
         return int(answer.error.get("exit_code", EXIT_BAD_CONFIG))
     if config["dry_run"]:
@@ -160,7 +161,7 @@ def _failed(why: str, stderr: str | bytes | None) -> ResolverFailed:
     )
 
 
-def _told(answer: Answer, out: Console, err: Console) -> dict[str, Any] | None:
+def told(answer: Answer, out: Console, err: Console) -> dict[str, Any] | None:
     """The config, or None after telling why there is none. Notices are told in both cases."""
     for notice in answer.notices:
         out.print(Text(f"note: {notice}", style="dim"))

@@ -25,6 +25,7 @@ from miles.flags.hook_facts import why_not_found
 from miles.flags.path_facts import path_errors, why_not_exported, why_unwritable
 from miles.flags.prompt_facts import DataFacts, read_data
 from miles.flags.row_checks import row_checks, training_checks
+from miles.flags.slurm_facts import SlurmFacts, slurm_facts
 from miles.flags.tracking_facts import TrackingFacts, look_at_tracking
 from miles.utils.eval_config import BadEvalConfig, Entries, EvalDatasetConfig, read_entries, resolve_entries
 from miles.utils.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -153,6 +154,7 @@ class Facts:
         adapter: ``adapter_config.json`` of ``--lora-adapter-path``.
         adapter_error: Why there is none.
         hostfile: Its text, and why there is none.
+        slurm: The allocation that the run stands in.
         default_run_dir: Where a run without ``--run-dir`` writes.
         cwd: What relative paths are relative to.
     """
@@ -176,6 +178,7 @@ class Facts:
     adapter: Mapping[str, Any] | None = None
     adapter_error: str = ""
     hostfile: tuple[str, str] = ("", "")
+    slurm: SlurmFacts = field(default_factory=SlurmFacts)
     default_run_dir: str = "/tmp/run"  # noqa: S108  # a value for tests, never used by gather
     cwd: str = "/"
 
@@ -222,6 +225,7 @@ def gather(values: Mapping[str, Any], *, run_dir: str) -> Facts:
         adapter=adapter,
         adapter_error=adapter_error,
         hostfile=_read_text(values.get("hostfile")),
+        slurm=slurm_facts(os.environ),
         default_run_dir=run_dir,
         cwd=os.getcwd(),
     )

@@ -206,15 +206,11 @@ _OURS: tuple[Flag, ...] = grouped(
     switch("--dry-run", "show placement, ports, command lines and environment, and start nothing"),
     text("--resume", None, "auto: go on from the newest checkpoint in --save, if there is one", choices=("auto",)),
     Flag(("--env",), "env", "append", default=[], help="KEY=VALUE for all processes; may be repeated"),
-    refused(
-        text(
-            "--launcher",
-            None,
-            "how agents are started (unset: ssh with --hosts or --hostfile, else local)",
-            choices=("local", "ssh", "slurm", "external"),
-        ),
-        "not built yet: other launchers",
-        only=("local", "ssh"),
+    text(
+        "--launcher",
+        None,
+        "how agents are started (unset: ssh with --hosts or --hostfile, slurm in an allocation, else local)",
+        choices=("local", "ssh", "slurm", "external"),
     ),
     text("--hosts", None, "machines: node[1-4],alice@other:2222 (docs/clusters.md)"),
     path("--hostfile", "file of machines, as OpenMPI and DeepSpeed have it (docs/clusters.md)"),
@@ -226,6 +222,8 @@ _OURS: tuple[Flag, ...] = grouped(
     text("--remote-python", None, "Python of hosts (unset: the same path as here)"),
     path("--ssh-config", "configuration of ssh in place of yours (ssh -F)"),
     integer("--hosts-at-once", 64, "hosts that are being started at the same time"),
+    integer("--nodes", None, "nodes whose agents somebody else starts, with --launcher external (unset: 1)"),
+    switch("--skip-preflight", "start whatever the check of the nodes says"),
     number("--start-timeout", 120.0, "seconds in which a node has to join"),
 )
 

@@ -65,6 +65,7 @@ _AT_LEAST_1 = (
     "rollout_health_check_timeout",
     "lora_alpha",
     "hosts_at_once",
+    "nodes",
 )
 _AT_LEAST_0 = (
     "rollout_health_check_first_wait",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_agents.agent import service_life
 from miles_agents.agent.background import Background
+from miles_agents.agent.examiner import Examiner
 from miles_agents.agent.logs import last_lines, last_words
 from miles_agents.agent.service import Service, ServiceChange, ServiceNotReady, ServiceSpec
 from miles_agents.agent.starter import with_node_path
@@ -65,6 +66,7 @@ class Orders:
         self._end_by = math.inf
         self._controller = controller
         self._services: dict[str, tuple[Service, asyncio.Task[None]]] = {}
+        self._examiner = Examiner()
 
     def endpoints(self) -> dict[str, Callable[..., Awaitable[Any]]]:
         """Name to function. All but ``lease_my_ports`` obey the controller only."""
@@ -80,6 +82,7 @@ class Orders:
             "steer_service": self.steer_service,
             "stop_service": self.stop_service,
             "status": self.status,
+            "examine": self.examine,
         }
         guarded = {name: _for_controller(name, order) for name, order in orders.items()}
         return {**guarded, "lease_my_ports": self.lease_my_ports}
@@ -251,6 +254,7 @@ class Orders:
     def end_all(self, why: str, *, orderly: bool) -> None:
         """End every service and start none any more; ``orderly`` gives them their grace. May be said again."""
         self._leaving = why
+        self._examiner.close()
         grace_s = 0.0
         for service, _ in list(self._services.values()):
             if orderly:
@@ -282,6 +286,10 @@ class Orders:
             "in_flight": len(agent.switch.in_flight),
             "store": None if agent.store is None else agent.store.status(),
         }
+
+    async def examine(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What ``miles_agents.probe`` finds out about this node."""
+        return await self._examiner.answer(question)
 
     def zygote_news(self, kind: str, text: str) -> None:
         """Tell the controller that a zygote was refused, or failed and is replaced."""
