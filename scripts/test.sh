@@ -69,15 +69,16 @@ run_pytest() {
     summary+=("${failures[@]/#/passed only alone: }")
 }
 
-# What tests of hosts need: an sshd that is not started, rsync. Root installs them; elsewhere they have to be there.
+# What tests of hosts need: an sshd and a Slurm that are not started, rsync. Root installs them; elsewhere they have to be there.
 install_programs() {
     local missing=()
     [ -x "$(command -v sshd || echo /usr/sbin/sshd)" ] || missing+=(openssh-server)
     command -v ssh >/dev/null || missing+=(openssh-client)
     command -v rsync >/dev/null || missing+=(rsync)
+    [ -x "$(command -v slurmctld || echo /usr/sbin/slurmctld)" ] || missing+=(slurmctld slurmd slurm-client munge)
     [ ${#missing[@]} -eq 0 ] && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
     else
         echo "Tests of hosts need: ${missing[*]} (Debian, Ubuntu: apt-get install ${missing[*]})." >&2
         return 1
