@@ -113,9 +113,9 @@ def test_warnings_are_told_and_errors_refuse(caplog):
     needs = Needs(device="cuda", written=("save",))
     with caplog.at_level(logging.WARNING):
         refuse_unfit(judge(full, needs))
-    assert "h0: --save: 5.0 GiB left" in caplog.text
+    assert "h0: --save: 5.00 GiB left" in caplog.text
     with pytest.raises(NodesUnfit):
-        refuse_unfit(judge(examined(facts(paths__save=path(GIB // 2))), needs))
+        refuse_unfit(judge(examined(facts(paths__save=path(1000))), needs))
 
 
 def test_what_a_run_needs_is_read_from_its_config():

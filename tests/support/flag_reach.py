@@ -14,6 +14,8 @@ flags/test_hosts.py::test_nodes_of_the_trainer_are_among_the_hosts
     --actor-num-nodes
 flags/test_hosts.py::test_hosts_are_started_by_ssh_and_are_the_nodes_of_the_run
     --hosts --hostfile
+flags/test_launchers.py::test_what_is_typed_goes_over_the_allocation
+    --launcher
 flags/test_launchers.py::test_nodes_that_others_bring_have_names_or_a_number
     --nodes
 launcher/test_doctor.py::test_a_run_looks_at_its_nodes_once_they_have_joined

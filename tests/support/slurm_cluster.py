@@ -54,11 +54,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def lacking():
+def missing_for_slurm():
     """What this machine lacks for it; empty if it can be started."""
-    if os.geteuid() != 0:
-        return "root"
-    return ", ".join(name for name in PROGRAMS if shutil.which(name, path=PATH) is None)
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    return [*missing, *([] if os.geteuid() == 0 else ["root"])]
 
 
 class SlurmCluster:

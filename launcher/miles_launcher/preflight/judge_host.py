@@ -12,7 +12,8 @@ from miles_launcher.preflight.network import nccl_interface, variables
 
 OLDEST_PYTHON = (3, 11)
 GIB = 1 << 30
-FULL_DISK_BYTES, SMALL_DISK_BYTES = GIB, 10 * GIB
+FULL_DISK_BYTES, SMALL_DISK_BYTES = 1 << 20, 10 * GIB
+"""How much a run writes is its user's to know: only what is full is an error."""
 FEW_INODES = 1000
 SMALL_SHM_BYTES = GIB
 """NCCL keeps some ten MiB for each pair of ranks of a host there; containers have 64 MiB unless told otherwise."""
@@ -129,7 +130,7 @@ def _disks(name: str, facts: HostFacts, needs: Needs) -> Iterator[Finding]:
         if free < SMALL_DISK_BYTES:
             yield Finding(
                 "error" if free < FULL_DISK_BYTES else "warning", "disk", (name,),
-                f"{flag}: {free / GIB:.1f} GiB left", where, "Free some space, or choose another directory.",
+                f"{flag}: {free / GIB:.2f} GiB left", where, "Free some space, or choose another directory.",
             )  # fmt: skip
 
 
