@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
-from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
+from miles_agents.agent.inventory import DriverNvml, gpu_notices, inventory_notices, take_inventory
 from miles_agents.errors import MilesError
 from miles_agents.node_info import NodeInfo
 from miles_controller.config import forwarded_environment
@@ -155,7 +155,7 @@ def _write(
     out.print(Text(f"run directory {config['run_dir']}, device {config['device']}, {config['params_dtype']}"))
     if config["machines"]:
         out.print(Text("note: hosts are not asked: each is taken to be like this machine", style="dim"))
-    for notice in inventory_notices(info):
+    for notice in [*inventory_notices(info), *gpu_notices(DriverNvml(), info)]:
         out.print(Text(f"note: {notice}", style="dim"))
     table = Table(title="placement", title_justify="left")
     for title in ("process", "node", f"{kind}s", "ports (leased at the start)"):
