@@ -59,7 +59,7 @@ def copy_seconds(num_bytes: int, repeats: int = 20) -> float:
     cuda: Any = torch.cuda
     source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = []
+    times: list[float] = []
     for _ in range(repeats + 3):
         begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         begin.record()

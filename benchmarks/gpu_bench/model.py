@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from main_job_bench.processes import environment, python, run
 from main_job_bench.workload import write_tokenizer
@@ -68,11 +69,12 @@ def main(argv: list[str]) -> int:
     import torch
     import transformers
 
+    qwen3: Any = transformers
     path, shape = Path(argv[0]), SHAPES[argv[1]]
     config = shape.config()
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        made = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)).to(torch.bfloat16)
+        made = qwen3.Qwen3ForCausalLM(qwen3.Qwen3Config(**config)).to(torch.bfloat16)
     path.mkdir(parents=True, exist_ok=True)
     made.save_pretrained(path)
     (path / "config.json").write_text(json.dumps(config, indent=1))
