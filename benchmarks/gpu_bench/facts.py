@@ -12,7 +12,8 @@ from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inv
 from runtime_bench.circumstances import machine
 
 _DISTRIBUTIONS = (
-    "torch", "triton", "megatron-core", "sglang", "sglang-kernel", "sglang-router", "torch-memory-saver", "transformers",
+    "torch", "triton", "megatron-core", "sglang", "sglang-kernel", "sglang-router", "torch-memory-saver",
+    "transformers",
 )  # fmt: skip
 _MODULES = (
     "miles.backends.megatron_utils.backend",
@@ -39,7 +40,7 @@ def facts(results: Results) -> None:
         began = time.perf_counter()
         try:
             importlib.import_module(module)
-        except Exception as error:  # what is missing is the finding
+        except Exception as error:  # noqa: BLE001  # what is missing is the finding
             results.add(f"import {module}", f"failed: {type(error).__name__}: {error}"[:300])
         else:
             results.add(f"import {module}", time.perf_counter() - began, "s")

@@ -24,6 +24,7 @@ from gpu_bench.training import checksums_said
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.server_arguments import server_arguments
+from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 
 BUCKETS = (128 << 20, 512 << 20, 2 << 30)
 UPDATES = 12
@@ -48,7 +49,7 @@ async def engine(out: Path, path: Path, name: str) -> AsyncIterator[EngineClient
     command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(server_arguments(engine_config(path), 0))]
     added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=["0"])
     with (out / f"{name}.engine.log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **added}, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env={**os.environ, **added}, stdout=log, stderr=log)  # noqa: ASYNC220
     client = EngineClient(f"http://127.0.0.1:{http}", name=name)
     try:
         deadline = time.monotonic() + _START_S
@@ -100,10 +101,13 @@ async def _ipc(results: Results) -> None:
                 "ms",
                 f"{num_bytes} bytes, {len(weights)} tensors",
             )
-            target = Target(client)
+            first, _ = await client.checksums()
+            target = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False)
             version = 0
             for bucket in BUCKETS:
-                version = await asyncio.to_thread(_measure, results, target, weights, bucket, version, copying)
+                found = await asyncio.to_thread(_repeat, target, weights, bucket, version)
+                version += UPDATES
+                _tell(results, bucket, found, copying)
                 results.add(
                     f"GPU in use after updates of {bucket >> 20} MiB buckets", watch.samples[-1].used / 1e9, "GB"
                 )
@@ -115,18 +119,8 @@ async def _ipc(results: Results) -> None:
             await client.update_weights_from_disk(str(export), version=version + 2)
             loaded, _ = await client.checksums()
             results.add("checksum after IPC equals that after loading from disk", str(held == loaded), note=held[:16])
-            results.add("it differs from the first weights'", str(held != target.first), note=target.first[:16])
+            results.add("it differs from the first weights'", str(held != first), note=first[:16])
             await _hand_over(results, client, watch)
-
-
-class Target:
-    """The engine as a weight update sees it, and its checksum at the begin."""
-
-    def __init__(self, client: EngineClient) -> None:
-        from miles.backends.weight_update.messages import EngineTarget
-
-        self.target = EngineTarget(client.name, client.url, "", 1, 1, False)
-        self.first = ""
 
 
 def weights_of(path: Path) -> list[tuple[str, Any]]:
@@ -149,29 +143,27 @@ def export_of(export: Path, path: Path, weights: Sequence[tuple[str, Any]]) -> P
     return export
 
 
-def _send(target: Target, weights: Sequence[tuple[str, Any]], bucket: int, version: int) -> dict[str, float]:
+def _send(target: EngineTarget, weights: Sequence[tuple[str, Any]], bucket: int, version: int) -> dict[str, float]:
     import torch
 
     from miles.backends.base import ParallelState
-    from miles.backends.weight_update.messages import WeightUpdate
     from miles.backends.weight_update.sender import make_sender
 
-    update = WeightUpdate(version, (target.target,), "tensor", bucket)
+    update = WeightUpdate(version, (target,), "tensor", bucket)
     sender = make_sender(ParallelState(), update, torch.device("cuda", 0))
     found: dict[str, float] = sender.send(update, iter(weights))
     sender.close()
     return {**found, "num_buckets": float(sender.num_buckets)}
 
 
-def _measure(
-    results: Results,
-    target: Target,
-    weights: Sequence[tuple[str, Any]],
-    bucket: int,
-    version: int,
-    copying: float,
-) -> int:
-    found = [_send(target, weights, bucket, version + 1 + turn) for turn in range(UPDATES)][2:]
+def _repeat(
+    target: EngineTarget, weights: Sequence[tuple[str, Any]], bucket: int, version: int
+) -> list[dict[str, float]]:
+    """The first two warm up."""
+    return [_send(target, weights, bucket, version + 1 + turn) for turn in range(UPDATES)][2:]
+
+
+def _tell(results: Results, bucket: int, found: Sequence[dict[str, float]], copying: float) -> None:
     median = {name: statistics.median(each[name] for each in found) for name in found[0]}
     parts = ", ".join(f"{name} {1e3 * median[name]:.1f}" for name in ("gather", "copy", "wait", "engine"))
     results.add(
@@ -179,7 +171,6 @@ def _measure(
         f"{median['total'] / copying:.1f} copies; ms: {parts}; {median['num_buckets']:.0f} buckets; "
         f"least {1e3 * min(each['total'] for each in found):.1f}",
     )  # fmt: skip
-    return version + UPDATES
 
 
 async def _hand_over(results: Results, client: EngineClient, watch: MemoryWatch) -> None:

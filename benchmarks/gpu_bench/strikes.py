@@ -41,18 +41,19 @@ def rank_killed(results: Results, backend: str) -> None:
                 at = time.time()
                 os.kill(pid, signal.SIGKILL)
                 strikes.append((role, pid, at))
-            code = process.wait(_RUN_S)
+            results.add("exit code", process.wait(_RUN_S))
         finally:
+            for role, pid, at in strikes:  # also of a run that went wrong
+                gone, came = gap_between(watch.samples, watch.roles, pid, at)
+                name, note = (
+                    f"{role} killed: its memory is back after",
+                    f"its successor takes memory after {came:.2f} s",
+                )
+                results.add(name, gone, "s", note)
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait(60.0)
     metrics_of(results, run_dir)
-    results.add("exit code", code)
-    for role, pid, at in strikes:
-        gone, came = gap_between(watch.samples, watch.roles, pid, at)
-        results.add(
-            f"{role} killed: its memory is back after", gone, "s", f"its successor takes memory after {came:.2f} s"
-        )
 
 
 def wait_for_rows(process: subprocess.Popen[bytes], run_dir: Path, count: int) -> None:
