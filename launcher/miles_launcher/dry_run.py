@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
-from miles_agents.agent.inventory import DriverNvml, inventory_notices, take_inventory
+from miles_agents.agent.inventory import DriverNvml, gpu_notices, inventory_notices, take_inventory
 from miles_agents.errors import MilesError
 from miles_agents.node_info import Gpu, NodeInfo, default_cpu_slots
 from miles_controller.config import forwarded_environment
@@ -204,7 +204,7 @@ def _write(
     kind = "CPU slot" if config["device"] == "cpu" else "GPU"
     out.print(Text(f"run directory {config['run_dir']}, device {config['device']}, {config['params_dtype']}"))
     if config["launcher"] == "local":
-        for notice in inventory_notices(nodes[NODE]):
+        for notice in [*inventory_notices(nodes[NODE]), *gpu_notices(DriverNvml(), nodes[NODE])]:
             out.print(Text(f"note: {notice}", style="dim"))
     else:
         _write_nodes(config, nodes, placement, out)

@@ -296,6 +296,7 @@ def _give_back(device: torch.device) -> None:
     """Memory that is free in this process goes to the system."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # buckets of a weight update that engines have let go of
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)

@@ -13,6 +13,7 @@ from miles_agents.agent.inventory import (
     GpuDriverFault,
     UnknownInterface,
     address_towards,
+    gpu_notices,
     interface_addresses,
     interface_of,
     inventory_notices,
@@ -67,6 +68,11 @@ class TwoGpus:
     def mig(self, index):
         return index == 1
 
+    def users(self, index):
+        if index == self.broken_at:
+            raise GpuDriverFault("the driver does not answer", evidence="GPU is lost")
+        return [(os.getpid(), 3 << 30), (2**22 + 1, 0)] if index == 1 else []
+
 
 class NoDriver:
     def open(self):
@@ -100,6 +106,24 @@ def test_gpus_are_listed_with_their_identity_and_mig_is_noted():
     assert take(TwoGpus(), cpu_slots=3).cpu_slots == 3
     assert inventory_notices(info) == ["node node-a: GPU 1 in MIG mode; processes see slices of it, not the whole GPU"]
     assert (nvml.opened, nvml.is_open) == (1, False)
+
+
+def test_who_computes_on_a_gpu_already_is_told_with_name_and_memory():
+    nvml = TwoGpus()
+    info = take(nvml)
+    mine, unseen = gpu_notices(nvml, info)
+    name = psutil.Process().name()
+    assert mine == f"node node-a: GPU 1 is in use: pid {os.getpid()} ({name}) holds 3072 MiB of {80 << 10}"
+    assert f"pid {2**22 + 1} (not seen from here) holds 0 MiB" in unseen
+    assert not nvml.is_open
+    hidden = take(TwoGpus(), CUDA_VISIBLE_DEVICES="0")
+    assert gpu_notices(TwoGpus(), hidden) == []  # those of others are not looked at
+
+
+def test_a_driver_that_does_not_tell_who_computes_ends_nothing():
+    broken = TwoGpus(broken_at=1)
+    assert gpu_notices(broken, take(TwoGpus())) == [] and not broken.is_open
+    assert gpu_notices(NoDriver(), take(NoDriver())) == []
 
 
 def test_a_driver_fault_is_told_and_the_driver_is_let_go():

@@ -125,6 +125,7 @@ def test_an_engine_on_gpus_sees_its_own_only():
     env = engine_environment(
         "cuda", index=1, tp_size=2, colocate=True, inherited={"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, device_ids=["2", "3"]
     )
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # what the indices count by
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3" and env["SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2"] == "0"
     assert env["SGLANG_DG_CACHE_DIR"].endswith("rank_1")
     assert "SGLANG_USE_CPU_ENGINE" not in env and "OMP_NUM_THREADS" not in env
@@ -202,3 +203,16 @@ def test_an_engine_beside_other_machines_is_told_no_loopback():
     env = engine_environment("cpu", index=0, tp_size=1, colocate=False, inherited={}, is_alone=False)
     assert "GLOO_SOCKET_IFNAME" not in env
     assert engine_environment("cpu", index=0, tp_size=1, colocate=False, inherited={})["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_sglangs_processes_see_no_megatron_core():
+    """accelerate would import it, which sets the memory saver to a mode in which CUDA graphs cannot be paused."""
+    program = (
+        "from miles.backends.sglang_utils.launch_engine import prepare_process; prepare_process(); "
+        "import importlib.util; print(importlib.util.find_spec('megatron'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "None"
+    with_it = "import importlib.util; print(importlib.util.find_spec('megatron') is not None)"
+    shown = subprocess.run([sys.executable, "-c", with_it], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.strip() == "True"  # it is installed, or the above would show nothing

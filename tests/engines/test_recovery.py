@@ -181,6 +181,21 @@ async def test_engines_without_memory_are_neither_judged_nor_started(tmp_path):
         await all_are_well(job, 2)
 
 
+async def test_an_engine_that_comes_back_gets_requests_only_with_all_of_its_memory(tmp_path):
+    """Of a rollout whose only engine died: the next takes weights first, on the trainer's GPU."""
+    config = {"device": "cuda", "offload_rollout": True, "rollout_num_engines": 1}
+    async with recovering(tmp_path / "run", **config) as job:
+        job.train()
+        job.shares_memory = True
+        asked = asyncio.ensure_future(job.generate())
+        await job.until_busy()
+        job.strike("engine-0", KILL)
+        assert versions(await asked) <= {"1", "2"}
+        assert job.serving_without_cache == []
+        assert len(job.recoveries("engine-0")) == 1  # a request without a KV cache would have ended it
+        assert job.fleet.weight_version == 2
+
+
 async def test_engines_of_others_are_left_out_and_the_last_ends_the_run(tmp_path):
     async with AsyncExitStack() as stack:
         fakes = [await stack.enter_async_context(fake_engine(model=engine_model())) for _ in range(2)]

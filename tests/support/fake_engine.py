@@ -192,6 +192,9 @@ class FakeEngine:
         return web.json_response({"choices": [{"text": str(answer.tokens), "finish_reason": reason}]})
 
     async def _answer(self, input_ids, sampling, rid):
+        if "kv_cache" in self.released:
+            await self.die()
+            raise ConnectionResetError
         for name in sampling.keys() - SAMPLING_PARAMETERS:
             raise Refused(f"unknown field `{name}`, expected one of {sorted(SAMPLING_PARAMETERS)}")
         if not input_ids:

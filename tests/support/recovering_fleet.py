@@ -75,6 +75,8 @@ class Job:
         self.cluster, self.fleet, self.trainer, self.strikes = cluster, fleet, Trainer(), strikes
         self.engines = Engines()
         self.has_newer_weights = False
+        self.shares_memory = False
+        self.serving_without_cache: list[str] = []
         rollout = SimpleNamespace(set_engines=SimpleNamespace(call_one=self._set_engines))
         parts: Any = SimpleNamespace(fleet=fleet, trainer=self.trainer, rollout=rollout, calls=lambda mesh, _: mesh)
         self.loop = EngineRecovery(
@@ -93,7 +95,14 @@ class Job:
         self.has_newer_weights = True
 
     async def update(self) -> bool:
+        """As the training loop has it: where memory is shared, it changes hands around it."""
+        if self.shares_memory:
+            await self.fleet.release()
+            await self.fleet.resume_memory("weights")
         await self.fleet.weight_update(self.trainer)
+        if self.shares_memory:
+            self.serving_without_cache += [target.name for target in self.fleet.targets]
+            await self.fleet.resume_memory("kv_cache")
         self.has_newer_weights = False
         return True
 

@@ -83,6 +83,9 @@ class Nvml(Protocol):
     def mig(self, index: int) -> bool:
         """Whether it is cut into MIG slices."""
 
+    def users(self, index: int) -> list[tuple[int, int]]:
+        """Processes that compute on it: pid, and bytes of its memory (0 where the driver does not say)."""
+
 
 class DriverNvml:
     """NVML through pynvml, which is loaded only where there is a driver: it takes 2.5 MiB."""
@@ -139,6 +142,11 @@ class DriverNvml:
         """Whether MIG mode is on now."""
         modes = self._optional("nvmlDeviceGetMigMode", index)
         return modes is not None and modes[0] == _MIG_ENABLED
+
+    def users(self, index: int) -> list[tuple[int, int]]:
+        """In a container with a pid namespace of its own the pids are those of the machine."""
+        processes = self._optional("nvmlDeviceGetComputeRunningProcesses", index) or ()
+        return [(process.pid, int(process.usedGpuMemory or 0)) for process in processes]
 
     def _handle(self, index: int) -> Any:
         return self._call("nvmlDeviceGetHandleByIndex", index)
@@ -227,6 +235,35 @@ def inventory_notices(info: NodeInfo) -> list[str]:
             f"node {info.node}: GPU {', '.join(cut)} in MIG mode; processes see slices of it, not the whole GPU"
         )
     return notices
+
+
+def gpu_notices(nvml: Nvml, info: NodeInfo) -> list[str]:
+    """Who computes on a node's GPUs before the run does, one line each: what they hold is missing later.
+
+    Nothing if the driver does not answer: this is a courtesy, and whoever needs the GPUs will hear of it.
+    """
+    try:
+        if not info.gpus or not nvml.open():
+            return []
+        try:
+            users = [(gpu, pid, held) for gpu in info.gpus for pid, held in nvml.users(gpu.index)]
+        finally:
+            nvml.close()
+    except GpuDriverFault:
+        return []
+    return [
+        f"node {info.node}: GPU {gpu.index} is in use: pid {pid} ({_program(pid)}) holds {held >> 20} MiB"
+        + (f" of {gpu.memory_bytes >> 20}" if gpu.memory_bytes else "")
+        for gpu, pid, held in users
+    ]
+
+
+def _program(pid: int) -> str:
+    """Its name, if it can be seen from here."""
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return "not seen from here"
 
 
 def read_gpus(nvml: Nvml, visible: str | None) -> tuple[Gpu, ...]:

@@ -28,6 +28,7 @@ from miles_agents.agent.agent import Agent, AgentParts
 from miles_agents.agent.inventory import (
     DriverNvml,
     address_towards,
+    gpu_notices,
     interface_addresses,
     interface_of,
     inventory_notices,
@@ -147,6 +148,8 @@ class _Process:
             name_interface(info.addresses[0], os.environ)
         for notice in inventory_notices(info):
             logger.info(notice)
+        for notice in gpu_notices(DriverNvml(), info):
+            logger.warning(notice)
         reaper = os.getppid() if LIFELINE_VARIABLE in os.environ else 0
         with ExitStack() as owned:
             owned.callback(watch_reaper(loop, functools.partial(self._end, "the reaper died", orderly=False)))

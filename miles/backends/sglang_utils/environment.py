@@ -64,6 +64,7 @@ def engine_environment(
         env["OMP_NUM_THREADS"] = wanted["OMP_NUM_THREADS"]
     elif device_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(device_ids)
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # that of the indices; CUDA's own would be the fastest GPU first
     return env
 
 

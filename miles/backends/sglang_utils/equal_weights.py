@@ -43,6 +43,7 @@ async def check_engine(client: EngineClient, export: Path | str, *, version: int
         differing = _differing(held, loaded, skip)
         if differing or not skip:
             raise _differ(client.name, (sum_held, sum_loaded), differing)
+    logger.info("%s holds weight version %s, checksum %s", client.name, version, sum_held)
     names = {name for rank in loaded for name in rank}
     if unused := [word for word in skip if word not in _told and not any(word in name for name in names)]:
         _told.update(unused)

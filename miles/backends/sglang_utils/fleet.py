@@ -247,7 +247,9 @@ class EngineFleet:
         return {"released": tags, "why": ""}
 
     async def resume_memory(self, what: str = "all") -> None:
-        """Have them take it back: ``weights`` before a weight update, ``kv_cache`` (with what else there is) after."""
+        """Have them take it back: ``weights`` before a weight update, ``kv_cache`` (with what else there is) after.
+
+        Engines that wait for requests get them only with all of their memory."""
         tags = {"all": MEMORY_TAGS, "weights": ("weights",), "kv_cache": ("kv_cache", "cuda_graph")}[what]
         await all_of(*(self._bounded(engine, engine.client.resume_memory(tags)) for engine in self._ready))
         if what == "weights" or not self._memory_is_released:
@@ -256,6 +258,7 @@ class EngineFleet:
         await all_of(*(engine.service.resume() for engine in self._ready))
         if self.recovery is not None:
             self.recovery.hold(False)
+            await self.recovery.admit_all()
 
     def _offloaded_tags(self) -> list[str]:
         wanted = self._config.get("offload_rollout_level") or ["kv_cache", "weight"]
@@ -303,7 +306,8 @@ class EngineFleet:
                 logger.warning("%s; it is made again when one is back", error.what)
                 if version is not None and version <= self._updates.state.version:
                     version = self._updates.state.version + 1  # all had it, and died before they went on
-        await recovery.admit_all()
+        if not self._memory_is_released:  # else when it is back: a request without a KV cache ends an engine
+            await recovery.admit_all()
         return done
 
     async def catch_up(self, send: Send) -> None:

@@ -26,6 +26,9 @@ def prepare_process() -> None:
     from tqdm.std import TqdmDefaultWriteLock  # type: ignore[import-untyped]
 
     TqdmDefaultWriteLock.mp_lock = None  # no semaphore for progress bars, which a kill would leave in the system
+    # As if not installed: accelerate would import it, which takes seconds and has the memory saver work in another mode
+    # (megatron.core.inference sets it), in which an engine with CUDA graphs does not start.
+    sys.modules.setdefault("megatron", None)  # type: ignore[arg-type]
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" and json.loads(sys.argv[3]).get("enable_return_routed_experts"):
         keep_routed_experts_unpinned()
 

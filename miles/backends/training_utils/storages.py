@@ -178,6 +178,7 @@ def keep(storages: list[Storage], *, target: str, directory: Path, chunk_bytes: 
 def return_memory() -> None:
     """Let the allocators give what they have free back to the system."""
     if torch.cuda.is_available():
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # buckets that engines have let go of
         torch.cuda.empty_cache()
     # Not in every C library.
     trim = getattr(_LIBC, "malloc_trim", None)
