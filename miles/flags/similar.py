@@ -45,7 +45,7 @@ def most_alike(name: str, names: Collection[str], unlikely: Collection[str] = ()
 def _alike(name: str, known: str) -> float:
     typed = name.strip("-").lower().replace("_", "-").split("-")
     meant = known.strip("-").split("-")
-    return max(_letters_if_alike(name, known), *(_by_parts(a, b) for a in _forms(typed) for b in _forms(meant)))
+    return max(_letters_if_alike(name.strip("-"), known.strip("-")), *(_by_parts(a, b) for a in _forms(typed) for b in _forms(meant)))
 
 
 def _forms(parts: Sequence[str]) -> list[tuple[str, ...]]:

@@ -77,6 +77,6 @@ async def test_an_update_whose_engines_die_when_it_is_committed_is_made_again_as
         return None
 
     fleet.recovery = SimpleNamespace(until=at_once, admit_all=at_once, num_serving=1, num_waiting=0)
-    fleet._updates = LastStep()
+    fleet._updates, fleet._memory_is_released = LastStep(), False
     assert await fleet.weight_update(None, version=5) == 6
     assert fleet._updates.asked == [5, 6]
