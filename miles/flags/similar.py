@@ -35,7 +35,9 @@ _SPELLED_OUT = {
 
 def most_alike(name: str, names: Collection[str], unlikely: Collection[str] = ()) -> str | None:
     """The one of ``names`` that ``name`` was meant for; None: none looks like it. One that is ``unlikely`` has to look
-    more like it."""
+    more like it. Of one or two letters alone nothing can be told."""
+    if len(name.strip("-")) <= _SHORT:
+        return None
     alike = {known: _alike(name, known) for known in names}
     there = {known: a for known, a in alike.items() if a >= (ALIKE_UNLIKELY if known in unlikely else ALIKE)}
     best = [known for known, a in there.items() if a == max(there.values())]
@@ -45,7 +47,7 @@ def most_alike(name: str, names: Collection[str], unlikely: Collection[str] = ()
 def _alike(name: str, known: str) -> float:
     typed = name.strip("-").lower().replace("_", "-").split("-")
     meant = known.strip("-").split("-")
-    return max(_letters_if_alike(name.strip("-"), known.strip("-")), *(_by_parts(a, b) for a in _forms(typed) for b in _forms(meant)))
+    return max(_letters_if_alike(name, known), *(_by_parts(a, b) for a in _forms(typed) for b in _forms(meant)))
 
 
 def _forms(parts: Sequence[str]) -> list[tuple[str, ...]]:
