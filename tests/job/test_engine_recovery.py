@@ -10,14 +10,16 @@ from support.training_runs import GRPO, all_gone, running, until
 from miles.rollout.journal import replay
 from miles.tracking.metrics_file import read_metrics
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 QUICK = {
     "use_fault_tolerance": True,
     "rollout_health_check_interval": 1,
     "rollout_health_check_timeout": 10,
     "check_weight_update_equal": True,
 }
-RUN_S = 300
+RUN_S = 500
+CAUSES = {"SIGKILL": ("SIGKILL",), "SIGSTOP": ("health probes failed", "did not answer", "said nothing for")}
+"""One that stops is found by its heartbeats; if an update comes before their verdict, by that."""
 
 
 def events(tmp_path, kind):
@@ -54,7 +56,7 @@ def test_a_colocated_run_outlives_its_only_engine(tmp_path, name):
     strike = {"custom_rm_path": "engine_strikes.reward", "env": f"STRIKE=90,{name}"}
     with running(tmp_path, colocate=True, num_rollout=2, **QUICK, **strike) as process:
         told, _ = finishes(process, tmp_path, "engine-0", 2)
-    assert ("SIGKILL" if name == "SIGKILL" else "health probes failed") in told["fields"]["cause"]
+    assert any(cause in told["fields"]["cause"] for cause in CAUSES[name])
     assert trained(tmp_path) == 2
 
 
@@ -68,9 +70,7 @@ def test_one_of_two_engines_comes_back_while_the_other_serves(tmp_path, name, as
         told = until(run, "recovered engine-").splitlines()[-1]
         checked = [until(run, "the engines hold exactly the trainer's weights") for _ in range(2)]
         run.send_signal(signal.SIGINT)
-    # One that stops is found by its heartbeats; if an update comes before their verdict, by that.
-    causes = ("SIGKILL",) if name == "SIGKILL" else ("health probes failed", "did not answer", "said nothing for")
-    assert any(cause in told for cause in causes)
+    assert any(cause in told for cause in CAUSES[name])
     [event] = events(tmp_path, "recovered")
     assert event["text"] == told and event["fields"]["version"] > 1
     assert "warning" not in "".join(checked)
