@@ -59,6 +59,7 @@ from miles_controller.owned_mesh import OwnedMesh
 from miles_controller.placement import Inventory, Placement, Request
 from miles_controller.policy import Policy
 from miles_controller.reports import Reports
+from miles_controller.run_orders import RunOrders
 from miles_controller.services import ServiceHandle, ServiceKeeper
 from miles_controller.status_server import StatusServer
 from miles_controller.store_desk import StoreDesk
@@ -87,6 +88,10 @@ class Controller:
         self._incarnation = 0
         self._entered = False
         self.status_server: StatusServer | None = None
+        self.on_stop: Callable[[str], None] | None = None
+        """Ends what the controller is there for, in good order and soon, given who asked; for ``miles stop``."""
+        self.describe_job: Callable[[], Mapping[str, Any]] | None = None
+        """What the controller is there for, as plain values for the status page."""
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -195,7 +200,14 @@ class Controller:
 
     async def _start_status(self) -> None:
         directory = self._runtime_directory().path
-        self.status_server = StatusServer(self.status, run_id=self.run_id, directory=directory)
+        run_dir = None if self.config.run_dir is None else str(self.config.run_dir.resolve())
+        self.status_server = StatusServer(
+            self.status,
+            run_id=self.run_id,
+            directory=directory,
+            orders=RunOrders(self).by_path(),
+            about={"run_dir": run_dir, "began": time.time()},
+        )
         await self.status_server.start()
 
     def _serve(self) -> None:

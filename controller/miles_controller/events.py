@@ -49,6 +49,7 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self._subscribers: set[asyncio.Queue[Event]] = set()
+        self._listeners: list[Callable[[Event], None]] = []
         self._num_unlogged = 0
         try:
             self._file = None if path is None else EventFile(path)
@@ -63,12 +64,21 @@ class EventLog:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(event)
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # boundary: listeners are the embedder's
+                logger.exception("a listener of events failed")
         try:
             logger.log(logging.WARNING if kind in _WARNINGS else logging.INFO, "%s: %s", subject, text)
         except Exception:  # noqa: BLE001  boundary: handlers are the embedder's
             self._num_unlogged += 1
         if self._file is not None:
             self._write(self._file, event)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call this with every event from now on, at once; it must not block. What it raises is logged."""
+        self._listeners.append(listener)
 
     @property
     def num_lost(self) -> int:

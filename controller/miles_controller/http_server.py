@@ -1,4 +1,5 @@
-"""A small HTTP/1.1 server for our own pages: GET, a bearer token on every route, few connections, little memory.
+"""A small HTTP/1.1 server for our own pages: GET for pages, POST without a body for orders, a bearer token on every
+route, few connections, little memory.
 
 Consumes requests on one listening socket, loopback unless told otherwise. Produces what the routes' handlers return.
 Waits for clients, each wait bounded by ``HttpLimits.idle_s``; ``close`` unblocks everything.
@@ -15,10 +16,10 @@ import contextlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import h11
 
@@ -31,6 +32,9 @@ HttpResponse: TypeAlias = tuple[int, str, bytes]
 
 Handler: TypeAlias = Callable[[], HttpResponse]
 """Answers one GET. Runs on the event loop: it must not block."""
+
+Action: TypeAlias = Callable[[Mapping[str, str]], Awaitable[HttpResponse]]
+"""Answers one POST, given its query. It bounds its own waiting, and is cancelled when the server closes."""
 
 _CHUNK_BYTES = 64 * 1024
 _TEXT = "text/plain; charset=utf-8"
@@ -66,6 +70,7 @@ class HttpServer:
 
     Args:
         routes: Exact paths; the query is ignored.
+        actions: Exact paths of orders.
         token: The bearer token, ASCII.
         host: Address to listen on.
         port: 0 takes a free one.
@@ -78,12 +83,14 @@ class HttpServer:
         routes: Mapping[str, Handler],
         *,
         token: str,
+        actions: Mapping[str, Action] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         allowed_hosts: Collection[str] = (),
         limits: HttpLimits = DEFAULT_LIMITS,
     ) -> None:
         self._routes = dict(routes)
+        self._actions = dict(actions or {})
         self._expected = b"Bearer " + token.encode("ascii")
         self._host = host
         self._port = port
@@ -155,21 +162,21 @@ class HttpServer:
         finally:
             writer.transport.abort()
 
-    def _answer(self, request: h11.Request) -> HttpResponse:
+    async def _answer(self, request: h11.Request) -> HttpResponse:
         headers = {name: value for name, value in request.headers}  # noqa: C416  # h11's pairs are not a mapping
         # First of all, and the same for every path, so that strangers learn nothing about the routes.
         if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             return _EMPTY[401]
         if _host_name(headers.get(b"host", b"")) not in self._allowed_hosts:
             return _EMPTY[421]
-        if request.method != b"GET":
-            return _EMPTY[405]
-        path = request.target.decode("ascii").partition("?")[0]
-        handler = self._routes.get(path)
-        if handler is None:
-            return _EMPTY[404]
+        path, _, query = request.target.decode("ascii").partition("?")
         try:
-            return handler()
+            if request.method == b"POST" and path in self._actions:
+                return await self._actions[path](dict(parse_qsl(query)))
+            if request.method != b"GET":
+                return _EMPTY[405]
+            handler = self._routes.get(path)
+            return _EMPTY[404] if handler is None else handler()
         except Exception:  # boundary: a page that fails must not take the server with it
             log.exception("handler of %s failed", path)
             return _EMPTY[500]
@@ -184,7 +191,7 @@ class _Client:
         self._limits = limits
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
 
-    async def exchange(self, answer: Callable[[h11.Request], HttpResponse]) -> bool:
+    async def exchange(self, answer: Callable[[h11.Request], Awaitable[HttpResponse]]) -> bool:
         """One request and its answer. True: the connection can carry another."""
         try:
             async with asyncio.timeout(self._limits.idle_s):
@@ -194,7 +201,7 @@ class _Client:
             return False
         if request is None:
             return False
-        await self._send(answer(request), close=False)
+        await self._send(await answer(request), close=False)
         if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
             return False
         self._http.start_next_cycle()

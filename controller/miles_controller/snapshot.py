@@ -22,7 +22,9 @@ def snapshot(controller: Controller, meshes: Sequence[MeshSupervisor]) -> dict[s
     now = fabric.loop.time()
     return {
         "run_id": controller.run_id,
+        "run_dir": None if controller.config.run_dir is None else str(controller.config.run_dir),
         "at": time.time(),
+        "job": None if controller.describe_job is None else dict(controller.describe_job()),
         "address": controller.address,
         "nodes": [_node(controller, name, now) for name in fabric.membership.members],
         "meshes": [_mesh(controller, mesh, now) for mesh in meshes],

@@ -1,7 +1,8 @@
 """The status page of a run: what the controller sees, as JSON, for the person who started the run and nobody else.
 
-Consumes a function that describes the run as plain data. Produces ``/status`` and ``/healthz`` on loopback, and the
-file ``status.json`` (mode 0600) in the run's runtime directory, from which ``miles status`` takes address and token.
+Consumes a function that describes the run as plain data, and functions that carry out orders (``run_orders``).
+Produces ``/status`` and ``/healthz`` for GET and the orders for POST, on loopback, and the file ``status.json`` (mode
+0600) in the run's runtime directory, from which ``miles status`` takes address and token.
 Invariant: the file exists exactly while the server answers, unless the process was killed.
 """
 
@@ -12,14 +13,19 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from miles_controller.http_server import DEFAULT_LIMITS, HttpLimits, HttpResponse, HttpServer
+from miles_agents.errors import MilesError
+from miles_controller.http_server import DEFAULT_LIMITS, Action, HttpLimits, HttpResponse, HttpServer
 
 STATUS_FILE = "status.json"
-"""Its name in the runtime directory. Keys: ``run_id``, ``url``, ``token``, ``pid``."""
+"""Its name in the runtime directory. Keys: ``run_id``, ``url``, ``token``, ``pid``; ``run_dir``, null for a
+run without one; ``began``, seconds since the epoch."""
+
+Order: TypeAlias = Callable[[Mapping[str, str]], Awaitable[Mapping[str, Any]]]
+"""Given the query of a POST, carries an order out and returns plain values. What it raises of ours is told."""
 
 _JSON = "application/json"
 
@@ -32,6 +38,8 @@ class StatusServer:
             JSON does not have become strings (paths, enums, nan).
         run_id: Told in the file and by ``/healthz``.
         directory: The run's runtime directory (private to the user).
+        orders: By path. What one raises is answered with 409, ``{"error", "what", "code"}``.
+        about: Further keys of the file.
         host: Address to listen on.
         port: 0 takes a free one.
         allowed_hosts: Further names that clients may call this server by.
@@ -44,6 +52,8 @@ class StatusServer:
         *,
         run_id: str,
         directory: Path,
+        orders: Mapping[str, Order] | None = None,
+        about: Mapping[str, Any] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         allowed_hosts: Collection[str] = (),
@@ -51,11 +61,13 @@ class StatusServer:
     ) -> None:
         self._snapshot = snapshot
         self._run_id = run_id
+        self._about = dict(about or {})
         self._file = directory / STATUS_FILE
         self._token = secrets.token_urlsafe(32)
         self._http = HttpServer(
             {"/status": self._status, "/healthz": self._healthz},
             token=self._token,
+            actions={path: _answering(order) for path, order in (orders or {}).items()},
             host=host,
             port=port,
             allowed_hosts=allowed_hosts,
@@ -87,7 +99,7 @@ class StatusServer:
             OSError: The directory is gone or full.
         """
         await self._http.start()
-        about = {"run_id": self._run_id, "url": self.url, "token": self._token, "pid": os.getpid()}
+        about = {"run_id": self._run_id, "url": self.url, "token": self._token, "pid": os.getpid(), **self._about}
         try:
             _write_private(self._file, json.dumps(about) + "\n")
         except BaseException:
@@ -105,6 +117,16 @@ class StatusServer:
 
     def _healthz(self) -> HttpResponse:
         return 200, _JSON, to_json({"ok": True, "run_id": self._run_id})
+
+
+def _answering(order: Order) -> Action:
+    async def answer(query: Mapping[str, str]) -> HttpResponse:
+        try:
+            return 200, _JSON, to_json(await order(query))
+        except MilesError as error:
+            return 409, _JSON, to_json({"error": str(error), "what": error.what, "code": error.code})
+
+    return answer
 
 
 def to_json(value: Any) -> bytes:

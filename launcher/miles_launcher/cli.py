@@ -1,4 +1,5 @@
-"""The ``miles`` command: ``miles agent`` on each node, ``miles status`` for the person who started a run.
+"""The ``miles`` command: ``miles agent`` on each node; ``status``, ``logs``, ``stack`` and ``stop`` for the person who
+started a run.
 
 ``miles agent`` is on the start-up path of every node, so only the standard library and two small modules are loaded
 for it; then it becomes the reaper, which starts the agent.
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import miles_agents
 from miles_agents.errors import ConfigError, EnvironmentFault, MilesError
@@ -60,7 +61,7 @@ class UnsafeKeyFile(EnvironmentFault):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error that was told on stderr."""
+    """Run the command line; returns the exit code: 0, or 2 for an error that was told on stderr (docs/console.md)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in _PASSED_ON:
         return _PASSED_ON[arguments[0]](arguments[1:])  # with parsers of their own, which an agent must not load
@@ -68,13 +69,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "agent":
             _agent(options, arguments[arguments.index("agent") + 1 :])
-        from miles_launcher.status import print_status
-
-        print_status(options.run, as_json=options.json)
+        return _of_a_run(options)
     except MilesError as error:
         print(error, file=sys.stderr)
         _remove_copied_code()
         return 2
+
+
+def _of_a_run(options: argparse.Namespace) -> int:
+    """Commands about a run that is alive."""
+    if options.command == "status":
+        from miles_launcher.status import print_status
+
+        print_status(options.run, as_json=options.json)
+    elif options.command == "logs":
+        return _logs(options)
+    elif options.command == "stack":
+        from miles_launcher.runs import find_run, order
+
+        told = order(find_run(options.run), "/stack", {"rank": options.rank})
+        print(f"{told['rank']} on {told['node']}, pid {told['pid']}\n\n{told['stack']}")
+    elif options.command == "stop":
+        from miles_launcher.stop import stop
+
+        return stop(options.run, timeout_s=options.timeout_s)
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from miles_launcher.logs import print_logs
+
+    lines = None if options.lines == "all" else int(options.lines)
+    try:
+        print_logs(options.run, options.process, lines=lines, follow=options.follow)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush finds somebody
     return 0
 
 
@@ -158,8 +190,10 @@ def _parser() -> argparse.ArgumentParser:
         agent.add_argument(_flag(name), type=float, metavar="SECONDS", help=f"default {getattr(defaults, name):g}")
 
     status = commands.add_parser("status", allow_abbrev=False, help="show what a run on this machine does")
-    status.add_argument("--run", metavar="RUN", help="run id (needed if several run)")
+    status.add_argument("--run", metavar="RUN", help="run id, or run directory (needed if several run)")
     status.add_argument("--json", action="store_true", help="print the snapshot as JSON")
+
+    _add_commands_of_a_run(commands)
 
     # For --help only: their own parsers take what follows.
     commands.add_parser("flags", add_help=False, help="list the flags of train.py, or say why one is refused")
@@ -167,6 +201,25 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("submit", add_help=False, help="write a Slurm job script of a run, and submit it")
     commands.add_parser("convert", add_help=False, help="convert checkpoints between Hugging Face and torch_dist")
     return parser
+
+
+def _add_commands_of_a_run(commands: Any) -> None:
+    logs = commands.add_parser("logs", allow_abbrev=False, help="show the output of a run's processes")
+    logs.add_argument("process", nargs="*", help="trainer-0, engine-0, rollout-0, controller, ...; none: list them")
+    logs.add_argument("-f", "--follow", action="store_true", help="wait for more, also of a process started again")
+    logs.add_argument("-n", "--lines", type=_line_count, default="50", metavar="N", help="last lines (50), or: all")
+    stack = commands.add_parser("stack", allow_abbrev=False, help="show where the Python of a rank is, all threads")
+    stack.add_argument("rank", nargs="?", default="", help="trainer[1], trainer-1, or 1")
+    stop = commands.add_parser("stop", allow_abbrev=False, help="end a run in good order, and wait for that")
+    stop.add_argument("--timeout-s", type=float, default=180.0, metavar="SECONDS", help="how long to wait (180)")
+    for parser in (logs, stack, stop):
+        parser.add_argument("--run", metavar="RUN", help="run id, or run directory (needed if several run)")
+
+
+def _line_count(text: str) -> str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError("a number of lines, or: all")
+    return text
 
 
 class _Version(argparse.Action):

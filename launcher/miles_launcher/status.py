@@ -1,90 +1,38 @@
-"""``miles status``: find the run in the user's runtime directory, ask its status server, print the answer."""
+"""``miles status``: what a run does, as tables or JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import ProxyHandler, Request, build_opener
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from miles_agents.errors import ConfigError, PeerFault
-from miles_agents.runtime_dir import live_runs
-from miles_controller.status_server import STATUS_FILE
+from miles_launcher.runs import ask, find_run
 
-_DEADLINE_S = 10.0
 _SHOWN_EVENTS = 15
 
 
-class NoSuchRun(ConfigError):
-    """There is no such run of this user on this machine, or more than one could be meant."""
-
-    code = "E-CLI-004"
-
-
-class NoStatus(PeerFault):
-    """The run's controller does not answer its status page."""
-
-    code = "E-CLI-005"
-
-
 def print_status(run: str | None, *, as_json: bool) -> None:
-    """Print the snapshot of ``run``, or of the only one there is.
-
-    Raises:
-        NoSuchRun: None, or several to choose from.
-        NoStatus: It did not answer within 10 s.
-    """
-    snapshot = fetch(find_run(run))
+    """Print the snapshot of ``run``, or of the only one there is. Raises NoSuchRun, NoStatus."""
+    snapshot = ask(find_run(run), "/status")
     if as_json:
         sys.stdout.write(json.dumps(snapshot) + "\n")
     else:
         Console().print(render(snapshot))
 
 
-def find_run(run: str | None) -> Path:
-    """The status file of that run, or of the only one."""
-    runs = {name: path / STATUS_FILE for name, path in live_runs().items() if (path / STATUS_FILE).exists()}
-    if run is None and len(runs) == 1:
-        return next(iter(runs.values()))
-    if run is not None and run in runs:
-        return runs[run]
-    known = ", ".join(runs) or "none"
-    if run is None and runs:
-        raise NoSuchRun("several runs are alive", evidence=f"runs: {known}", advice="Choose one with --run.")
-    raise NoSuchRun(
-        "no run is alive here" if run is None else f"run {run} is not alive here",
-        evidence=f"runs of this user on this machine: {known}",
-        advice="Ask on the machine, and as the user, that runs the controller.",
-    )
-
-
-def fetch(file: Path) -> Any:
-    """The snapshot, from the server that the status file names."""
-    try:
-        about = json.loads(file.read_text())
-        request = Request(f"{about['url']}/status", headers={"Authorization": f"Bearer {about['token']}"})  # noqa: S310
-        # Without a proxy, whatever the environment says: this is loopback, and the token is nobody else's.
-        with build_opener(ProxyHandler({})).open(request, timeout=_DEADLINE_S) as answer:
-            return json.load(answer)
-    except (OSError, URLError, ValueError, KeyError) as error:
-        raise NoStatus(
-            f"run {file.parent.name} does not tell its status",
-            evidence=f"{type(error).__name__}: {error}",
-            advice="Look at the controller's log; if its process is stopped or stuck, end it.",
-        ) from error
-
-
 def render(snapshot: Mapping[str, Any]) -> RenderableType:
     """The snapshot (``miles_controller.snapshot``) as tables: nodes, ranks with what they are at, services, events."""
     now = float(snapshot["at"])
     parts: list[RenderableType] = [Text(f"{snapshot['run_id']}  agents dial {snapshot['address']}", style="bold")]
+    if snapshot.get("run_dir"):
+        parts.append(Text(f"directory {snapshot['run_dir']}", overflow="fold"))
+    if snapshot.get("job"):
+        parts.append(_job(snapshot["job"]))
     parts.append(_nodes(snapshot["nodes"]))
     zygotes = [(node["name"], zygote) for node in snapshot["nodes"] for zygote in node.get("zygotes", [])]
     if zygotes:
@@ -99,6 +47,18 @@ def render(snapshot: Mapping[str, Any]) -> RenderableType:
     if events:
         parts.append(_table("last events", ("ago", "subject", "what"), events))
     return Group(*(part for pair in zip(parts, [Text()] * len(parts), strict=True) for part in pair))
+
+
+def _job(job: Mapping[str, Any]) -> Text:
+    """How far the training job is: ``miles.tracking.narrator.RunProgress`` as plain values."""
+    text = f"rollout {job['done']} of {job['num_rollout'] or '?'}, {job['phase'] or 'between phases'}"
+    if job["target"]:
+        text += f" {job['finished']}/{job['target']}"
+    if job["reward"] is not None:
+        text += f", reward {job['reward']:.3f}"
+    if job["step_s"] is not None:
+        text += f", last step {job['step_s']:.1f} s"
+    return Text(text)
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,23 +1,32 @@
-"""What a person at the terminal sees of a training run: bars for the run and its phase, one line per iteration.
+"""What a person at the terminal sees of a training run: one line per iteration, and on a terminal a live view below.
 
-On a terminal the bars are drawn in place, below the lines, and go away at the end; elsewhere (a file, a pipe) only
-whole lines are written.
+The live view (``live_view``) is drawn in place and goes away at the end; elsewhere (a file, a pipe, a terminal that can
+do nothing) only whole lines are written. A terminal that takes nothing (Ctrl-S) does not stop the run: lines wait until
+it does, ``MAX_WAITING`` of them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from miles.tracking.live_area import LiveArea
+from miles.tracking.live_view import TIME_FIELDS, Cluster, now, view_lines
 from miles.tracking.metrics_file import eval_means
+from miles.tracking.narrator import Narrator
 
+TICK_S = 0.5
+MAX_WAITING = 10_000
 _STEP_FIELDS = (
     ("rollout/raw_reward", "reward", 3),
     ("train/loss", "loss", 4),
@@ -25,79 +34,84 @@ _STEP_FIELDS = (
     ("train/kl_loss", "kl", 4),
     ("rollout/response_len/mean", "length", 1),
 )
-_TIME_FIELDS = (
-    ("perf/rollout_time", "generate"),
-    ("perf/train_time", "train"),
-    ("perf/update_weights_time", "update"),
-    ("perf/save_time", "save"),
-)
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 
 
-class RunConsole:
+class RunConsole(Narrator):
     """Writes to ``console`` (default: stdout).
 
-    Attributes:
-        shows_reward: False for supervised fine-tuning, which has none.
+    Args:
+        is_live: Whether there is a live view; None: on an interactive terminal.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, is_live: bool | None = None) -> None:
+        super().__init__()
         self.console = console or Console(highlight=False)
-        self.shows_reward = True
-        self._bars: Progress | None = None
-        self._run: TaskID | None = None
-        self._phase: TaskID | None = None
+        self.run_dir: Path | None = None
+        self._is_live = can_be_live(self.console) if is_live is None else is_live
+        self._area: LiveArea | None = None
+        self._began = now()
+        self._waiting: deque[str] = deque()
+        self._num_dropped = 0
 
     def say(self, text: str) -> None:
         """One plain line, however long."""
-        self.console.print(Text(text), soft_wrap=True)
+        area = self._area
+        if area is None:
+            self.console.print(Text(text), soft_wrap=True)
+            return
+        self._waiting.append(text)
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft()
+            self._num_dropped += 1
+        if area.can_write():
+            self._say_what_waits(area)
+
+    def _say_what_waits(self, area: LiveArea) -> None:
+        if self._num_dropped:
+            self._waiting.appendleft(f"[{self._num_dropped} lines are left out: the terminal took none]")
+            self._num_dropped = 0
+        while self._waiting and area.can_write():
+            area.print(Text(self._waiting.popleft()), soft_wrap=True)
 
     @contextmanager
-    def bars(self, num_rollout: int, done: int) -> Iterator[None]:
-        """The bars of a run that has ``num_rollout`` iterations in all and ``done`` behind it."""
-        columns = (
-            TextColumn("{task.description:<10}"), BarColumn(bar_width=32), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
+    def live(self) -> Iterator[None]:
+        """The live view is there inside, if the terminal is fit for one."""
+        if not self._is_live:
+            yield
+            return
+        self._area = area = LiveArea(self.console, self._view)
+        area.open()
+        try:
+            yield
+        finally:
+            self._area = None
+            area.close()
+            while self._waiting:
+                self.say(self._waiting.popleft())
+
+    async def tick(self) -> None:
+        """Draw the live view again and again, until cancelled."""
+        while self._area is not None:
+            self._say_what_waits(self._area)
+            self._area.refresh()
+            await asyncio.sleep(TICK_S)
+
+    def _view(self, width: int, height: int) -> list[Text]:
+        return view_lines(
+            self.progress, Cluster.of(self.controller), width=width, height=height, now=now(), began=self._began,
+            run_dir=self.run_dir, is_ascii=self.console.options.ascii_only,
         )  # fmt: skip
-        is_off = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=is_off) as bars:
-            self._run = bars.add_task("rollouts", total=num_rollout or None, completed=done, note="")
-            self._bars = bars
-            try:
-                yield
-            finally:
-                self._bars = None
 
     @property
     def has_bars(self) -> bool:
         """Whether anybody sees what ``show`` would show."""
-        return self._bars is not None and not self._bars.disable
+        return self._area is not None
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What the run does now, until left."""
-        bars = self._bars
-        if bars is None:
-            yield
-            return
-        self._phase = phase = bars.add_task(name, total=None, note="")
-        try:
-            yield
-        finally:
-            self._phase = None
-            bars.remove_task(phase)
-
-    def show(self, news: Mapping[str, Any]) -> None:
-        """How far the phase is: ``finished`` of ``target`` samples, ``tokens`` so far."""
-        if self._bars is not None and self._phase is not None:
-            target, tokens = news.get("target") or None, news.get("tokens", 0)
-            note = f"{tokens} tokens" if tokens else ""
-            self._bars.update(self._phase, completed=news.get("finished", 0), total=target, note=note)
-
-    def advance(self, rollouts_done: int) -> None:
-        """An iteration is done."""
-        if self._bars is not None and self._run is not None:
-            self._bars.update(self._run, completed=rollouts_done)
+    def phase_changed(self) -> None:
+        """Shown at once: the loop may be busy for long before the next tick."""
+        if self._area is not None:
+            self._area.refresh()
 
     def step(self, rollout_id: int, num_rollout: int, metrics: Mapping[str, float]) -> None:
         """The line of an iteration."""
@@ -107,7 +121,7 @@ class RunConsole:
                 parts.append(f"{name} {round(metrics[key], digits) + 0.0:.{digits}f}")
         if cut := metrics.get("rollout/truncated_ratio"):
             parts.append(f"cut {cut:.0%}")
-        times = [f"{name} {metrics[key]:.1f}" for key, name in _TIME_FIELDS if metrics.get(key, 0.0) >= 0.05]
+        times = [f"{name} {metrics[key]:.1f}" for key, name in TIME_FIELDS if metrics.get(key, 0.0) >= 0.05]
         total = metrics.get("perf/step_time", 0.0)
         self.say("  ".join(parts) + f"  {total:.1f} s" + (f" ({', '.join(times)})" if times else ""))
 
@@ -134,6 +148,15 @@ class RunConsole:
                 cells = [_short(one.get(key)) for key in ("prompt", "response", "label", "reward")]
                 table.add_row(*(Text(cell) for cell in cells))
             self.console.print(table)
+
+
+def can_be_live(console: Console) -> bool:
+    """Whether lines can be drawn in place there: colours that were asked for in a pipe do not make it a terminal."""
+    try:
+        is_tty = os.isatty(console.file.fileno())
+    except (OSError, ValueError):
+        return False
+    return is_tty and console.is_interactive and not console.is_dumb_terminal
 
 
 def _short(value: Any, limit: int = 60) -> str:

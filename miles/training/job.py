@@ -24,6 +24,7 @@ import uvloop
 
 from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
+from miles.tracking.narrator import Narrator
 from miles.tracking.plot import PLOT_NAME
 from miles.tracking.secrets import for_people, take_secrets
 from miles.training.async_loop import loop_class
@@ -98,17 +99,20 @@ def _prepared_directory(config: dict[str, Any]) -> Path:
 
 
 def _run(config: dict[str, Any], nodes: Nodes, shown: RunConsole, run_dir: Path, secrets: dict[str, str]) -> int:
-    terminated: list[int] = []
+    ended_by: list[str] = []
+    shown.run_dir = run_dir
     try:
         tracking = Tracking(config, run_dir, shown.say, secrets)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            outcome = runner.run(_main(config, nodes, shown, tracking, terminated))
+        with shown.live(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            outcome = runner.run(_main(config, nodes, shown, tracking, ended_by))
     except KeyboardInterrupt:
         shown.say(f"interrupted; everything has ended. Logs: {run_dir / 'logs'}")
         return EXIT_INTERRUPTED
     except asyncio.CancelledError:
-        shown.say(f"terminated; everything has ended. Logs: {run_dir / 'logs'}")
-        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+        shown.say(
+            f"terminated{f' by {ended_by[0]}' if ended_by else ''}; everything has ended. Logs: {run_dir / 'logs'}"
+        )
+        return EXIT_TERMINATED if ended_by else EXIT_INTERRUPTED
     except Exception as caught:  # boundary: whatever ended the job is told
         error = first_of(caught)
         logger.exception("the job failed", exc_info=error)
@@ -120,36 +124,58 @@ def _run(config: dict[str, Any], nodes: Nodes, shown: RunConsole, run_dir: Path,
     return EXIT_OK
 
 
-async def run_job(config: dict[str, Any], nodes: Nodes, *, console: RunConsole | None = None) -> Outcome:
-    """The job as an awaitable, for callers that have an event loop. Raises what ended it."""
+async def run_job(
+    config: dict[str, Any], nodes: Nodes, *, narrator: Narrator, on_stop: Callable[[str], None] | None = None
+) -> Outcome:
+    """The job as an awaitable, for programs that have an event loop. Raises what ended it; cancel it to end it in good
+    order. It writes to its run directory only, and leaves signals, logging and environment of the process alone.
+
+    Args:
+        narrator: Told how the job goes.
+        on_stop: Called when ``miles stop`` wants the job's end, with who asked; None: it cannot be stopped that way.
+    """
     config, secrets = take_secrets(config)
-    shown = console or RunConsole()
-    return await _job(config, nodes, shown, Tracking(config, Path(config["run_dir"]), shown.say, secrets))
+    run_dir = _prepared_directory(config)
+    return await _job(config, nodes, narrator, Tracking(config, run_dir, narrator.say, secrets), on_stop)
 
 
 async def _main(
-    config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking: Tracking, terminated: list[int]
+    config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking: Tracking, ended_by: list[str]
 ) -> Outcome:
     task = asyncio.current_task()
 
-    def on_sigterm() -> None:
-        terminated.append(signal.SIGTERM)
-        if task is not None:
+    def end(by: str) -> None:
+        if not ended_by and task is not None:  # once: a second one would break off the end
             task.cancel()
+        ended_by.append(by)
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm)
-    return await _job(config, nodes, shown, tracking)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end, "SIGTERM")
+    ticking = asyncio.create_task(shown.tick())
+    try:
+        return await _job(config, nodes, shown, tracking, end)
+    finally:
+        ticking.cancel()
 
 
-async def _job(config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking: Tracking) -> Outcome:
+async def _job(
+    config: dict[str, Any],
+    nodes: Nodes,
+    shown: Narrator,
+    tracking: Tracking,
+    on_stop: Callable[[str], None] | None,
+) -> Outcome:
     run_dir, how = tracking.run_dir, "failed"
     try:
         await tracking.open()
         options = ControllerConfig(bind=nodes.bind, nodes=nodes.names, run_dir=run_dir, env=config.get("env") or {})
-        async with Controller(options) as controller, nodes.start(controller, run_dir):
+        controller = Controller(options)
+        controller.on_stop = on_stop
+        async with controller, _attached(controller, shown), nodes.start(controller, run_dir):
             shown.say(f"run {controller.run_id}, directory {run_dir}")
-            await controller.wait_for_nodes(timeout_s=nodes.join_s)
-            parts = await start(controller, config)
+            with shown.phase("nodes"):
+                await controller.wait_for_nodes(timeout_s=nodes.join_s)
+            with shown.phase("start"):
+                parts = await start(controller, config)
             if parts.num_too_long:
                 shown.say(f"note: {parts.num_too_long} prompts are left out: they leave no room for an answer")
             tracking.begin(controller.run_id, parts.start_rollout_id)
@@ -169,7 +195,16 @@ async def _job(config: dict[str, Any], nodes: Nodes, shown: RunConsole, tracking
 
 
 @asynccontextmanager
-async def _recovering(parts: Parts, shown: RunConsole) -> AsyncIterator[None]:
+async def _attached(controller: Controller, shown: Narrator) -> AsyncIterator[None]:
+    shown.attached(controller)
+    try:
+        yield
+    finally:
+        shown.detached()
+
+
+@asynccontextmanager
+async def _recovering(parts: Parts, shown: Narrator) -> AsyncIterator[None]:
     """Deaths are answered inside, with ``--use-fault-tolerance``."""
     if parts.recovery is None:
         yield

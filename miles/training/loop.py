@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from miles.rollout.messages import EvalResult, RolloutBatchRefs
-from miles.tracking.console import RunConsole
 from miles.tracking.hub import Tracking
 from miles.tracking.metric_check import MetricCheck
+from miles.tracking.narrator import Narrator
 from miles.tracking.trace import ENGINES, EVALUATE, GENERATE, LOOP, TRAINER
 from miles.training.engine_recovery import EngineRecovery
 from miles.training.parts import LOAD_S, Parts
@@ -51,7 +51,7 @@ class Outcome:
 class TrainingLoop:
     """See the module's docstring."""
 
-    def __init__(self, parts: Parts, config: dict[str, Any], tracking: Tracking, console: RunConsole) -> None:
+    def __init__(self, parts: Parts, config: dict[str, Any], tracking: Tracking, console: Narrator) -> None:
         self.parts = parts
         self.config = config
         self.tracking = tracking
@@ -145,6 +145,7 @@ class TrainingLoop:
         metrics.update(watch.metrics())
         await self._trace(rollout_id, watch)
         self.tracking.write("rollout", rollout_id, rollout_id + 1, metrics, steps)
+        self.console.measured(rollout_id, self.config["num_rollout"], metrics)
         if iteration.is_told:
             self.console.step(rollout_id, self.config["num_rollout"], metrics)
         if iteration.evaluate_after:
@@ -241,12 +242,12 @@ class TrainingLoop:
             await self.parts.recovery.saved(rollout_id)
         await self.rollout.commit_save.call_one(rollout_id, self.config["save"])
         self.tracking.saved(self.config["save"])
-        self.console.say(f"saved {paths.at(gpus=0)}")
+        self.console.saved(rollout_id, str(paths.at(gpus=0)))
         export = None
         if self.config["save_hf"]:
             export = self.config["save_hf"].format(rollout_id=rollout_id)
             await trainer.export_hf.call(export)
-            self.console.say(f"exported {export}")
+            self.console.exported(rollout_id, export)
         if self.config.get("custom_megatron_post_save_hook_path"):
             await trainer.slice(gpus=0).after_save.call_one(rollout_id, paths.at(gpus=0), export)
 
