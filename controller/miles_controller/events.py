@@ -19,13 +19,14 @@ logger = logging.getLogger(__name__)
 _HISTORY = 1000
 _SUBSCRIBER_QUEUE = 10_000
 _CLOSE_S = 2.0
-_WARNINGS = frozenset(
+WARNINGS = frozenset(
     {
         "background_failed", "call_overdue", "close_failed", "mesh_failed", "mesh_not_ended", "node_dead",
-        "node_left_behind", "node_refused", "node_suspect", "object_lost", "service_failed", "store_full",
-        "worker_died", "worker_silent",
+        "node_left_behind", "node_provider_failed", "node_refused", "node_suspect", "object_lost", "service_failed",
+        "store_full", "worker_died", "worker_silent",
     }
 )  # fmt: skip
+"""Kinds of events that somebody should know of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class EventLog:
             except Exception:  # boundary: listeners are the embedder's
                 logger.exception("a listener of events failed")
         try:
-            logger.log(logging.WARNING if kind in _WARNINGS else logging.INFO, "%s: %s", subject, text)
+            logger.log(logging.WARNING if kind in WARNINGS else logging.INFO, "%s: %s", subject, text)
         except Exception:  # noqa: BLE001  boundary: handlers are the embedder's
             self._num_unlogged += 1
         if self._file is not None:

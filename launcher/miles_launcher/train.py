@@ -124,17 +124,26 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
     Raises:
         ResolverFailed: It crashed, or did not answer in time.
     """
-    words, secrets = split_argv(argv)
-    command = [sys.executable, "-m", "miles.flags", *words]
-    env = {**_environment(), **as_variables(secrets)}
+    command, env = resolving(argv)
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s, env=env)
     except subprocess.TimeoutExpired as late:
-        raise _failed(f"it did not answer in {timeout_s:g} s", late.stderr) from None
+        raise resolver_failed(f"it did not answer in {timeout_s:g} s", late.stderr) from None
+    return read_answer(done.returncode, done.stdout, done.stderr)
+
+
+def resolving(argv: Sequence[str], python_path: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of the process; ``python_path`` is where user code is looked for first."""
+    words, secrets = split_argv(argv)
+    return [sys.executable, "-m", "miles.flags", *words], {**_environment(python_path), **as_variables(secrets)}
+
+
+def read_answer(code: int | None, stdout: str, stderr: str) -> Answer:
+    """What it said. Raises ResolverFailed if that is no answer."""
     try:
-        values = json.loads(done.stdout)
+        values = json.loads(stdout)
     except ValueError:
-        raise _failed(f"it ended with exit code {done.returncode} and no answer", done.stderr) from None
+        raise resolver_failed(f"it ended with exit code {code} and no answer", stderr) from None
     return Answer(
         config=values.get("config"),
         problems=tuple(Problem.from_dict(problem) for problem in values.get("problems", ())),
@@ -144,14 +153,15 @@ def resolve(argv: Sequence[str], *, timeout_s: float = RESOLVE_S) -> Answer:
     )
 
 
-def _environment() -> dict[str, str]:
+def _environment(python_path: Sequence[str]) -> dict[str, str]:
     """With the directory of the script that runs, which a module that is run does not have on its path."""
     beside = [sys.path[0]] if sys.path and Path(sys.path[0]).is_dir() else []
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*beside, *given]))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*python_path, *beside, *given]))}
 
 
-def _failed(why: str, stderr: str | bytes | None) -> ResolverFailed:
+def resolver_failed(why: str, stderr: str | bytes | None) -> ResolverFailed:
+    """The error, with the end of what it wrote."""
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr or ""
     tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
     return ResolverFailed(
