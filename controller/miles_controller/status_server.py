@@ -38,7 +38,7 @@ class StatusServer:
             JSON does not have become strings (paths, enums, nan).
         run_id: Told in the file and by ``/healthz``.
         directory: The run's runtime directory (private to the user).
-        orders: By path. What one raises is answered with 409, ``{"error", "what", "code"}``.
+        orders: By path. What one raises is answered with 409, as ``{"what", "evidence", "advice", "code"}``.
         about: Further keys of the file.
         host: Address to listen on.
         port: 0 takes a free one.
@@ -119,12 +119,16 @@ class StatusServer:
         return 200, _JSON, to_json({"ok": True, "run_id": self._run_id})
 
 
+def _plain(error: MilesError) -> dict[str, str]:
+    return {"what": error.what, "evidence": error.evidence, "advice": error.advice, "code": error.code}
+
+
 def _answering(order: Order) -> Action:
     async def answer(query: Mapping[str, str]) -> HttpResponse:
         try:
             return 200, _JSON, to_json(await order(query))
         except MilesError as error:
-            return 409, _JSON, to_json({"error": str(error), "what": error.what, "code": error.code})
+            return 409, _JSON, to_json(_plain(error))
 
     return answer
 

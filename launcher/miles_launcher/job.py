@@ -210,7 +210,7 @@ class Job:
         context = contextvars.copy_context()
         context.run(current_job.set, self.name)
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"job {self.name}", context=context)
-        self._task.add_done_callback(_seen)
+        self._task.add_done_callback(self._seen)
 
     async def wait(self) -> JobResult:
         """Until it has ended: the result, or the error that ended it. Cancelling this does nothing to the job.
@@ -223,7 +223,12 @@ class Job:
             if self._error is not None:
                 raise self._error
             raise JobMisused(f"job {self.name} was not started", evidence="", advice="Call start, or await the job.")
-        return await asyncio.shield(self._task)
+        try:
+            return await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            if self._ending is not None and self._task.cancelled():  # it was cancelled before it did anything
+                raise self._ending from None
+            raise
 
     def __await__(self) -> Generator[Any, None, JobResult]:
         """Start it if need be, and wait until it has ended. Cancelling this cancels the job, in good order."""
@@ -325,7 +330,7 @@ class Job:
             with _held(self.run_dir):
                 outcome = await run_job(self._config, self._nodes(), narrator=self._narrator, on_stop=self._on_stop)
         except asyncio.CancelledError:
-            self._told_end("cancelled", self._ending or JobCancelled(f"the task of job {self.name} was cancelled"))
+            self._told_end("cancelled", self._ending or self._cancelled_from_outside())
             if self._ending is None:
                 raise
             raise self._ending from None
@@ -341,6 +346,20 @@ class Job:
     def _told_end(self, outcome: Any, error: MilesError | None) -> None:
         self._state, self._error = outcome, error
         self._narrator.ended(Ended(outcome, error))
+
+    def _seen(self, task: asyncio.Task[JobResult]) -> None:
+        """It is over, perhaps before it began. Its error has been told as an event: nobody has to fetch it."""
+        if not task.cancelled():
+            task.exception()
+        elif self._error is None:
+            self._told_end("cancelled", self._ending or self._cancelled_from_outside())
+
+    def _cancelled_from_outside(self) -> JobCancelled:
+        return JobCancelled(
+            f"the task of job {self.name} was cancelled",
+            evidence="by its event loop, or by whoever has all tasks of it",
+            advice="Start it anew if it is needed.",
+        )
 
     def _on_stop(self, by: str) -> None:
         self._end(JobCancelled(f"job {self.name} was stopped", evidence=f"by {by}", advice="Start it anew if needed."))
@@ -436,12 +455,6 @@ def _told_error(error: BaseException) -> MilesError:
         evidence=f"{type(error).__name__}: {error}",
         advice="Look at its traceback (the cause of this error), and report it unless your code is at fault.",
     )
-
-
-def _seen(task: asyncio.Task[JobResult]) -> None:
-    """Its error has been told as an event: nobody has to fetch it."""
-    if not task.cancelled():
-        task.exception()
 
 
 @contextmanager

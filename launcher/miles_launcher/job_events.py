@@ -33,7 +33,7 @@ class NodeJoined(JobEvent):
 
 @dataclass(frozen=True)
 class NodeLost(JobEvent):
-    """The controller has declared a node dead, or it was said to be."""
+    """The controller has declared a node dead, it was said to be, or its agent has left unasked."""
 
     node: str
     why: str

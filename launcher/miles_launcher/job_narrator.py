@@ -151,7 +151,7 @@ class JobNarrator(Narrator):
     def _on_event(self, event: Event) -> None:
         if event.kind == "node_joined":
             self.emit(NodeJoined(event.subject, event.text))
-        elif event.kind == "node_dead":
+        elif event.kind == "node_dead" or (event.kind == "node_gone" and not self._is_dismissed(event.subject)):
             self.emit(NodeLost(event.subject, event.text))
         elif event.kind == "recovered":
             fields = event.fields
@@ -159,6 +159,9 @@ class JobNarrator(Narrator):
             self.emit(told)
         elif event.kind in WARNINGS:
             self.emit(Trouble(event.kind, event.subject, event.text))
+
+    def _is_dismissed(self, node: str) -> bool:
+        return self.controller is None or node in self.controller.fabric.dismissed
 
     def ended(self, event: Ended) -> None:
         """The last event."""

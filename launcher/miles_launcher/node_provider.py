@@ -104,7 +104,8 @@ class NodeProvider(Protocol):
         """The job is done with this node: nothing of it runs there."""
 
     async def lost(self, node: Node, why: str) -> None:
-        """The controller has lost this node: it is dead, or cannot be reached. ``release`` is not called for it."""
+        """The controller has lost this node: it is dead, cannot be reached, or its agent has left unasked. ``release``
+        is not called for it."""
 
 
 class LocalNode:

@@ -66,6 +66,7 @@ class ProvidedNodes:
         self._preload = preload
         self._env = dict(env)
         self._nodes: dict[str, Node] = {}
+        self._dismissed = controller.fabric.dismissed
         self._telling: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> ProvidedNodes:
@@ -132,7 +133,9 @@ class ProvidedNodes:
             ) from error
 
     def _on_event(self, event: Event) -> None:
-        if event.kind == "node_dead" and event.subject in self._nodes:
+        # An agent that left by itself, as by its scheduler's SIGTERM, has left nothing; but the node is gone, too.
+        is_lost = event.kind == "node_dead" or (event.kind == "node_gone" and event.subject not in self._dismissed)
+        if is_lost and event.subject in self._nodes:
             node = self._nodes.pop(event.subject)
             task = asyncio.get_running_loop().create_task(self._lose(node, event.text))
             self._telling.add(task)

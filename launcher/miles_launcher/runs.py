@@ -52,9 +52,9 @@ class Run:
     Attributes:
         run_id: Its id.
         directory: Its runtime directory.
-        pid: Of the process that has its controller.
+        pid: Of the process that has its controller; 0: not known.
         run_dir: Where its logs are; None: it writes none.
-        began: Seconds since the epoch.
+        began: Seconds since the epoch; 0: not known.
     """
 
     run_id: str
@@ -70,20 +70,23 @@ class Run:
 
     def line(self) -> str:
         """For a list of runs."""
-        minutes = max(0.0, time.time() - self.began) / 60
+        since = f", for {max(0.0, time.time() - self.began) / 60:.0f} min" if self.began else ""
         where = f", directory {self.run_dir}" if self.run_dir else ""
-        return f"{self.run_id}: pid {self.pid}, for {minutes:.0f} min{where}"
+        return f"{self.run_id}: pid {self.pid}{since}{where}"
 
 
 def all_runs() -> list[Run]:
     """Every run of this user that has a status file, newest last."""
     found = []
     for run_id, directory in live_runs().items():
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it is ending, or of an earlier version
-            about = json.loads((directory / STATUS_FILE).read_text())
-            run_dir = about.get("run_dir")
-            where = Path(run_dir) if run_dir else None
-            found.append(Run(run_id, directory, int(about["pid"]), where, float(about.get("began", 0.0))))
+        if not (directory / STATUS_FILE).exists():
+            continue
+        about: dict[str, Any] = {}
+        with suppress(OSError, ValueError, TypeError):  # it is ending; whoever asks it is told
+            about = dict(json.loads((directory / STATUS_FILE).read_text()))
+        run_dir = about.get("run_dir")
+        where = Path(run_dir) if run_dir else None
+        found.append(Run(run_id, directory, about.get("pid", 0), where, about.get("began", 0.0)))
     return found
 
 
@@ -140,14 +143,14 @@ def _answer(run: Run, path: str, *, method: str, deadline_s: float) -> Any:
 
 def _refusal(run: Run, error: HTTPError) -> MilesError:
     try:
-        told = json.load(error)["error"]
+        told = json.load(error)
+        return OrderRefused(told["what"], evidence=told["evidence"], advice=told["advice"], told=told["code"])
     except (ValueError, KeyError, TypeError, OSError):
         return NoStatus(
             f"the controller of run {run.run_id} does not know the order",
             evidence=f"HTTP {error.code}",
             advice="Use the `miles` of the environment that the run was started from.",
         )
-    return OrderRefused(f"run {run.run_id} refuses", evidence=str(told), advice="Do what its controller says above.")
 
 
 def _others() -> str:

@@ -26,7 +26,10 @@ from miles.tracking.metrics_file import eval_means
 from miles.tracking.narrator import Narrator
 
 TICK_S = 0.5
-MAX_WAITING = 10_000
+MAX_WAITING = 2000
+AT_ONCE = 20
+"""Lines between two ticks that are shown at once; each draws the live view again, so that more of them wait."""
+_BATCH = 1000
 _STEP_FIELDS = (
     ("rollout/raw_reward", "reward", 3),
     ("train/loss", "loss", 4),
@@ -53,6 +56,7 @@ class RunConsole(Narrator):
         self._began = now()
         self._waiting: deque[str] = deque()
         self._num_dropped = 0
+        self._at_once = AT_ONCE
 
     def say(self, text: str) -> None:
         """One plain line, however long."""
@@ -64,7 +68,8 @@ class RunConsole(Narrator):
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popleft()
             self._num_dropped += 1
-        if area.can_write():
+        if self._at_once > 0 and area.can_write():
+            self._at_once -= 1
             self._say_what_waits(area)
 
     def _say_what_waits(self, area: LiveArea) -> None:
@@ -72,7 +77,8 @@ class RunConsole(Narrator):
             self._waiting.appendleft(f"[{self._num_dropped} lines are left out: the terminal took none]")
             self._num_dropped = 0
         while self._waiting and area.can_write():
-            area.print(Text(self._waiting.popleft()), soft_wrap=True)
+            some = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+            area.print(Text("\n".join(some)), soft_wrap=True)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -93,6 +99,7 @@ class RunConsole(Narrator):
     async def tick(self) -> None:
         """Draw the live view again and again, until cancelled."""
         while self._area is not None:
+            self._at_once = AT_ONCE
             self._say_what_waits(self._area)
             self._area.refresh()
             await asyncio.sleep(TICK_S)

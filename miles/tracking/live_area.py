@@ -1,9 +1,9 @@
 """A few lines at the bottom of a terminal that are drawn again and again, below everything that is printed.
 
 Consumes: a function that gives the lines for a size of the terminal. Produces: control sequences around what the
-console prints. Waits for: nothing; what the terminal does not take now (Ctrl-S) is not drawn. Invariants: whatever is
-printed through the console, or through ``sys.stdout`` and ``sys.stderr``, stands above the lines, whole; the cursor is
-never hidden, so that nothing has to be put right if the process is killed.
+console prints. Waits for: nothing (``TerminalWriter`` does); what the terminal takes late is drawn late. Invariants:
+whatever is printed through the console, or through ``sys.stdout`` and ``sys.stderr``, stands above the lines, whole;
+the cursor is never hidden, so that nothing has to be put right if the process is killed.
 
 Taking lines away again relies on each having one row. Where the terminal has become narrower than they are, it may have
 broken them or cut them, and nobody can tell which: then they are left where they are, and new ones begin below.
@@ -11,17 +11,21 @@ broken them or cut them, and nobody can tell which: then they are left where the
 
 from __future__ import annotations
 
-import select
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 from rich.file_proxy import FileProxy
 from rich.segment import ControlType
 from rich.text import Text
+
+from miles.tracking.terminal_writer import TerminalWriter
+
+FINISH_S = 5.0
+"""At the end a terminal may take so long to take the rest."""
 
 
 class LiveArea(RenderHook):
@@ -34,10 +38,15 @@ class LiveArea(RenderHook):
         self._lock = threading.RLock()
         self._replaced: list[tuple[str, Any]] = []
         self._is_open = False
+        self._file: IO[str] | None = None
+        self._writer: TerminalWriter | None = None
 
     def open(self) -> None:
         """Draw from now on; what is written to stdout and stderr goes above."""
         self._is_open = True
+        if _can_block(self._console.file):
+            self._file, self._writer = self._console.file, TerminalWriter(cast("TextIO", self._console.file))
+            self._console.file = cast("IO[str]", self._writer)
         self._console.push_render_hook(self)
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
@@ -59,6 +68,9 @@ class LiveArea(RenderHook):
             self._console.pop_render_hook()
             self._console.print(self._taken_away(), end="")
             self._drawn = []
+            if self._file is not None and self._writer is not None:
+                self._writer.finish(FINISH_S)
+                self._console.file, self._file = self._file, None
 
     def refresh(self) -> None:
         """Draw anew, if the terminal takes it now."""
@@ -71,13 +83,8 @@ class LiveArea(RenderHook):
             self._console.print(*renderables, **options)
 
     def can_write(self) -> bool:
-        """Whether the terminal takes something now: one that was stopped (Ctrl-S) does not."""
-        try:
-            poll = select.poll()
-            poll.register(self._console.file.fileno(), select.POLLOUT)
-        except (OSError, ValueError):
-            return True  # no terminal, but something that never blocks
-        return any(event & (select.POLLOUT | select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        """Whether the terminal has taken all that was printed: one that was stopped (Ctrl-S) has not."""
+        return self._writer is None or self._writer.is_idle
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         """For rich: what is printed, between taking the lines away and drawing them again."""
@@ -100,3 +107,11 @@ class LiveArea(RenderHook):
             return Text("")
         up = [(ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)] * (len(self._drawn) - 1)
         return Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), *up)
+
+
+def _can_block(file: IO[str]) -> bool:
+    try:
+        file.fileno()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True

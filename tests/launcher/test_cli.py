@@ -278,7 +278,7 @@ FULL = {
 async def test_status_shows_nodes_ranks_services_locks_and_events(status):
     with runtime_dir("r1") as directory:
         async with serve(directory, "r1", FULL):
-            code, out, err = await status()
+            code, out, err = await status("--run", "r1")
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert any(line.startswith("node-0 alive 0.5 s host-a 2 x H100 64 GiB 0.5 of 6.0 GiB") for line in lines)
@@ -293,8 +293,8 @@ async def test_status_shows_nodes_ranks_services_locks_and_events(status):
 
 
 async def test_status_reads_what_a_controller_really_serves(status):
-    async with Controller(ControllerConfig(nodes=("node-0",))):
-        code, out, err = await status()
+    async with Controller(ControllerConfig(nodes=("node-0",))) as controller:
+        code, out, err = await status("--run", controller.run_id)
     assert (code, err) == (0, "")
     assert "node-0  expected" in out
 
@@ -302,7 +302,7 @@ async def test_status_reads_what_a_controller_really_serves(status):
 async def test_status_prints_the_snapshot_as_it_is_with_json(status):
     with runtime_dir("r1") as directory:
         async with serve(directory, "r1", SNAPSHOT):
-            code, out, _ = await status("--json")
+            code, out, _ = await status("--run", "r1", "--json")
     assert code == 0
     assert json.loads(out) == SNAPSHOT
 
@@ -311,7 +311,7 @@ async def test_status_ignores_proxies(status, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with runtime_dir("r1") as directory:
         async with serve(directory, "r1", SNAPSHOT):
-            assert (await status("--json"))[0] == 0
+            assert (await status("--run", "r1", "--json"))[0] == 0
 
 
 async def test_without_a_run_status_says_so(status):
@@ -326,7 +326,8 @@ async def test_among_several_runs_one_has_to_be_named(status):
         async with serve(first, "r1", {"is": 1}), serve(second, "r2", {"is": 2}):
             code, _, err = await status()
             assert code == 2
-            assert "r1, r2" in err
+            assert f"r1: pid {os.getpid()}" in err
+            assert f"r2: pid {os.getpid()}" in err
             assert json.loads((await status("--run", "r2", "--json"))[1]) == {"is": 2}
             assert (await status("--run", "r3"))[0] == 2
 
@@ -335,7 +336,7 @@ async def test_a_run_whose_server_does_not_answer_is_an_error(status):
     with runtime_dir("r1") as directory:
         for text in ('{"url": "http://127.0.0.1:9", "token": "x"}', "{", "{}"):
             (directory / STATUS_FILE).write_text(text)
-            code, _, err = await status()
+            code, _, err = await status("--run", "r1")
             assert code == 2
             assert FOUR_PARTS.match(err)
             assert "E-CLI-005" in err
