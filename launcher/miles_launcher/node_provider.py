@@ -72,7 +72,7 @@ class Invitation:
     def command(self, python: str = sys.executable, *, is_local: bool = False) -> list[str]:
         """The command line of the agent, with that interpreter. It has no secrets."""
         address = self.local_address if is_local else self.address
-        flags = agent_flags(address, self.run_dir, preload=self.preload)
+        flags = ["--controller", address, "--run-dir", str(self.run_dir), *agent_flags(preload=self.preload)]
         return [python, "-m", "miles_launcher.cli", "agent", "--node", self.node, *flags]
 
     def key_line(self) -> bytes:

@@ -27,19 +27,19 @@ TELL_S = 30.0
 class BadNodes(ConfigError):
     """A node provider gave nodes that cannot be used: none at all, or two of one name."""
 
-    code = "E-NODE-004"
+    code = "E-PROV-001"
 
 
 class NodeNotStarted(InternalError):
     """A node of a provider could not start its agent, for a reason that is not one of ours."""
 
-    code = "E-NODE-005"
+    code = "E-PROV-002"
 
 
 class NotItsNode(ConfigError):
     """A node was named that is not the job's."""
 
-    code = "E-NODE-006"
+    code = "E-PROV-003"
 
 
 class ProvidedNodes:
