@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fcntl import ioctl
 
 import psutil
@@ -68,6 +68,11 @@ class Client(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
     def ask(self, method, path, body=None, token="let-me-in"):
+        """Status and what was answered."""
+        with closing(self), self.begin(method, path, body, token) as response:
+            return response.status, json.load(response)
+
+    def begin(self, method, path, body=None, token="let-me-in"):
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self.request(method, path, json.dumps(body) if body else None, headers)
         return self.getresponse()
@@ -90,34 +95,40 @@ def service(tmp_path):
 
 def test_a_service_starts_watches_and_stops_jobs_and_commands_find_them(tmp_path):
     words, run_dir = flags(tmp_path, **{"--num-rollout": 300})
-    with service(tmp_path) as (process, client):
-        assert client().ask("GET", "/jobs", token="guess").status == 401
-        refused = client().ask("POST", "/jobs", {"flags": ["--lr", "fast"]})
-        assert refused.status == 422
-        assert "--lr" in {problem["flag"] for problem in json.load(refused)["problems"]}
-        started = json.load(client().ask("POST", "/jobs", {"flags": words}))
+    with service(tmp_path) as (process, client), closing(client()) as watching:
+        assert client().ask("GET", "/jobs", token="guess")[0] == 401
+        code, refused = client().ask("POST", "/jobs", {"flags": ["--lr", "fast"]})
+        assert code == 422
+        assert "--lr" in {problem["flag"] for problem in refused["problems"]}
+        _, started = client().ask("POST", "/jobs", {"flags": words})
         assert started["run_dir"] == str(run_dir)
-        events = client().ask("GET", f"/jobs/{started['name']}/events")
-        seen = []
-        while not seen or seen[-1]["event"] not in ("Step", "Ended"):
-            seen.append(json.loads(events.readline()))
-        assert seen[-1]["event"] == "Step", seen[-1]
-        assert [one["name"] for one in seen if one["event"] == "Phase"][:3] == ["nodes", "start", "generate"]
-        status = json.load(client().ask("GET", f"/jobs/{started['name']}"))
-        assert (status["state"], status["num_rollout"]) == ("running", 300)
-        below = psutil.Process(process.pid).children(recursive=True)
-        assert {rank["pid"] for rank in status["ranks"]} <= {child.pid for child in below}
-        look_at(run_dir)
-        stopped = miles("stop", "--run", run_dir)
-        assert stopped.returncode == 0, stopped.stderr
-        assert "1 node (node-0)" in stopped.stdout and "trainer (1 rank)" in stopped.stdout
-        last = [json.loads(line) for line in events.read().splitlines()][-1]
+        with watching.begin("GET", f"/jobs/{started['name']}/events") as events:
+            below = until_a_step(events, client, process, started["name"])
+            look_at(run_dir)
+            stopped = miles("stop", "--run", run_dir)
+            assert stopped.returncode == 0, stopped.stderr
+            assert "1 node (node-0)" in stopped.stdout and "trainer (1 rank)" in stopped.stdout
+            last = [json.loads(line) for line in events.read().splitlines()][-1]
         assert (last["outcome"], last["error"]["code"]) == ("cancelled", "E-JOB-003")
         assert all_gone(below)
-        assert json.load(client().ask("GET", "/jobs"))[0]["state"] == "cancelled"
-        rows = json.load(client().ask("GET", f"/jobs/{started['name']}/metrics"))
+        assert client().ask("GET", "/jobs")[1][0]["state"] == "cancelled"
+        _, rows = client().ask("GET", f"/jobs/{started['name']}/metrics")
         assert rows[0]["rollout_id"] == 0 and "train/loss" in rows[0]
         assert process.poll() is None, "stopping a job ends no service"
+
+
+def until_a_step(events, client, process, name):
+    """Follow a job until it has trained once; what runs below the service then."""
+    seen = []
+    while not seen or seen[-1]["event"] not in ("Step", "Ended"):
+        seen.append(json.loads(events.readline()))
+    assert seen[-1]["event"] == "Step", seen[-1]
+    assert [one["name"] for one in seen if one["event"] == "Phase"][:3] == ["nodes", "start", "generate"]
+    _, status = client().ask("GET", f"/jobs/{name}")
+    assert (status["state"], status["num_rollout"]) == ("running", 300)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert {rank["pid"] for rank in status["ranks"]} <= {child.pid for child in below}
+    return below
 
 
 def look_at(run_dir):

@@ -54,7 +54,7 @@ class Terminal:
         elif letter == "K":
             assert number == "2", "only whole lines are erased"
             self._screen[self._row] = ""
-        else:
+        elif number != "?25" or letter not in "hl":  # the cursor is hidden, and shown
             assert letter == "m", f"an order that this terminal does not know: {number}{letter}"
 
     def _character(self, character: str) -> None:
