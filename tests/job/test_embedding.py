@@ -156,7 +156,7 @@ def test_a_run_on_a_terminal_shows_a_live_view_and_is_stopped_in_good_order(tmp_
         terminal = Terminal(100, 30)
         until(fd, terminal, lambda shown: shown.count("\nrollout ") >= 2 and "last step" in shown)
         labels = [line.split(" ")[0] for line in terminal.lines()]
-        assert labels[-6:] == ["run", "nodes", "ranks", "last", *labels[-2:]] or "rollouts" in labels
+        assert {"run", "nodes", "ranks", "last", "rollouts"} <= set(labels), terminal.lines()
         stopping = subprocess.Popen(
             [sys.executable, "-m", "miles_launcher.cli", "stop", "--run", str(run_dir)], env=environment(),
             stdout=subprocess.PIPE, text=True,
@@ -171,7 +171,7 @@ def test_a_run_on_a_terminal_shows_a_live_view_and_is_stopped_in_good_order(tmp_
         os.close(fd)
     assert os.waitstatus_to_exitcode(code) == 143
     shown = "\n".join(terminal.lines())
-    assert "terminated by miles stop; everything has ended" in terminal.lines()[-1]
+    assert any("terminated by miles stop; everything has ended" in line for line in terminal.lines()[-3:])
     assert "\nrollouts" not in shown and "\nlast step" not in shown, "the view is gone"
 
 
