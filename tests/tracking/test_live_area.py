@@ -194,8 +194,9 @@ def test_no_color_means_no_colour(tty):
         eventually_sync(console._area.can_write, 60)
         with console.phase("train"):
             pass
-    text = read(tty[0])
-    assert "rollouts" in text
+    got = []
+    eventually_sync(lambda: got.append(read(tty[0])) or "rollouts" in "".join(got), 60)  # it comes in pieces
+    text = "".join(got)
     assert not [code for code in ("\x1b[3", "\x1b[9", "\x1b[38") if code in text]
 
 
