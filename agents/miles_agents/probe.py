@@ -32,11 +32,17 @@ from typing import Any
 MARK = "miles-probe:"
 """What an answer's line begins with."""
 
-BOOT = (
+_LOAD = (
     "import sys; f = sys.stdin.buffer; n = int(f.readline()); "
     "exec(compile(f.read(n), 'probe', 'exec'), {'__name__': '__main__'})"
 )
-"""Program that reads the length of this file, a line, then the file, from stdin, and becomes it."""
+BOOT = (
+    f"import json, os, sys; L = {_LOAD!r}; E = json.loads(os.fdopen(0, 'rb', 0, closefd=False).readline()); "
+    "E and os.execve(sys.executable, [sys.executable, '-u', '-c', L], dict(os.environ, **E)); exec(L)"
+)
+"""Program that reads variables from stdin, a line of JSON, and starts anew with them if there are any (some say where
+Python looks for code); then the length of this file, a line, then the file, and becomes it. Variables may be secret:
+no command line has them, which others on the machine can read."""
 
 _ENV_PREFIXES = ("NCCL_", "GLOO_", "CUDA_", "UCX_")
 _SIOCGIFCONF = 0x8912
@@ -359,9 +365,10 @@ def _gpu(nvml: Any, index: int) -> dict[str, Any]:
         running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except nvml.NVMLError:
         running = []
-    name = nvml.nvmlDeviceGetName(handle)
+    name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
     return {
         "index": index,
+        "uuid": uuid.decode() if isinstance(uuid, bytes) else str(uuid),
         "name": name.decode() if isinstance(name, bytes) else str(name),
         "total_bytes": total,
         "free_bytes": free,

@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from miles_agents.errors import ConfigError, MilesError
 from miles_agents.probe import Probe, code_hash
 from miles_controller.config import forwarded_environment
 from miles_launcher import ssh_nodes
+from miles_launcher.launchers import agent_environment
 from miles_launcher.own_address import bind_address
 from miles_launcher.preflight.channel import Channel, ProcessChannel, Wrap
 from miles_launcher.preflight.examine import Hub, examine
@@ -40,7 +40,7 @@ from miles_launcher.preflight.judge import judge
 from miles_launcher.preflight.needs import Needs
 from miles_launcher.preflight.table import report
 from miles_launcher.slurm import found_allocation, srun
-from miles_launcher.ssh_start import Machine, OwnCode, Ssh, python_of
+from miles_launcher.ssh_start import Machine, OwnCode, Ssh, python_of, remote_words, with_share
 
 HERE = "this machine"
 _WHERE = ("hosts", "hostfile", "launcher", "ssh_config", "remote_python", "controller_host", "interface", "device")
@@ -123,6 +123,7 @@ def _machines(options: argparse.Namespace) -> dict[str, Any]:
     problems: list[HostProblem] = []
     hosts: list[Host] = []
     launcher = options.launcher or ("ssh" if options.hosts or options.hostfile else None)
+    _refuse_two_lists(options)
     if options.hosts:
         hosts, problems = parse_hosts(options.hosts)
     elif options.hostfile:
@@ -144,6 +145,19 @@ def _machines(options: argparse.Namespace) -> dict[str, Any]:
     names = [{"name": node, "host": node} for node in found_allocation(os.environ).nodes] if launcher == "slurm" else []
     where = {name: getattr(options, name) for name in _WHERE}
     return {**where, "launcher": launcher, "machines": names or [host.as_dict() for host in hosts], "sync_code": False}
+
+
+def _refuse_two_lists(options: argparse.Namespace) -> None:
+    """As ``miles.flags.rules_nodes`` has it for a run. Raises BadDoctorFlag."""
+    if options.hosts and options.hostfile:
+        raise BadDoctorFlag("--hostfile: --hosts names machines, too", advice="Give one of the two.")
+    if options.launcher in ("local", "slurm") and (options.hosts or options.hostfile):
+        whose = "this machine alone" if options.launcher == "local" else "the machines of the allocation"
+        named = "hosts" if options.hosts else "hostfile"
+        raise BadDoctorFlag(
+            f"--{named}: --launcher {options.launcher} is {whose}",
+            advice="Leave --launcher out, or give --launcher ssh.",
+        )
 
 
 async def look(config: Mapping[str, Any], needs: Needs) -> tuple[Examined, list[Finding]]:
@@ -178,15 +192,18 @@ def _bind(config: Mapping[str, Any]) -> str:
 
 
 def _channels(config: Mapping[str, Any]) -> list[Channel]:
+    env = agent_environment(config) if "env" in config else {}
     if config["launcher"] == "ssh":
         machines = [Machine(**machine) for machine in config["machines"]]
-        ssh = Ssh(config["ssh_config"])
-        return [ProcessChannel(machine.name, _by_ssh(ssh, machine, config["remote_python"])) for machine in machines]
+        ssh, python = Ssh(config["ssh_config"]), config["remote_python"]
+        if config["device"] != "cpu":
+            machines = [with_share(machine, config.get("num_gpus_per_node")) for machine in machines]
+        return [ProcessChannel(m.name, _by_ssh(ssh, m, python), {**env, **m.env}) for m in machines]
     if config["launcher"] == "slurm":
         allocation = found_allocation(os.environ)
         steps = {node: srun(allocation, node) for node in allocation.nodes}
-        return [ProcessChannel(node, _after((*step, sys.executable))) for node, step in steps.items()]
-    return [ProcessChannel(HERE, _after((sys.executable,)))]
+        return [ProcessChannel(node, _after((*step, sys.executable)), env) for node, step in steps.items()]
+    return [ProcessChannel(HERE, _after((sys.executable,)), env)]
 
 
 def _after(words: Sequence[str]) -> Wrap:
@@ -195,9 +212,6 @@ def _after(words: Sequence[str]) -> Wrap:
 
 def _by_ssh(ssh: Ssh, machine: Machine, default: str | None) -> Wrap:
     def wrap(arguments: Sequence[str]) -> Sequence[str]:
-        python = python_of(machine, default)
-        home, rest = ("~/", python[2:]) if python.startswith("~/") else ("", python)
-        env = [f"{name}={shlex.quote(value)}" for name, value in machine.env.items()]
-        return ssh.command(machine, " ".join(["exec env", *env, f"{home}{shlex.quote(rest)}", shlex.join(arguments)]))
+        return ssh.command(machine, remote_words(python_of(machine, default), arguments))
 
     return wrap

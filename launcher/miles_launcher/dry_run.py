@@ -13,7 +13,7 @@ import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from miles.tracking.secrets import shown_argv
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
 from miles_agents.agent.inventory import DriverNvml, gpu_notices, inventory_notices, take_inventory
 from miles_agents.errors import MilesError
@@ -58,14 +59,14 @@ class Process:
     env: Mapping[str, str]
 
 
-def show_plan(config: dict[str, Any], out: Console) -> int:
-    """Write the plan; returns 0, or 2 if it cannot be carried out."""
+def show_plan(config: dict[str, Any], out: Console, argv: Sequence[str] = ()) -> int:
+    """Write the plan; returns 0, or 2 if it cannot be carried out. ``argv``: the flags as they were given."""
     from miles.training.parts import placement_requests
 
     try:
         nodes = nodes_of(config)
         placement = place(Inventory.of(nodes.values()), placement_requests(config))
-        processes = list(plan(config, placement))
+        processes = list(plan(config, placement, argv))
     except MilesError as error:
         out.print(Text(str(error), style="bold red"))
         return EXIT_BAD_CONFIG
@@ -122,7 +123,7 @@ def _starts_of_agents(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {name: ("miles", "agent", "--controller", _ADDRESS, "--key-file", f"{keys}/{name}.key") for name in names}
 
 
-def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
+def plan(config: dict[str, Any], placement: Placement, argv: Sequence[str] = ()) -> Iterator[Process]:
     """All processes, in the order in which they start."""
     from miles.training.parts import ROLLOUT_ENV, trainer_env
 
@@ -134,7 +135,7 @@ def plan(config: dict[str, Any], placement: Placement) -> Iterator[Process]:
         return {name: value for name, value in env.items() if of_agent.get(name) != value}
 
     listens = ("status",) if config["launcher"] == "local" else ("status", "agents")
-    yield Process("controller", "here", (), listens, (sys.executable, "train.py"), {})
+    yield Process("controller", "here", (), listens, (sys.executable, "train.py", *shown_argv(argv)), {})
     for node, command in _starts_of_agents(config).items():
         yield Process(f"agent of {node}", node, (), (), command, own)
     yield Process("rollout manager", placement.head, (), (), worker, differs(ROLLOUT_ENV))

@@ -19,7 +19,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,18 @@ from miles_launcher import host_life as life
 from miles_launcher.agents import AgentCommand, AgentProcess, AgentProcesses, ControllerLike, kill, terminate
 from miles_launcher.bounded_start import AT_ONCE, Report, start_all
 from miles_launcher.ssh_errors import NotShared, all_failed, from_exit, from_host, not_copied
-from miles_launcher.ssh_start import COPY_S, Machine, OwnCode, Run, Ssh, copies, header, python_of, start_words
+from miles_launcher.ssh_start import (
+    COPY_S,
+    Machine,
+    OwnCode,
+    Run,
+    Ssh,
+    copies,
+    header,
+    python_of,
+    start_words,
+    with_share,
+)
 
 logger = logging.getLogger(__name__)
 GRACE_S = 10.0
@@ -279,9 +290,8 @@ class SshAgents:
         machine, settings = host.machine, self._settings
         slots = machine.slots or settings.slots
         flags = ["--cpu-slots", str(slots)] if slots is not None and not settings.on_gpus else []
-        if settings.on_gpus and slots is not None:
-            own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(slots)))}
-            machine = replace(machine, env={**own, **machine.env})
+        if settings.on_gpus:
+            machine = with_share(machine, settings.slots)
         command = AgentCommand(
             node=machine.name,
             argv=settings.ssh.command(machine, start_words(python_of(machine, settings.python))),

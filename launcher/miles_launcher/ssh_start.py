@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ class Machine:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
+def with_share(machine: Machine, slots: int | None) -> Machine:
+    """A machine whose agent offers GPUs: only the first ones, as many as it names, else ``slots``; None: all."""
+    own = machine.slots or slots
+    if own is None:
+        return machine
+    return replace(machine, env={"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(own))), **machine.env})
+
+
 @dataclass(frozen=True, slots=True)
 class Ssh:
     """The user's ssh. ``config``: a file in place of the user's configuration."""
@@ -78,8 +86,13 @@ class Ssh:
 
 def start_words(python: str) -> str:
     """What the login shell there runs: the loader, in place of the shell."""
+    return remote_words(python, ("-c", remote_start.LOADER))
+
+
+def remote_words(python: str, arguments: Sequence[str]) -> str:
+    """What the login shell there runs: Python, in place of the shell."""
     home, rest = ("~/", python[2:]) if python.startswith("~/") else ("", python)
-    return f"exec {home}{shlex.quote(rest)} -c {shlex.quote(remote_start.LOADER)}"
+    return f"exec {home}{shlex.quote(rest)} {shlex.join(arguments)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_help(arguments)
     for secret in split_argv(arguments)[1].values():
         cover_argument(secret)
+    given = list(arguments)
     arguments += take_variables(os.environ)  # of a job script; no process of the run inherits them
     _find_user_code()
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config["dry_run"]:
         from miles_launcher.dry_run import show_plan
 
-        return show_plan(config, out)
+        return show_plan(config, out, given)
     return start(config)
 
 

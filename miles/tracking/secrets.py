@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from miles.tracking.secret_names import is_secret, is_secret_of_url
 
 SECRET_FLAGS = {"--wandb-key": "wandb_key"}
 """Flags whose value is a secret, with their keys in the config."""
+_VARIABLE, _VARIABLES = "--env", "--train-env-vars"
 HIDDEN = "***"
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 """Up to the last @ of a host: passwords may have one."""
@@ -58,6 +60,37 @@ def _parameter(match: re.Match[str]) -> str:
 def shown_value(dest: str, text: str) -> str:
     """A value of a flag as a terminal shows it."""
     return HIDDEN if dest in SECRET_FLAGS.values() and text else text
+
+
+def shown_argv(argv: Sequence[str]) -> list[str]:
+    """The command line as a terminal shows it: like ``for_people``, and of variables only their names."""
+    shown: list[str] = []
+    flag, is_open = "", False
+    for word in argv:
+        if word.startswith("--") and not (is_open and flag in SECRET_FLAGS):
+            flag, equals, value = word.partition("=")
+            is_open = not equals
+            shown.append(f"{flag}={_argument(flag, value)}" if equals else word)
+        else:
+            is_open = False
+            shown.append(_argument(flag, word))
+    return shown
+
+
+def _argument(flag: str, word: str) -> str:
+    key = flag.strip("-").replace("-", "_")
+    if flag == _VARIABLE:
+        return f"{word.partition('=')[0]}={HIDDEN}" if "=" in word else HIDDEN
+    try:
+        value = json.loads(word) if word[:1] in ("{", "[") else word
+    except ValueError:
+        value = word
+    if flag == _VARIABLES:
+        return json.dumps(dict.fromkeys(value, HIDDEN)) if isinstance(value, dict) else HIDDEN
+    shown = _shown(key, value)
+    if shown == value:
+        return word
+    return shown if isinstance(shown, str) else json.dumps(shown)
 
 
 def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -154,6 +154,45 @@ def test_gpus_are_counted_over_all_hosts():
     assert only(judge(examined(facts(), "gone"), needs)).check == "answers"  # who knows what it has
 
 
+BUSY = [gpu(0), gpu(1), gpu(2, used=70 * GIB, processes=[SMI]), gpu(3, used=70 * GIB)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "used"),
+    [
+        ("0,1", []), ("GPU-1f,GPU-0", []), ("1", []), ("0,2", [2]), ("GPU-3f00", [3]), ("-1", []), (None, [2, 3]),
+    ],
+)  # fmt: skip
+def test_only_gpus_that_an_agent_would_offer_may_be_in_use_by_nobody_else(visible, used):
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = judge(examined(facts(gpus__gpus=BUSY, env=env)), Needs())
+    assert [each.what.partition(" is in use")[0] for each in found] == [f"GPU {index}" for index in used]
+    assert judge(examined(facts(gpus__gpus=BUSY, env=env)), Needs(device="cpu")) == []
+
+
+def test_only_gpus_that_an_agent_would_offer_are_counted_and_compared():
+    four = [gpu(0), gpu(1), gpu(2, name="other"), gpu(3)]
+    shared = facts(gpus__gpus=four, env={"CUDA_VISIBLE_DEVICES": "GPU-3,0"})
+    needs = Needs(device="cuda", num_devices=4)
+    assert judge(examined(shared, facts()), needs) == []
+    found = only(judge(examined(shared), needs))
+    assert "needs 4 GPUs, there are 2" in found.what
+
+
+@pytest.mark.parametrize(
+    ("visible", "what", "evidence"),
+    [
+        ("0,7", "the entry '7' names nothing here", "0=GPU-0f00, 1=GPU-1f00"),
+        ("", "CUDA_VISIBLE_DEVICES leaves no GPU", "2 are there"),
+    ],
+)
+def test_a_host_whose_variable_leaves_no_gpus_is_one_error(visible, what, evidence):
+    found = only(judge(examined(facts(env={"CUDA_VISIBLE_DEVICES": visible})), Needs(device="cuda")))
+    assert (found.check, found.severity, found.hosts) == ("gpus", "error", ("h0",))
+    assert what in found.what
+    assert evidence in found.evidence
+
+
 def test_the_same_on_several_hosts_is_one_line_and_errors_come_first():
     def finding(severity, host, evidence):
         return Finding(severity, "disk", (host,), "full", evidence, "free some")

@@ -107,6 +107,8 @@ def test_a_dry_run_shows_everything_and_starts_nothing(place):
         "HF_TOKEN",
     ):
         assert word in done.stdout
+    command = next(line for line in done.stdout.splitlines() if "train.py --" in line)
+    assert command.endswith(f"train.py {flags} --env 'MY_KEY=***' --env 'HF_HUB_OFFLINE=***'")
     assert "secret" not in done.stdout
     assert "HF_HUB_OFFLINE=1" not in done.stdout  # the engines' own value gives way to the user's
     assert not (place / "runs").exists()

@@ -17,7 +17,8 @@ def path(free=500 * GIB, *, exists=True, writable=True, content="3 entries, ab",
 
 def gpu(index=0, *, used=0, processes=(), name=MODEL, total=80 * GIB):
     return {
-        "index": index, "name": name, "total_bytes": total, "free_bytes": total - used, "processes": list(processes),
+        "index": index, "uuid": f"GPU-{index}f00", "name": name, "total_bytes": total, "free_bytes": total - used,
+        "processes": list(processes),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from miles.tracking.secret_names import is_secret
 from miles.tracking.secrets import (
     as_variables,
     for_people,
+    shown_argv,
     split_argv,
     take_secrets,
     take_variables,
@@ -20,6 +21,22 @@ from miles.tracking.secrets import (
 from miles_launcher import train
 
 KEY = "local-0123456789"
+
+
+def test_a_command_line_is_shown_as_it_was_given_but_for_secrets():
+    plain = ["--lr", "1e-3", "--label-key", "answer", "--hosts=n[1-2]", "--flag", "--kwargs", '{"a": [1,  2]}', "{x"]
+    assert shown_argv(plain) == plain
+    covered = {
+        "--wandb-key": KEY, "--sglang-api-key": KEY, "--env": f"A={KEY}", "--train-env-vars": f'{{"A": "{KEY}"}}',
+        "--uri": f"https://me:{KEY}@h/x", "--kwargs": f'{{"n": 1, "api_key": "{KEY}"}}',
+    }  # fmt: skip
+    hidden = ["***", "***", "A=***", '{"A": "***"}', "https://***@h/x", '{"n": 1, "api_key": "***"}']
+    pairs = list(zip(covered, hidden, strict=True))
+    assert shown_argv([word for pair in covered.items() for word in pair]) == [word for pair in pairs for word in pair]
+    assert shown_argv([f"{flag}={value}" for flag, value in covered.items()]) == [f"{a}={b}" for a, b in pairs]
+    assert shown_argv(["--wandb-key", f"--{KEY}", "--train-env-vars", KEY]) == [
+        "--wandb-key", "***", "--train-env-vars", "***",
+    ]  # fmt: skip
 
 
 def test_the_key_is_taken_out_of_the_config():

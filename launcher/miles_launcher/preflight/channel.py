@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -43,15 +45,22 @@ class Channel(Protocol):
 
 
 class ProcessChannel:
-    """A probe that is sent to a Python somewhere and ends with its stdin."""
+    """A probe that is sent to a Python somewhere and ends with its stdin.
+
+    Args:
+        name: The host's, for people.
+        wrap: Makes the command.
+        env: Variables of the probe, over those that it has there. They may be secret: no command line has them.
+    """
 
     def __init__(self, name: str, wrap: Wrap, env: Mapping[str, str] | None = None) -> None:
         self._name = name
         self._command = list(wrap(["-u", "-c", probe.BOOT]))
-        self._env = None if env is None else dict(env)
+        self._env = dict(env or {})
         self._process: asyncio.subprocess.Process | None = None
         self._noise: list[str] = []
-        self._stderr: asyncio.Task[bytes] | None = None
+        self._stderr: asyncio.Task[None] | None = None
+        self._wrote = b""
 
     @property
     def name(self) -> str:
@@ -66,8 +75,7 @@ class ProcessChannel:
                 line = json.dumps({"do": do, **details}) + "\n"
                 if process.stdin is None or process.stdout is None:
                     raise AssertionError("started with pipes")
-                process.stdin.write(line.encode())
-                await process.stdin.drain()
+                await _send(process.stdin, line.encode())
                 return await self._next_answer(process.stdout)
         except TimeoutError:
             raise await self._no_answer(f"nothing within {timeout_s:g} s") from None
@@ -77,15 +85,19 @@ class ProcessChannel:
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_MAX_LINE, env=self._env, start_new_session=True
+            *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_MAX_LINE, start_new_session=True
         )
         self._process = process
         if process.stdin is None or process.stderr is None:
             raise AssertionError("started with pipes")
-        self._stderr = asyncio.create_task(process.stderr.read())
+        self._stderr = asyncio.create_task(self._keep(process.stderr))
         source = _source()
-        process.stdin.write(f"{len(source)}\n".encode() + source)
+        await _send(process.stdin, f"{json.dumps(self._env)}\n{len(source)}\n".encode() + source)
         return process
+
+    async def _keep(self, stderr: asyncio.StreamReader) -> None:
+        while text := await stderr.read(1 << 16):
+            self._wrote = (self._wrote + text)[-_TAIL:]
 
     async def _next_answer(self, stdout: asyncio.StreamReader) -> Answer:
         while line := (await stdout.readline()).decode(errors="replace"):
@@ -96,9 +108,7 @@ class ProcessChannel:
         raise await self._no_answer("it ended")
 
     async def _no_answer(self, why: str) -> NoAnswer:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # behind ssh and srun, too, this ends its stdin
+        self._kill()  # behind ssh and srun, too, this ends its stdin
         said = await self._said()
         return NoAnswer(
             f"{self.name} does not answer",
@@ -109,9 +119,7 @@ class ProcessChannel:
     async def _said(self) -> str:
         """The end of what it wrote beside answers. Ends the process."""
         await self.close()
-        text = "".join(self._noise[-10:])
-        if self._stderr is not None and self._stderr.done() and not self._stderr.cancelled():
-            text += self._stderr.result().decode(errors="replace")
+        text = "".join(self._noise[-10:]) + self._wrote.decode(errors="replace")
         return " / ".join(line for line in text.strip()[-_TAIL:].splitlines() if line.strip())
 
     async def close(self) -> None:
@@ -124,12 +132,28 @@ class ProcessChannel:
             async with asyncio.timeout(_END_S):
                 await process.wait()
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            pass
+        finally:
+            self._kill()
+        await process.wait()
         if self._stderr is not None:
             await asyncio.wait([self._stderr], timeout=1.0)
             self._stderr.cancel()
+
+    def _kill(self) -> None:
+        """With what it has started (a ``ProxyCommand``), unless it has ended well."""
+        if self._process is not None and self._process.returncode != 0:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its session is its own
+
+
+async def _send(stdin: asyncio.StreamWriter, data: bytes) -> None:
+    """Raises OSError where nobody reads any more."""
+    try:
+        stdin.write(data)
+        await stdin.drain()
+    except RuntimeError as error:  # of uvloop, once the process has ended
+        raise BrokenPipeError("it ended") from error
 
 
 def _source() -> bytes:

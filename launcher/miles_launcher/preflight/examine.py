@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from miles_launcher.preflight import gpus
 from miles_launcher.preflight.channel import Answer, Channel, NoAnswer
 from miles_launcher.preflight.facts import Examined, HostFacts, HostReport, Link
 from miles_launcher.preflight.needs import ASKED, Needs
@@ -173,7 +174,7 @@ class _Examination:
         targets: dict[str, list[tuple[str, str, int, str]]] = {}
 
         async def listen(name: str) -> None:
-            cuda = self._needs.device != "cpu" and bool(self.alive[name].get("gpus", {"gpus": []})["gpus"])
+            cuda = self._needs.device != "cpu" and bool(gpus.count(self.alive[name]))
             own = addresses(self.alive[name], self._needs.env, self._needs.interface, cuda=cuda)
             for address in dict.fromkeys(own.values()):
                 purpose = " and ".join(purpose for purpose, each in own.items() if each == address)

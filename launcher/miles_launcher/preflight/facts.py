@@ -43,6 +43,7 @@ class AboutGpu(TypedDict):
     """One GPU; total and free 0 where the driver does not say."""
 
     index: int
+    uuid: str
     name: str
     total_bytes: int
     free_bytes: int
@@ -50,7 +51,7 @@ class AboutGpu(TypedDict):
 
 
 class AboutGpus(TypedDict):
-    """All GPUs of a host; no driver version where there is no driver."""
+    """All GPUs of a host, whoever may use them; no driver version where there is no driver."""
 
     driver: str
     gpus: list[AboutGpu]

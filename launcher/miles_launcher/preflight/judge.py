@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from miles_launcher.preflight import gpus
 from miles_launcher.preflight.facts import Examined, HostFacts
 from miles_launcher.preflight.findings import Finding, Severity, ordered, spread
 from miles_launcher.preflight.judge_host import judge_host
@@ -40,7 +41,8 @@ def judge(examined: Examined, needs: Needs) -> list[Finding]:
 
 
 def _enough_gpus(examined: Examined, needs: Needs) -> Iterator[Finding]:
-    counts = {name: len(facts["gpus"]["gpus"]) for name, facts in examined.answered if "gpus" in facts}
+    each = {name: gpus.count(facts) for name, facts in examined.answered}
+    counts = {name: count for name, count in each.items() if count is not None}
     if sum(counts.values()) < needs.num_devices and len(counts) == len(examined.hosts):
         yield Finding(
             "error", "gpus", (), f"the run needs {needs.num_devices} GPUs, there are {sum(counts.values())}",
@@ -78,8 +80,7 @@ def _differences(examined: Examined) -> Iterator[Finding]:
 
 
 def _models(facts: HostFacts) -> str:
-    models = Counter(gpu["name"] for gpu in facts["gpus"]["gpus"]) if "gpus" in facts else Counter[str]()
-    return ", ".join(f"{count} x {name}" for name, count in sorted(models.items()))
+    return ", ".join(f"{count} x {name}" for name, count in sorted(Counter(gpus.models(facts)).items()))
 
 
 def _clocks(examined: Examined) -> Iterator[Finding]:

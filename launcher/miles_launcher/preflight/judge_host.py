@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+from miles_agents.agent.inventory import BadVisibleDevices
 from miles_launcher.preflight.facts import AboutGpu, HostFacts
 from miles_launcher.preflight.findings import Finding, Severity
+from miles_launcher.preflight.gpus import offered
 from miles_launcher.preflight.needs import Needs
 from miles_launcher.preflight.network import nccl_interface, variables
 
@@ -78,7 +80,17 @@ def _gpus(name: str, facts: HostFacts, needs: Needs) -> Iterator[Finding]:
             "error", "gpus", (name,), "no GPU", f"driver {driver}" if driver else "no NVIDIA driver answers",
             "Leave this host out, or repair its driver (nvidia-smi).",
         )  # fmt: skip
-    for gpu in facts["gpus"]["gpus"]:
+    try:
+        gpus = offered(facts)
+    except BadVisibleDevices as error:
+        yield Finding("error", "gpus", (name,), error.what, error.evidence, error.advice)
+        return
+    if needs.device == "cuda" and facts["gpus"]["gpus"] and not gpus:
+        yield Finding(
+            "error", "gpus", (name,), "CUDA_VISIBLE_DEVICES leaves no GPU", f"{len(facts['gpus']['gpus'])} are there",
+            "Name those that the run may use, or unset it there.",
+        )  # fmt: skip
+    for gpu in gpus:
         yield from _gpu(name, gpu)
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from miles_launcher.preflight.facts import Examined
 from miles_launcher.preflight.findings import ORDER, Finding
+from miles_launcher.preflight.gpus import models
 
 _STYLE = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _SHOWN_HOSTS = 4
@@ -43,7 +44,7 @@ def hosts(examined: Examined) -> Table:
         shown.add_column(title, overflow="fold")
     for report in examined.hosts:
         facts = report.facts or {}
-        gpus = facts["gpus"]["gpus"] if "gpus" in facts else []
+        gpus = models(report.facts) if report.facts is not None else []
         memory = facts.get("cgroup")
         about = facts.get("host")
         addresses = [address for found in facts.get("interfaces", {}).values() for address in found]
@@ -52,7 +53,7 @@ def hosts(examined: Examined) -> Table:
             about["hostname"] if about else "-",
             about["python"] if about else "-",
             facts.get("packages", {}).get("torch") or "-",
-            f"{len(gpus)} x {gpus[0]['name']}" if gpus else "-",
+            f"{len(gpus)} x {gpus[0]}" if gpus else "-",
             str(memory["cores"]) if memory else "-",
             f"{memory['memory_bytes'] / (1 << 30):.0f} GiB" if memory else "-",
             " ".join(a for a in addresses if not a.startswith(("127.", "::1", "fe80:"))) or "-",
