@@ -105,12 +105,13 @@ class ExternalAgents:
 
     def _write_keys(self) -> None:
         try:
-            self._keys.mkdir(mode=0o700, exist_ok=True)
+            self._own_directory()
             for node in self._names:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-                fd = os.open(self.key_file(node), flags, 0o600)
-                with os.fdopen(fd, "w") as file:
-                    os.fchmod(fd, 0o600)  # also of a file that was there
+                self.key_file(node).unlink(
+                    missing_ok=True
+                )  # whatever was there: nobody else has it open, or waits in it
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                with os.fdopen(os.open(self.key_file(node), flags, 0o600), "w") as file:
                     file.write(self._controller.issue_key(node).rstrip("\n") + "\n")
         except OSError as error:
             raise CannotWriteKeys(
@@ -118,6 +119,18 @@ class ExternalAgents:
                 evidence=str(error),
                 advice="Give a --run-dir that you can write to.",
             ) from error
+
+    def _own_directory(self) -> None:
+        """Ours, and nobody else may look into it or put anything there."""
+        with contextlib.suppress(FileExistsError):
+            self._keys.mkdir(mode=0o700)
+        fd = os.open(self._keys, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise PermissionError(f"{self._keys} belongs to another user")
+            os.fchmod(fd, 0o700)
+        finally:
+            os.close(fd)
 
     def _remove_keys(self) -> None:
         for node in self._names:

@@ -136,9 +136,7 @@ class Start:
             self.made = base / f"{self.head['run']}-{self.head['node']}-{os.getpid()}"
             for folder in (self.made, self.made / "lib", self.made / "cwd"):
                 folder.mkdir(mode=0o700)
-            fd = os.open(self.made, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            os.set_inheritable(fd, True)
+            self._hold(self.made)
         except OSError as error:
             raise Refused("directory", f"no directory for the code can be made: {error}") from None
         self.say("wants_code", directory=str(self.made))
@@ -146,6 +144,12 @@ class Start:
             raise Refused("copy", "the code did not come")
         self.path = [str(self.made / "lib"), str(self.made / "cwd")]
         return str(self.made / "cwd")
+
+    def _hold(self, directory: Path) -> None:
+        """Until this process and those that come of it have ended, nobody sweeps the directory."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        os.set_inheritable(fd, True)
 
     def _line(self, timeout_s: float) -> bytes:
         line, deadline = b"", time.monotonic() + timeout_s
@@ -210,6 +214,7 @@ class Start:
             base.mkdir(parents=True, exist_ok=True, mode=0o700)
             sweep(base, _LOGS_S)
             own.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._hold(own.parent)
         except OSError as error:
             raise Refused("directory", f"no directory for logs can be made: {error}") from None
         return str(own)
@@ -232,12 +237,12 @@ class Start:
 
 
 def sweep(base: Path, age_s: float, now: float | None = None) -> None:
-    """Remove the directories of runs that nobody holds and that did not change for ``age_s``. ``now``: seconds since
-    1970, in place of the clock."""
+    """Remove the directories of runs that nobody holds and in which nothing changed for ``age_s``. ``now``: seconds
+    since 1970, in place of the clock."""
     for name in os.listdir(base):
         path = base / name
         try:
-            if (time.time() if now is None else now) - os.stat(path).st_ctime < age_s:
+            if (time.time() if now is None else now) - _changed(path) < age_s:
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
@@ -258,3 +263,9 @@ def _public(version: str) -> str:
 
 if __name__ == "miles_remote_start":
     Start(globals()["H"]).run()
+
+
+def _changed(path: Path) -> float:
+    """When anything in it changed last, in seconds since 1970."""
+    below = (os.path.join(where, name) for where, names, files in os.walk(path) for name in [*names, *files])
+    return max(os.lstat(one).st_ctime for one in [str(path), *below])

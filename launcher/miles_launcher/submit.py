@@ -19,6 +19,7 @@ from pathlib import Path
 from miles.flags.entry import table_for
 from miles.flags.parse import parse
 from miles.flags.problems import FlagProblems
+from miles.tracking.secret_names import is_secret
 from miles.tracking.secrets import as_variables, split_argv
 from miles.training.exit_codes import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_OK
 from miles_agents.errors import ConfigError, EnvironmentFault, MilesError
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         train, secrets = split_argv(train)
         text = job_script(_job(options, train))
         if options.script:
-            Path(options.script).write_text(text, encoding="utf-8")
+            _keep(Path(options.script), text)
         if options.dry_run:
             sys.stdout.write(text)
             return EXIT_OK
@@ -95,6 +96,14 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _keep(path: Path, text: str) -> None:
+    """For its user alone: flags may tell of places that others need not know."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        os.fchmod(fd, 0o600)  # also of a file that was there
+        file.write(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +138,18 @@ def _job(options: argparse.Namespace, train: Sequence[str]) -> Job:
             f"--launcher {parsed.typed['launcher']} has no meaning in a job",
             evidence="its agents are started with srun", advice="Leave it out.",
         )  # fmt: skip
+    for name, _, value in (str(word).partition("=") for word in parsed.typed.get("env") or ()):
+        if is_secret(name, value):
+            raise BadSubmitFlag(
+                f"--env {name} would stand in the job script", evidence="Slurm keeps scripts, and shows them",
+                advice=f"Export {name} where you submit; `train.py --dry-run` names the variables that are passed on.",
+            )  # fmt: skip
     given = {name: getattr(options, name.replace("-", "_")) for name in _PASSED}
+    for value in [*filter(None, given.values()), *options.sbatch]:
+        if not value.isprintable():
+            raise BadSubmitFlag(
+                f"{value!r} is no value of sbatch's", advice="Leave out line breaks and other controls."
+            )
     wanted: dict[str, str | None] = {name: value for name, value in given.items() if value is not None}
     wanted.setdefault("nodes", str(parsed.typed.get("actor_num_nodes") or 1))
     if not str(wanted["nodes"]).isdecimal() or int(str(wanted["nodes"])) < 1:
@@ -169,8 +189,9 @@ def job_script(job: Job) -> str:
 
 
 def _word(value: str) -> str:
-    """As ``sbatch`` reads it: it knows double quotes."""
-    return f'"{value}"' if any(letter.isspace() for letter in value) else value
+    """As ``sbatch`` reads it: it knows double quotes, and what stands behind a backslash as it is."""
+    plain = value.replace("\\", "\\\\").replace('"', '\\"').replace("'", "\\'")
+    return f'"{plain}"' if any(letter.isspace() or letter in "\"'\\#" for letter in value) else value
 
 
 def _folded(words: Sequence[str]) -> str:

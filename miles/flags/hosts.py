@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_HOSTS = 65536
+_SSH_PORT = 22
 MAX_NAME = 64
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ADDRESS = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
@@ -87,13 +88,15 @@ def parse_hostfile(text: str) -> tuple[list[Host], list[HostProblem]]:
     """Of a file: one host, or one range of hosts, in each line; ``#`` begins a comment."""
     found: list[tuple[Host, int]] = []
     problems: list[HostProblem] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         try:
             words = shlex.split(line, comments=True)
             if not words:
                 continue
             name, further = words[0], dict(_fields(words[1:]))
             user, name, port = _parts(name)
+            if port is not None and port < _SSH_PORT:  # a machine file of MPICH: so many processes
+                raise _Wrong(f"{words[0]!r}: write slots={port} if that many devices are meant, port={port} for a port")
             found += [(_host(one, **{"user": user, "port": port, **further}), number) for one in expand(name)]
             if len(found) > MAX_HOSTS:
                 raise _Wrong(f"more than {MAX_HOSTS} hosts")
@@ -155,6 +158,12 @@ def _parts(word: str) -> tuple[str | None, str, int | None]:
         raise _Wrong(f"{word!r}: {user!r} is no user name")
     if _ADDRESS.fullmatch(name):
         return user or None, name, None
+    if name.startswith("[") and (inside := name[1:].partition("]"))[1] and _ADDRESS.fullmatch(inside[0]):
+        if inside[2] and not inside[2].startswith(":"):
+            raise _Wrong(f"{word!r}: write an address of IPv6 with a port as [ADDRESS]:PORT")
+        return user or None, inside[0], _port(inside[2][1:], word) if inside[2] else None
+    if name.count(":") > 1:
+        raise _Wrong(f"{word!r} is no address of IPv6; with a port it is written as [ADDRESS]:PORT")
     name, colon, port = name.partition(":")
     return user or None, name, _port(port, word) if colon else None
 

@@ -46,6 +46,8 @@ def test_ranges_as_slurm_writes_them(word, names):
         ("-x@a", "no user name"),
         ("a:0", "no port"),
         ("a:x", "no port"),
+        ("fe80::1%eth0", "[ADDRESS]:PORT"),
+        ("[fd00::7]22", "[ADDRESS]:PORT"),
         ("a,b,a", "named twice"),
         (",", "names no host"),
         ("x" * 65, "cannot name a node"),
@@ -58,13 +60,15 @@ def test_what_names_no_hosts_is_told(text, words):
 
 
 def test_user_and_port_are_of_all_hosts_of_their_range():
-    hosts, found = parse_hosts("alice@gpu[1-2]:2222, 10.0.0.9,bob@fd00::7")
+    hosts, found = parse_hosts("alice@gpu[1-2]:2222, 10.0.0.9,bob@fd00::7,[fd00::8]:23,[fd00::9]")
     assert found == []
     assert hosts == [
         Host("gpu1", "gpu1", user="alice", port=2222),
         Host("gpu2", "gpu2", user="alice", port=2222),
         Host("10.0.0.9", "10.0.0.9"),
         Host("ip6-fd00--7", "fd00::7", user="bob"),
+        Host("ip6-fd00--8", "fd00::8", port=23),
+        Host("ip6-fd00--9", "fd00::9"),
     ]
 
 
@@ -92,6 +96,12 @@ al@gpu[3-4] port=2222 python=/opt/py env.NCCL_DEBUG=INFO env.NOTE="two words"
         Host("gpu4", "gpu4", user="al", port=2222, python="/opt/py", env=env),
         Host("10.0.0.9", "10.0.0.9", slots=2, user="bob"),
     ]
+
+
+def test_a_mark_of_byte_order_is_not_part_of_a_name_and_numbers_of_processes_are_no_ports():
+    assert [host.name for host in parse_hostfile("\ufeffn1\nn2:2222\n")[0]] == ["n1", "n2"]
+    hosts, found = parse_hostfile("n1:4\n")
+    assert hosts == [] and "slots=4" in str(found[0]) and "port=4" in str(found[0])
 
 
 def test_everything_wrong_in_a_file_is_told_by_line():

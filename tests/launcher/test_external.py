@@ -2,6 +2,7 @@
 
 import asyncio
 import configparser
+import os
 import re
 import shlex
 import stat
@@ -73,13 +74,26 @@ async def test_keys_that_cannot_be_written_are_an_error(tmp_path):
     assert str(tmp_path / "join") in error.value.what
 
 
-async def test_a_link_in_the_place_of_a_key_file_is_not_followed(tmp_path):
-    (tmp_path / "join").mkdir(mode=0o700)
-    (tmp_path / "join" / "a.key").symlink_to(tmp_path / "elsewhere")
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to(path.parents[1] / "elsewhere"), os.mkfifo])
+async def test_what_is_in_the_place_of_a_key_file_gets_no_key_and_is_not_waited_for(tmp_path, make):
+    (tmp_path / "join").mkdir(mode=0o777)
+    make(tmp_path / "join" / "a.key")
+    async with Controller(ControllerConfig(status=False)) as controller:
+        agents = external(controller, ["a"], tmp_path, [])
+        agents._write_keys()
+        assert stat.S_IMODE((tmp_path / "join").stat().st_mode) == 0o700
+        key = agents.key_file("a")
+        assert key.is_file() and not key.is_symlink() and stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_a_directory_for_keys_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "join").symlink_to(tmp_path / "elsewhere")
     async with Controller(ControllerConfig(status=False)) as controller:
         with pytest.raises(CannotWriteKeys):
             await external(controller, ["a"], tmp_path, []).__aenter__()
-    assert not (tmp_path / "elsewhere").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def blocks(language):

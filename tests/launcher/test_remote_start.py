@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from support.procs import eventually_sync
 
 from miles_launcher import remote_start
 from miles_launcher.ssh_start import Machine, OwnCode, Run, header, start_words
@@ -112,6 +113,20 @@ def test_what_nobody_holds_is_swept_but_not_what_is_young_or_held(tmp_path):
         assert os.listdir(tmp_path) == ["held"]
     finally:
         os.close(fd)
+
+
+def test_what_changed_lately_below_is_not_swept(tmp_path):
+    log = tmp_path / "run" / "node" / "agent.log"
+    log.parent.mkdir(parents=True)
+    began = os.stat(log.parent).st_ctime
+    eventually_sync(lambda: log.write_text("") == 0 and os.stat(log).st_ctime > began + 0.1, 60)
+    log.write_text("later than its directory changed")
+    wrote, changed = os.stat(log).st_ctime, os.stat(log.parent).st_ctime
+    assert wrote > changed
+    remote_start.sweep(tmp_path, 3600.0, 3600.0 + (wrote + changed) / 2)
+    assert log.exists()
+    remote_start.sweep(tmp_path, 3600.0, 3601.0 + wrote)
+    assert not log.exists()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ def test_the_number_of_nodes_is_the_trainers_unless_given(run):
         (["--hosts", "a,b"], "--hosts has no meaning in a job"),
         (["--launcher", "ssh"], "--launcher ssh has no meaning in a job"),
         (["--nodes", "two"], "--nodes two is no number of nodes"),
+        (["--job-name", "a\n#SBATCH --wrap=x"], "is no value of sbatch's"),
+        (["--sbatch", "--comment=a\nrm x"], "is no value of sbatch's"),
+        (["--env", "HF_TOKEN=hf_abc"], "--env HF_TOKEN would stand in the job script"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_submitted(run, words, said):
@@ -101,3 +104,18 @@ def test_words_with_spaces_are_quoted_as_each_reader_wants_them():
     script = job_script(Job({"job-name": "a b", "exclusive": None}, ["t.py", "--x", "it's"], python="/a b/python"))
     assert '#SBATCH --job-name="a b"' in script
     assert "exec '/a b/python' t.py \\\n    --x 'it'\"'\"'s'" in script
+
+
+@pytest.mark.parametrize(
+    ("name", "written"), [('a"b', r'"a\"b"'), ("a\\b", r'"a\\b"'), ("a#b", '"a#b"'), ("%x-1", "%x-1")]
+)
+def test_what_would_end_a_word_is_escaped(name, written):
+    assert f"#SBATCH --job-name={written}" in job_script(Job({"job-name": name}, ["t.py"])).splitlines()
+
+
+def test_a_script_that_is_kept_is_for_its_user_alone(run, tmp_path):
+    kept = tmp_path / "job.sh"
+    kept.write_text("")
+    kept.chmod(0o644)
+    assert run("--dry-run", "--script", str(kept), *FLAGS).returncode == 0
+    assert kept.stat().st_mode & 0o777 == 0o600

@@ -10,7 +10,6 @@ from support.ranks import RanksFailed, run_ranks
 from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.full
-KINDS = ["megatron", "fsdp"]
 MOSTLY = ["megatron", pytest.param("fsdp", marks=pytest.mark.long)]
 BELOW = {"use_kl_loss": True, "kl_loss_coef": 0.5}
 
@@ -46,7 +45,7 @@ def goes_on(path, kind, changed, root):
     return frozen, *resumed_run(path, kind, changed, root)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOSTLY)
 @pytest.mark.parametrize("reference", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_it_goes_on_bit_for_bit_with_the_same_flags(begun, kind, reference):
     root, (saved, last) = begun(kind, reference)
@@ -58,7 +57,7 @@ def test_it_goes_on_bit_for_bit_with_the_same_flags(begun, kind, reference):
     assert_same(end, last)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOSTLY)
 def test_another_reference_is_refused_and_weights_that_are_gone_are_named(begun, kind, tmp_path):
     root, _ = begun(kind)
     for reference in (root / "below", tiny_model("qwen3", seed=9)):
@@ -94,7 +93,7 @@ def begun_on_a_checkpoint(path, kind, root):
     return whole_run(path, kind, changed, root / "save")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("megatron", marks=pytest.mark.long), "fsdp"])
 def test_it_goes_on_upon_the_checkpoint_that_it_was_begun_on_and_not_the_newest(tmp_path, kind):
     saved, last = run_ranks(1, begun_on_a_checkpoint, tiny_model("qwen3"), kind, tmp_path)[0]
     start, middle, end = run_ranks(1, resumed_run, tiny_model("qwen3"), kind, {}, tmp_path / "save")[0]
