@@ -137,7 +137,7 @@ class GroupProducer:
                 self._pending[task] = group
 
     async def _generate(self, group: Group) -> Group:
-        version = self.state.weight_version
+        version = self.source.serving
         for sample in flat(group):
             if sample.status not in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED):
                 sample.metadata.pop(BEGUN_WITH, None)  # of a generation that was thrown away

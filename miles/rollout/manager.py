@@ -226,7 +226,8 @@ class RolloutManager(Actor):
         self._replayed = dict(replaying)
         counters = await self._on_user_loop(self._recovery.restore(trained))
         self.weight_version = weight_version or counters.get("weight_version")
-        self._needed().source.weights_are(next_version or self.weight_version)
+        self._needed().source.weights_are(self.weight_version)
+        self._needed().source.weights_are(next_version or None, announced=True)
         for rollout_id in self._recovery.batches.rollouts():
             if rollout_id < trained:
                 continue  # its data has left the store

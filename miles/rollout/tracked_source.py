@@ -34,6 +34,8 @@ class TrackedDataSource(DataSource):
         self.inner = inner
         self.ledger = Ledger()
         self.admission = Admission()
+        self.serving: int | None = None
+        """The version that engines have: of what is begun now. Not the one that is announced."""
         self.journal: Journal | None = None
         self.rollout_id = 0
         self.overflow: list[Group] = []
@@ -67,12 +69,21 @@ class TrackedDataSource(DataSource):
             groups, self.overflow = self.overflow[:num_samples], self.overflow[num_samples:]
         try:
             with self._turn:
-                if len(groups) < num_samples:
-                    groups = groups + self._taken(num_samples - len(groups))
+                groups = self._filled(groups, num_samples)
                 self._enter(groups)
         finally:
             self._bring_back()
         return groups
+
+    def _filled(self, groups: list[Group], num_samples: int) -> list[Group]:
+        if len(groups) == num_samples:
+            return groups
+        try:
+            return groups + self._taken(num_samples - len(groups))
+        except BaseException:
+            with self._lock:
+                self.overflow[:0] = groups
+            raise
 
     def _enter(self, groups: Sequence[Group]) -> None:
         with self._lock:
@@ -156,14 +167,12 @@ class TrackedDataSource(DataSource):
             return
         try:
             self._call(self.inner.add_samples, groups)
-        except NoBuffer:
+        except BaseException as error:
             with self._lock:
-                self.overflow += groups
-        except HookFailed as error:
-            if not isinstance(error.__cause__, NotImplementedError):
+                self.overflow += groups  # whatever it is: the ledger calls them returned, so they have to be somewhere
+            has_none = isinstance(error, HookFailed) and isinstance(error.__cause__, NotImplementedError)
+            if not has_none and not isinstance(error, NoBuffer):
                 raise
-            with self._lock:
-                self.overflow += groups
 
     def finished(self, group: Group) -> None:
         """A group that was taken is generated, and waits to be selected: a checkpoint keeps what was made of it."""
@@ -209,10 +218,12 @@ class TrackedDataSource(DataSource):
         with self._lock:
             self.admission.bound = self.ledger.bound = bound
 
-    def weights_are(self, version: int | None) -> None:
-        """See ``Admission.are``."""
+    def weights_are(self, version: int | None, *, announced: bool = False) -> None:
+        """See ``Admission.are``. ``announced``: engines are about to get them, and have others still."""
         with self._lock:
             self.admission.are(version)
+            if version is not None and not announced:
+                self.serving = max(version, self.serving or 0)
 
     def may_become(self, version: int) -> bool:
         """See ``Admission.may_become``."""
@@ -253,10 +264,15 @@ class TrackedDataSource(DataSource):
                 seen.add(number)
                 if number not in self.ledger.open:
                     steps.append(Transition("take", number, self.rollout_id, "foreign"))
-                steps.append(Transition("select", number, self.rollout_id, age=self.admission.age(group)))
+                steps.append(
+                    Transition("select", number, self.rollout_id, age=self.admission.age_in(self.rollout_id, group))
+                )
                 self._open[number] = group
             self._apply(steps)
             self._sync()
+
+    def _age(self, group: Group) -> int:
+        return self.admission.age_in(self.rollout_id, group)
 
     def drop_unselected(self, reason: str) -> int:
         """Groups of this rollout that were taken and did not come out of it: how many."""

@@ -130,9 +130,12 @@ class WeightUpdates:
         recovery = self.parts.recovery
         if recovery is not None:
             recovery.next_version = version
-        may_be: bool = await self.rollout.may_become.call_one(version)
-        if recovery is not None and not may_be:
-            recovery.next_version = 0
+        may_be: bool = False
+        try:
+            may_be = await self.rollout.may_become.call_one(version)
+        finally:
+            if recovery is not None and not may_be:
+                recovery.next_version = 0
         return may_be
 
     async def _use_fewer_engines(self, before: list[EngineTarget]) -> None:

@@ -192,13 +192,15 @@ async def test_a_data_source_that_has_nothing_more_is_told_after_the_last_group(
         assert rollout.ledger() == "16 taken = 16 trained + 0 filtered + 0 returned + 0 open"
 
 
+async def silent(args, sample, sampling_params):
+    """Tells no weight versions."""
+    sample.tokens, sample.response, sample.response_length = [1, 2], "1", 1
+    sample.rollout_log_probs, sample.status = [-1.0], Sample.Status.COMPLETED
+    return sample
+
+
 @pytest.mark.parametrize("handler", ["drop", "retry"])
 async def test_answers_without_a_version_are_as_old_as_their_beginning(tmp_path, handler):
-    async def silent(args, sample, sampling_params):
-        sample.tokens, sample.response, sample.response_length = [1, 2], "1", 1
-        sample.rollout_log_probs, sample.status = [-1.0], Sample.Status.COMPLETED
-        return sample
-
     with function_registry.temporary("tests.silent", silent):
         config = config_of(
             tmp_path, max_weight_staleness=1, rm_type="random", custom_generate_function_path="tests.silent",
@@ -391,3 +393,36 @@ def test_the_capacity_is_rounded_down(factor, groups):
 )
 def test_the_oldest_token_decides(versions, age):
     assert staleness([Sample(weight_versions=list(v)) for v in versions], 5) == age
+
+
+async def test_answers_without_a_version_that_are_begun_after_an_update_are_as_young_as_it(tmp_path):
+    with function_registry.temporary("tests.silent", silent):
+        config = config_of(
+            tmp_path, max_weight_staleness=0, rm_type="random", custom_generate_function_path="tests.silent"
+        )
+        with servers(adds) as fake:
+            with manager(config) as rollout:
+                await started(rollout, fake)
+                await rollout.keep(-1)
+            with manager(config) as rollout:
+                await started(rollout, fake)
+                await rollout.recover(-1, 1, 2, {})
+                generating = asyncio.ensure_future(rollout.generate(0))
+                await eventually(lambda: "stale" in function_of(rollout).producer.counts)
+                await rollout.set_weight_version(2)  # while the rollout is asked for
+                batch = await generating
+                assert batch.metrics["rollout/fully_async/staleness/max"] == 0
+
+
+async def test_a_rollout_that_fails_after_it_was_admitted_holds_no_weights_back(tmp_path):
+    def fails(args, groups):
+        raise ValueError("not these")
+
+    with function_registry.temporary("tests.fails", fails):
+        config = config_of(tmp_path, max_weight_staleness=1, rollout_sample_filter_path="tests.fails")
+        with servers(adds) as fake, manager(config) as rollout:
+            await started(rollout, fake)
+            await rollout.set_weight_version(1)
+            with pytest.raises(HookFailed, match="not these"):
+                await rollout.generate(0)
+            assert await rollout.may_become(2)

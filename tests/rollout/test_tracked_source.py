@@ -4,9 +4,11 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from support.rollout_cases import make_args, sums
 
 from miles.rollout.data_source import RolloutDataSourceWithBuffer
+from miles.rollout.hooks import HookFailed
 from miles.rollout.tracked_source import TrackedDataSource
 from miles.utils.misc import function_registry
 
@@ -109,3 +111,33 @@ def test_samples_of_a_prompt_that_are_selected_as_several_groups_are_all_kept(tm
     assert len(group) == 2
     source.select([group[:1], group[1:]])
     assert [len(kept) for kept in source.snapshot()[1]] == [2]
+
+
+@pytest.mark.parametrize("breaks", ["get_samples", "add_samples"])
+def test_what_was_given_back_is_still_there_when_the_data_source_breaks(tmp_path, breaks):
+    class Own(RolloutDataSourceWithBuffer):
+        is_broken = False
+
+        def get_samples(self, num_samples):
+            if self.is_broken:
+                raise RuntimeError("the disk is gone")
+            return super().get_samples(num_samples)
+
+        def add_samples(self, samples):
+            if self.is_broken and breaks == "add_samples":
+                raise RuntimeError("the disk is gone")
+            raise NotImplementedError
+
+    source = TrackedDataSource(Own(make_args(prompt_data=sums(tmp_path / "p.jsonl"))))
+    groups = source.get_samples(2)
+    if breaks == "get_samples":
+        source.give_back(groups, "stale")
+        source.inner.is_broken = True
+        with pytest.raises(HookFailed):
+            source.get_samples(4)
+    else:
+        source.inner.is_broken = True
+        with pytest.raises(HookFailed):
+            source.give_back(groups, "stale")
+    assert numbers(source.overflow) == numbers(groups)
+    assert set(source.ledger.returned) == set(numbers(groups))
