@@ -261,11 +261,11 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-if __name__ == "miles_remote_start":
-    Start(globals()["H"]).run()
-
-
 def _changed(path: Path) -> float:
     """When anything in it changed last, in seconds since 1970."""
     below = (os.path.join(where, name) for where, names, files in os.walk(path) for name in [*names, *files])
     return max(os.lstat(one).st_ctime for one in [str(path), *below])
+
+
+if __name__ == "miles_remote_start":
+    Start(globals()["H"]).run()

@@ -84,6 +84,14 @@ def test_logs_of_a_run_directory_that_is_not_shared_stay_in_the_home(head, tmp_p
     assert said[0]["logs"] == str(tmp_path / ".cache/miles/runs/r/n")
 
 
+def test_a_host_with_logs_of_another_run_starts_one(head, tmp_path):
+    """What is sent is run from its top to its end: the sweep needs all that it uses before that."""
+    (tmp_path / ".cache/miles/runs/another/n").mkdir(parents=True)
+    said, _, stderr = start(head(), tmp_path, b"key\n")
+    assert [one["kind"] for one in said] == ["ready"], stderr
+    assert sorted(os.listdir(tmp_path / ".cache/miles/runs")) == ["another", "r"]
+
+
 def test_code_that_does_not_come_leaves_no_directory(head, tmp_path):
     said, exit_code, _ = start(head(copies_code=True), tmp_path)  # stdin ends
     assert [one["kind"] for one in said] == ["wants_code", "failed"]
