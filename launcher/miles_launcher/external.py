@@ -75,6 +75,7 @@ class ExternalAgents:
         self._flags = list(flags)
         self._timeout_s = timeout_s
         self._say = say or _to_stdout
+        self._written: list[Path] = []
 
     async def __aenter__(self) -> ExternalAgents:
         try:
@@ -112,6 +113,7 @@ class ExternalAgents:
                 )  # whatever was there: nobody else has it open, or waits in it
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 with os.fdopen(os.open(self.key_file(node), flags, 0o600), "w") as file:
+                    self._written.append(self.key_file(node))
                     file.write(self._controller.issue_key(node).rstrip("\n") + "\n")
         except OSError as error:
             raise CannotWriteKeys(
@@ -133,9 +135,11 @@ class ExternalAgents:
             os.close(fd)
 
     def _remove_keys(self) -> None:
-        for node in self._names:
+        """Those that were written here; nothing else that is in their place."""
+        for path in self._written:
             with contextlib.suppress(OSError):
-                self.key_file(node).unlink()
+                path.unlink()
+        self._written.clear()
         with contextlib.suppress(OSError):
             self._keys.rmdir()
 
