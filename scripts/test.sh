@@ -48,7 +48,7 @@ report() {
 
 workers() {
     local cores
-    cores=$(nproc)
+    cores=$(env -u OMP_NUM_THREADS nproc)  # which would obey it
     echo "${WORKERS:-$((cores < 4 ? cores : 4))}"
 }
 
