@@ -42,10 +42,8 @@ def test_the_report_counts_each_test_once_by_what_is_missing():
     assert report([]) == []
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("ci", "code", "told"), [("", 5, "tests left out"), pytest.param("true", 1, "iproute2", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("ci", "code", "told"), [("", 5, "tests left out"), ("true", 1, "iproute2")])
 def test_a_session_on_a_machine_without_the_programs(tmp_path, ci, code, told):
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1", "tests/hosts/test_network.py"]
     env = {**os.environ, "PATH": str(tmp_path), "CI": ci}
