@@ -215,18 +215,18 @@ class Trainer(Actor):
     @endpoint
     def update_weights(self, update: WeightUpdate) -> dict[str, float]:
         """Give the engines these weights. Returns seconds by part."""
-        from miles.backends.weight_update.sender import make_sender
+        from miles.backends.weight_update.sender import kind_of, make_sender
 
         backend, trainer = self._ready()
         if self._asleep > 1:
             self._wake()
-        sender = self._senders.get(update.method)
+        sender = self._senders.get(kind_of(update))
         if sender is None:
             # Ranks that begin anew are in no group, whatever engines were in with those before them.
             update = replace(update, new_group=True)
-            sender = self._senders[update.method] = make_sender(backend.parallel, update, backend.device, self.args)
+            sender = self._senders[kind_of(update)] = make_sender(backend.parallel, update, backend.device)
         with self._timers.measure("update_weights"):
-            seconds: dict[str, float] = sender.send(update, backend.hf_weights())
+            seconds: dict[str, float] = sender.send(update, backend.hf_weights(), backend.local_weights())
         if trainer.old_weights is not None:
             with self._timers.measure("keep_old_actor"):
                 trainer.old_weights.keep(update.version)

@@ -14,7 +14,7 @@ from miles.backends.sglang_utils.launch_engine import supported
 from miles.backends.sglang_utils.launch_key import KEY_VARIABLE, Secret
 from miles.backends.sglang_utils.server_arguments import (
     CPU_CACHE_BYTES,
-    MAP_WEIGHTS,
+    RECEIVE_WEIGHTS,
     BadEngineConfig,
     cache_tokens,
     router_arguments,
@@ -33,7 +33,7 @@ def test_an_engine_on_a_cpu_gets_what_works_there():
     assert found["grammar_backend"] == "none" and found["sleep_on_idle"] is True
     assert found["enable_memory_saver"] is False, "the scheduler dies of it on a CPU"
     assert found["dtype"] == "float32" and found["device"] == "cpu"
-    assert found["custom_weight_loader"] == [MAP_WEIGHTS]
+    assert found["custom_weight_loader"] == [RECEIVE_WEIGHTS]
     assert json.loads(json.dumps(found)) == found
 
 
@@ -52,7 +52,7 @@ def test_what_was_typed_wins_except_what_the_run_decides():
     )
     assert found["attention_backend"] == "intel_amx" and found["dtype"] == "bfloat16"
     assert found["max_total_tokens"] == 99 and found["mem_fraction_static"] == 0.4
-    assert found["custom_weight_loader"] == ["mine.load", MAP_WEIGHTS]
+    assert found["custom_weight_loader"] == ["mine.load", RECEIVE_WEIGHTS]
     assert found["tp_size"] == 2 and found["random_seed"] == 1 and found["enable_metrics"] is True
     assert "context_length" not in found
 

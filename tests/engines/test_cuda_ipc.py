@@ -3,7 +3,7 @@
 import pytest
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.cuda_ipc import engine_of
+from miles.backends.weight_update.colocation import engine_of
 from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 

@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from aiohttp import web
 from safetensors.torch import load_file
 
-from miles.backends.sglang_utils import map_weights
-from miles.backends.sglang_utils.server_arguments import MAP_WEIGHTS
+from miles.backends.sglang_utils import receive_weights
+from miles.backends.sglang_utils.server_arguments import RECEIVE_WEIGHTS
 from support.procs import eventually
 
 SAMPLING_PARAMETERS = {
@@ -66,6 +65,13 @@ class Request:
     finish: dict | None = None
 
 
+class FakeModel:
+    """What our weight loader is given."""
+
+    def __init__(self, engine):
+        self.load_weights = engine.load_weights
+
+
 class FakeEngine:
     """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang", "die", or
     "freeze": from then on it takes connections and says nothing, as a stopped process does."""
@@ -81,6 +87,7 @@ class FakeEngine:
         self.url = ""
         self.weights = {} if model is None else load_directory(model)
         self.version = "default"
+        self.model = FakeModel(self)
         self.groups = {}
         self.released = set()
         self.requests = {}
@@ -110,6 +117,7 @@ class FakeEngine:
         self.dead = True
         self._hanging.set()
         self.groups.clear()
+        receive_weights.forget(self.model)
         for connection in list(self._runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -119,6 +127,7 @@ class FakeEngine:
     async def stop(self):
         self._hanging.set()
         self.groups.clear()
+        receive_weights.forget(self.model)
         await self._runner.cleanup()
 
     def count(self, path):
@@ -312,10 +321,10 @@ class FakeEngine:
     async def _from_tensor(self, request):
         body = await request.json()
         self._needs_session("update_weights_from_tensor")
-        assert body["flush_cache"] is False and body["load_format"] == MAP_WEIGHTS
+        assert body["flush_cache"] is False and body["load_format"] == RECEIVE_WEIGHTS
         await asyncio.sleep(self.slow_s)
         named = ForkingPickler.loads(base64.b64decode(body["serialized_named_tensors"][0]))
-        await asyncio.to_thread(map_weights.load, SimpleNamespace(load_weights=self.load_weights), named)
+        await asyncio.to_thread(receive_weights.load, self.model, named)
         return web.json_response({"success": True})
 
     async def _from_distributed(self, request):

@@ -167,7 +167,7 @@ async def _adopted(clients: Sequence[EngineClient], config: Mapping[str, Any], a
     timing = probe_timing(config)
     engines, offset = [], 1
     for client, (size, _), bracket in zip(clients, looks, brackets, strict=True):
-        target = EngineTarget(client.name, client.url, api_key, size, offset, bracket)
+        target = EngineTarget(client.name, client.url, api_key, size, offset, bracket, has_stream=False)
         engines.append(Engine(target, ExternalService(client, **timing), client))
         offset += size
     return engines

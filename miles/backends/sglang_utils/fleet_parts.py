@@ -19,6 +19,7 @@ from miles.backends.sglang_utils.server_arguments import (
     rank_offset,
     router_arguments,
     server_arguments,
+    takes_stream,
 )
 from miles.backends.sglang_utils.spanning import SpanningService, start_spanning
 from miles.backends.weight_update.messages import EngineTarget
@@ -157,7 +158,8 @@ async def start_engine(
         await client.close()
         await service.stop("it did not answer")
         raise
-    target = EngineTarget(name, service.url, api_key, size, rank_offset(config, rank), bracket)
+    place, streams = rank_offset(config, rank), takes_stream(arguments)
+    target = EngineTarget(name, service.url, api_key, size, place, bracket, has_stream=streams)
     return Engine(target, service, client)
 
 

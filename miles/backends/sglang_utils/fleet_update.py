@@ -260,8 +260,10 @@ def one_after_the_other(targets: tuple[EngineTarget, ...]) -> tuple[EngineTarget
 
 def settings(config: Mapping[str, Any], *, on_one_node: bool = True) -> dict[str, Any]:
     """Arguments of ``UpdateRunner`` from the run's configuration. On a CPU, what is handed over is the memory of the
-    trainer's first rank, which other nodes cannot map; on GPUs each rank hands over its own."""
-    shares = config.get("colocate") and (on_one_node or config["device"] == "cuda")
+    trainer's first rank, which other nodes cannot map, nor engines that take no streams; on GPUs each rank hands over
+    its own."""
+    can_map = on_one_node and not config.get("sglang_speculative_algorithm")
+    shares = config.get("colocate") and (can_map or config["device"] == "cuda")
     return {
         "mode": config.get("pause_generation_mode") or "retract",
         "method": "tensor" if shares else "broadcast",

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from miles_agents.errors import ConfigError
 
 T = TypeVar("T")
-MAP_WEIGHTS = "miles.backends.sglang_utils.map_weights.load"
-"""The weight loader of ours that an engine on a CPU is given: the ``load_format`` of its updates."""
+RECEIVE_WEIGHTS = "miles.backends.sglang_utils.receive_weights.load"
+"""The weight loader of ours that an engine is given: the ``load_format`` of its updates."""
 
 CPU_CACHE_BYTES = 1 << 30
 """The most that the KV cache of an engine on a CPU takes unless a flag says otherwise."""
@@ -57,7 +57,14 @@ def server_arguments(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     if arguments.get("dtype", "auto") == "auto":
         arguments["dtype"] = config["params_dtype"]
     arguments.setdefault("log_level_http", "warning")
+    arguments["custom_weight_loader"] = [*(arguments.get("custom_weight_loader") or []), RECEIVE_WEIGHTS]
     return _with_cpu_defaults(arguments, config) if on_cpu else arguments
+
+
+def takes_stream(arguments: Mapping[str, Any]) -> bool:
+    """Whether an engine with these arguments takes weights by stream: one that speculates loads two models by one
+    request."""
+    return not arguments.get("speculative_algorithm")
 
 
 def _forced(config: Mapping[str, Any], rank: int, *, on_cpu: bool) -> dict[str, Any]:
@@ -80,7 +87,6 @@ def _forced(config: Mapping[str, Any], rank: int, *, on_cpu: bool) -> dict[str, 
 
 
 def _with_cpu_defaults(arguments: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    loaders = list(arguments.get("custom_weight_loader") or [])
     defaults = {
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
@@ -88,7 +94,7 @@ def _with_cpu_defaults(arguments: dict[str, Any], config: Mapping[str, Any]) -> 
         "max_total_tokens": cache_tokens(config),
     }
     # An idle scheduler that does not sleep burns most of a core.
-    return defaults | arguments | {"sleep_on_idle": True, "custom_weight_loader": [*loaders, MAP_WEIGHTS]}
+    return defaults | arguments | {"sleep_on_idle": True}
 
 
 def group_of(config: Mapping[str, Any], rank: int) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,18 +13,41 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a bucket: where it lies, in bytes from the bucket's begin."""
+    """One tensor of a bucket: where it lies, in bytes from the bucket's begin.
+
+    ``strides``, in elements, of a tensor that does not lie in one piece: only where the memory is the model's own.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def dtype_name(self) -> str:
         """As torch calls it, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
+
+    def as_plain(self) -> list[Any]:
+        """For a message."""
+        return [self.name, self.dtype_name, self.shape, self.start, self.num_bytes, self.strides]
+
+    @classmethod
+    def of_plain(cls, values: list[Any]) -> Entry:
+        """What ``as_plain`` made."""
+        name, dtype, shape, start, num_bytes, strides = values
+        return cls(name, getattr(torch, dtype), tuple(shape), start, num_bytes, strides and tuple(strides))
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, within ``memory``, uint8 ``[n]``."""
+        if self.strides is not None:
+            whole = memory[self.start % self.dtype.itemsize :]
+            whole = whole[: len(whole) // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+            offset = whole.storage_offset() + self.start // self.dtype.itemsize
+            return torch.as_strided(whole, self.shape, self.strides, offset)
+        return memory[self.start : self.start + self.num_bytes].view(self.dtype).reshape(self.shape)
 
 
 @dataclass(slots=True)

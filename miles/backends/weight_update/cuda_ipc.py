@@ -1,4 +1,5 @@
-"""Colocated on GPUs: buckets handed over as CUDA IPC handles, one payload per rank of an engine. Needs SGLang here.
+"""Colocated on GPUs, into engines that take no streams (those that speculate load two models per request): buckets handed
+over by SGLang's own requests as CUDA IPC handles, one payload per rank of an engine. Needs SGLang here.
 
 Every trainer rank holds every full tensor, so each fills a bucket of its own, on its own GPU, and the engine rank on
 the same GPU maps that one. The first trainer rank of an engine collects the payloads and speaks to it.
@@ -10,27 +11,20 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from miles.backends.base import ParallelState
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket
+from miles.backends.weight_update.colocation import engine_of, gathered
 from miles.backends.weight_update.engine_calls import EngineCalls, Pending
-from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.sender import Sender, at_least, update_body
 
 T = TypeVar("T")
-
-_gloo: list[dist.ProcessGroup] = []
-"""A group of all trainer ranks for what is not on a GPU; made once."""
 
 
 class CudaIpcSender(Sender):
     """``tensor`` on CUDA."""
 
     def _send(self, update: WeightUpdate, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if self.parallel.world_size > 1 and not _gloo:
-            _gloo.append(dist.new_group(backend="gloo"))
         engine = engine_of(self.parallel, update)
         speaks = engine is not None and self.parallel.rank == engine.rank_offset - 1
         mine = (engine,) if engine is not None and speaks else ()
@@ -70,26 +64,7 @@ class CudaIpcSender(Sender):
         return calls.start("/update_weights_from_tensor", body)
 
     def _gathered(self, value: T) -> list[T]:
-        """From all ranks, by rank."""
-        if self.parallel.world_size == 1:
-            return [value]
-        values: list[T] = [value] * self.parallel.world_size
-        dist.all_gather_object(values, value, group=_gloo[0])
-        return values
-
-
-def engine_of(parallel: ParallelState, update: WeightUpdate) -> EngineTarget | None:
-    """The engine that this rank shares a GPU with. Raises BadUpdate if an engine is on GPUs without a trainer rank."""
-    for engine in update.engines:
-        first = engine.rank_offset - 1
-        if first + engine.tp_size > parallel.world_size:
-            raise BadUpdate(
-                f"{engine.name} is not on the trainer's GPUs, so CUDA IPC cannot reach it",
-                evidence=f"its GPUs begin at {first}, {engine.tp_size} of them; trainer ranks: {parallel.world_size}",
-                advice="Colocate as many engine GPUs as trainer ranks, or leave out --colocate.",
-            )
-    fits = (e for e in update.engines if e.rank_offset - 1 <= parallel.rank < e.rank_offset - 1 + e.tp_size)
-    return next(fits, None)
+        return gathered(self.parallel, value)
 
 
 def ipc_payload(memory: torch.Tensor, bucket: Bucket) -> str:

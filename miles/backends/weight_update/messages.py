@@ -27,6 +27,7 @@ class EngineTarget:
         tp_size: Ranks of the engine: each takes one payload, or one place in the process group.
         rank_offset: Place of the engine's first rank in a process group in which the trainer is rank 0.
         has_bracket: It needs ``/begin_weight_update`` and ``/end_weight_update`` around buckets.
+        has_stream: It loads weights with our loader (``sglang_utils.receive_weights``), so that one request is enough.
     """
 
     name: str
@@ -35,6 +36,7 @@ class EngineTarget:
     tp_size: int
     rank_offset: int
     has_bracket: bool
+    has_stream: bool = True
 
 
 @register_type

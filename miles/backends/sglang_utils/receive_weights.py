@@ -1,0 +1,185 @@
+"""SGLang's side of a weight update by stream: connects to the trainer, takes bucket after bucket, loads them.
+
+SGLang calls ``load`` as one of its ``custom_weight_loader`` functions, in each rank's scheduler, once per update. What it
+is given says where the trainer listens (``weight_update.stream`` describes what the two say to each other):
+
+* memory that is shared (colocated): a bucket is loaded when its message comes, and its memory is the trainer's again
+  when this side has said so;
+* a process group: the next bucket is received while the one before is loaded, and nobody waits for the host. The
+  group stays until a trainer asks for another.
+
+Whatever goes wrong is told to the trainer and logged; it never ends the engine, which the controller fences, or gives
+these weights again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from miles.backends.sglang_utils.load_plan import LoadPlans
+from miles.backends.sglang_utils.shared_sources import SharedSources
+from miles.backends.weight_update.broadcast_group import BroadcastGroup, join_as_engine
+from miles.backends.weight_update.buckets import Entry
+from miles.backends.weight_update.stream import Line, Place, StreamBroken, connect
+
+logger = logging.getLogger("miles.receive_weights")
+
+_LOOK_EVERY_S = 0.0002
+_KEPT_AS = "weight_receiver"
+"""Attribute of the model that keeps its receiver: it goes when the model does."""
+
+
+def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """One update; the order is the name of the one (empty) tensor."""
+    order = json.loads(named_tensors[0][0])
+    receiver = getattr(model, _KEPT_AS, None)
+    if receiver is None:
+        receiver = Receiver(model)
+        setattr(model, _KEPT_AS, receiver)
+    hello = {"engine": order["engine"], "rank": order["rank"], "group": receiver.group_name}
+    try:
+        with contextlib.closing(connect(Place(*order["place"]), hello, order["timeout_s"])) as line:
+            receiver.serve(line)
+    except StreamBroken as error:
+        logger.error("weights were not received: %s", error)
+
+
+def forget(model: Any) -> None:
+    """Let go of what is kept for a model: it will not be given weights any more."""
+    receiver = getattr(model, _KEPT_AS, None)
+    if receiver is not None:
+        receiver.leave_group()
+        delattr(model, _KEPT_AS)
+
+
+class Receiver:
+    """Of one model in one process: what stays from update to update."""
+
+    def __init__(self, model: Any) -> None:
+        self._plans = LoadPlans(model)
+        self._group: BroadcastGroup | None = None
+        self._device = device_of(model)
+
+    @property
+    def group_name(self) -> str:
+        """Of the process group that this rank is in; empty: none."""
+        return self._group.name if self._group is not None else ""
+
+    def serve(self, line: Line) -> None:
+        """One update, to its end.
+
+        Raises:
+            StreamBroken: the trainer is gone, or has heard what went wrong here.
+        """
+        try:
+            self._plans.begin()
+            with contextlib.closing(SharedSources()) as sources:
+                self._take_all(line, sources)
+            self._plans.end()
+            line.send({"said": "done"})
+        except StreamBroken:
+            self.leave_group()  # a broadcast may be under way that never ends
+            raise
+        except Exception as error:  # an error here would end SGLang's scheduler
+            logger.exception("weights were not loaded")
+            self.leave_group()
+            line.send({"error": f"{type(error).__name__}: {error}"})
+            raise StreamBroken(str(error)) from None
+
+    def _take_all(self, line: Line, sources: SharedSources) -> None:
+        arriving: _Arriving | None = None
+        buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        while True:
+            message = line.receive()
+            match message["say"]:
+                case "join":
+                    self._join(line, message)
+                case "bucket":
+                    entries = [Entry.of_plain(values) for values in message["entries"]]
+                    if "memory" in message:
+                        self._load_shared(line, message, entries, sources)
+                        continue
+                    buffers.reverse()
+                    if buffers[0].numel() < message["num_bytes"]:
+                        buffers[0] = torch.empty(message["room"], dtype=torch.uint8, device=self._device)
+                    coming = self._receive(message, entries, buffers[0])
+                    self._load_arrived(line, arriving)
+                    arriving = coming
+                case "end":
+                    self._load_arrived(line, arriving)
+                    self._settle(line, arriving)
+                    return
+                case other:
+                    raise StreamBroken(f"the trainer said {other!r}, which is unknown here")
+
+    def _load_shared(self, line: Line, message: dict[str, Any], entries: list[Entry], sources: SharedSources) -> None:
+        start = time.perf_counter()
+        self._plans.load(entries, sources.bytes_of(message["memory"]))
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        line.send({"said": "loaded", "number": message["number"], "seconds": time.perf_counter() - start})
+
+    def _join(self, line: Line, message: dict[str, Any]) -> None:
+        self.leave_group()
+        where = (message["name"], message["host"], message["port"])
+        self._group = join_as_engine(*where, message["rank"], message["size"], self._device)
+        line.send({"said": "joined"})
+
+    def _receive(self, message: dict[str, Any], entries: list[Entry], buffer: torch.Tensor) -> _Arriving:
+        if self._group is None:
+            raise RuntimeError("this engine is in no process group")
+        memory = buffer[: message["num_bytes"]]
+        return _Arriving(message["number"], entries, memory, self._group.broadcast(memory))
+
+    def _load_arrived(self, line: Line, arriving: _Arriving | None) -> None:
+        """On a GPU nothing is waited for: the copies come after the broadcast on the device."""
+        if arriving is None:
+            return
+        if self._device.type != "cuda":
+            self._watch(line, arriving.work)
+        start = time.perf_counter()
+        arriving.work.wait()
+        self._plans.load(arriving.entries, arriving.memory)
+        line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
+
+    def _settle(self, line: Line, last: _Arriving | None) -> None:
+        if last is not None and self._device.type == "cuda":
+            self._watch(line, last.work)
+            torch.cuda.current_stream().synchronize()
+
+    def _watch(self, line: Line, work: Any) -> None:
+        """Until a broadcast is over. Raises StreamBroken: the trainer is gone, so it never will be."""
+        while not work.is_completed():
+            if line.is_over():
+                raise StreamBroken("the trainer has ended a broadcast")
+            time.sleep(_LOOK_EVERY_S)
+
+    def leave_group(self) -> None:
+        """Broadcasts that are under way end for everybody."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    """A bucket whose broadcast is under way."""
+
+    number: int
+    entries: list[Entry]
+    memory: torch.Tensor
+    work: Any
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's parameters are."""
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if parameters is not None else None
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,150 @@
+"""Weight updates by stream through a process group of trainer rank 0 and all engines' ranks. Needs torch.
+
+The group is kept from update to update, for as long as all engines are in it. Two buckets take turns: the next is
+gathered and filled while the one before is on its way; on a GPU this side waits for none of it until the end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from miles.backends.base import ParallelState
+from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering
+from miles.backends.weight_update.bucket_copies import BucketCopies
+from miles.backends.weight_update.buckets import ALIGNMENT, Bucket
+from miles.backends.weight_update.failures import not_made
+from miles.backends.weight_update.messages import WeightUpdate
+from miles.backends.weight_update.stream_sender import StreamSender, Weights
+from miles.backends.weight_update.stream_update import Roles, Stream, all_ranks
+
+_LOOK_EVERY_S = 0.0002
+
+
+class BroadcastStreamSender(StreamSender):
+    """``broadcast``: rank 0 has everything to do with engines, the others gather with it."""
+
+    def __init__(self, parallel: ParallelState, device: torch.device) -> None:
+        super().__init__(parallel, device)
+        self._group: BroadcastGroup | None = None
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._group is not None:
+            group, self._group = self._group, None
+            group.close()
+
+    def _roles(self, update: WeightUpdate) -> Roles | None:
+        return Roles(update.engines, all_ranks(update.engines)) if self.parallel.rank == 0 else None
+
+    def _pump(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
+        try:
+            self._send_all(update, weights, stream)
+        except _Broken:
+            self.close()
+        except BaseException:
+            self.close()
+            raise
+
+    def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
+        stream.connect()
+        _raise_if_broken(stream)
+        group = self._joined(update, stream)
+        capacity, copies, turn = self._capacity(update), BucketCopies(), 0
+        memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        works: list[Any] = [None, None]
+        bucket = Bucket(capacity, ALIGNMENT)
+        for name, tensor in weights:
+            if not bucket.takes(tensor):
+                works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
+                bucket, turn = Bucket(capacity, ALIGNMENT), 1 - turn
+            if not bucket.entries:
+                self._await_sent(stream, works[turn])
+                if memories[turn].numel() < max(capacity, tensor.nbytes):
+                    size = max(capacity, tensor.nbytes)
+                    memories[turn] = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._add(copies, memories[turn], bucket.add(name, tensor), tensor)
+        if bucket.entries:
+            works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
+        self._finish(stream, [works[1 - turn], works[turn]], update.timeout_s)
+
+    def _broadcast(
+        self, stream: Stream, group: BroadcastGroup, bucket: Bucket, memory: torch.Tensor, copies: BucketCopies
+    ) -> Any:
+        at = time.perf_counter()
+        copies.flush()  # the broadcast comes after them on the device
+        self._times["copy"] += time.perf_counter() - at
+        number, self.num_buckets = self.num_buckets, self.num_buckets + 1
+        size = bucket.num_bytes
+        message = {"say": "bucket", "number": number, "entries": [entry.as_plain() for entry in bucket.entries]}
+        message |= {"num_bytes": size, "room": max(size, bucket.capacity) if size > bucket.capacity // 2 else size}
+        stream.lines.tell(lambda _: message)
+        _raise_if_broken(stream)
+        return group.broadcast(memory[:size])
+
+    def _await_sent(self, stream: Stream, work: Any) -> None:
+        """Until a bucket's memory may be written; on a GPU, until what is written there comes after."""
+        if work is None:
+            return
+        at = time.perf_counter()
+        while self.device.type == "cpu" and not work.is_completed():
+            stream.lines.listen(_LOOK_EVERY_S)
+            _raise_if_broken(stream)
+        self._times["wait"] += time.perf_counter() - at
+        while stream.lines.listen(0.0):
+            _raise_if_broken(stream)
+        if self.device.type == "cuda" or work.is_success():
+            work.wait()
+            return
+        raise _Broken
+
+    def _finish(self, stream: Stream, works: list[Any], timeout_s: float) -> None:
+        """Until everybody has everything. Raises _Broken."""
+        at = time.perf_counter()
+        stream.lines.tell(lambda _: {"say": "end"})
+        deadline = time.monotonic() + timeout_s
+        while stream.lines.peers or not all(work is None or work.is_completed() for work in works):
+            if stream.lines.listen(_LOOK_EVERY_S):
+                deadline = time.monotonic() + timeout_s
+            _raise_if_broken(stream)
+            if time.monotonic() > deadline:
+                for engine, _ in stream.lines.peers:
+                    stream.lines.fail(engine, f"nothing was heard of it for {timeout_s:g} s")
+        self._times["wait"] += time.perf_counter() - at
+
+    def _joined(self, update: WeightUpdate, stream: Stream) -> BroadcastGroup:
+        group, lines = self._group, stream.lines
+        if group is not None and not update.new_group and set(lines.groups.values()) == {group.name}:
+            return group
+        self.close()
+        first = {engine.name: engine.rank_offset for engine in update.engines}
+        size = 1 + sum(engine.tp_size for engine in update.engines)
+        gathering = Gathering(stream.host, size, self.device)
+        message = {"say": "join", "name": gathering.name, "host": gathering.host, "port": gathering.port, "size": size}
+        lines.tell(lambda peer: message | {"rank": first[peer[0]] + peer[1]})
+
+        def is_hopeless() -> bool:
+            lines.listen(0.0)
+            return bool(lines.failures)
+
+        found = gathering.wait(is_hopeless)
+        if isinstance(found, BroadcastGroup):
+            self._group = found
+            lines.await_joined()
+            if not lines.failures:
+                return found
+        self.close()
+        _raise_if_broken(stream)
+        raise not_made(update, {}, found if isinstance(found, str) else "")
+
+
+class _Broken(Exception):
+    """A broadcast will not reach everybody: an engine has failed, and others may wait for it, as data goes from one to the
+    other, and so may this side."""
+
+
+def _raise_if_broken(stream: Stream) -> None:
+    if stream.lines.failures:
+        raise _Broken

@@ -1,0 +1,101 @@
+"""One update by stream on one rank of the trainer: who connects, until when, and what it ends with. Needs torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from miles.backends.sglang_utils.server_arguments import RECEIVE_WEIGHTS
+from miles.backends.weight_update.engine_calls import EngineCalls, Pending
+from miles.backends.weight_update.lines import Lines, Peer
+from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
+from miles.backends.weight_update.order import order_payload
+from miles.backends.weight_update.stream import Listener, Place
+
+PATH = "/update_weights_from_tensor"
+_CONNECT_LOOK_S = 0.02
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What this rank has to do with engines.
+
+    Attributes:
+        speaks_to: It posts their request.
+        expects: Ranks of engines that connect to it.
+    """
+
+    speaks_to: tuple[EngineTarget, ...] = ()
+    expects: tuple[Peer, ...] = ()
+
+
+def all_ranks(engines: Sequence[EngineTarget]) -> tuple[Peer, ...]:
+    """Of all these engines."""
+    return tuple((engine.name, rank) for engine in engines for rank in range(engine.tp_size))
+
+
+class Stream:
+    """An update that is under way. ``gathered``: a value from all ranks that have to do with engines, by rank."""
+
+    def __init__(
+        self,
+        update: WeightUpdate,
+        listener: Listener,
+        calls: EngineCalls,
+        lines: Lines,
+        gathered: Callable[[Any], list[Any]],
+    ) -> None:
+        self.calls = calls
+        self.lines = lines
+        self.host = listener.place.host
+        self._gathered = gathered
+        self._timeout_s = update.timeout_s
+        self._listener = listener
+        places = self._gathered(listener.place)
+        self._requests: Pending | None = calls.start(PATH, lambda engine: _request(engine, places, update.timeout_s))
+        self._connected = False
+
+    def connect(self) -> None:
+        """Until every engine's ranks are there, or it has failed. All ranks call it at the same point."""
+        deadline = time.monotonic() + self._timeout_s
+        while not self._connected:
+            came = self._listener.accept(_CONNECT_LOOK_S if self.lines.missing() else 0.0)
+            if came is not None:
+                self.lines.take(*came)
+                continue
+            self._note_ended_requests()
+            if time.monotonic() > deadline:
+                for engine in self.lines.missing():
+                    self.lines.fail(engine, f"it has not connected within {self._timeout_s:g} s")
+            told = self._gathered((dict(self.lines.failures), bool(self.lines.missing())))
+            for failures, _ in told:
+                for engine, why in failures.items():
+                    self.lines.fail(engine, why)
+            self._connected = not any(missing for _, missing in told)
+
+    def hang_up(self) -> None:
+        """Let go of all lines, and wait for the requests to be answered. All failures are in ``calls`` afterwards, on
+        all ranks, as only one rank's error is heard."""
+        failures = dict(self.lines.failures)
+        self.lines.close()
+        self.calls.finish(self._requests)
+        for told in self._gathered(failures | {n: w for n, w in self.calls.failures.items() if n not in failures}):
+            self.calls.failures |= told
+
+    def _note_ended_requests(self) -> None:
+        """An engine whose request is over before it has connected will not."""
+        assert self._requests is not None
+        done = set(self._requests.done)
+        for name in self.lines.missing() & done:
+            error = self._requests.futures[name].exception()
+            self.lines.fail(name, str(error) if error else "it answered without taking weights; its log says why")
+
+
+def _request(engine: EngineTarget, places: Sequence[Place], timeout_s: float) -> dict[str, Any]:
+    """``places`` by trainer rank: one for all, or that of the rank on the same GPU."""
+    ranks = range(engine.tp_size)
+    at = [places[0] if len(places) == 1 else places[engine.rank_offset - 1 + rank] for rank in ranks]
+    payloads = [order_payload(at[rank], engine.name, rank, timeout_s) for rank in ranks]
+    return {"load_format": RECEIVE_WEIGHTS, "flush_cache": False, "serialized_named_tensors": payloads}
