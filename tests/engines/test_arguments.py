@@ -68,7 +68,7 @@ def test_flags_that_are_no_server_arguments_stay_here():
 def test_an_engine_on_gpus_gets_the_memory_saver_and_nothing_that_is_for_cpus():
     found = arguments(device="cuda", offload_rollout=True, params_dtype="bfloat16")
     assert found["enable_memory_saver"] is True and found["dtype"] == "bfloat16"
-    assert not {"attention_backend", "max_total_tokens", "custom_weight_loader", "sleep_on_idle"} & found.keys()
+    assert not {"attention_backend", "max_total_tokens", "sleep_on_idle"} & found.keys()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class BroadcastStreamSender(StreamSender):
             self._add(copies, memories[turn], bucket.add(name, tensor), tensor)
         if bucket.entries:
             works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
-        self._finish(stream, [works[1 - turn], works[turn]], update.timeout_s)
+        self._come_to_an_end(stream, [works[1 - turn], works[turn]], update.timeout_s)
 
     def _broadcast(
         self, stream: Stream, group: BroadcastGroup, bucket: Bucket, memory: torch.Tensor, copies: BucketCopies
@@ -100,7 +100,7 @@ class BroadcastStreamSender(StreamSender):
             return
         raise _Broken
 
-    def _finish(self, stream: Stream, works: list[Any], timeout_s: float) -> None:
+    def _come_to_an_end(self, stream: Stream, works: list[Any], timeout_s: float) -> None:
         """Until everybody has everything. Raises _Broken."""
         at = time.perf_counter()
         stream.lines.tell(lambda _: {"say": "end"})

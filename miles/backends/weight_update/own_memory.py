@@ -43,13 +43,13 @@ class OwnMemory:
 
 def entry_of(name: str, tensor: torch.Tensor) -> Entry:
     """Where a tensor lies in its own buffer."""
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
     return Entry(name, tensor.dtype, tuple(tensor.shape), start, tensor.nbytes, strides)
 
 
 def _exported(storage: torch.UntypedStorage, device: torch.device) -> dict[str, Any] | None:
-    whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[arg-type]
+    whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     try:
         return export(whole)
     except CudaMemoryError:

@@ -140,7 +140,8 @@ class Listener:
 
     def accept(self, wait_s: float) -> tuple[Line, dict[str, Any]] | None:
         """A connection that has said the token, with its hello; None: there was none within ``wait_s``."""
-        ready = select.select([self._socket, *self._strangers], [], [], wait_s)[0]
+        watched: list[Any] = [self._socket, *self._strangers]
+        ready = select.select(watched, [], [], wait_s)[0]
         if self._socket in ready:
             with contextlib.suppress(OSError):  # gone again
                 self._strangers.append(Line(self._socket.accept()[0], _HELLO_S))
