@@ -1,7 +1,7 @@
 """SGLang's side of a weight update by stream: connects to the trainer, takes bucket after bucket, loads them.
 
-SGLang calls ``load`` as one of its ``custom_weight_loader`` functions, in each rank's scheduler, once per update. What it
-is given says where the trainer listens (``weight_update.stream`` describes what the two say to each other):
+SGLang calls ``load`` as one of its ``custom_weight_loader`` functions, in each rank's scheduler, once per update. What
+it is given says where the trainer listens (``weight_update.stream`` describes what the two say to each other):
 
 * memory that is shared (colocated): a bucket is loaded when its message comes, and its memory is the trainer's again
   when this side has said so;
@@ -48,7 +48,7 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         with contextlib.closing(connect(Place(*order["place"]), hello, order["timeout_s"])) as line:
             receiver.serve(line)
     except StreamBroken as error:
-        logger.error("weights were not received: %s", error)
+        logger.warning("weights were not received: %s", error)
 
 
 def forget(model: Any) -> None:
@@ -128,8 +128,8 @@ class Receiver:
 
     def _join(self, line: Line, message: dict[str, Any]) -> None:
         self.leave_group()
-        where = (message["name"], message["host"], message["port"])
-        self._group = join_as_engine(*where, message["rank"], message["size"], self._device)
+        at, place = (message["host"], message["port"]), (message["rank"], message["size"])
+        self._group = join_as_engine(message["name"], at, place, self._device)
         line.send({"said": "joined"})
 
     def _receive(self, message: dict[str, Any], entries: list[Entry], buffer: torch.Tensor) -> _Arriving:

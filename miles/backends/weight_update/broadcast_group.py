@@ -1,7 +1,7 @@
 """The process group of trainer (rank 0) and engines (ranks from 1) through which weights are broadcast.
 
-The trainer holds a rendezvous store on a socket that is bound before anybody hears of its port, and waits for the others
-in a thread. Engines come to it through ``join_as_engine``, or, where SGLang is asked by its own requests, with its
+The trainer holds a rendezvous store on a socket that is bound before anybody hears of its port, and waits for the
+others in a thread. Engines come to it through ``join_as_engine``, or, where SGLang is asked by its own requests, with its
 ``init_custom_process_group``: that one prefixes keys, and both sides have to do it alike.
 """
 
@@ -67,7 +67,9 @@ class Gathering:
         self._server = TCPStore(
             host, self.port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        self._joining = _Joining(TCPStore(host, self.port, size, False), prefixed, 0, size, host, device)
+        self._joining = _Joining(
+            prefixed_as_sglang(TCPStore(host, self.port, size, False), prefixed), size, host, device
+        )
 
     def wait(self, is_hopeless: Callable[[], bool]) -> BroadcastGroup | str:
         """Until all are there; else why not. What the others say is the caller's to ask."""
@@ -82,10 +84,11 @@ class Gathering:
         return BroadcastGroup(self.name, backend, self._server)
 
 
-def join_as_engine(name: str, host: str, port: int, rank: int, size: int, device: torch.device) -> BroadcastGroup:
-    """An engine's side: blocks until all are there. Raises RuntimeError."""
-    store = TCPStore(host, port, size, False, timeout=timedelta(seconds=JOIN_S))
-    backend = _make_backend(store, "", rank, size, address_towards(host, port), device)
+def join_as_engine(name: str, at: tuple[str, int], place: tuple[int, int], device: torch.device) -> BroadcastGroup:
+    """An engine's side: blocks until all are there. ``at``: the trainer's host and port; ``place``: this rank, of how
+    many. Raises RuntimeError."""
+    store = TCPStore(*at, place[1], False, timeout=timedelta(seconds=JOIN_S))
+    backend = _make_backend(store, place, address_towards(*at), device)
     _connect(backend, device)
     return BroadcastGroup(name, backend, store)
 
@@ -100,8 +103,8 @@ def _let_go(backend: Any, store: TCPStore) -> None:
 class _Joining:
     """The trainer's own side of the rendezvous, in a thread: it blocks until all are there."""
 
-    def __init__(self, store: Store, prefixed: str, rank: int, size: int, host: str, device: torch.device) -> None:
-        self._arguments = (store, prefixed, rank, size, host, device)
+    def __init__(self, store: Store, size: int, host: str, device: torch.device) -> None:
+        self._arguments = (store, (0, size), host, device)
         self._device = device
         self.backend: Any = None
         self.error = ""
@@ -124,18 +127,21 @@ class _Joining:
         self.done.set()
 
 
-def _make_backend(store: Store, prefixed: str, rank: int, size: int, host: str, device: torch.device) -> Any:
-    if prefixed:  # SGLang: PrefixStore(name), then torch's helper adds the name again, and the device type
-        store = PrefixStore(f"{prefixed}/", PrefixStore(prefixed, store))
+def prefixed_as_sglang(store: Store, name: str) -> Store:
+    """SGLang's helper prefixes the group's name, and torch's then does so again. Without a name: as it is."""
+    return PrefixStore(f"{name}/", PrefixStore(name, store)) if name else store
+
+
+def _make_backend(store: Store, place: tuple[int, int], host: str, device: torch.device) -> Any:
     timeout = timedelta(seconds=BROADCAST_S)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), rank, size, nccl)
+        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), *place, nccl)
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._timeout = timeout
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
-    return dist.ProcessGroupGloo(PrefixStore("cpu/", store), rank, size, gloo)
+    return dist.ProcessGroupGloo(PrefixStore("cpu/", store), *place, gloo)
 
 
 def _connect(backend: Any, device: torch.device) -> None:

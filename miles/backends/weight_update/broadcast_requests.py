@@ -25,7 +25,7 @@ _LOOK_EVERY_S = 0.0005
 
 
 class BroadcastRequestSender(Sender):
-    """``broadcast`` without streams: one process group of trainer rank 0 and all engines' ranks, kept from update to update."""
+    """``broadcast`` without streams: a process group of trainer rank 0 and all engines' ranks, kept between updates."""
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         super().__init__(parallel, device)

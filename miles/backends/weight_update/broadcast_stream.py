@@ -141,8 +141,8 @@ class BroadcastStreamSender(StreamSender):
 
 
 class _Broken(Exception):
-    """A broadcast will not reach everybody: an engine has failed, and others may wait for it, as data goes from one to the
-    other, and so may this side."""
+    """A broadcast will not reach everybody: an engine has failed, and others may wait for it, as data goes from one to
+    the other, and so may this side."""
 
 
 def _raise_if_broken(stream: Stream) -> None:

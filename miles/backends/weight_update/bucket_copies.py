@@ -1,4 +1,4 @@
-"""Copies of tensors to their places in a bucket: one by one on a CPU, together in few launches on a GPU. Needs torch."""
+"""Copies of tensors to their places in a bucket: one by one on a CPU, in few launches on a GPU. Needs torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Colocated on GPUs, into engines that take no streams (those that speculate load two models per request): buckets handed
-over by SGLang's own requests as CUDA IPC handles, one payload per rank of an engine. Needs SGLang here.
+"""Colocated on GPUs, into engines that take no streams (those that speculate load two models per request): buckets
+handed over by SGLang's own requests as CUDA IPC handles, one payload per rank of an engine. Needs SGLang here.
 
 Every trainer rank holds every full tensor, so each fills a bucket of its own, on its own GPU, and the engine rank on
 the same GPU maps that one. The first trainer rank of an engine collects the payloads and speaks to it.

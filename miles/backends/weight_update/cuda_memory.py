@@ -9,6 +9,7 @@ cuMemGetAddressRange, cuIpcOpenMemHandle (CUDA's documentation, "Memory Manageme
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 _LAZY_PEER_ACCESS = 1
 _HANDLE_BYTES = 64
+_this_thread = threading.local()
 
 
 class CudaMemoryError(Exception):
@@ -93,8 +95,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Raises CudaMemoryError. torch has made its context current in this thread when it first used the GPU."""
-    torch.cuda.current_stream()  # and if it has not, now
+    """Raises CudaMemoryError."""
+    if not hasattr(_this_thread, "is_ready"):
+        torch.cuda.mem_get_info()  # the runtime makes torch's context current in this thread
+        _this_thread.is_ready = True
     result = getattr(_driver(), name)(*arguments)
     if result:
         text = ctypes.c_char_p()

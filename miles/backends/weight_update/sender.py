@@ -73,12 +73,13 @@ class Sender(ABC):
         hf_weights: Iterator[tuple[str, torch.Tensor]],
         resident: Sequence[torch.Tensor] = (),
     ) -> dict[str, float]:
-        """Send everything. ``resident``: this rank's parameters, which stay as they are meanwhile: what of ``hf_weights``
-        lies in them can be handed over as it is. Returns seconds by part:
+        """Send everything. ``resident``: this rank's parameters, which stay as they are meanwhile: what of
+        ``hf_weights`` lies in them can be handed over as it is. Returns seconds by part:
 
         ``gather`` (until the iterator had the next tensor), ``copy`` (into the bucket), ``wait`` (for engines, with
         nothing else to do), ``engine`` (requests, also where they overlap with the former), ``engine_copy`` (of those:
-        loading in the engine that took longest, where it tells), ``total``. ``num_bytes`` and ``num_buckets`` say how much it was.
+        loading in the engine that took longest, where it tells), ``total``. ``num_bytes`` and ``num_buckets`` say how
+        much it was.
 
         Raises:
             BadUpdate: this cannot be done.

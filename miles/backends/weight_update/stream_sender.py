@@ -1,7 +1,7 @@
 """Weight updates by stream: one request tells each engine where to connect to, then buckets follow. Needs torch.
 
-The ends of the lines are ``lines.Lines`` here and ``sglang_utils.receive_weights`` there; ``stream`` describes what they
-say. Who sends to whom: on GPUs that are shared, every trainer rank to the engine rank on its own GPU, from memory
+The ends of the lines are ``lines.Lines`` here and ``sglang_utils.receive_weights`` there; ``stream`` describes what
+they say. Who sends to whom: on GPUs that are shared, every trainer rank to the engine rank on its own GPU, from memory
 there; on a CPU, and through a process group, rank 0 to all.
 
 Invariants: every rank exhausts the iterator; memory is written again, or given back, only when those who read it have
@@ -86,8 +86,8 @@ class StreamSender(Sender):
 class SharedStreamSender(StreamSender):
     """``tensor``: engines map memory that is on their own CPU or GPU.
 
-    On a CPU the two buffers are kept from update to update: fresh memory costs as much as copying into it. On a GPU they
-    are the engine's to use in between.
+    On a CPU the two buffers are kept from update to update: fresh memory costs as much as copying into it. On a GPU
+    their memory is the engine's in between.
     """
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
