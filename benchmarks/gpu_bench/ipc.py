@@ -18,16 +18,16 @@ from typing import Any
 
 from gpu_bench.facts import copy_seconds
 from gpu_bench.memory import MemoryWatch
-from gpu_bench.model import model
+from gpu_bench.model import config_only, model
 from gpu_bench.results import Results
 from gpu_bench.training import checksums_said
+from gpu_bench.updates import Updates, Weights, num_bytes_of, random_weights, tell
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.sglang_utils.environment import engine_environment
 from miles.backends.sglang_utils.server_arguments import server_arguments
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 
 BUCKETS = (128 << 20, 512 << 20, 2 << 30)
-UPDATES = 12
 _START_S = 300.0
 
 
@@ -42,12 +42,13 @@ def engine_config(path: Path) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def engine(out: Path, path: Path, name: str) -> AsyncIterator[EngineClient]:
-    """SGLang as our launcher starts it, on the first GPU, until the context is left."""
+async def engine(out: Path, path: Path, name: str, *, gpu: int = 0, dummy: bool = False) -> AsyncIterator[EngineClient]:
+    """SGLang as our launcher starts it, on one GPU, until the context is left. ``dummy``: with random weights."""
     http, nccl = free_ports(2)
+    arguments = server_arguments(engine_config(path), 0) | ({"load_format": "dummy"} if dummy else {})
     command = [sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", "127.0.0.1"]
-    command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(server_arguments(engine_config(path), 0))]
-    added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=["0"])
+    command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(arguments)]
+    added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=[str(gpu)])
     with (out / f"{name}.engine.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, **added}, stdout=log, stderr=log)  # noqa: ASYNC220
     client = EngineClient(f"http://127.0.0.1:{http}", name=name)
@@ -85,50 +86,76 @@ def ipc(results: Results) -> None:
 async def _ipc(results: Results) -> None:
     import torch
 
-    path = model(results.out, "0.6B")
+    path, device = model(results.out, "0.6B"), torch.device("cuda", 0)
     began = time.monotonic()
     with MemoryWatch() as watch:
         async with engine(results.out, path, "ipc") as client:
             results.add("engine start", time.monotonic() - began, "s")
             answer = await client.generate([1, 2, 3], {"max_new_tokens": 8, "temperature": 1.0})
             results.add("tokens of a first answer", len(answer["output_ids"]))
-            weights = weights_of(path)
-            num_bytes = sum(tensor.nbytes for _, tensor in weights)
-            copying = copy_seconds(num_bytes)
-            results.add(
-                "copy of the same bytes within the GPU",
-                copying * 1e3,
-                "ms",
-                f"{num_bytes} bytes, {len(weights)} tensors",
-            )
             first, _ = await client.checksums()
             target = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False)
-            version = 0
-            for bucket in BUCKETS:
-                found = await asyncio.to_thread(_repeat, target, weights, bucket, version)
-                version += UPDATES
-                _tell(results, bucket, found, copying)
-                results.add(
-                    f"GPU in use after updates of {bucket >> 20} MiB buckets", watch.samples[-1].used / 1e9, "GB"
-                )
-            for _, tensor in weights:
-                tensor.mul_(1 + 0.05 * torch.rand((), device=tensor.device).to(tensor.dtype))
-            await asyncio.to_thread(_send, target, weights, BUCKETS[1], version + 1)
-            held, _ = await client.checksums()
-            export = export_of(results.out / "export-ipc", path, weights)
-            await client.update_weights_from_disk(str(export), version=version + 2)
-            loaded, _ = await client.checksums()
-            results.add("checksum after IPC equals that after loading from disk", str(held == loaded), note=held[:16])
-            results.add("it differs from the first weights'", str(held != first), note=first[:16])
+            version = 1
+            for in_one in (False, True):
+                weights, buffer = random_weights(path, device, in_one=in_one)
+                copying = copy_seconds(num_bytes_of(weights))
+                name = "one copy of the same bytes within the GPU"
+                results.add(name, copying * 1e3, "ms", f"{num_bytes_of(weights)} bytes, {len(weights)} tensors")
+                for bucket in BUCKETS[1:] if in_one else BUCKETS:
+                    updates = Updates(WeightUpdate(version, (target,), "tensor", bucket), device)
+                    found = await asyncio.to_thread(updates.repeat, weights, _views(weights, buffer))
+                    version = updates.version
+                    updates.close()
+                    how = f"buckets of {bucket >> 20} MiB, {'one buffer' if in_one else 'tensors apart'}"
+                    tell(results, f"update, {how}", found, copying, "the copy")
+                    results.add(f"GPU in use after {how}", watch.samples[-1].used / 1e9, "GB")
+                held = await compare(results, client, path, weights, version)
+                results.add(f"version {version}: it differs from the first weights'", str(held != first))
+                del weights, buffer
+                torch.cuda.empty_cache()
             await _hand_over(results, client, watch)
 
 
-def weights_of(path: Path) -> list[tuple[str, Any]]:
-    """Names and tensors on the GPU, as the trainer's backend yields them."""
-    from safetensors.torch import load_file
+def _views(weights: Weights, buffer: Any) -> list[Any]:
+    """Parameters that stay where they are: those that are views of one buffer."""
+    return [] if buffer is None else [tensor for _, tensor in weights]
 
-    files = sorted(path.glob("*.safetensors"))
-    return [(name, tensor) for file in files for name, tensor in load_file(file, device="cuda:0").items()]
+
+async def compare(results: Results, client: EngineClient, path: Path, weights: Weights, version: int) -> str:
+    """The engine holds what it holds when it has loaded these weights from disk. Returns its checksum."""
+    held, _ = await client.checksums()
+    export = export_of(results.out / f"export-{results.stage}", path, weights)
+    await client.update_weights_from_disk(str(export), version=version + 1)
+    loaded, _ = await client.checksums()
+    results.add(f"version {version}: checksum equals that of loading from disk", str(held == loaded), note=held[:16])
+    return held
+
+
+def ipc_large(results: Results) -> None:
+    """The same with eight billion parameters, that an engine starts with at random."""
+    asyncio.run(_ipc_large(results))
+
+
+async def _ipc_large(results: Results) -> None:
+    import torch
+
+    path, device = config_only(results.out, "8B"), torch.device("cuda", 0)
+    async with engine(results.out, path, "ipc-large", dummy=True) as client:
+        target, version = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False), 1
+        for in_one in (True, False):
+            weights, buffer = random_weights(path, device, in_one=in_one)
+            copying = copy_seconds(num_bytes_of(weights), repeats=8)
+            name = "one copy of the same bytes within the GPU"
+            results.add(name, copying * 1e3, "ms", f"{num_bytes_of(weights)} bytes, {len(weights)} tensors")
+            for bucket in (512 << 20, 2 << 30):
+                updates = Updates(WeightUpdate(version, (target,), "tensor", bucket), device)
+                found = await asyncio.to_thread(updates.repeat, weights, _views(weights, buffer))
+                version = updates.version
+                updates.close()
+                how = f"buckets of {bucket >> 20} MiB, {'one buffer' if in_one else 'tensors apart'}"
+                tell(results, f"update, {how}", found, copying, "the copy")
+            del weights, buffer
+            torch.cuda.empty_cache()
 
 
 def export_of(export: Path, path: Path, weights: Sequence[tuple[str, Any]]) -> Path:
@@ -141,36 +168,6 @@ def export_of(export: Path, path: Path, weights: Sequence[tuple[str, Any]]) -> P
             shutil.copy(file, export)
     save_file({name: tensor.cpu() for name, tensor in weights}, export / "model.safetensors", metadata={"format": "pt"})
     return export
-
-
-def _send(target: EngineTarget, weights: Sequence[tuple[str, Any]], bucket: int, version: int) -> dict[str, float]:
-    import torch
-
-    from miles.backends.base import ParallelState
-    from miles.backends.weight_update.sender import make_sender
-
-    update = WeightUpdate(version, (target,), "tensor", bucket)
-    sender = make_sender(ParallelState(), update, torch.device("cuda", 0))
-    found: dict[str, float] = sender.send(update, iter(weights))
-    sender.close()
-    return {**found, "num_buckets": float(sender.num_buckets)}
-
-
-def _repeat(
-    target: EngineTarget, weights: Sequence[tuple[str, Any]], bucket: int, version: int
-) -> list[dict[str, float]]:
-    """The first two warm up."""
-    return [_send(target, weights, bucket, version + 1 + turn) for turn in range(UPDATES)][2:]
-
-
-def _tell(results: Results, bucket: int, found: Sequence[dict[str, float]], copying: float) -> None:
-    median = {name: statistics.median(each[name] for each in found) for name in found[0]}
-    parts = ", ".join(f"{name} {1e3 * median[name]:.1f}" for name in ("gather", "copy", "wait", "engine"))
-    results.add(
-        f"update in buckets of {bucket >> 20} MiB", median["total"] * 1e3, "ms",
-        f"{median['total'] / copying:.1f} copies; ms: {parts}; {median['num_buckets']:.0f} buckets; "
-        f"least {1e3 * min(each['total'] for each in found):.1f}",
-    )  # fmt: skip
 
 
 async def _hand_over(results: Results, client: EngineClient, watch: MemoryWatch) -> None:

@@ -23,6 +23,7 @@ class Shape:
     ffn: int
     vocab: int = 151936
     head_dim: int = 128
+    tied: bool = True
 
     def config(self) -> dict[str, object]:
         """As ``config.json`` has it."""
@@ -30,7 +31,7 @@ class Shape:
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": self.hidden,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "attention_bias": False,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.ffn,
-            "vocab_size": self.vocab, "tie_word_embeddings": True, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "vocab_size": self.vocab, "tie_word_embeddings": self.tied, "hidden_act": "silu", "rms_norm_eps": 1e-6,
             "rope_theta": 1000000.0, "max_position_embeddings": 4096, "attention_dropout": 0.0,
             "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256,
             "torch_dtype": "bfloat16", "use_cache": True,
@@ -40,6 +41,7 @@ class Shape:
 SHAPES = {
     "0.6B": Shape(hidden=1024, layers=28, heads=16, kv_heads=8, ffn=3072),
     "4B": Shape(hidden=2560, layers=36, heads=32, kv_heads=8, ffn=9728),
+    "8B": Shape(hidden=4096, layers=36, heads=32, kv_heads=8, ffn=12288, tied=False),
     "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320, head_dim=16),
 }
 
@@ -54,6 +56,15 @@ def model(out: Path, name: str, deadline_s: float = 200.0) -> Path:
             log_path=out / f"model-{name}.log",
             deadline_s=deadline_s,
         )
+    return path
+
+
+def config_only(out: Path, name: str) -> Path:
+    """A model's directory without weights."""
+    path = out / f"config-{name}"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(SHAPES[name].config(), indent=1))
+    write_tokenizer(path)
     return path
 
 

@@ -1,8 +1,8 @@
 """The process group of trainer (rank 0) and engines (ranks from 1) through which weights are broadcast.
 
 The trainer holds a rendezvous store on a socket that is bound before anybody hears of its port, and waits for the
-others in a thread. Engines come to it through ``join_as_engine``, or, where SGLang is asked by its own requests, with its
-``init_custom_process_group``: that one prefixes keys, and both sides have to do it alike.
+others in a thread. Engines come to it through ``join_as_engine``, or, where SGLang is asked by its own requests, with
+its ``init_custom_process_group``: that one prefixes keys, and both sides have to do it alike.
 """
 
 from __future__ import annotations
