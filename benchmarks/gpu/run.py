@@ -42,11 +42,11 @@ def main(argv: list[str]) -> int:
         return 0
     adopt_orphans()
     gpus = arguments.gpus or (_REHEARSED_GPUS if is_rehearsal() else num_gpus())
-    for name in left_out(arguments.stages, gpus):
-        why = f"needs {STAGES[name].gpus} GPUs, there are {gpus}"
-        print(f"{name} is left out: {why}", flush=True)
+    without = left_out(arguments.stages, gpus, rehearsal=is_rehearsal())
+    for name, why in without.items():
+        print(f"{name} is left out: it {why}", flush=True)
         Results(out, name).add("stage", "left out", note=why)
-    names = chosen(arguments.stages, gpus)
+    names = [name for name in chosen(arguments.stages, gpus) if name not in without]
     side = [] if is_rehearsal() else lanes(names, gpus)
     failed = not beside(side, out)
     for name in names:

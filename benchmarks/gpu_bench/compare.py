@@ -22,7 +22,8 @@ def apart(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[float, float] | None:
     """The differences of a metric in the first rollout and at most in all, as shares of the largest value of ``theirs``
-    (of a loss, which is about 0, as they are); None where one has it and the other does not, or in another number of rollouts."""
+    (of a loss, which is about 0, as they are); None where one has it and the other does not, or in another number of
+    rollouts."""
     if len(ours) != len(theirs) or any(name not in row for row in (*ours, *theirs)) or not theirs:
         return None
     scale = 1.0 if name == "train/loss" else max(abs(float(row[name])) for row in theirs) or 1.0

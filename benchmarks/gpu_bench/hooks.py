@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -16,9 +17,14 @@ COLLECTIVE_S = 40.0
 
 async def low_tokens(args: Any, sample: Any, **_: Any) -> float:
     """The share of the answer's tokens in the lower half of the vocabulary: dense, and known without a tokenizer."""
-    half = 75968
+    half = _vocabulary(args.hf_checkpoint) // 2
     answer = sample.tokens[-sample.response_length :] if sample.response_length else []
     return float(sum(token < half for token in answer) / max(1, len(answer)))
+
+
+@functools.cache
+def _vocabulary(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"])
 
 
 async def low_tokens_and_strike(args: Any, sample: Any, **more: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ def prompts(out: Path, count: int = 512) -> Path:
     """A JSONL file."""
     path = out / "prompts.jsonl"
     rows = [{"prompt": f"What is {37 * n + 11} plus {53 * n + 29}? ", "label": str(90 * n + 40)} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside = path.with_suffix(f".{os.getpid()}")  # a run beside this one may be reading it
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
     return path
 
 

@@ -30,7 +30,8 @@ def killed_memory(results: Results) -> None:
     strikes = strike_directory(out / "strikes-killed")
     arguments = flags(
         out, "megatron", run_dir, "--colocate", "--rollout-num-gpus", "1", "--num-rollout", str(_ROLLOUTS),
-        "--use-fault-tolerance", "--custom-rm-path", "gpu_bench.hooks.low_tokens_and_strike",
+        "--rollout-max-response-len", str(min(128, rehearsal.sizes()[2])), "--use-fault-tolerance",
+        "--custom-rm-path", "gpu_bench.hooks.low_tokens_and_strike",
         "--custom-megatron-before-train-step-hook-path", "gpu_bench.hooks.strike_self",
         "--sglang-server-concurrency", str(_concurrency()), "--env", f"STRIKE_DIR={strikes}",
         "--env", f"STRIKE_ANSWER={strike_answer()}",
