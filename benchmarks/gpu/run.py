@@ -2,16 +2,18 @@
 
 Every stage runs in a process of its own with a deadline of its own. What it finds is written to
 ``DIRECTORY/results.jsonl`` as soon as it is known, and its log to ``DIRECTORY/STAGE.log``, so a stage that fails or
-hangs loses nothing of the others. A table comes last. ``docs/gpu.md`` says what has to be installed, and which
-stages need how many GPUs.
+hangs loses nothing of the others. Stages that need one GPU and measure no speed run beside each other where there are
+several. A table comes last. ``docs/gpu.md`` says what has to be installed, and which stages need how many GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [
@@ -19,37 +21,74 @@ sys.path[:0] = [
     *(str(Path(__file__).parents[2] / part) for part in ("", "agents", "controller", "launcher")),
 ]
 
+from gpu_bench.memory import num_gpus  # noqa: E402
+from gpu_bench.rehearsal import VARIABLE, is_rehearsal  # noqa: E402
 from gpu_bench.results import Results, read_rows, table_of  # noqa: E402
-from gpu_bench.stages import STAGES, chosen  # noqa: E402
+from gpu_bench.runs import visible  # noqa: E402
+from gpu_bench.stages import REHEARSAL_S, STAGES, chosen, lanes, left_out  # noqa: E402
 from main_job_bench.processes import RunFailed, adopt_orphans, environment, python, run  # noqa: E402
+
+_REHEARSED_GPUS = 2
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all that fit")
-    parser.add_argument("--out", type=Path, required=True, help="for logs, results and the models that are made")
-    parser.add_argument("--gpus", type=int, default=1, help="how many there are; stages that need more are left out")
-    parser.add_argument("--only", metavar="STAGE", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if arguments.rehearse:
+        os.environ[VARIABLE] = "1"
     if arguments.only:
         STAGES[arguments.only].run(Results(out, arguments.only))
         return 0
     adopt_orphans()
-    failed = [name for name in chosen(arguments.stages, arguments.gpus) if not measure(name, out, arguments.gpus)]
-    print(table_of(read_rows(out)))
+    gpus = arguments.gpus or (_REHEARSED_GPUS if is_rehearsal() else num_gpus())
+    without = left_out(arguments.stages, gpus, rehearsal=is_rehearsal())
+    for name, why in without.items():
+        print(f"{name} is left out: it {why}", flush=True)
+        Results(out, name).add("stage", "left out", note=why)
+    names = [name for name in chosen(arguments.stages, gpus) if name not in without]
+    side = [] if is_rehearsal() else lanes(names, gpus)
+    failed = not beside(side, out)
+    for name in names:
+        if not any(name in lane for lane in side):
+            failed = not measure(name, out) or failed
+    if not arguments.lane:
+        print(table_of(read_rows(out)))
     return 1 if failed else 0
 
 
-def measure(name: str, out: Path, gpus: int) -> bool:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all that fit")
+    parser.add_argument("--out", type=Path, required=True, help="for logs, results and the models that are made")
+    parser.add_argument("--gpus", type=int, help="use so many; default: all that there are")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model: do the stages run?")
+    parser.add_argument("--only", metavar="STAGE", help=argparse.SUPPRESS)
+    parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def beside(side: Sequence[Sequence[str]], out: Path) -> bool:
+    """Run these stages, each lane on a GPU of its own; whether all ended well. Each stage has its deadline."""
+    lanes_running = []
+    for gpu, names in enumerate(side):
+        command = python(__file__, "--lane", "--gpus", "1", "--out", str(out), *names)
+        env = environment(os.cpu_count() or 1)
+        env["CUDA_VISIBLE_DEVICES"] = visible((gpu,), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        lanes_running.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
+    codes = [lane.wait() for lane in lanes_running]
+    return not any(codes)
+
+
+def measure(name: str, out: Path) -> bool:
     """Run a stage; whether it ended well."""
     stage, results, began = STAGES[name], Results(out, name), time.monotonic()
-    command = python(__file__, "--only", name, "--out", str(out), "--gpus", str(gpus))
+    command = python(__file__, "--only", name, "--out", str(out))
     print(f"{name} ...", flush=True)
+    deadline_s = max(REHEARSAL_S, stage.deadline_s) if is_rehearsal() else stage.deadline_s
     why = ""
     try:
-        run(command, env=environment(os.cpu_count() or 1), log_path=out / f"{name}.log", deadline_s=stage.deadline_s)
+        run(command, env=environment(os.cpu_count() or 1), log_path=out / f"{name}.log", deadline_s=deadline_s)
     except RunFailed as error:
         why = str(error)
         print(why, flush=True)

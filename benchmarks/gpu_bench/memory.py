@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import threading
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from gpu_bench.rehearsal import is_rehearsal
 
 EVERY_S = 0.02
 ENGINE, TRAINER = "engine", "trainer"
@@ -38,7 +41,8 @@ class Span:
 
 
 class MemoryWatch:
-    """A context manager: samples one GPU until it is left. ``roles``: whose a process is, by pid."""
+    """A context manager: samples one GPU until it is left. ``roles``: whose a process is, by pid. ``index``: its
+    position among the GPUs that this process sees."""
 
     def __init__(self, index: int = 0) -> None:
         self.samples: list[Sample] = []
@@ -64,10 +68,12 @@ class MemoryWatch:
         return [pid for pid in by_pid if self.roles.get(pid) == role]
 
     def _run(self) -> None:
+        if is_rehearsal():
+            return
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(self._index)
+        handle = _handle(pynvml, self._index, os.environ.get("CUDA_VISIBLE_DEVICES"))
         self.total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         while not self._over.wait(EVERY_S):
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
@@ -75,6 +81,25 @@ class MemoryWatch:
             for pid in by_pid.keys() - self.roles.keys():
                 self.roles[pid] = role_of(pid)
             self.samples.append(Sample(time.time(), int(pynvml.nvmlDeviceGetMemoryInfo(handle).used), by_pid))
+
+
+def _handle(pynvml: Any, index: int, visible: str | None) -> Any:
+    names = visible.split(",") if visible else []
+    name = names[index] if index < len(names) else str(index)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def num_gpus() -> int:
+    """How many GPUs this process sees; 0 without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else len([name for name in visible.split(",") if name])
 
 
 def role_of(pid: int) -> str:

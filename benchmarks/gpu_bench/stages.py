@@ -18,6 +18,10 @@ class Stage:
     deadline_s: float
     gpus: int = 1
     arguments: tuple[str, ...] = ()
+    on_cpu: bool = True
+    """Whether a rehearsal has it."""
+    beside_s: float = 0.0
+    """About how many seconds it takes, if it may run while another one does on another GPU: it measures no speed."""
 
     def run(self, results: Results) -> None:
         """Here, until it is done or raises."""
@@ -25,20 +29,30 @@ class Stage:
 
 
 STAGES = {
-    "facts": Stage("facts", "facts", 120),
-    "ipc": Stage("ipc", "ipc", 400),
-    "ipc-large": Stage("ipc", "ipc_large", 400),
+    "facts": Stage("facts", "facts", 120, on_cpu=False),
+    "ipc": Stage("ipc", "ipc", 400, on_cpu=False),
+    "ipc-large": Stage("ipc", "ipc_large", 400, on_cpu=False),
     "grpo-megatron": Stage("training", "colocated", 500, arguments=("megatron",)),
     "grpo-fsdp": Stage("training", "colocated", 400, arguments=("fsdp",)),
-    "fresh-engine": Stage("ipc", "fresh_engine", 200),
-    "rank-killed": Stage("strikes", "rank_killed", 400, arguments=("megatron",)),
-    "zygote": Stage("zygote", "zygote", 120),
-    "foreign": Stage("strikes", "foreign", 120),
-    "nccl": Stage("nccl", "nccl", 500, gpus=2),
-    "broadcast": Stage("training", "disaggregated", 500, gpus=2, arguments=("1", "1")),
-    "broadcast-tp2": Stage("training", "disaggregated", 500, gpus=4, arguments=("2", "2")),
-    "layouts": Stage("training", "layouts", 600, gpus=2),
+    "fresh-engine": Stage("ipc", "fresh_engine", 200, on_cpu=False),
+    "zygote": Stage("zygote", "zygote", 120, on_cpu=False),
+    "foreign": Stage("strikes", "foreign", 120, on_cpu=False),
+    "killed-memory": Stage("strikes", "killed_memory", 240, beside_s=180),
+    "moe": Stage("modes", "moe", 240, beside_s=110),
+    "disk": Stage("modes", "disk", 240, beside_s=90),
+    "resume": Stage("layouts", "resume", 300, beside_s=100),
+    "cpu-offload": Stage("layouts", "cpu_offload", 240, beside_s=60),
+    "nccl": Stage("nccl", "nccl", 500, gpus=2, on_cpu=False),
+    "broadcast": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("megatron", "1", "1")),
+    "broadcast-fsdp": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("fsdp", "1", "1")),
+    "colocate-tp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("megatron", "tp")),
+    "colocate-fsdp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("fsdp", "dp")),
+    "layouts": Stage("layouts", "layouts", 550, gpus=2),
+    "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
+    "broadcast-tp2": Stage("two_gpus", "disaggregated", 300, gpus=4, arguments=("megatron", "2", "2")),
 }
+REHEARSAL_S = 600.0
+"""Deadline of each stage in a rehearsal."""
 
 
 def chosen(names: Sequence[str], gpus: int) -> list[str]:
@@ -47,3 +61,28 @@ def chosen(names: Sequence[str], gpus: int) -> list[str]:
     if unknown:
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     return [name for name in STAGES if (name in names or not names) and STAGES[name].gpus <= gpus]
+
+
+def left_out(names: Sequence[str], gpus: int, *, rehearsal: bool = False) -> dict[str, str]:
+    """Of the stages that were asked for, those that cannot run, and why."""
+    found = {}
+    for name, stage in STAGES.items():
+        if names and name not in names:
+            continue
+        if stage.gpus > gpus:
+            found[name] = f"needs {stage.gpus} GPUs, there are {gpus}"
+        elif rehearsal and not stage.on_cpu:
+            found[name] = "needs a GPU"
+    return found
+
+
+def lanes(names: Sequence[str], gpus: int) -> list[list[str]]:
+    """Stages that run beside each other, for each GPU those that run there one after the other: the longest first, each
+    where least is to do. Empty if there is nothing to gain."""
+    beside = sorted((name for name in names if STAGES[name].beside_s), key=lambda name: -STAGES[name].beside_s)
+    if gpus < 2 or len(beside) < 2:
+        return []
+    found: list[list[str]] = [[] for _ in range(gpus)]
+    for name in beside:
+        min(found, key=lambda lane: sum(STAGES[each].beside_s for each in lane)).append(name)
+    return [lane for lane in found if lane]

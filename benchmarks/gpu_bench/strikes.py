@@ -2,83 +2,116 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
-import psutil
-
+from gpu_bench import rehearsal
+from gpu_bench.compare import rollout_rows
 from gpu_bench.memory import ENGINE, TRAINER, MemoryWatch, gap_between
 from gpu_bench.results import Results
+from gpu_bench.runs import Run, running
 from gpu_bench.training import flags, metrics_of
-from main_job_bench.processes import ROOT, environment, python
-from miles.tracking.metrics_file import read_metrics
+from main_job_bench.processes import python
 from miles_agents.agent.inventory import DriverNvml, gpu_notices, take_inventory
 
-_RUN_S = 380.0
+_RUN_S = 215.0
 _HOLDS = 8 << 30
+_ROLLOUTS = 4
 
 
-def rank_killed(results: Results, backend: str) -> None:
-    """In a colocated run: the trainer's rank is killed while it trains, then the engine's scheduler while it generates.
-    The run goes on, and each successor takes memory only after the dead one's is back."""
+def killed_memory(results: Results) -> None:
+    """In a colocated run the trainer's rank is killed before a step of the second rollout, and the engine's scheduler
+    while it generates the fourth. The run goes on to its end, and each successor takes memory only after the dead one's
+    is back. Raises RuntimeError if it does not."""
     out, run_dir = results.out, results.out / "run-killed"
+    strikes = strike_directory(out / "strikes-killed")
     arguments = flags(
-        out, backend, run_dir, "--colocate", "--rollout-num-gpus", "1", "--num-rollout", "6", "--use-fault-tolerance"
-    )
-    with MemoryWatch() as watch, (out / "rank-killed.run.log").open("wb") as log:
-        process = subprocess.Popen(
-            python(str(ROOT / "train.py"), *arguments), env=environment(8, {"NO_COLOR": "1"}), stdin=subprocess.DEVNULL,
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        strikes = []
+        out, "megatron", run_dir, "--colocate", "--rollout-num-gpus", "1", "--num-rollout", str(_ROLLOUTS),
+        "--rollout-max-response-len", str(min(128, rehearsal.sizes()[2])), "--use-fault-tolerance",
+        "--custom-rm-path", "gpu_bench.hooks.low_tokens_and_strike",
+        "--custom-megatron-before-train-step-hook-path", "gpu_bench.hooks.strike_self",
+        "--sglang-server-concurrency", str(_concurrency()), "--env", f"STRIKE_DIR={strikes}",
+        "--env", f"STRIKE_ANSWER={strike_answer()}",
+    )  # fmt: skip
+    each = Run("killed-memory", arguments)
+    with MemoryWatch() as watch, running(out, each) as process:
         try:
-            for role, after in ((TRAINER, 2), (ENGINE, 4)):
-                wait_for_rows(process, run_dir, after)
-                pid = wait_for_holder(process, watch, role)
-                at = time.time()
-                os.kill(pid, signal.SIGKILL)
-                strikes.append((role, pid, at))
             results.add("exit code", process.wait(_RUN_S))
+        except subprocess.TimeoutExpired:
+            results.add("exit code", f"none within {_RUN_S:g} s")
         finally:
-            for role, pid, at in strikes:  # also of a run that went wrong
-                gone, came = gap_between(watch.samples, watch.roles, pid, at)
-                name, note = (
-                    f"{role} killed: its memory is back after",
-                    f"its successor takes memory after {came:.2f} s",
-                )
-                results.add(name, gone, "s", note)
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait(60.0)
-    metrics_of(results, run_dir)
+            time.sleep(0.5)
+            told_strikes(results, strikes, watch)
+            told_recoveries(results, run_dir)
+            metrics_of(results, run_dir)
+    judge(results, process.returncode, run_dir, expected=2)
 
 
-def wait_for_rows(process: subprocess.Popen[bytes], run_dir: Path, count: int) -> None:
-    """Until so many iterations are done. Raises RuntimeError if the run ends before."""
-    path = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + _RUN_S
-    while True:
-        rows = [row for row in read_metrics(path) if row["event"] == "rollout"] if path.exists() else []
-        if len(rows) >= count:
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the run has ended after {len(rows)} iterations, or is too slow")
-        time.sleep(0.05)
+def _concurrency() -> int:
+    """So few requests at a time that others generate and wait when the first answers are graded."""
+    prompts, answers, _ = rehearsal.sizes()
+    return prompts * answers // 4
 
 
-def wait_for_holder(process: subprocess.Popen[bytes], watch: MemoryWatch, role: str) -> int:
-    """A process of that role that holds more than 2 % of the GPU: it is at work."""
-    deadline = time.monotonic() + 60.0
-    while time.monotonic() < deadline and process.poll() is None:
-        last = watch.samples[-1]
-        for pid in watch.pids(role):
-            if last.by_pid[pid] > 0.02 * watch.total and psutil.pid_exists(pid):
-                return pid
-        time.sleep(0.01)
-    raise RuntimeError(f"no {role} holds memory")
+def strike_answer() -> int:
+    """In the second wave of the fourth rollout's requests."""
+    prompts, answers, _ = rehearsal.sizes()
+    return (_ROLLOUTS - 1) * prompts * answers + _concurrency() + 2
+
+
+def strike_directory(path: Path) -> Path:
+    """Empty."""
+    path.mkdir(exist_ok=True)
+    for old in path.glob("*.json"):
+        old.unlink()
+    return path
+
+
+def strike_notes(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the hooks left, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+
+
+def told_strikes(results: Results, directory: Path, watch: MemoryWatch) -> None:
+    """Seconds of each strike's aftermath."""
+    notes = strike_notes(directory)
+    for role in (TRAINER, ENGINE):
+        if role not in notes:
+            results.add(f"{role} killed", "never")
+        elif not watch.total:
+            results.add(f"{role} killed: its memory is back after", rehearsal.NOT_MEASURED)
+        else:
+            gone, came = gap_between(watch.samples, watch.roles, int(notes[role]["pid"]), float(notes[role]["at"]))
+            results.add(f"{role} killed: its memory is back after", _seconds(gone), "s")
+            results.add(f"{role} killed: its successor takes memory after", _seconds(came), "s")
+
+
+def _seconds(value: float) -> float | str:
+    return "never" if value == float("inf") else value
+
+
+def recoveries(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run that tell of one."""
+    path = run_dir / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [event for event in events if event["kind"] == "recovered"]
+
+
+def told_recoveries(results: Results, run_dir: Path) -> None:
+    """A row for each."""
+    for number, event in enumerate(recoveries(run_dir), start=1):
+        results.add(f"recovery {number}", float(event["fields"]["seconds"]), "s", str(event["text"])[:300])
+
+
+def judge(results: Results, code: int | None, run_dir: Path, *, expected: int) -> None:
+    """Raises RuntimeError unless the run ended well, with all rollouts and so many recoveries."""
+    found, rows = len(recoveries(run_dir)), len(rollout_rows(run_dir))
+    results.add("recoveries and rollouts", f"{found}, {rows}", note=f"expected {expected}, {_ROLLOUTS}")
+    if code != 0 or found != expected or rows != _ROLLOUTS:
+        raise RuntimeError(f"exit code {code}, {found} recoveries, {rows} rollouts; see the log of the run")
 
 
 def foreign(results: Results) -> None:

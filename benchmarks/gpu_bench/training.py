@@ -6,39 +6,38 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from gpu_bench import rehearsal
 from gpu_bench.memory import ENGINE, TRAINER, MemoryWatch, by_iteration, creep, read_spans, released
 from gpu_bench.model import model, prompts
 from gpu_bench.results import Results
+from gpu_bench.runs import threads
 from main_job_bench.processes import ROOT, environment, python, run
 from miles.tracking.metrics_file import read_metrics
 
-ENGINE_FLAGS = (
-    "--sglang-attention-backend", "triton", "--sglang-sampling-backend", "pytorch", "--sglang-grammar-backend", "none",
-    "--sglang-mem-fraction-static", "0.7",
-)  # fmt: skip
 ROLLOUTS = {"megatron": 11, "fsdp": 5}
 CHECKSUM = re.compile(r"engine-0 holds weight version (\d+), checksum (\w+)")
 _UPDATE = "perf/update_weights/"
 
 
-def flags(out: Path, backend: str, run_dir: Path, *more: str) -> list[str]:
+def flags(out: Path, backend: str, run_dir: Path, *more: str, shape: str = "0.6B") -> list[str]:
     """Of a GRPO run; ``more`` come last and win."""
+    num_prompts, answers, tokens = rehearsal.sizes()
     return [
-        "--hf-checkpoint", str(model(out, "0.6B")), "--prompt-data", str(prompts(out)), "--run-dir", str(run_dir),
-        "--train-backend", backend, "--device", "cuda", "--input-key", "prompt", "--label-key", "label",
+        "--hf-checkpoint", str(model(out, shape)), "--prompt-data", str(prompts(out)), "--run-dir", str(run_dir),
+        "--train-backend", backend, "--input-key", "prompt", "--label-key", "label",
         "--custom-rm-path", "gpu_bench.hooks.low_tokens", "--advantage-estimator", "grpo", "--lr", "1e-5",
-        "--rollout-batch-size", "16", "--n-samples-per-prompt", "8", "--rollout-max-response-len", "256",
-        "--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096", "--actor-num-gpus-per-node", "1",
-        *(("--attn-implementation", "sdpa") if backend == "fsdp" else ()), *ENGINE_FLAGS, *more,
+        "--rollout-batch-size", str(num_prompts), "--n-samples-per-prompt", str(answers),
+        "--rollout-max-response-len", str(tokens), "--use-dynamic-batch-size",
+        "--max-tokens-per-gpu", str(rehearsal.max_tokens()), "--actor-num-gpus-per-node", "1",
+        *rehearsal.run_flags(backend), *more,
     ]  # fmt: skip
 
 
 def train(results: Results, name: str, arguments: Sequence[str], deadline_s: float) -> None:
     """Run to the end. Raises RunFailed."""
     run(
-        python(str(ROOT / "train.py"), *arguments), env=environment(8, {"NO_COLOR": "1", "COLUMNS": "160"}),
+        python(str(ROOT / "train.py"), *arguments), env=environment(threads(), {"NO_COLOR": "1", "COLUMNS": "160"}),
         log_path=results.out / f"{name}.run.log", deadline_s=deadline_s,
     )  # fmt: skip
 
@@ -47,8 +46,9 @@ def colocated(results: Results, backend: str) -> None:
     """GRPO on one GPU: engine and trainer take turns with its memory; weights go by CUDA IPC and are checked."""
     out, run_dir = results.out, results.out / f"run-{backend}"
     export = out / f"export-{backend}"
+    rollouts = 2 if rehearsal.is_rehearsal() else ROLLOUTS[backend]
     arguments = flags(
-        out, backend, run_dir, "--colocate", "--rollout-num-gpus", "1", "--num-rollout", str(ROLLOUTS[backend]),
+        out, backend, run_dir, "--colocate", "--rollout-num-gpus", "1", "--num-rollout", str(rollouts),
         "--check-weight-update-equal", "--save", str(out / f"save-{backend}"), "--save-interval", "1000",
         "--save-hf", str(export), "--no-save-optim",
     )  # fmt: skip
@@ -87,7 +87,7 @@ def memory_of(results: Results, run_dir: Path, watch: MemoryWatch) -> None:
     """Who held what in which phase; whether hand-overs are complete, and whether anything grows."""
     trace = run_dir / "trace.json"
     if not (watch.total and trace.exists()):
-        results.add("memory", "not measured", note=f"trace: {trace.exists()}, GPU: {watch.total}")
+        results.add("memory", rehearsal.NOT_MEASURED, note=f"trace: {trace.exists()}, GPU: {watch.total}")
         return
     spans, samples, roles, total = read_spans(trace), watch.samples, watch.roles, watch.total
     results.add("GPU memory", total / 1e9, "GB")
@@ -116,24 +116,6 @@ def checksums_said(run_dir: Path) -> dict[int, str]:
     return {int(version): checksum for version, checksum in CHECKSUM.findall(log.read_text())}
 
 
-def disaggregated(results: Results, trainer_tp: str, engine_tp: str) -> None:
-    """Trainer and engine on GPUs of their own; weights go by an NCCL broadcast, beside which a bare one is timed."""
-    gpus, run_dir = int(trainer_tp) + int(engine_tp), results.out / f"run-broadcast-{trainer_tp}-{engine_tp}"
-    arguments = flags(
-        results.out, "megatron", run_dir, "--actor-num-gpus-per-node", trainer_tp, "--tensor-model-parallel-size",
-        trainer_tp, "--rollout-num-gpus", engine_tp, "--rollout-num-gpus-per-engine", engine_tp, "--num-rollout", "4",
-        "--check-weight-update-equal",
-    )  # fmt: skip
-    train(results, f"broadcast-{trainer_tp}-{engine_tp}", arguments, 400.0)
-    metrics_of(results, run_dir)
-    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["event"] == "rollout"]
-    num_bytes = sum(file.stat().st_size for file in model(results.out, "0.6B").glob("*.safetensors"))
-    ours = num_bytes / statistics.median(row[f"{_UPDATE}total_time"] for row in rows)
-    bare = num_bytes / bare_broadcast(results.out, num_bytes, gpus)
-    results.add("update", ours / 1e9, "GB/s", f"{num_bytes} bytes; {ours / bare:.2f} of a bare NCCL broadcast")
-    results.add("bare NCCL broadcast", bare / 1e9, "GB/s", f"over {gpus} GPUs")
-
-
 def bare_broadcast(out: Path, num_bytes: int, gpus: int) -> float:
     """Seconds of one broadcast of so many bytes from the first GPU to the others, the median of 20."""
     result = out / "bare-broadcast.txt"
@@ -141,40 +123,3 @@ def bare_broadcast(out: Path, num_bytes: int, gpus: int) -> float:
                      "gpu_bench.bare_broadcast", str(num_bytes), str(result))  # fmt: skip
     run(command, env=environment(8), log_path=out / "bare-broadcast.log", deadline_s=120.0)
     return float(result.read_text())
-
-
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "tp2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-    "pp2": ("--pipeline-model-parallel-size", "2"),
-    "cp2": ("--context-parallel-size", "2"),
-    "dp2": (),
-}
-
-
-def layouts(results: Results) -> None:
-    """Megatron over two GPUs gives what one gives: losses of recorded rollouts, whatever the layout."""
-    out = results.out
-    record = out / "recorded" / "{rollout_id}.pt"
-    first = ("--colocate", "--rollout-num-gpus", "1", "--num-rollout", "3", "--save-debug-rollout-data", str(record))
-    train(results, "layout-one", flags(out, "megatron", out / "run-layout-one", *first), 300.0)
-    wanted = losses(out / "run-layout-one")
-    for name, more in LAYOUTS.items():
-        again = (
-            "--debug-train-only",
-            "--load-debug-rollout-data",
-            str(record),
-            "--num-rollout",
-            "3",
-            "--actor-num-gpus-per-node",
-            "2",
-        )
-        train(results, f"layout-{name}", flags(out, "megatron", out / f"run-layout-{name}", *again, *more), 200.0)
-        found = losses(out / f"run-layout-{name}")
-        worst = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
-        results.add(f"{name}: largest difference of a gradient norm", worst, note=f"one GPU: {wanted}")
-
-
-def losses(run_dir: Path) -> list[float]:
-    """The gradient norm of each iteration: the loss itself is near zero in GRPO's first step."""
-    rows: list[dict[str, Any]] = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["event"] == "rollout"]
-    return [float(row["train/grad_norm"]) for row in rows]

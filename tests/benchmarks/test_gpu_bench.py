@@ -1,14 +1,26 @@
 """The GPU benchmark on made-up findings: what samples of memory mean, its table, and which stages run."""
 
+import importlib
+import inspect
 import json
+import random
+from pathlib import Path
 
 import pytest
+import torch
+from support.tiny_models import tensor_shapes
 
 from gpu_bench import zygote
+from gpu_bench.collective import freed
+from gpu_bench.compare import apart, weights_apart
 from gpu_bench.memory import ENGINE, TRAINER, Sample, Span, by_iteration, creep, gap_between, read_spans, released
-from gpu_bench.model import SHAPES
+from gpu_bench.model import SHAPES, moe_shapes
+from gpu_bench.recorded import samples_of
+from gpu_bench.rehearsal import VARIABLE, shape
 from gpu_bench.results import Results, read_rows, table_of
-from gpu_bench.stages import STAGES, chosen
+from gpu_bench.runs import visible
+from gpu_bench.stages import STAGES, chosen, lanes, left_out
+from gpu_bench.strikes import strike_answer
 from gpu_bench.training import checksums_said, told
 from miles.tracking.trace import LOOP, TraceFile
 from miles.tracking.trace import TRAINER as TRAINER_TRACK
@@ -74,13 +86,86 @@ def test_findings_are_kept_at_once_and_the_last_one_counts(tmp_path):
     assert "| ipc | stage | done |" in table_of(rows)
 
 
-def test_stages_that_need_more_gpus_are_left_out():
+def test_stages_that_need_more_gpus_are_left_out_and_it_is_told():
     assert "broadcast" not in chosen([], 1) and "broadcast" in chosen([], 2)
     assert chosen(["layouts"], 1) == []
     assert chosen(["foreign", "ipc"], 1) == ["ipc", "foreign"]  # in their own order
     with pytest.raises(ValueError, match="no stage is called icp"):
         chosen(["icp"], 1)
     assert all(stage.deadline_s <= 600 for stage in STAGES.values())
+    assert left_out(["layouts", "moe"], 1) == {"layouts": "needs 2 GPUs, there are 1"}
+    assert left_out(["layouts", "ipc"], 2, rehearsal=True) == {"ipc": "needs a GPU"}
+    assert left_out(["layouts", "ipc"], 2) == {}
+
+
+def test_stages_that_measure_no_speed_share_out_the_gpus():
+    names = ["ipc", "killed-memory", "moe", "disk", "resume", "layouts"]
+    assert lanes(names, 2) == [["killed-memory", "disk"], ["moe", "resume"]]
+    assert lanes(names, 1) == lanes(["moe", "ipc"], 2) == []
+    assert visible((1,), None) == visible((1,), "") == "1"
+    assert visible((0,), "3,GPU-a") == "3" and visible((0, 1), "3,GPU-a") == "3,GPU-a"
+
+
+@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.on_cpu])
+def test_each_stage_has_its_function(name):
+    stage = STAGES[name]
+    function = getattr(importlib.import_module(f"gpu_bench.{stage.module}"), stage.function)
+    inspect.signature(function).bind(Results(Path(), name), *stage.arguments)
+
+
+def test_metrics_are_compared_as_shares_and_losses_as_they_are():
+    theirs = [{"train/grad_norm": 2.0, "train/loss": 0.0}, {"train/grad_norm": 4.0, "train/loss": 1e-5}]
+    ours = [{"train/grad_norm": 2.2, "train/loss": 0.0}, {"train/grad_norm": 3.0, "train/loss": 3e-5}]
+    assert apart(ours, theirs, "train/grad_norm") == pytest.approx((0.05, 0.25))
+    assert apart(ours, theirs, "train/loss") == pytest.approx((0.0, 2e-5))
+    assert apart(ours[:1], theirs, "train/loss") is None and apart([], [], "train/loss") is None
+    assert apart(ours, theirs, "rollout/log_probs") is None
+    broken = [{"train/loss": 0.0}, {"train/loss": float("nan")}]
+    assert apart(broken, theirs, "train/loss") == (0.0, float("inf"))
+
+
+def test_weights_are_compared_with_how_far_they_moved():
+    first = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    theirs = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.5])}
+    ours = {"a": torch.tensor([3.0, 0.5]), "b": torch.tensor([4.5])}
+    size = (9 + 4.5**2) ** 0.5
+    assert weights_apart(ours.items(), theirs, first) == pytest.approx((0.5 / size, 0.5 / size))
+    assert weights_apart(theirs.items(), theirs, first)[0] == 0
+    with pytest.raises(KeyError):
+        weights_apart([("c", torch.ones(1))], theirs, first)
+
+
+def test_a_dead_group_frees_each_gpu_by_process():
+    samples = [Sample(1, 0, {1: 5}), Sample(3, 0, {1: 5, 9: 1}), Sample(4, 0, {9: 1})]
+    assert freed(samples, (1, 2), 2.0) == {1: 2.0}  # the other rank has never been here
+    assert freed(samples[:2], (1, 2), 2.0) == {1: float("inf")}
+
+
+def test_an_engine_is_struck_while_it_generates_the_last_rollout(monkeypatch):
+    assert strike_answer() == 3 * 128 + 32 + 2
+    monkeypatch.setenv(VARIABLE, "1")
+    assert shape("moe") == "tiny-moe" and shape("layers8") == "tiny"
+    assert strike_answer() == 3 * 16 + 4 + 2
+
+
+def test_made_up_rollouts_have_whole_groups_and_tokens_of_the_vocabulary():
+    samples = samples_of(random.Random(0), 2, 50, (3, 4, 16))
+    assert [sample.group_index for sample in samples] == [6] * 4 + [7] * 4 + [8] * 4
+    assert [sample.index for sample in samples] == list(range(24, 36))
+    for sample in samples:
+        assert 8 <= sample.response_length == len(sample.rollout_log_probs) <= 16 < len(sample.tokens)
+        assert all(0 <= token < 50 for token in sample.tokens)
+    assert len({sample.reward for sample in samples}) == 12
+
+
+def test_a_model_with_experts_has_the_names_that_published_ones_have():
+    shapes = SHAPES["tiny-moe"]
+    found = dict(moe_shapes(shapes))
+    assert found["model.layers.1.mlp.experts.3.down_proj.weight"] == (64, 48)
+    assert found["model.layers.0.mlp.gate.weight"] == (4, 64) and found["lm_head.weight"] == (320, 64)
+    config = shapes.config()
+    assert found.keys() == dict(tensor_shapes(config)).keys()
+    assert config["tie_word_embeddings"] is False and config["model_type"] == "qwen3_moe"
 
 
 def test_a_fork_is_only_well_if_every_child_computes_right():
@@ -101,8 +186,8 @@ def test_checksums_are_read_from_a_runs_log(tmp_path):
 
 
 def test_the_model_has_the_shape_of_the_published_one():
-    shape = SHAPES["0.6B"]
-    attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim + 2 * shape.head_dim
-    layer = attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
-    assert 2 * (shape.vocab * shape.hidden + shape.layers * layer + shape.hidden) == 1_192_099_840
-    assert json.loads(json.dumps(shape.config()))["tie_word_embeddings"] is True
+    made = SHAPES["0.6B"]
+    attention = 2 * made.hidden * (made.heads + made.kv_heads) * made.head_dim + 2 * made.head_dim
+    layer = attention + 3 * made.hidden * made.ffn + 2 * made.hidden
+    assert 2 * (made.vocab * made.hidden + made.layers * layer + made.hidden) == 1_192_099_840
+    assert json.loads(json.dumps(made.config()))["tie_word_embeddings"] is True
