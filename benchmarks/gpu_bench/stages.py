@@ -30,8 +30,8 @@ class Stage:
 
 STAGES = {
     "facts": Stage("facts", "facts", 120, on_cpu=False),
-    "ipc": Stage("ipc", "ipc", 400, on_cpu=False),
-    "ipc-large": Stage("ipc", "ipc_large", 400, on_cpu=False),
+    "ipc": Stage("ipc", "ipc", 240, on_cpu=False),
+    "ipc-large": Stage("ipc", "ipc_large", 200, on_cpu=False),
     "grpo-megatron": Stage("training", "colocated", 500, arguments=("megatron",)),
     "grpo-fsdp": Stage("training", "colocated", 400, arguments=("fsdp",)),
     "fresh-engine": Stage("ipc", "fresh_engine", 200, on_cpu=False),
@@ -42,7 +42,7 @@ STAGES = {
     "disk": Stage("modes", "disk", 240, beside_s=90),
     "resume": Stage("layouts", "resume", 300, beside_s=100),
     "cpu-offload": Stage("layouts", "cpu_offload", 240, beside_s=60),
-    "nccl": Stage("nccl", "nccl", 500, gpus=2, on_cpu=False),
+    "nccl": Stage("nccl", "nccl", 240, gpus=2, on_cpu=False),
     "broadcast": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("megatron", "1", "1")),
     "broadcast-fsdp": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("fsdp", "1", "1")),
     "colocate-tp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("megatron", "tp")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ Weights = Sequence[tuple[str, Any]]
 WARM_UP = 3
 """The first update joins a group and records, the second checks what was recorded (``load_plan``)."""
 TURNS = 8
+_TIMEOUT_S = 40.0
 _PARTS = ("gather", "copy", "wait", "engine", "engine_copy")
 
 
@@ -30,7 +32,7 @@ class Updates:
     def send(self, weights: Weights, resident: Sequence[Any] = ()) -> dict[str, float]:
         """One update. Returns seconds by part."""
         update, first = self._update, self.version == self._update.version
-        update = WeightUpdate(self.version, update.engines, update.method, update.bucket_bytes, new_group=first)
+        update = replace(update, version=self.version, new_group=first, timeout_s=_TIMEOUT_S)
         self.version += 1
         return {**self._sender.send(update, iter(weights), resident), "num_buckets": float(self._sender.num_buckets)}
 
