@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from gpu_bench.ipc import compare, engine
 from gpu_bench.model import config_only, model
@@ -16,21 +17,28 @@ BUCKETS = (128 << 20, 512 << 20, 1 << 30)
 
 def nccl(results: Results) -> None:
     """Sender on the first GPU, engine on the second."""
-    for shape in ("0.6B", "8B"):
-        asyncio.run(_updates(results, shape))
+    bare = {shape: _bare(results, shape) for shape in ("0.6B", "8B")}
+    os.environ["NCCL_CUMEM_ENABLE"] = "0"  # as ranks of a trainer have it, and engines
+    for shape, seconds in bare.items():
+        asyncio.run(_updates(results, shape, seconds))
 
 
-async def _updates(results: Results, shape: str) -> None:
+def _bare(results: Results, shape: str) -> float:
+    """Seconds of a bare broadcast of the model's bytes."""
+    num_bytes = num_bytes_of(random_weights(config_only(results.out, shape), "meta", in_one=False)[0])
+    seconds = bare_broadcast(results.out, num_bytes, 2)
+    rate = num_bytes / seconds / 1e9
+    results.add(f"{shape}: bare NCCL broadcast", rate, "GB/s", f"{num_bytes} bytes, {1e3 * seconds:.2f} ms")
+    return seconds
+
+
+async def _updates(results: Results, shape: str, bare: float) -> None:
     import torch
 
     small, device = shape == "0.6B", torch.device("cuda", 0)
     path = model(results.out, shape) if small else config_only(results.out, shape)
     weights, _ = random_weights(path, device, in_one=False)
     num_bytes, version = num_bytes_of(weights), 1
-    bare = bare_broadcast(results.out, num_bytes, 2)
-    results.add(
-        f"{shape}: bare NCCL broadcast", num_bytes / bare / 1e9, "GB/s", f"{num_bytes} bytes, {1e3 * bare:.2f} ms"
-    )
     async with engine(results.out, path, f"nccl-{shape}", gpu=1, dummy=not small) as client:
         for streams in (True, False):
             target = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False, has_stream=streams)

@@ -8,6 +8,7 @@ it raises and the controller's context ends what had been started.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,13 +247,16 @@ async def _init_trainer(trainer: OwnedMesh, config: Mapping[str, Any]) -> int:
     return starts.pop() if given is None else int(given)
 
 
-def trainer_env(config: Mapping[str, Any]) -> dict[str, str]:
-    """Variables of the trainer's ranks, beyond those that differ by rank. An agent that has them, too, forks ranks from
-    the zygote that it warmed up while it joined."""
+def trainer_env(config: Mapping[str, Any], inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables of the trainer's ranks, beyond those that differ by rank and those that they inherit. An agent that has
+    them, too, forks ranks from the zygote that it warmed up while it joined."""
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if config["device"] == "cpu" else {}
+    if config["device"] == "cuda" and "NCCL_CUMEM_ENABLE" not in inherited:
+        # As SGLang has it in its own processes: NCCL joins no group of ranks that differ in it.
+        env = {"NCCL_CUMEM_ENABLE": "1" if config.get("sglang_enable_symm_mem") else "0"}
     if config["device"] == "cuda" and config.get("deterministic_mode"):
         # What cuBLAS and NCCL read when they start; torch asks for the first one.
-        env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
     typed = {str(name): str(value) for name, value in (config.get("train_env_vars") or {}).items()}
     return {**env, **typed}
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from miles.backends.sglang_utils.environment import engine_environment
 from miles.training.parts import _spawn_trainer, _start_rollout, engine_seed, placement_requests, trainer_env
 from miles.training.recovery import pinned
 from miles_controller import Placement
@@ -46,10 +47,21 @@ def test_a_resumed_run_draws_other_answers_than_its_begin(tmp_path):
 
 def test_deterministic_ranks_on_gpus_tell_their_libraries():
     """--deterministic-mode; what --train-env-vars gives comes first."""
-    assert trainer_env(config(device="cuda")) == {}
-    found = trainer_env(config(device="cuda", deterministic_mode=True, train_env_vars={"NCCL_ALGO": "Tree"}))
+    inherited = {"NCCL_CUMEM_ENABLE": "1"}
+    assert trainer_env(config(device="cuda"), inherited) == {}
+    found = trainer_env(config(device="cuda", deterministic_mode=True, train_env_vars={"NCCL_ALGO": "Tree"}), inherited)
     assert found == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Tree"}
     assert "NCCL_ALGO" not in trainer_env(config(deterministic_mode=True))
+
+
+def test_trainer_and_engines_agree_on_how_nccl_shares_memory():
+    """Ranks that differ in it cannot be in one group: "invalid argument" when it is made."""
+    engines = engine_environment("cuda", index=0, tp_size=1, colocate=False, inherited={})
+    ranks = trainer_env(config(device="cuda"), {})
+    assert ranks["NCCL_CUMEM_ENABLE"] == engines["NCCL_CUMEM_ENABLE"] == "0"
+    # With symmetric memory SGLang sets its own to 1, whatever it finds.
+    assert trainer_env(config(device="cuda", sglang_enable_symm_mem=True), {})["NCCL_CUMEM_ENABLE"] == "1"
+    assert "NCCL_CUMEM_ENABLE" not in trainer_env(config(), {})
 
 
 @pytest.mark.parametrize("recovers", [True, False])

@@ -79,6 +79,26 @@ def test_shards_give_what_the_whole_gives(world):
         torch.testing.assert_close(torch.cat([a[2] for a in answers], 1), gradient, rtol=1e-5, atol=1e-5)
 
 
+LONG_ROWS, WIDE = 600, 1 << 14
+
+
+def in_chunks_of_the_devices_choice():
+    """The last rank's shard ends in padding, so fewer of its columns are worked on."""
+    logits = torch.randn(LONG_ROWS, WIDE, generator=torch.Generator().manual_seed(3))
+    rank = torch.distributed.get_rank()
+    mine = logits[:, rank * WIDE // 2 : (rank + 1) * WIDE // 2].contiguous()
+    targets = torch.arange(LONG_ROWS)
+    log_probs, _ = log_probs_and_entropy(
+        mine, targets, targets, vocab_size=WIDE - 200, tp_group=torch.distributed.group.WORLD, with_entropy=False
+    )
+    return log_probs, logits[:, : WIDE - 200].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def test_ranks_meet_for_the_same_rows_though_one_has_padding():
+    for found, wanted in run_ranks(2, in_chunks_of_the_devices_choice):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 1.7]), st.integers(2, VOCAB), st.sampled_from([-1, 1, 3]))
 def test_one_rank_gives_what_log_softmax_gives(seed, temperature, vocab_size, chunk_size):

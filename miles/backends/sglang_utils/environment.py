@@ -12,6 +12,7 @@ STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _ALWAYS = {
     "HF_HUB_OFFLINE": "1",  # a model is a directory; nothing is fetched behind the user's back
     "NVSHMEM_DISABLE_NCCL": "1",
+    "NCCL_CUMEM_ENABLE": "0",  # the trainer's ranks have it, too: see ``training.parts.trainer_env``
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false",
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
     "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true",

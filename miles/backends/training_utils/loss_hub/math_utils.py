@@ -79,7 +79,7 @@ class _Shard:
         if vocab_size is not None:
             self.width = min(max(vocab_size - self.begin, 0), self.width)
         self.scale = 1.0 / temperature if temperature > 0 else 1.0
-        self.chunk_size = chunk_size if chunk_size > 0 else max(self._suitable(logits.device) // max(self.width, 1), 1)
+        self.chunk_size = chunk_size if chunk_size > 0 else max(self._suitable(logits.device) // logits.shape[-1], 1)
         self.with_entropy = with_entropy
 
     def scaled(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
