@@ -1,0 +1,338 @@
+"""Plans: what ``load_weights`` copied is done again without it, and the model is always as ``load_weights`` makes it."""
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.bucket_cases import buckets_of
+from torch import nn
+
+from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange
+from miles.backends.sglang_utils.load_plan import LoadPlans
+from miles.backends.sglang_utils.model_memory import ModelMemory
+
+BF16 = torch.bfloat16
+
+
+def parameter(*shape, dtype=BF16):
+    return nn.Parameter(torch.full(shape, 7.0, dtype=dtype), requires_grad=False)
+
+
+class Model(nn.Module):
+    """Loads as SGLang's classes do, as rank 1 of 2 where a weight is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = parameter(24, 8)
+        self.embedding = parameter(16, 8)
+        self.head = self.embedding
+        self.row = parameter(8, 4)
+        self.transposed = parameter(8, 4, dtype=torch.float32)
+        self.experts = parameter(2, 6, 3)
+        self.converted = parameter(5)
+        self.register_buffer("bias", torch.full((3,), 7.0))
+        self.register_buffer("other", torch.arange(5))
+        self.calls = 0
+
+    def load_weights(self, weights):
+        self.calls += 1
+        for name, loaded in weights:
+            getattr(self, f"load_{name.split('.')[0]}")(loaded, name)
+
+    def load_q(self, loaded, name):
+        index = int(name[-1])
+        self.qkv.data.narrow(0, index * 8, 8).copy_(loaded)
+
+    def load_embedding(self, loaded, _):
+        for tied in (self.embedding, self.head):
+            tied[: loaded.shape[0]].data.copy_(loaded)
+            tied[loaded.shape[0] :].data.fill_(0)
+
+    def load_row(self, loaded, _):
+        self.row.data.copy_(loaded.narrow(1, 4, 4).to(self.row.device))
+
+    def load_transposed(self, loaded, _):
+        self.transposed.data.copy_(loaded.t())
+
+    def load_experts(self, loaded, name):
+        expert = self.experts.data[int(name[-1])]
+        expert.narrow(0, 3, 3).copy_(loaded.narrow(0, 3, 3).transpose(0, 1))
+        expert.narrow(0, 0, 3).zero_()
+
+    def load_converted(self, loaded, _):
+        assert torch.tensor(3).item() == 3  # has to do with neither the bucket nor the model
+        self.converted.data.copy_(loaded)
+
+    def load_bias(self, loaded, _):
+        self.bias.copy_(loaded.reshape(3))
+
+
+SHAPES = {
+    "q.0": ((8, 8), BF16),
+    "q.1": ((8, 8), BF16),
+    "q.2": ((8, 8), BF16),
+    "embedding": ((13, 8), BF16),
+    "row": ((8, 8), BF16),
+    "transposed": ((4, 8), torch.float32),
+    "experts.0": ((6, 3), BF16),
+    "experts.1": ((6, 3), BF16),
+    "converted": ((5,), torch.float32),
+    "bias": ((1, 3), torch.float64),
+}
+
+
+def weights(seed=0, names=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(SHAPES[name][0], generator=generator, dtype=torch.float64).to(SHAPES[name][1])
+        for name in names
+    }
+
+
+def bits(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@dataclass
+class Loaded:
+    """A model that is loaded by plans, and one that is loaded by ``load_weights``."""
+
+    model: nn.Module
+    reference: nn.Module
+    plans: LoadPlans
+
+    @classmethod
+    def of(cls, kind):
+        model = kind()
+        return cls(model, kind(), LoadPlans(model))
+
+    def update(self, sent, capacity=1 << 20, alignment=16):
+        self.plans.begin()
+        for entries, memory in buckets_of(sent, capacity, alignment=alignment):
+            self.plans.load(entries, memory)
+            self.reference.load_weights([(e.name, sent[e.name]) for e in entries])
+        self.plans.end()
+        assert same(bits(self.model), bits(self.reference))
+
+    @property
+    def counts(self):
+        plans = self.plans
+        return plans.recorded, plans.checked, plans.replayed, plans.plain
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("capacity", [1 << 20, 300])
+def test_the_third_update_is_replayed_and_the_model_is_the_same(mode, capacity):
+    with mode():
+        loaded = Loaded.of(Model)
+        buckets = sum(1 for _ in buckets_of(weights(), capacity))
+        for seed in range(4):
+            loaded.update(weights(seed), capacity)
+    assert loaded.counts == (buckets, buckets, 2 * buckets, 0)
+    assert loaded.model.calls == 3 * buckets, "once when recorded, twice when checked"
+
+
+def test_a_replay_fills_what_is_padded():
+    """Memory that was released and taken back holds nothing in particular."""
+    loaded = Loaded.of(Model)
+    for seed in range(2):
+        loaded.update(weights(seed))
+    for tensor in (*loaded.model.parameters(), loaded.model.bias):
+        tensor.data.fill_(float("nan"))
+    loaded.update(weights(2))
+    assert loaded.plans.replayed == 1
+
+
+def test_an_update_that_changes_nothing_is_checked_all_the_same():
+    loaded = Loaded.of(Model)
+    for _ in range(3):
+        loaded.update(weights(0))
+    assert loaded.counts == (1, 1, 1, 0)
+
+
+def test_other_places_or_shapes_are_another_plan():
+    loaded = Loaded.of(Model)
+    names = list(SHAPES)
+    for seed in range(4):
+        loaded.update(weights(seed, names if seed % 2 else names[::-1]))
+    assert loaded.counts == (2, 2, 0, 0)
+
+
+def test_what_two_updates_had_no_use_for_is_forgotten():
+    loaded = Loaded.of(Model)
+    for seed, names in enumerate([["q.0"], ["q.1"], ["q.1"], ["q.1"], ["q.0"]]):
+        loaded.update(weights(seed, names))
+    assert loaded.counts == (3, 1, 1, 0)
+
+
+class Converts(Model):
+    def load_converted(self, loaded, _):
+        self.converted.data.copy_(loaded * 2)
+
+
+class Reads(Model):
+    def load_bias(self, loaded, _):
+        self.bias.fill_(loaded[0, 0].item())
+
+
+class KeepsConverted(Model):
+    def load_converted(self, loaded, _):
+        self.converted.data.copy_(loaded.to(BF16))
+
+
+class FromElsewhere(Model):
+    def load_converted(self, loaded, _):
+        self.converted.data.copy_(torch.ones(5))
+
+
+class PutsBy(Model):
+    """The first half waits for the second."""
+
+    def load_q(self, loaded, name):
+        self.__dict__.setdefault("held", []).append(loaded.clone() if name == "q.0" else loaded)
+        super().load_q(loaded, name)
+
+
+class AccumulatesInPlace(Model):
+    def load_bias(self, loaded, _):
+        self.bias.add_(1)
+
+
+class WritesElsewhere(Model):
+    def load_bias(self, loaded, _):
+        self.__dict__.setdefault("side", torch.empty(3)).copy_(loaded[0])
+
+
+@pytest.mark.parametrize("kind", [Converts, Reads, KeepsConverted, FromElsewhere, PutsBy, WritesElsewhere])
+def test_a_model_that_does_more_than_copying_is_left_to_load_weights(kind):
+    loaded = Loaded.of(kind)
+    buckets = sum(1 for _ in buckets_of(weights(), 300))
+    for seed in range(4):
+        loaded.update(weights(seed), 300)
+    recorded, checked, replayed, plain = loaded.counts
+    assert loaded.plans.refusal and (checked, replayed) == (0, 0) and recorded + plain == 4 * buckets
+
+
+def test_a_model_whose_weights_depend_on_what_it_held_is_left_to_load_weights():
+    loaded = Loaded.of(AccumulatesInPlace)
+    for seed in range(3):
+        loaded.update(weights(seed))
+    assert loaded.counts == (1, 0, 0, 2)
+
+
+class CopiesInThreads(Model):
+    def load_row(self, loaded, name):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(super().load_row, loaded, name).result(60)
+
+
+class FillsInThreads(Model):
+    def load_row(self, loaded, name):
+        super().load_row(loaded, name)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.other.fill_, 5).result(60)
+
+
+class ByTurns(Model):
+    def load_row(self, loaded, name):
+        (self.row if self.calls % 2 else self.converted[:4]).data.copy_(loaded[0, :4])
+
+
+@pytest.mark.parametrize("kind", [CopiesInThreads, FillsInThreads, ByTurns])
+@pytest.mark.parametrize("seeds", [(0, 1, 2, 3), (0, 0, 0, 1)])
+def test_what_a_recorder_cannot_see_is_found_out(kind, seeds, caplog):
+    loaded = Loaded.of(kind)
+    if kind is ByTurns:  # the reference is called as often
+        loaded.update(weights(0))
+        loaded.plans.begin()
+        [(entries, memory)] = buckets_of(weights(1))
+        loaded.plans.load(entries, memory)
+    else:
+        for seed in seeds:
+            loaded.update(weights(seed))
+        assert loaded.counts == (1, 1, 0, 2)
+    assert "row" in loaded.plans.refusal or "q.0" in loaded.plans.refusal
+    assert [r.levelname for r in caplog.records if "load_weights" in r.message] == ["WARNING"]
+
+
+def test_a_loader_that_fails_in_the_check_leaves_other_weights_as_they_were():
+    loaded = Loaded.of(Model)
+    loaded.update(weights(0))
+    before = bits(loaded.model)
+    [(entries, memory)] = buckets_of({"row": weights(0)["row"]})
+    loaded.plans.begin()
+    loaded.plans.load(entries, memory)
+    loaded.model.load_row = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loaded.plans.load(entries, memory)
+    held = bits(loaded.model)
+    assert all(torch.equal(before[name], held[name]) for name in before if name != "row")
+    del loaded.model.load_row
+    loaded.plans.load(entries, memory)
+    assert same(bits(loaded.model), before)
+
+
+def replace_parameter(model):
+    model.qkv = parameter(24, 8)
+
+
+def replace_data(model):
+    model.row.data = torch.zeros_like(model.row)
+
+
+def replace_buffer(model):
+    model.register_buffer("bias", torch.zeros(3))
+
+
+def reshape(model):
+    model.transposed.data = model.transposed.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("replace", [replace_parameter, replace_data, replace_buffer, reshape])
+def test_plans_of_parameters_that_are_elsewhere_are_forgotten(replace):
+    loaded = Loaded.of(Model)
+    for seed in range(6):
+        if seed == 3:
+            replace(loaded.model)
+        loaded.update(weights(seed))
+    assert loaded.counts == (2, 2, 2, 0)
+
+
+def test_nothing_keeps_the_memory_of_a_bucket():
+    loaded = Loaded.of(Model)
+    for seed in range(3):
+        loaded.plans.begin()
+        [(entries, memory)] = buckets_of(weights(seed))
+        watched = weakref.ref(memory.untyped_storage())
+        loaded.plans.load(entries, memory)
+        del memory
+        gc.collect()
+        assert watched() is None
+    assert loaded.plans.replayed == 1
+
+
+def test_a_model_that_is_no_module_is_loaded_by_its_load_weights():
+    class Fake:
+        held: dict
+
+        def load_weights(self, named):
+            self.held = {name: tensor.clone() for name, tensor in named}
+
+    fake = Fake()
+    plans = LoadPlans(fake)
+    for seed in range(3):
+        plans.begin()
+        for entries, memory in buckets_of(weights(seed)):
+            plans.load(entries, memory)
+        assert same(fake.held, weights(seed))
+    assert plans.plain == 3
