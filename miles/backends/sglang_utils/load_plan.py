@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from miles.backends.sglang_utils.copy_plan import Step, arrange
-from miles.backends.sglang_utils.model_memory import ModelMemory, Signature, signature, storages_of
+from miles.backends.sglang_utils.model_memory import ModelMemory, Places, storages_of
 from miles.backends.sglang_utils.record_copies import CopyRecorder
 from miles.backends.sglang_utils.replay_copies import Replay, views
 from miles.backends.weight_update.buckets import Entry
@@ -74,7 +74,7 @@ class LoadPlans:
         self._model = model
         self._known: dict[Key, _Known] = {}
         self._by_entries: dict[int, _Known] = {}
-        self._signature: Signature | None = None
+        self._places = Places()
         self._updates = 0
 
     def begin(self) -> None:
@@ -82,10 +82,8 @@ class LoadPlans:
 
         Forgets plans whose parameters are elsewhere by now, and those that the last two updates had no use for.
         """
-        now = signature(self._model)
-        if now != self._signature:
+        if self._places.changed(self._model):
             self._known.clear()
-            self._signature = now
         self._updates += 1
         self._known = {key: known for key, known in self._known.items() if known.used >= self._updates - 2}
         self._by_entries = {id(known.entries): known for known in self._known.values()}
@@ -105,7 +103,7 @@ class LoadPlans:
         """
         if not self._updates:
             self.begin()
-        if self.refusal or self._signature is None or memory.storage_offset() % _ALIGNMENT:
+        if self.refusal or not self._places.are_plain or memory.storage_offset() % _ALIGNMENT:
             self.plain += 1
             self._model.load_weights(views(entries, memory))
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,28 +12,29 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from miles.backends.sglang_utils.copy_plan import WIDTHS
 
-Signature = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], ...]
 _CHUNK = 1 << 20
 """Elements that are summed at once: what that takes in between is 8 MiB."""
 _SPREAD = 0x1E3779B97F4A7C15
 """Makes factors of neighbours differ in all bits."""
 
 
-def tensors_of(model: Any) -> Iterator[torch.Tensor]:
+def tensors_of(model: Any) -> list[torch.Tensor]:
     """Parameters and buffers, those that two modules share twice. Of what is no module: none.
 
     As ``named_parameters`` and ``named_buffers``, without the names: those take most of the time, and this runs in
     every update.
     """
     waiting, seen = [model] if isinstance(model, torch.nn.Module) else [], set()
+    found: list[torch.Tensor] = []
     while waiting:
         module = waiting.pop()
-        if id(module) in seen:
+        if module in seen:
             continue
-        seen.add(id(module))
-        for tensors in (module._parameters, module._buffers):
-            yield from (tensor for tensor in tensors.values() if tensor is not None)
+        seen.add(module)
+        found += [tensor for tensor in module._parameters.values() if tensor is not None]
+        found += [tensor for tensor in module._buffers.values() if tensor is not None]
         waiting += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -41,12 +43,31 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return not wraps and tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
 
 
-def signature(model: Any) -> Signature | None:
-    """Where all parameters and buffers lie. None: it has none, or some that are not plain."""
-    tensors = list(tensors_of(model))
-    if not tensors or not all(map(is_plain, tensors)):
-        return None
-    return tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
+class Places:
+    """Where the parameters and buffers of a model lie, to see whether that has changed.
+
+    Attributes:
+        are_plain: There are some, and all are plain. Else nothing is known of them.
+    """
+
+    def __init__(self) -> None:
+        self.are_plain = False
+        self._tensors: list[torch.Tensor] = []
+        self._facts: list[Any] = []
+
+    def changed(self, model: Any) -> bool:
+        """Look again: whether anything is new, or elsewhere than the last time."""
+        tensors = tensors_of(model)
+        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        if same and self.are_plain and _facts(tensors) == self._facts:
+            return False
+        self.are_plain = bool(tensors) and all(map(is_plain, tensors))
+        self._tensors, self._facts = tensors, _facts(tensors) if self.are_plain else []
+        return True
+
+
+def _facts(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def storages_of(model: Any) -> dict[int, torch.UntypedStorage]:
