@@ -32,6 +32,7 @@ class Model(nn.Module):
         self.converted = parameter(5)
         self.register_buffer("bias", torch.full((3,), 7.0))
         self.register_buffer("other", torch.arange(5))
+        self.empty = parameter(0, 4)
         self.calls = 0
 
     def load_weights(self, weights):
@@ -66,6 +67,9 @@ class Model(nn.Module):
     def load_bias(self, loaded, _):
         self.bias.copy_(loaded.reshape(3))
 
+    def load_empty(self, loaded, _):
+        self.empty.data.copy_(loaded[:, :4])
+
 
 SHAPES = {
     "q.0": ((8, 8), BF16),
@@ -78,6 +82,7 @@ SHAPES = {
     "experts.1": ((6, 3), BF16),
     "converted": ((5,), torch.float32),
     "bias": ((1, 3), torch.float64),
+    "empty": ((0, 8), BF16),
 }
 
 
@@ -305,6 +310,31 @@ def test_plans_of_parameters_that_are_elsewhere_are_forgotten(replace):
             replace(loaded.model)
         loaded.update(weights(seed))
     assert loaded.counts == (2, 2, 2, 0)
+
+
+def test_plans_are_forgotten_when_experts_have_changed_places():
+    """Which no tensor tells."""
+
+    class Moves(Model):
+        first = 0
+
+        def load_experts(self, loaded, name):
+            self.experts.data[(int(name[-1]) + self.first) % 2].copy_(loaded)
+
+    loaded = Loaded.of(Moves)
+    loaded.plans = LoadPlans(loaded.model, state=lambda: loaded.model.first)
+    for seed in range(6):
+        loaded.model.first = loaded.reference.first = seed // 3
+        loaded.update(weights(seed))
+    assert loaded.counts == (2, 2, 2, 0)
+
+
+def test_there_are_no_plans_where_places_of_experts_cannot_be_told():
+    loaded = Loaded.of(Model)
+    loaded.plans = LoadPlans(loaded.model, state=lambda: None)
+    for seed in range(3):
+        loaded.update(weights(seed))
+    assert loaded.counts == (0, 0, 0, 3)
 
 
 def test_nothing_keeps_the_memory_of_a_bucket():

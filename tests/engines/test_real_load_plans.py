@@ -55,4 +55,5 @@ def test_all_buckets_of_a_real_model_are_replayed(architecture, tp_size, options
     for report in reports:
         buckets = report["buckets"]
         assert report["differing"] == [] and report["refusal"] == "" and buckets > 1
+        assert (report["experts_placed"] > 0) == (architecture == "qwen3_moe"), "SGLang was asked"
         assert report["counts"] == [buckets, buckets, buckets * (UPDATES - 2), 0]

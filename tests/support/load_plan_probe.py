@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from miles.backends.sglang_utils.expert_places import expert_places
 from miles.backends.sglang_utils.load_plan import LoadPlans
 from support.bucket_cases import buckets_of
 from support.fake_engine import load_directory
@@ -41,7 +42,9 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
             f"{update} {name}" for name, tensor in model.state_dict().items() if not torch.equal(tensor, held[name])
         ]
     model.load_weights(list(weights.items()))
+    places = expert_places()
     report = {
+        "experts_placed": 0 if places is None else len(places),
         "model": type(model).__name__,
         "differing": differing,
         "refusal": plans.refusal,

@@ -18,8 +18,9 @@ they are recorded and done again without it. Three uses of a bucket of the same 
    reading the whole model, once in its life.
 3. *Replayed* from then on, in the current stream.
 
-What this takes for granted: what ``load_weights`` copies does not depend on values that it looks at without torch; and
-it keeps nothing outside parameters and buffers, unless this thread computes that from the bucket, which is seen.
+What this takes for granted: what ``load_weights`` copies depends on the bucket's layout, the parameters and the places
+of experts (``expert_places``), and on nothing else that changes while an engine serves; and it keeps nothing outside
+parameters and buffers, unless this thread copies or computes that, which is seen.
 Parameters and buffers that lie elsewhere by now (``begin``) make all plans void; memory that was released and taken
 back at the same addresses (memory saver) does not: a plan writes all that ``load_weights`` wrote, fills included.
 """
@@ -27,13 +28,14 @@ back at the same addresses (memory saver) does not: a plan writes all that ``loa
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from miles.backends.sglang_utils.copy_plan import Step, arrange
+from miles.backends.sglang_utils.expert_places import expert_places
 from miles.backends.sglang_utils.model_memory import ModelMemory, Places, storages_of
 from miles.backends.sglang_utils.record_copies import CopyRecorder
 from miles.backends.sglang_utils.replay_copies import Replay, views
@@ -62,19 +64,26 @@ class LoadPlans:
     Keeps the storages of the model's parameters alive until ``begin`` finds that they are elsewhere; of buckets it
     keeps nothing.
 
+    Args:
+        model: As SGLang has made it.
+        state: What ``load_weights`` goes by beside the bucket and the parameters' places, as something that can be
+            compared; plans are void once it differs. None: it cannot be told, so there are no plans.
+
     Attributes:
         recorded, checked, replayed, plain: How many buckets were loaded in which way; ``plain``: by ``load_weights``
             alone.
         refusal: Why this model is left to ``load_weights``; empty: it is not.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, state: Callable[[], object] = expert_places) -> None:
         self.recorded = self.checked = self.replayed = self.plain = 0
         self.refusal = ""
         self._model = model
         self._known: dict[Key, _Known] = {}
         self._by_entries: dict[int, _Known] = {}
         self._places = Places()
+        self._read_state = state
+        self._state: object = None
         self._updates = 0
 
     def begin(self) -> None:
@@ -82,8 +91,10 @@ class LoadPlans:
 
         Forgets plans whose parameters are elsewhere by now, and those that the last two updates had no use for.
         """
-        if self._places.changed(self._model):
+        state = self._read_state()
+        if self._places.changed(self._model) or state != self._state:
             self._known.clear()
+        self._state = state
         self._updates += 1
         self._known = {key: known for key, known in self._known.items() if known.used >= self._updates - 2}
         self._by_entries = {id(known.entries): known for known in self._known.values()}
@@ -103,7 +114,8 @@ class LoadPlans:
         """
         if not self._updates:
             self.begin()
-        if self.refusal or not self._places.are_plain or memory.storage_offset() % _ALIGNMENT:
+        known_places = self._places.are_plain and self._state is not None
+        if self.refusal or not known_places or memory.storage_offset() % _ALIGNMENT:
             self.plain += 1
             self._model.load_weights(views(entries, memory))
             return

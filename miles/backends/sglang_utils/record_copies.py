@@ -53,6 +53,8 @@ class CopyRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], given: set[int], result: Any) -> None:
+        if func in {_COPY, _FILL, _ZERO} and not args[0].numel():
+            return  # writes nothing
         if func is _COPY:
             self._note_copy(args[0], args[1])
         elif func is _ZERO:
