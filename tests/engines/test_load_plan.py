@@ -76,13 +76,13 @@ SHAPES = {
     "q.1": ((8, 8), BF16),
     "q.2": ((8, 8), BF16),
     "embedding": ((13, 8), BF16),
+    "empty": ((0, 8), BF16),
     "row": ((8, 8), BF16),
     "transposed": ((4, 8), torch.float32),
     "experts.0": ((6, 3), BF16),
     "experts.1": ((6, 3), BF16),
     "converted": ((5,), torch.float32),
     "bias": ((1, 3), torch.float64),
-    "empty": ((0, 8), BF16),
 }
 
 
