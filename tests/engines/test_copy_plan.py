@@ -80,18 +80,18 @@ def test_neighbours_on_both_sides_are_one_piece_in_the_widest_integers():
         piece(1, 16, 32),
         piece(1, 0, 16),
         piece(1, 32, 64),
-        piece(2, 48, 48, torch.int16),
-        piece(2, 6, 86, numel=1),
+        piece(2, 48, 80, torch.int16),
+        piece(2, 6, 102, numel=1),
     ]
     plan = arrange(steps)
-    assert (plan.loose, plan.ordered, plan.source_stop) == ((), (), 88)
+    assert (plan.loose, plan.ordered, plan.source_stop) == ((), (), 104)
     narrow, wide = plan.flat
     assert [(p.memory, p.target, p.source, p.num_bytes) for p in wide.pieces] == [
         (1, 0, 16, 32),
-        (2, 48, 48, 16),
         (1, 32, 64, 16),
+        (2, 48, 80, 16),
     ]
-    assert wide.width == 8 and wide.sizes() == ([4, 2, 2], [0, 1, 2])
+    assert wide.width == 8 and wide.sizes() == ([4, 2, 2, 2], [0, 2, 3])
     assert narrow.width == 2 and narrow.sizes() == ([1], [0])
 
 

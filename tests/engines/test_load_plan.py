@@ -1,7 +1,7 @@
 """What ``load_weights`` copied is done again without it, and the model is always as ``load_weights`` makes it."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ class Model(nn.Module):
         self.register_buffer("bias", torch.full((3,), 7.0))
         self.register_buffer("other", torch.arange(5))
         self.empty = parameter(0, 4)
+        self.norm = parameter(8)
         self.calls = 0
 
     def load_weights(self, weights):
@@ -67,6 +68,9 @@ class Model(nn.Module):
     def load_bias(self, loaded, _):
         self.bias.copy_(loaded.reshape(3))
 
+    def load_norm(self, loaded, _):
+        self.norm.data.copy_(loaded)
+
     def load_empty(self, loaded, _):
         self.empty.data.copy_(loaded[:, :4])
 
@@ -82,6 +86,7 @@ SHAPES = {
     "experts.0": ((6, 3), BF16),
     "experts.1": ((6, 3), BF16),
     "converted": ((5,), torch.float32),
+    "norm": ((8,), BF16),
     "bias": ((1, 3), torch.float64),
 }
 
@@ -159,12 +164,13 @@ def test_an_update_that_changes_nothing_is_checked_all_the_same():
     assert loaded.counts == (1, 1, 1, 0)
 
 
-def test_other_places_or_shapes_are_another_plan():
+@pytest.mark.parametrize("other", [{"names": list(SHAPES)[::-1]}, {"alignment": 64}], ids=["order", "places"])
+def test_another_layout_is_another_plan(other):
     loaded = Loaded.of(Model)
-    names = list(SHAPES)
-    for seed in range(4):
-        loaded.update(weights(seed, names if seed % 2 else names[::-1]))
-    assert loaded.counts == (2, 2, 0, 0)
+    for seed in range(6):
+        options = other if seed % 2 else {}
+        loaded.update(weights(seed, options.get("names", SHAPES)), alignment=options.get("alignment", 16))
+    assert loaded.counts == (2, 2, 2, 0)
 
 
 def test_what_two_updates_had_no_use_for_is_forgotten():
@@ -385,6 +391,7 @@ def test_entries_may_have_strides_and_buckets_begin_within_their_storage():
         Strided("bias", torch.float64, (1, 3), 136, 24),
         Strided("converted", torch.float32, (5,), 160, 20, (3,)),
     )
+    other = tuple(replace(entry, strides=None) for entry in entries)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         whole = torch.empty(512, dtype=torch.uint8)
@@ -401,6 +408,8 @@ def test_entries_may_have_strides_and_buckets_begin_within_their_storage():
         held, wanted = bits(loaded.model), bits(loaded.reference)
         assert all(held[name].view(torch.uint8).equal(wanted[name].view(torch.uint8)) for name in held)
     assert loaded.counts == (1, 1, 2, 0)
+    loaded.plans.load(other, memory)
+    assert loaded.plans.recorded == 2, "strides are part of a layout"
 
 
 def test_a_bucket_that_lies_askew_is_loaded_by_load_weights():

@@ -148,9 +148,9 @@ class LoadPlans:
         return known
 
     def _record(self, entries: Sequence[Entry], memory: torch.Tensor) -> None:
-        storages = storages_of(self._model)
+        storages, named = storages_of(self._model), views(entries, memory)
         with CopyRecorder(memory, storages.keys()) as recorder:
-            self._model.load_weights(views(entries, memory))
+            self._model.load_weights(list(named))
         self.recorded += 1
         if recorder.refusal:
             self._refuse(logging.INFO, recorder.refusal)
@@ -162,17 +162,17 @@ class LoadPlans:
         """Load, and find out whether a replay does the same."""
         if memory.is_cuda:
             torch.cuda.synchronize(memory.device)
-        held = ModelMemory(self._model)
+        held, named = ModelMemory(self._model), views(entries, memory)
         held.flip()
         try:
             known.replay.run(memory)
             replayed = held.digest()
             with CopyRecorder(memory, storages_of(self._model).keys()) as again:
-                self._model.load_weights(views(entries, memory))
+                self._model.load_weights(list(named))
             same = torch.equal(held.digest(), replayed)
         finally:
             held.flip()
-        self._model.load_weights(views(entries, memory))
+        self._model.load_weights(list(named))
         self.checked += 1
         if same and not again.refusal and tuple(again.steps) == known.steps:
             known.trusted = True

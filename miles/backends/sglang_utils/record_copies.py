@@ -28,6 +28,11 @@ class CopyRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         addresses: Of the model's storages.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Of torch, with which a mode keeps clear of its compiler: that would import it first, which takes seconds."""
+        return False
+
     def __init__(self, memory: torch.Tensor, addresses: Iterable[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
