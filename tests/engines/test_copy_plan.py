@@ -81,7 +81,7 @@ def test_neighbours_on_both_sides_are_one_piece_in_the_widest_integers():
         piece(1, 0, 16),
         piece(1, 32, 64),
         piece(2, 48, 80, torch.int16),
-        piece(2, 6, 102, numel=1),
+        piece(3, 6, 102, numel=1),
     ]
     plan = arrange(steps)
     assert (plan.loose, plan.ordered, plan.source_stop) == ((), (), 104)
@@ -93,6 +93,21 @@ def test_neighbours_on_both_sides_are_one_piece_in_the_widest_integers():
     ]
     assert wide.width == 8 and wide.sizes() == ([4, 2, 2, 2], [0, 2, 3])
     assert narrow.width == 2 and narrow.sizes() == ([1], [0])
+
+
+def test_what_overlaps_through_a_third_keeps_its_order():
+    def region(memory, start, numel):
+        return Region(memory, torch.float32, start, (numel,), (1,))
+
+    steps = [
+        Copy(region(1, 32, 4), region(0, 0, 4)),
+        Fill(region(1, 8, 2), 0),
+        Copy(region(1, 0, 16), region(0, 16, 16)),
+        Copy(region(1, 48, 2), region(0, 80, 2)),
+    ]
+    apart = Copy(region(1, 64, 4), region(0, 0, 4))
+    plan = arrange([*steps[:2], apart, *steps[2:]])
+    assert plan.ordered == tuple(steps) and [p.target for group in plan.flat for p in group.pieces] == [64]
 
 
 def test_the_same_bytes_twice_are_cut_twice():
