@@ -1,12 +1,13 @@
 """The order of copies, and the sums of a model's memory, against doing one step after the other."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange
-from miles.backends.sglang_utils.model_memory import ModelMemory, in_storage
+from miles.backends.sglang_utils.model_memory import ModelMemory, Places, in_storage
 from miles.backends.sglang_utils.replay_copies import Replay
 
 SIZE = 96
@@ -160,3 +161,13 @@ def test_a_digest_tells_each_bit_and_each_exchange():
     model.child.weight.data.copy_(model.child.weight.data.flip(1))
     digests.append(memory.digest())
     assert not any(torch.equal(a, b) for i, a in enumerate(digests) for b in digests[:i])
+
+
+@pytest.mark.parametrize("late", [nn.UninitializedParameter(), nn.Parameter(torch.empty(3, device="meta"))])
+def test_nothing_is_known_of_a_model_with_parameters_that_have_no_memory(late):
+    model, places = Odd(), Places()
+    assert places.changed(model) and places.are_plain and not places.changed(model)
+    model.late = late
+    assert places.changed(model) and not places.are_plain and places.changed(model)
+    del model.late
+    assert places.changed(model) and places.are_plain and not places.changed(model)

@@ -137,7 +137,7 @@ class CopyPlan:
 
 def arrange(steps: Iterable[Step]) -> CopyPlan:
     """The same effect as doing ``steps`` one after the other, whatever the bucket holds."""
-    steps = [step for step in _last_of_each(steps) if step.target.numel]
+    steps = _last_of_each(steps)
     loose: list[Copy] = []
     flat: list[Piece] = []
     ordered: list[Step] = []
