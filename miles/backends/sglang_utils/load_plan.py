@@ -49,13 +49,14 @@ Key = tuple[tuple[str, torch.dtype, tuple[int, ...], int, tuple[int, ...] | None
 
 @dataclass(slots=True)
 class _Known:
-    """A layout of which a bucket was loaded. ``entries``: the tuple that told of it last."""
+    """A layout of which a bucket was loaded. ``entries``: the tuple that told of it last; kept, so that no other gets
+    its ``id``."""
 
     steps: tuple[Step, ...]
     replay: Replay
     used: int
     trusted: bool = False
-    entries: Sequence[Entry] = ()
+    entries: tuple[Entry, ...] | None = None
 
 
 class LoadPlans:
@@ -97,7 +98,7 @@ class LoadPlans:
         self._state = state
         self._updates += 1
         self._known = {key: known for key, known in self._known.items() if known.used >= self._updates - 2}
-        self._by_entries = {id(known.entries): known for known in self._known.values()}
+        self._by_entries = {id(k.entries): k for k in self._known.values() if k.entries is not None}
 
     def load(self, entries: Sequence[Entry], memory: torch.Tensor) -> None:
         """Load the tensors of one bucket.
@@ -137,7 +138,7 @@ class LoadPlans:
 
     def _find(self, entries: Sequence[Entry]) -> _Known | None:
         known = self._by_entries.get(id(entries))
-        if known is None or known.entries is not entries:
+        if known is None:
             known = self._known.get(_key(entries))
             if known is not None and isinstance(entries, tuple):
                 self._by_entries.pop(id(known.entries), None)
