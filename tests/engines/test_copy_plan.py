@@ -124,7 +124,7 @@ class Odd(nn.Module):
         super().__init__()
         whole = torch.arange(40, dtype=torch.bfloat16)
         self.part = nn.Parameter(whole[1:8], requires_grad=False)
-        self.within = nn.Parameter(whole[2:4], requires_grad=False)
+        self.within = nn.Parameter(whole[2:3], requires_grad=False)
         self.overlapping = nn.Parameter(whole[4:10].view(2, 3).t(), requires_grad=False)
         self.apart = nn.Parameter(whole[20:40].view(4, 5)[:, :2], requires_grad=False)
         self.register_buffer("flags", torch.tensor([True, False, True]))
