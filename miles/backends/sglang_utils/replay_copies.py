@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from miles.backends.sglang_utils.copy_plan import WIDTHS, CopyPlan, Fill, Pieces, Region
+from miles.backends.sglang_utils.copy_plan import WIDTHS, Copy, CopyPlan, Fill, Pieces, Region
 from miles.backends.sglang_utils.model_memory import in_storage
 from miles.backends.weight_update.buckets import Entry
 
@@ -18,7 +18,10 @@ class Replay:
         self._stop = plan.source_stop
         with torch.inference_mode(False):
             self._flat = [_Flat(pieces, storages) for pieces in plan.flat]
-            self._loose = [(_target(copy.target, storages), copy.source) for copy in plan.loose]
+            self._loose = [
+                ([_target(copy.target, storages) for copy in copies], [copy.source for copy in copies])
+                for copies in _by_dtypes(plan.loose)
+            ]
             self._ordered = [
                 (_target(step.target, storages), step.value if isinstance(step, Fill) else step.source)
                 for step in plan.ordered
@@ -32,14 +35,21 @@ class Replay:
         bucket = _Bucket(memory)
         for flat in self._flat:
             flat.run(bucket)
-        if self._loose:
-            targets, sources = zip(*self._loose, strict=True)
+        for targets, sources in self._loose:
             torch._foreach_copy_(targets, [bucket.view(source) for source in sources])
         for target, source in self._ordered:
             if isinstance(source, Region):
                 target.copy_(bucket.view(source))
             else:
                 target.fill_(source)
+
+
+def _by_dtypes(copies: Iterable[Copy]) -> list[list[Copy]]:
+    """Alike in the dtypes of both sides: of targets that differ, earlier torch takes all for what the first one is."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[Copy]] = {}
+    for copy in copies:
+        groups.setdefault((copy.target.dtype, copy.source.dtype), []).append(copy)
+    return list(groups.values())
 
 
 class _Flat:
