@@ -78,20 +78,26 @@ class Receiver:
         Raises:
             StreamBroken: the trainer is gone, or has heard what went wrong here.
         """
+        is_done = False
         try:
             self._plans.begin()
             with contextlib.closing(SharedSources()) as sources:
                 self._take_all(line, sources)
             self._plans.end()
             line.send({"said": "done"})
+            is_done = True
         except StreamBroken:
-            self.leave_group()  # a broadcast may be under way that never ends
             raise
+        except _CutOff as error:
+            line.send({"said": "cut off", "why": str(error)})
+            raise StreamBroken(f"a broadcast did not arrive: {error}") from None
         except Exception as error:  # an error here would end SGLang's scheduler
             logger.exception("weights were not loaded")
-            self.leave_group()
             line.send({"error": f"{type(error).__name__}: {error}"})
             raise StreamBroken(str(error)) from None
+        finally:
+            if not is_done:
+                self.leave_group()  # a broadcast may be under way that never ends
 
     def _take_all(self, line: Line, sources: SharedSources) -> None:
         arriving: _Arriving | None = None
@@ -145,7 +151,10 @@ class Receiver:
         if self._device.type != "cuda":
             self._watch(line, arriving.work)
         start = time.perf_counter()
-        arriving.work.wait()
+        try:
+            arriving.work.wait()
+        except RuntimeError as error:
+            raise _CutOff(str(error)) from None
         self._plans.load(arriving.entries, arriving.memory)
         line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
 
@@ -166,6 +175,10 @@ class Receiver:
         group, self._group = self._group, None
         if group is not None:
             group.close()
+
+
+class _CutOff(Exception):
+    """A broadcast did not arrive: somebody else, who had to hand it on, is gone."""
 
 
 @dataclass(frozen=True, slots=True)
