@@ -11,6 +11,7 @@ import base64
 import hashlib
 import itertools
 import math
+import threading
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ class Request:
     finish: dict | None = None
 
 
+class Gone(BaseException):
+    """Ends whatever takes weights without a word, as the end of a process does."""
+
+
 class FakeModel:
     """What our weight loader is given."""
 
@@ -74,7 +79,9 @@ class FakeModel:
 
 class FakeEngine:
     """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang", "die", or
-    "freeze": from then on it takes connections and says nothing, as a stopped process does."""
+    "freeze": from then on it takes connections and says nothing, as a stopped process does. ``faults["bucket"]`` are
+    taken by one bucket of a stream each: "raise", "close" (the line, without a word), "hang", "freeze", "die".
+    """
 
     def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
@@ -100,9 +107,12 @@ class FakeEngine:
         self._go.set()
         self._rids = (f"fake-{number}" for number in itertools.count())
         self._hanging = asyncio.Event()
+        self._stuck = threading.Event()
+        self._loop = None
         self._runner = None
 
     async def start(self, port=0):
+        self._loop = asyncio.get_running_loop()
         app = web.Application(middlewares=[self._guard], client_max_size=1 << 30)
         for method, path, handler in self._routes():
             app.router.add_route(method, path, handler)
@@ -115,6 +125,7 @@ class FakeEngine:
     async def die(self):
         """Everything is reset, nobody listens any more."""
         self.dead = True
+        self._stuck.set()
         self._hanging.set()
         self.groups.clear()
         receive_weights.forget(self.model)
@@ -125,6 +136,7 @@ class FakeEngine:
             await site.stop()
 
     async def stop(self):
+        self._stuck.set()
         self._hanging.set()
         self.groups.clear()
         receive_weights.forget(self.model)
@@ -301,6 +313,16 @@ class FakeEngine:
 
     def load_weights(self, named):
         """As the model class of the real one."""
+        fault = self.faults["bucket"].pop(0) if self.faults["bucket"] else None
+        if fault == "raise":
+            raise ValueError("scripted: these weights are not taken")
+        if fault in ("hang", "freeze"):
+            self.frozen = fault == "freeze"
+            self._stuck.wait()
+        if fault == "die":
+            asyncio.run_coroutine_threadsafe(self.die(), self._loop)
+        if fault is not None:
+            raise Gone
         self.weights.update({name: tensor.clone() for name, tensor in named})
 
     async def _begin(self, _):
@@ -324,7 +346,10 @@ class FakeEngine:
         assert body["flush_cache"] is False and body["load_format"] == RECEIVE_WEIGHTS
         await asyncio.sleep(self.slow_s)
         named = ForkingPickler.loads(base64.b64decode(body["serialized_named_tensors"][0]))
-        await asyncio.to_thread(receive_weights.load, self.model, named)
+        gone = await asyncio.to_thread(_load, self.model, named)
+        if gone and (self.dead or self.frozen):
+            request.transport.abort()
+            raise ConnectionResetError
         return web.json_response({"success": True})
 
     async def _from_distributed(self, request):
@@ -416,6 +441,15 @@ def load_directory(path):
     """All weights of a Hugging Face directory."""
     files = sorted(Path(path).glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _load(model, named):
+    """Returns whether it was ended."""
+    try:
+        receive_weights.load(model, named)
+    except Gone:
+        return True
+    return False
 
 
 def _receive(group, flat):

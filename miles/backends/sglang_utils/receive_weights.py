@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,26 +79,31 @@ class Receiver:
         Raises:
             StreamBroken: the trainer is gone, or has heard what went wrong here.
         """
-        is_done = False
         try:
             self._plans.begin()
             with contextlib.closing(SharedSources()) as sources:
                 self._take_all(line, sources)
             self._plans.end()
             line.send({"said": "done"})
-            is_done = True
-        except StreamBroken:
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))
+            traceback.clear_frames(error.__traceback__)  # they hold broadcasts, and so the group's connections
+            try:
+                self._tell(line, error, text)
+            finally:
+                self.leave_group()  # a broadcast may be under way that never ends
             raise
-        except _CutOff as error:
+
+    @staticmethod
+    def _tell(line: Line, error: BaseException, text: str) -> None:
+        """Raises StreamBroken in place of what would end SGLang's scheduler."""
+        if isinstance(error, _CutOff):
             line.send({"said": "cut off", "why": str(error)})
             raise StreamBroken(f"a broadcast did not arrive: {error}") from None
-        except Exception as error:  # an error here would end SGLang's scheduler
-            logger.exception("weights were not loaded")
+        if isinstance(error, Exception) and not isinstance(error, StreamBroken):
+            logger.error("weights were not loaded: %s", text)
             line.send({"error": f"{type(error).__name__}: {error}"})
             raise StreamBroken(str(error)) from None
-        finally:
-            if not is_done:
-                self.leave_group()  # a broadcast may be under way that never ends
 
     def _take_all(self, line: Line, sources: SharedSources) -> None:
         arriving: _Arriving | None = None

@@ -7,6 +7,7 @@ gathered and filled while the one before is on its way; on a GPU this side waits
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +44,12 @@ class BroadcastStreamSender(StreamSender):
     def _pump(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
         try:
             self._send_all(update, weights, stream)
-        except _Broken:
+        except _Broken as error:
+            traceback.clear_frames(error.__traceback__)  # they hold broadcasts, and so the group's connections
             stream.lines.settle_blame()
             self.close()
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
             self.close()
             raise
 

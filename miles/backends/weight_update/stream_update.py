@@ -17,6 +17,9 @@ from miles.backends.weight_update.stream import Listener, Place
 PATH = "/update_weights_from_tensor"
 WHOLE_S = 86400.0
 """Of the request that lasts as long as the update."""
+PATIENCE = 10
+"""An engine waits so many times longer for the next word than it may take itself: meanwhile the trainer may be waiting
+for others, one after the other. That the trainer has ended, or its host, is noticed at once, or in half a minute."""
 _CONNECT_LOOK_S = 0.02
 
 
@@ -106,5 +109,5 @@ def _request(engine: EngineTarget, places: Sequence[Place], timeout_s: float) ->
     """``places`` by trainer rank: one for all, or that of the rank on the same GPU."""
     ranks = range(engine.tp_size)
     at = [places[0] if len(places) == 1 else places[engine.rank_offset - 1 + rank] for rank in ranks]
-    payloads = [order_payload(at[rank], engine.name, rank, timeout_s) for rank in ranks]
+    payloads = [order_payload(at[rank], engine.name, rank, PATIENCE * timeout_s) for rank in ranks]
     return {"load_format": RECEIVE_WEIGHTS, "flush_cache": False, "serialized_named_tensors": payloads}
