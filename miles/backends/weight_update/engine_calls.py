@@ -38,9 +38,14 @@ class Pending:
         return [name for name, future in self.futures.items() if future.done()]
 
     @property
+    def failed(self) -> list[str]:
+        """Engines whose request has already ended with an error."""
+        return [name for name in self.done if self.futures[name].exception() is not None]
+
+    @property
     def has_failed(self) -> bool:
         """Whether one has already ended with an error."""
-        return any(future.done() and future.exception() is not None for future in self.futures.values())
+        return bool(self.failed)
 
 
 class EngineCalls:

@@ -108,7 +108,7 @@ class Lines:
 
     def hear_of_blame(self) -> None:
         """After what takes everybody has broken off: wait a little for whoever was the cause to be heard of."""
-        deadline = time.monotonic() + _BLAME_S
+        deadline = time.monotonic() + min(_BLAME_S, self._timeout_s)
         while self._lines and not self.failures and (left := deadline - time.monotonic()) > 0:
             self.listen(left)
 

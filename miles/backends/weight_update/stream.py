@@ -153,11 +153,12 @@ class Line:
 class Listener:
     """Of one update, on one rank of the trainer. A context manager."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
+    def __init__(self, host: str, timeout_s: float, *, hello_s: float = _HELLO_S) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family)
         self._socket.setblocking(False)
         self._timeout_s = timeout_s
+        self._hello_s = hello_s
         self._strangers: dict[Line, float] = {}
         self.place = Place(host, self._socket.getsockname()[1], secrets.token_hex(32))
 
@@ -178,7 +179,7 @@ class Listener:
         """A connection that has said the token, with its hello; None: there was none within ``wait_s``."""
         if readable([self._socket.fileno()], wait_s if not self._strangers else min(wait_s, _LOOK_S)):
             with contextlib.suppress(OSError):  # gone again
-                self._strangers[Line(self._socket.accept()[0], self._timeout_s)] = time.monotonic() + _HELLO_S
+                self._strangers[Line(self._socket.accept()[0], self._timeout_s)] = time.monotonic() + self._hello_s
         for line, until in list(self._strangers.items()):
             hello = self._hello(line, until)
             if hello is not None:
