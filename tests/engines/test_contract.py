@@ -261,7 +261,7 @@ async def test_a_group_is_kept_and_made_anew_when_told_to(engine, has_stream):
         sums.add((await engine.client.checksums())[0])
     sender.close()
     assert len(sums) == 3
-    assert has_stream is not await engine.client.destroy_weights_update_group("miles")
+    assert await engine.client.destroy_weights_update_group("miles") or has_stream
     assert not await engine.client.destroy_weights_update_group("miles")
 
 

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import itertools
+import json
 import math
 import threading
 from collections import defaultdict
@@ -71,10 +72,10 @@ class Gone(BaseException):
 
 
 class FakeModel:
-    """What our weight loader is given."""
+    """What our weight loader is given, in one rank of an engine."""
 
-    def __init__(self, engine):
-        self.load_weights = engine.load_weights
+    def __init__(self, load_weights):
+        self.load_weights = load_weights
 
 
 class FakeEngine:
@@ -83,7 +84,7 @@ class FakeEngine:
     taken by one bucket of a stream each: "raise", "close" (the line, without a word), "hang", "freeze", "die".
     """
 
-    def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True):
+    def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True, tp_size=1):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
         self.bracket = bracket
         self.told = {}
@@ -94,7 +95,9 @@ class FakeEngine:
         self.url = ""
         self.weights = {} if model is None else load_directory(model)
         self.version = "default"
-        self.model = FakeModel(self)
+        self.others = [{} for _ in range(tp_size - 1)]  # weights of the ranks behind the first
+        self.models = [FakeModel(self.load_weights), *(FakeModel(other.update) for other in self.others)]
+        self.script = None  # takes streams in place of our weight loader: called with each rank's order
         self.groups = {}
         self.released = set()
         self.requests = {}
@@ -128,7 +131,7 @@ class FakeEngine:
         self._stuck.set()
         self._hanging.set()
         self.groups.clear()
-        receive_weights.forget(self.model)
+        self.forget()
         for connection in list(self._runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -139,8 +142,13 @@ class FakeEngine:
         self._stuck.set()
         self._hanging.set()
         self.groups.clear()
-        receive_weights.forget(self.model)
+        self.forget()
         await self._runner.cleanup()
+
+    def forget(self):
+        """What its processes keep from update to update, as if they had begun anew."""
+        for model in self.models:
+            receive_weights.forget(model)
 
     def count(self, path):
         """How often it was called."""
@@ -345,12 +353,24 @@ class FakeEngine:
         self._needs_session("update_weights_from_tensor")
         assert body["flush_cache"] is False and body["load_format"] == RECEIVE_WEIGHTS
         await asyncio.sleep(self.slow_s)
-        named = ForkingPickler.loads(base64.b64decode(body["serialized_named_tensors"][0]))
-        gone = await asyncio.to_thread(_load, self.model, named)
-        if gone and (self.dead or self.frozen):
-            request.transport.abort()
+        payloads = [ForkingPickler.loads(base64.b64decode(raw)) for raw in body["serialized_named_tensors"]]
+        loads = [asyncio.to_thread(self._load, *rank) for rank in zip(self.models, payloads, strict=True)]
+        if any(await asyncio.gather(*loads)) and (self.dead or self.frozen):
+            if request.transport is not None:
+                request.transport.abort()
             raise ConnectionResetError
         return web.json_response({"success": True})
+
+    def _load(self, model, named):
+        """Returns whether it was ended."""
+        try:
+            if self.script is None:
+                receive_weights.load(model, named)
+            else:
+                self.script(json.loads(named[0][0]))
+        except Gone:
+            return True
+        return False
 
     async def _from_distributed(self, request):
         body = await request.json()
@@ -441,15 +461,6 @@ def load_directory(path):
     """All weights of a Hugging Face directory."""
     files = sorted(Path(path).glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def _load(model, named):
-    """Returns whether it was ended."""
-    try:
-        receive_weights.load(model, named)
-    except Gone:
-        return True
-    return False
 
 
 def _receive(group, flat):

@@ -109,10 +109,10 @@ class Line:
     def has_whole_message(self, max_bytes: int) -> bool:
         """Whether ``receive`` would not wait. ``max_bytes``: of a message that may come, small enough for a socket to
         hold. Raises StreamBroken: it is larger, or the other side is gone."""
-        try:
-            held = self._socket.recv(_LENGTH.size + max_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        if not self.has_message():
             return False
+        try:
+            held = self._socket.recv(_LENGTH.size + max_bytes, socket.MSG_PEEK)
         except OSError as error:
             raise StreamBroken(_why(error)) from None
         if not held:
