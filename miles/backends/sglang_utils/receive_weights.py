@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +85,23 @@ class Receiver:
                 self._take_all(line, sources)
             self._plans.end()
             line.send({"said": "done"})
-        except StreamBroken:
-            self.leave_group()  # a broadcast may be under way that never ends
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))
+            traceback.clear_frames(error.__traceback__)  # they hold broadcasts, and so the group's connections
+            try:
+                self._tell(line, error, text)
+            finally:
+                self.leave_group()  # a broadcast may be under way that never ends
             raise
-        except Exception as error:  # an error here would end SGLang's scheduler
-            logger.exception("weights were not loaded")
-            self.leave_group()
+
+    @staticmethod
+    def _tell(line: Line, error: BaseException, text: str) -> None:
+        """Raises StreamBroken in place of what would end SGLang's scheduler."""
+        if isinstance(error, _CutOff):
+            line.send({"said": "cut off", "why": str(error)})
+            raise StreamBroken(f"a broadcast did not arrive: {error}") from None
+        if isinstance(error, Exception) and not isinstance(error, StreamBroken):
+            logger.error("weights were not loaded: %s", text)
             line.send({"error": f"{type(error).__name__}: {error}"})
             raise StreamBroken(str(error)) from None
 
@@ -145,7 +157,10 @@ class Receiver:
         if self._device.type != "cuda":
             self._watch(line, arriving.work)
         start = time.perf_counter()
-        arriving.work.wait()
+        try:
+            arriving.work.wait()
+        except RuntimeError as error:
+            raise _CutOff(str(error)) from None
         self._plans.load(arriving.entries, arriving.memory)
         line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
 
@@ -166,6 +181,10 @@ class Receiver:
         group, self._group = self._group, None
         if group is not None:
             group.close()
+
+
+class _CutOff(Exception):
+    """A broadcast did not arrive: somebody else, who had to hand it on, is gone."""
 
 
 @dataclass(frozen=True, slots=True)

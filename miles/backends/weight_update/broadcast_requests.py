@@ -60,8 +60,9 @@ class BroadcastRequestSender(Sender):
         """Somebody did not take part in a broadcast, and others wait for them, for us, and for each other.
 
         Whoever leaves the group ends the waiting of those who wait for them: first those who are done, then we, then
-        those who are done because of that, until nobody waits.
+        those who are done because of that, until nobody waits. Only who failed before that is a cause.
         """
+        causes = requests.failed
         body, told = {"group_name": update.group_name}, set[str]()
         while len(told) < len(requests.futures):
             done = set(requests.done) - told
@@ -70,6 +71,8 @@ class BroadcastRequestSender(Sender):
             self.close()
             time.sleep(_LOOK_EVERY_S)  # each request has a deadline of its own
         calls.finish(requests)
+        if causes:
+            calls.failures = {name: why for name, why in calls.failures.items() if name in causes}
 
     def _joined(self, update: WeightUpdate, calls: EngineCalls) -> BroadcastGroup:
         group, members = self._group, tuple((engine.name, engine.url) for engine in update.engines)

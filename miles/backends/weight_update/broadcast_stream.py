@@ -7,6 +7,8 @@ gathered and filled while the one before is on its way; on a GPU this side waits
 from __future__ import annotations
 
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,9 +44,12 @@ class BroadcastStreamSender(StreamSender):
     def _pump(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
         try:
             self._send_all(update, weights, stream)
-        except _Broken:
+        except _Broken as error:
+            traceback.clear_frames(error.__traceback__)  # they hold broadcasts, and so the group's connections
+            stream.lines.settle_blame()
             self.close()
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
             self.close()
             raise
 
@@ -61,7 +66,7 @@ class BroadcastStreamSender(StreamSender):
                 works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
                 bucket, turn = Bucket(capacity, ALIGNMENT), 1 - turn
             if not bucket.entries:
-                self._await_sent(stream, works[turn])
+                self._await_sent(stream, works[turn], update.timeout_s)
                 if memories[turn].numel() < max(capacity, tensor.nbytes):
                     size = max(capacity, tensor.nbytes)
                     memories[turn] = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -84,17 +89,17 @@ class BroadcastStreamSender(StreamSender):
         _raise_if_broken(stream)
         return group.broadcast(memory[:size])
 
-    def _await_sent(self, stream: Stream, work: Any) -> None:
-        """Until a bucket's memory may be written; on a GPU, until what is written there comes after."""
+    def _await_sent(self, stream: Stream, work: Any, timeout_s: float) -> None:
+        """Until a bucket's memory may be written; on a GPU, until what is written there comes after. Raises _Broken."""
         if work is None:
             return
         at = time.perf_counter()
-        while self.device.type == "cpu" and not work.is_completed():
-            stream.lines.listen(_LOOK_EVERY_S)
-            _raise_if_broken(stream)
+        if self.device.type == "cpu":
+            self._listen_until(stream, work.is_completed, timeout_s)
         self._times["wait"] += time.perf_counter() - at
         while stream.lines.listen(0.0):
-            _raise_if_broken(stream)
+            pass
+        _raise_if_broken(stream)
         if self.device.type == "cuda" or work.is_success():
             work.wait()
             return
@@ -104,15 +109,23 @@ class BroadcastStreamSender(StreamSender):
         """Until everybody has everything. Raises _Broken."""
         at = time.perf_counter()
         stream.lines.tell(lambda _: {"say": "end"})
+        sent = [work for work in works if work is not None]
+        self._listen_until(
+            stream, lambda: not stream.lines.peers and all(work.is_completed() for work in sent), timeout_s
+        )
+        self._times["wait"] += time.perf_counter() - at
+
+    @staticmethod
+    def _listen_until(stream: Stream, is_over: Callable[[], bool], timeout_s: float) -> None:
+        """Raises _Broken: an engine has failed, or nobody has said anything for so long."""
         deadline = time.monotonic() + timeout_s
-        while stream.lines.peers or not all(work is None or work.is_completed() for work in works):
+        while not is_over():
             if stream.lines.listen(_LOOK_EVERY_S):
                 deadline = time.monotonic() + timeout_s
             _raise_if_broken(stream)
             if time.monotonic() > deadline:
-                for engine, _ in stream.lines.peers:
-                    stream.lines.fail(engine, f"nothing was heard of it for {timeout_s:g} s")
-        self._times["wait"] += time.perf_counter() - at
+                stream.lines.fail_slowest(f"has loaded nothing for {timeout_s:g} s")
+                raise _Broken
 
     def _joined(self, update: WeightUpdate, stream: Stream) -> BroadcastGroup:
         group, lines = self._group, stream.lines
@@ -127,17 +140,17 @@ class BroadcastStreamSender(StreamSender):
 
         def is_hopeless() -> bool:
             lines.listen(0.0)
-            return bool(lines.failures)
+            return lines.is_broken
 
         found = gathering.wait(is_hopeless)
-        if isinstance(found, BroadcastGroup):
-            self._group = found
-            lines.await_joined()
-            if not lines.failures:
-                return found
-        self.close()
+        if not isinstance(found, BroadcastGroup):
+            lines.hear_of_blame()
+            _raise_if_broken(stream)
+            raise not_made(update, {}, found)
+        self._group = found
+        lines.await_joined()
         _raise_if_broken(stream)
-        raise not_made(update, {}, found if isinstance(found, str) else "")
+        return found
 
 
 class _Broken(Exception):
@@ -146,5 +159,5 @@ class _Broken(Exception):
 
 
 def _raise_if_broken(stream: Stream) -> None:
-    if stream.lines.failures:
+    if stream.lines.is_broken:
         raise _Broken

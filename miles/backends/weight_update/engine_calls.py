@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,14 @@ class Pending:
         return [name for name, future in self.futures.items() if future.done()]
 
     @property
+    def failed(self) -> list[str]:
+        """Engines whose request has already ended with an error."""
+        return [name for name in self.done if self.futures[name].exception() is not None]
+
+    @property
     def has_failed(self) -> bool:
         """Whether one has already ended with an error."""
-        return any(future.done() and future.exception() is not None for future in self.futures.values())
+        return bool(self.failed)
 
 
 class EngineCalls:
@@ -67,11 +73,24 @@ class EngineCalls:
         """Engines that have not failed."""
         return tuple(engine for engine in self.engines if engine.name not in self.failures)
 
-    def start(self, path: str, body: Callable[[EngineTarget], Mapping[str, Any]]) -> Pending:
-        """POST to every engine that has not failed."""
+    def start(
+        self, path: str, body: Callable[[EngineTarget], Mapping[str, Any]], *, timeout_s: float | None = None
+    ) -> Pending:
+        """POST to every engine that has not failed. ``timeout_s``: another deadline than that of all requests."""
         return Pending(
-            {engine.name: self._pool.submit(self._post, engine, path, body(engine)) for engine in self.alive}
+            {engine.name: self._pool.submit(self._post, engine, path, body(engine), timeout_s) for engine in self.alive}
         )
+
+    def end_late(self, pending: Pending, names: Iterable[str], within_s: float) -> None:
+        """Wait so long for these engines' answers; requests that have none then end with an error."""
+        futures = {name: pending.futures[name] for name in names}
+        wait(futures.values(), timeout=within_s)
+        for name in [name for name, future in futures.items() if not future.done()]:
+            self.failures.setdefault(name, f"its request was not answered within {within_s:g} s after the last word")
+            connection = self._connections.get(name)
+            if connection is not None and connection.sock is not None:
+                with contextlib.suppress(OSError):  # it has ended after all
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def finish(self, pending: Pending | None) -> float:
         """Wait for the answers. Returns the longest request's seconds; failures go to ``failures``."""
@@ -80,7 +99,7 @@ class EngineCalls:
             try:
                 longest = max(longest, future.result())
             except (OSError, http.client.HTTPException, _Refused) as error:
-                self.failures[name] = str(error) or type(error).__name__
+                self.failures.setdefault(name, str(error) or type(error).__name__)
         self.busy_s += longest
         return longest
 
@@ -129,9 +148,10 @@ class EngineCalls:
             parts = urllib.parse.urlsplit(engine.url)
             self._connections[engine.name] = http.client.HTTPConnection(parts.hostname or "", parts.port)
         connection = self._connections[engine.name]
-        connection.timeout = timeout_s
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout_s)
+        if connection.sock is None:
+            connection.timeout = min(timeout_s, self._timeout_s)
+            connection.connect()
+        connection.sock.settimeout(timeout_s)
         return connection
 
 

@@ -1,20 +1,22 @@
 """The lines of one update to the engines' ranks that this trainer rank sends to, and what they have said. No torch.
 
 Invariants: an engine that failed once is not spoken to again in this update, ``failures`` says why; waiting ends when
-all have answered, failed, or said nothing for ``timeout_s``.
+all have answered, failed, or said nothing for ``timeout_s``. Who says that it was cut off (others did not hand on a
+broadcast) is no cause of it: ``is_broken`` tells at once, ``settle_blame`` who it was.
 """
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from miles.backends.weight_update.stream import Line, StreamBroken
+from miles.backends.weight_update.stream import Line, StreamBroken, readable
 
 Peer = tuple[str, int]
 """An engine's name, and which of its ranks."""
+_BLAME_S = 3.0
+"""The end of an engine is heard of about when others are cut off by it."""
 
 
 class Lines:
@@ -27,12 +29,19 @@ class Lines:
         self.groups: dict[Peer, str] = {}
         """The process group that each was in when it connected; empty: none."""
         self._expected = frozenset(expected)
+        self._engines = sorted({engine for engine, _ in self._expected})
         self._timeout_s = timeout_s
         self._lines: dict[Peer, Line] = {}
         self._done: set[Peer] = set()
         self._joined: set[Peer] = set()
         self._loaded: dict[Peer, int] = {}
         self._seconds: dict[Peer, float] = {}
+        self._cut_off: dict[str, str] = {}
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether not everybody will come to the end."""
+        return bool(self.failures or self._cut_off)
 
     @property
     def peers(self) -> list[Peer]:
@@ -67,12 +76,12 @@ class Lines:
                 try:
                     line.send(message(peer))
                 except StreamBroken as error:
-                    self.fail(peer[0], self._last_words(line) or str(error))
+                    self._hear_last_words(peer, str(error))
 
     def listen(self, wait_s: float) -> bool:
         """Take in what was said, waiting so long for a first word. Returns whether there was any."""
         peers = {line.fileno(): peer for peer, line in self._lines.items()}
-        ready = select.select(list(peers), [], [], wait_s)[0]
+        ready = readable(peers, wait_s)
         for fileno in ready:
             peer = peers[fileno]
             if peer in self._lines:
@@ -90,6 +99,27 @@ class Lines:
     def await_done(self) -> None:
         """Until everybody holds the weights, or failed."""
         self._until(lambda peer: peer in self._done, "come to the end")
+
+    def fail_slowest(self, why: str) -> None:
+        """Of those that have not come to the end: who has loaded the least holds up the others."""
+        least = min((self._loaded[peer] for peer in self._lines), default=0)
+        for engine, rank in [peer for peer in self._lines if self._loaded[peer] == least]:
+            self.fail(engine, f"rank {rank} {why}")
+
+    def hear_of_blame(self) -> None:
+        """After what takes everybody has broken off: wait a little for whoever was the cause to be heard of."""
+        deadline = time.monotonic() + min(_BLAME_S, self._timeout_s)
+        while self._lines and not self.failures and (left := deadline - time.monotonic()) > 0:
+            self.listen(left)
+
+    def settle_blame(self) -> None:
+        """After a broadcast has broken off: if nobody is known to be the cause, those that were cut off have failed,
+        and if there are none, all."""
+        self.hear_of_blame()
+        if not self.failures:
+            failed = self._cut_off or dict.fromkeys(self._engines, "a broadcast broke off; its log may say why")
+            for engine, why in failed.items():
+                self.fail(engine, why)
 
     def close(self) -> None:
         """See the class."""
@@ -115,6 +145,9 @@ class Lines:
             self.fail(peer[0], f"rank {peer[1]}: {error}")
             return
         match message.get("said"):
+            case "cut off":
+                self._cut_off.setdefault(peer[0], f"rank {peer[1]}: {message['why']}")
+                self._lines.pop(peer).close()
             case "joined":
                 self._joined.add(peer)
             case "loaded":
@@ -125,12 +158,9 @@ class Lines:
                 self._done.add(peer)
                 self._lines.pop(peer).close()
 
-    @staticmethod
-    def _last_words(line: Line) -> str:
+    def _hear_last_words(self, peer: Peer, otherwise: str) -> None:
         """Whoever lets go of a line has said why, if it could."""
-        try:
-            while line.has_message():
-                line.receive()
-        except StreamBroken as error:
-            return str(error)
-        return ""
+        while peer in self._lines and self._lines[peer].has_message():
+            self._hear(peer)
+        if peer in self._lines:
+            self.fail(peer[0], f"rank {peer[1]}: {otherwise}")

@@ -45,13 +45,13 @@ class StreamSender(Sender):
         timeout_s = update.timeout_s
         lines = Lines(roles.expects, timeout_s)
         with Listener(host, timeout_s) as listener, EngineCalls(roles.speaks_to, timeout_s=timeout_s) as calls:
+            stream = Stream(update, listener, calls, lines, self._gathered)
             try:
-                stream = Stream(update, listener, calls, lines, self._gathered)
                 self._pump(update, weights, stream)
             finally:
-                lines.close()
-            at = time.perf_counter()
-            stream.hang_up()
+                at = time.perf_counter()
+                stream.hang_up()
+            stream.settle()
             self._times["wait"] += time.perf_counter() - at
             self._times |= {"engine": calls.busy_s, "engine_copy": lines.engine_seconds}
             calls.raise_failures(f"taking weight version {update.version}")
@@ -124,6 +124,10 @@ class SharedStreamSender(StreamSender):
     def _pump(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
         if self.device.type == "cuda" and self.parallel.world_size > 1:
             stream.connect()  # later, others may already wait for this rank to gather
+            if not stream.lines.peers:  # on a GPU without an engine: nobody would read what is copied
+                for _ in weights:
+                    pass
+                return
         if not self._memories:
             make = MemoryFile if self.device.type == "cpu" else DeviceMemory
             self._memories = (make(), make())

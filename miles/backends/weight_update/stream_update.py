@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.backends.sglang_utils.server_arguments import RECEIVE_WEIGHTS
-from miles.backends.weight_update.engine_calls import EngineCalls, Pending
+from miles.backends.weight_update.engine_calls import TELL_S, EngineCalls
 from miles.backends.weight_update.lines import Lines, Peer
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.order import order_payload
 from miles.backends.weight_update.stream import Listener, Place
 
 PATH = "/update_weights_from_tensor"
+WHOLE_S = 86400.0
+"""Of the request that lasts as long as the update."""
+PATIENCE = 10
+"""An engine waits so many times longer for the next word than it may take itself: meanwhile the trainer may be waiting
+for others, one after the other. That the trainer has ended, or its host, is noticed at once, or in half a minute."""
 _CONNECT_LOOK_S = 0.02
 
 
@@ -54,7 +59,8 @@ class Stream:
         self._timeout_s = update.timeout_s
         self._listener = listener
         places = self._gathered(listener.place)
-        self._requests: Pending | None = calls.start(PATH, lambda engine: _request(engine, places, update.timeout_s))
+        # One request lasts as long as all buckets; how long each part may take is the lines' to say.
+        self._requests = calls.start(PATH, lambda engine: _request(engine, places, update.timeout_s), timeout_s=WHOLE_S)
         self._connected = False
 
     def connect(self) -> None:
@@ -76,17 +82,23 @@ class Stream:
             self._connected = not any(missing for _, missing in told)
 
     def hang_up(self) -> None:
-        """Let go of all lines, and wait for the requests to be answered. All failures are in ``calls`` afterwards, on
-        all ranks, as only one rank's error is heard."""
-        failures = dict(self.lines.failures)
+        """Let go of all lines, and of who has come too late, and wait for the requests to be answered: engines have
+        nothing to wait for then."""
         self.lines.close()
+        self._listener.close()
+        failed = self.lines.failures.keys() & self._requests.futures.keys()
+        self.calls.end_late(self._requests, failed, min(TELL_S, self._timeout_s))
+        self.calls.end_late(self._requests, self._requests.futures.keys() - failed, self._timeout_s)
+
+    def settle(self) -> None:
+        """After ``hang_up``: all failures come to ``calls``, on all ranks, as only one rank's error is heard."""
+        failures = dict(self.lines.failures)
         self.calls.finish(self._requests)
         for told in self._gathered(failures | {n: w for n, w in self.calls.failures.items() if n not in failures}):
             self.calls.failures |= told
 
     def _note_ended_requests(self) -> None:
         """An engine whose request is over before it has connected will not."""
-        assert self._requests is not None
         done = set(self._requests.done)
         for name in self.lines.missing() & done:
             error = self._requests.futures[name].exception()
@@ -97,5 +109,5 @@ def _request(engine: EngineTarget, places: Sequence[Place], timeout_s: float) ->
     """``places`` by trainer rank: one for all, or that of the rank on the same GPU."""
     ranks = range(engine.tp_size)
     at = [places[0] if len(places) == 1 else places[engine.rank_offset - 1 + rank] for rank in ranks]
-    payloads = [order_payload(at[rank], engine.name, rank, timeout_s) for rank in ranks]
+    payloads = [order_payload(at[rank], engine.name, rank, PATIENCE * timeout_s) for rank in ranks]
     return {"load_format": RECEIVE_WEIGHTS, "flush_cache": False, "serialized_named_tensors": payloads}
