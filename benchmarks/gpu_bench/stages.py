@@ -43,7 +43,7 @@ STAGES = {
     "cpu-offload": Stage("layouts", "cpu_offload", 240, beside_s=60),
     "broadcast": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("megatron", "1", "1")),
     "broadcast-fsdp": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("fsdp", "1", "1")),
-    "colocate-tp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("megatron", "tp")),
+    "colocate-tp2": Stage("two_gpus", "colocated_two", 400, gpus=2, arguments=("megatron", "tp")),
     "colocate-fsdp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("fsdp", "dp")),
     "layouts": Stage("layouts", "layouts", 550, gpus=2),
     "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
