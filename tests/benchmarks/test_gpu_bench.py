@@ -156,6 +156,8 @@ def test_made_up_rollouts_have_whole_groups_and_tokens_of_the_vocabulary():
         assert 8 <= sample.response_length == len(sample.rollout_log_probs) <= 16 < len(sample.tokens)
         assert all(0 <= token < 50 for token in sample.tokens)
     assert len({sample.reward for sample in samples}) == 12
+    tokens = {t for sample in samples_of(random.Random(0), 0, 258, (30, 4, 64)) for t in sample.tokens}
+    assert tokens == set(range(258)) - {256}  # the padding's row is zero
 
 
 def test_a_model_with_experts_has_the_names_that_published_ones_have():
