@@ -9,6 +9,7 @@ several. A table comes last. ``docs/gpu.md`` says what has to be installed, and 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from gpu_bench.stages import REHEARSAL_S, STAGES, chosen, lanes, left_out  # noq
 from main_job_bench.processes import RunFailed, adopt_orphans, environment, python, run  # noqa: E402
 
 _REHEARSED_GPUS = 2
+_TABLE_S, _LEAST_S = 40.0, 30.0
+"""Of ``--within``: kept for ending the last stage and for the table; what a stage needs to begin."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,10 +51,11 @@ def main(argv: list[str]) -> int:
         Results(out, name).add("stage", "left out", note=why)
     names = [name for name in chosen(arguments.stages, gpus) if name not in without]
     side = [] if is_rehearsal() else lanes(names, gpus)
-    failed = not beside(side, out)
+    ends = time.monotonic() + arguments.within
+    failed = not beside(side, out, ends)
     for name in names:
         if not any(name in lane for lane in side):
-            failed = not measure(name, out) or failed
+            failed = not measure(name, out, ends) or failed
     if not arguments.lane:
         print(table_of(read_rows(out)))
     return 1 if failed else 0
@@ -62,17 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all that fit")
     parser.add_argument("--out", type=Path, required=True, help="for logs, results and the models that are made")
     parser.add_argument("--gpus", type=int, help="use so many; default: all that there are")
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS", help="end stages in time for that")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model: do the stages run?")
     parser.add_argument("--only", metavar="STAGE", help=argparse.SUPPRESS)
     parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def beside(side: Sequence[Sequence[str]], out: Path) -> bool:
+def beside(side: Sequence[Sequence[str]], out: Path, ends: float) -> bool:
     """Run these stages, each lane on a GPU of its own; whether all ended well. Each stage has its deadline."""
     lanes_running = []
     for gpu, names in enumerate(side):
-        command = python(__file__, "--lane", "--gpus", "1", "--out", str(out), *names)
+        command = python(
+            __file__, "--lane", "--gpus", "1", "--within", str(ends - time.monotonic()), "--out", str(out), *names
+        )
         env = environment(os.cpu_count() or 1)
         env["CUDA_VISIBLE_DEVICES"] = visible((gpu,), os.environ.get("CUDA_VISIBLE_DEVICES"))
         lanes_running.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
@@ -80,12 +87,17 @@ def beside(side: Sequence[Sequence[str]], out: Path) -> bool:
     return not any(codes)
 
 
-def measure(name: str, out: Path) -> bool:
-    """Run a stage; whether it ended well."""
+def measure(name: str, out: Path, ends: float) -> bool:
+    """Run a stage, until ``ends`` at most; whether it ended well."""
     stage, results, began = STAGES[name], Results(out, name), time.monotonic()
     command = python(__file__, "--only", name, "--out", str(out))
     print(f"{name} ...", flush=True)
     deadline_s = max(REHEARSAL_S, stage.deadline_s) if is_rehearsal() else stage.deadline_s
+    left_s = ends - began - _TABLE_S
+    if left_s < _LEAST_S:
+        results.add("stage", "left out", note=f"{left_s:.0f} s are left of --within")
+        return False
+    deadline_s = min(deadline_s, left_s)
     why = ""
     try:
         run(command, env=environment(os.cpu_count() or 1), log_path=out / f"{name}.log", deadline_s=deadline_s)

@@ -18,7 +18,7 @@ from gpu_bench.layouts import trained
 from gpu_bench.memory import MemoryWatch, Sample
 from gpu_bench.results import Results
 from gpu_bench.runs import running
-from gpu_bench.strikes import judge, strike_directory, strike_notes, told_recoveries
+from gpu_bench.strikes import judge, seconds, strike_directory, strike_notes, told_recoveries
 from gpu_bench.training import metrics_of
 
 _RUN_S, _START_S, _WITHIN_S = 200.0, 120.0, 2.0
@@ -103,7 +103,7 @@ def told_aftermath(results: Results, notes: Mapping[str, Any], watches: Iterable
             results.add(f"GPU {index}: memory is back after", rehearsal.NOT_MEASURED)
             continue
         for pid, gone in freed(watch.samples, ranks, at).items():
-            results.add(f"GPU {index}: memory of rank {ranks[pid]} is back after", gone, "s")
+            results.add(f"GPU {index}: memory of rank {ranks[pid]} is back after", seconds(gone), "s")
     again = [float(value["at"]) for name, value in notes.items() if name.startswith("again-")]
     lost = [float(value["at"]) for name, value in notes.items() if name.startswith("again-2-")]
     for name, times in (("the group trains again after", again), ("it trains the lost rollout again after", lost)):

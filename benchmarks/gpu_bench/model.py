@@ -26,11 +26,11 @@ class Shape:
     heads: int
     kv_heads: int
     ffn: int
+    experts: int = 0
+    expert_ffn: int = 0
     vocab: int = 151936
     head_dim: int = 128
     tied: bool = True
-    experts: int = 0
-    expert_ffn: int = 0
 
     def config(self) -> dict[str, object]:
         """As ``config.json`` has it."""
@@ -58,16 +58,24 @@ class Shape:
 
 
 SHAPES = {
-    "0.6B": Shape(hidden=1024, layers=28, heads=16, kv_heads=8, ffn=3072),
-    "4B": Shape(hidden=2560, layers=36, heads=32, kv_heads=8, ffn=9728),
-    "8B": Shape(hidden=4096, layers=36, heads=32, kv_heads=8, ffn=12288, tied=False),
     "layers8": Shape(hidden=1024, layers=8, heads=16, kv_heads=8, ffn=3072),
     "moe": Shape(hidden=1024, layers=4, heads=16, kv_heads=8, ffn=3072, vocab=32768, experts=8, expert_ffn=768),
-    "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320, head_dim=16),
     "tiny-moe": Shape(
         hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320, head_dim=16, experts=4, expert_ffn=48
     ),
+    "0.6B": Shape(hidden=1024, layers=28, heads=16, kv_heads=8, ffn=3072),
+    "4B": Shape(hidden=2560, layers=36, heads=32, kv_heads=8, ffn=9728),
+    "8B": Shape(hidden=4096, layers=36, heads=32, kv_heads=8, ffn=12288, tied=False),
+    "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320, head_dim=16),
 }
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: stages run side by side."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def model(out: Path, name: str, deadline_s: float = 200.0) -> Path:
@@ -92,14 +100,6 @@ def config_only(out: Path, name: str) -> Path:
     (path / "config.json").write_text(json.dumps(SHAPES[name].config(), indent=1))
     write_tokenizer(path)
     return path
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time: stages run side by side."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def prompts(out: Path, count: int = 512) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 from gpu_bench.model import locked
 from gpu_bench.rehearsal import is_rehearsal
 from main_job_bench.processes import environment, python, run
+from main_job_bench.workload import PAD_ID
 
 ROLLOUTS, TOKENS = 4, 128
 
@@ -39,8 +40,8 @@ def samples_of(rng: random.Random, rollout_id: int, vocabulary: int, sizes: tupl
     prompts, answers, most = sizes
     made = []
     for index in range(prompts * answers):
-        prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(8, 24))]
-        answer = [rng.randrange(vocabulary) for _ in range(rng.randint(most // 2, most))]
+        prompt = [_token(rng, vocabulary) for _ in range(rng.randint(8, 24))]
+        answer = [_token(rng, vocabulary) for _ in range(rng.randint(most // 2, most))]
         made.append(
             Sample(
                 group_index=rollout_id * prompts + index // answers, index=rollout_id * prompts * answers + index,
@@ -49,6 +50,12 @@ def samples_of(rng: random.Random, rollout_id: int, vocabulary: int, sizes: tupl
             )
         )  # fmt: skip
     return made
+
+
+def _token(rng: random.Random, vocabulary: int) -> int:
+    """Any but the padding's: its row of the embedding is zero, and a norm of zeros has a gradient that drowns all."""
+    token = rng.randrange(vocabulary - 1)
+    return token + (token >= PAD_ID)
 
 
 def main(argv: list[str]) -> int:

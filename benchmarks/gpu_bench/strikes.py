@@ -85,11 +85,12 @@ def told_strikes(results: Results, directory: Path, watch: MemoryWatch) -> None:
             results.add(f"{role} killed: its memory is back after", rehearsal.NOT_MEASURED)
         else:
             gone, came = gap_between(watch.samples, watch.roles, int(notes[role]["pid"]), float(notes[role]["at"]))
-            results.add(f"{role} killed: its memory is back after", _seconds(gone), "s")
-            results.add(f"{role} killed: its successor takes memory after", _seconds(came), "s")
+            results.add(f"{role} killed: its memory is back after", seconds(gone), "s")
+            results.add(f"{role} killed: its successor takes memory after", seconds(came), "s")
 
 
-def _seconds(value: float) -> float | str:
+def seconds(value: float) -> float | str:
+    """What never came in words."""
     return "never" if value == float("inf") else value
 
 

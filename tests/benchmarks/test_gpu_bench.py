@@ -19,7 +19,7 @@ from gpu_bench.recorded import samples_of
 from gpu_bench.rehearsal import VARIABLE, shape
 from gpu_bench.results import Results, read_rows, table_of
 from gpu_bench.runs import visible
-from gpu_bench.stages import STAGES, chosen, lanes, left_out
+from gpu_bench.stages import ONLY_ON_GPUS, STAGES, chosen, lanes, left_out
 from gpu_bench.strikes import strike_answer
 from gpu_bench.training import checksums_said, told
 from miles.tracking.trace import LOOP, TraceFile
@@ -106,7 +106,7 @@ def test_stages_that_measure_no_speed_share_out_the_gpus():
     assert visible((0,), "3,GPU-a") == "3" and visible((0, 1), "3,GPU-a") == "3,GPU-a"
 
 
-@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.on_cpu])
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ONLY_ON_GPUS])
 def test_each_stage_has_its_function(name):
     stage = STAGES[name]
     function = getattr(importlib.import_module(f"gpu_bench.{stage.module}"), stage.function)
@@ -156,6 +156,8 @@ def test_made_up_rollouts_have_whole_groups_and_tokens_of_the_vocabulary():
         assert 8 <= sample.response_length == len(sample.rollout_log_probs) <= 16 < len(sample.tokens)
         assert all(0 <= token < 50 for token in sample.tokens)
     assert len({sample.reward for sample in samples}) == 12
+    tokens = {t for sample in samples_of(random.Random(0), 0, 258, (30, 4, 64)) for t in sample.tokens}
+    assert tokens == set(range(258)) - {256}  # the padding's row is zero
 
 
 def test_a_model_with_experts_has_the_names_that_published_ones_have():
