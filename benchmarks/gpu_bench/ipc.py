@@ -48,7 +48,9 @@ async def engine(out: Path, path: Path, name: str, *, gpu: int = 0, dummy: bool 
     arguments = server_arguments(engine_config(path), 0) | ({"load_format": "dummy"} if dummy else {})
     command = [sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", "127.0.0.1"]
     command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(arguments)]
-    added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=[str(gpu)])
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    device = given.split(",")[gpu] if given else str(gpu)
+    added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=[device])
     with (out / f"{name}.engine.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, **added}, stdout=log, stderr=log)  # noqa: ASYNC220
     client = EngineClient(f"http://127.0.0.1:{http}", name=name)

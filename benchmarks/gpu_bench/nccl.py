@@ -12,7 +12,7 @@ from gpu_bench.training import bare_broadcast
 from gpu_bench.updates import Updates, num_bytes_of, random_weights, tell
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 
-BUCKETS = (128 << 20, 512 << 20, 1 << 30)
+BUCKETS = (512 << 20, 1 << 30)
 
 
 def nccl(results: Results) -> None:
@@ -42,7 +42,7 @@ async def _updates(results: Results, shape: str, bare: float) -> None:
     async with engine(results.out, path, f"nccl-{shape}", gpu=1, dummy=not small) as client:
         for streams in (True, False):
             target = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False, has_stream=streams)
-            for bucket in BUCKETS if streams else BUCKETS[1:2]:
+            for bucket in BUCKETS if streams else BUCKETS[:1]:
                 updates = Updates(WeightUpdate(version, (target,), "broadcast", bucket), device)
                 found = await asyncio.to_thread(updates.repeat, weights)
                 version = updates.version

@@ -49,7 +49,7 @@ STAGES = {
     "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
     "broadcast-tp2": Stage("two_gpus", "disaggregated", 300, gpus=4, arguments=("megatron", "2", "2")),
 }
-ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "nccl", "ipc-large", "fresh-engine", "zygote", "foreign", "nccl"))
+ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "fresh-engine", "zygote", "foreign", "nccl"))
 """A rehearsal leaves them out."""
 REHEARSAL_S = 600.0
 """Deadline of each stage in a rehearsal."""
