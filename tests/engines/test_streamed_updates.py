@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, closing
 
 import pytest
 import torch
-from support.fake_engine import FakeModel, fake_engine
+from support.fake_engine import FakeModel, fake_engine, loads_into
 from support.procs import eventually
 
 from miles.backends.base import ParallelState
@@ -240,13 +240,13 @@ async def test_an_engine_that_was_cut_off_says_so_and_is_not_named():
         line.send({"error": "this one is the cause"})
 
     async with AsyncExitStack() as stack:
-        engines = Engines(stack, "broadcast", bucket_bytes=1 << 25)
+        engines = Engines(stack, "broadcast")
         for _ in range(3):
             await engines.add()
-        engines.fakes[1].script = lambda order: scripted(order, serve)
+        engines.fakes[0].script = lambda order: scripted(order, serve)
         with pytest.raises(EnginesMissedUpdate, match="this one is the cause") as caught:
-            await engines.send({f"large{number}": torch.zeros(8 << 20) for number in range(4)}, new_group=True)
-        assert caught.value.fields["engines"] == ["engine-1"]
+            await engines.send(weights_of(1), new_group=True)
+        assert caught.value.fields["engines"] == ["engine-0"]
 
 
 class TrainerSide:
@@ -254,7 +254,7 @@ class TrainerSide:
 
     def __init__(self, stack):
         self.held = {}
-        self.model = FakeModel(self.held.update)
+        self.model = FakeModel(loads_into(self.held))
         stack.callback(receive_weights.forget, self.model)
         self._stack = stack
 

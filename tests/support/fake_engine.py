@@ -78,6 +78,11 @@ class FakeModel:
         self.load_weights = load_weights
 
 
+def loads_into(held):
+    """A ``load_weights`` that keeps copies in this dict."""
+    return lambda named: held.update({name: tensor.clone() for name, tensor in named})
+
+
 class FakeEngine:
     """One engine. ``faults[path]`` are taken one by one, each by one request: a status, "reset", "hang", "die", or
     "freeze": from then on it takes connections and says nothing, as a stopped process does. ``faults["bucket"]`` are
@@ -96,7 +101,7 @@ class FakeEngine:
         self.weights = {} if model is None else load_directory(model)
         self.version = "default"
         self.others = [{} for _ in range(tp_size - 1)]  # weights of the ranks behind the first
-        self.models = [FakeModel(self.load_weights), *(FakeModel(other.update) for other in self.others)]
+        self.models = [FakeModel(self.load_weights), *(FakeModel(loads_into(other)) for other in self.others)]
         self.script = None  # takes streams in place of our weight loader: called with each rank's order
         self.groups = {}
         self.released = set()

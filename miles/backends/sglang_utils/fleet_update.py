@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from miles.backends.sglang_utils.client import PauseMode
 from miles.backends.sglang_utils.fleet_parts import Engine
 from miles.backends.sglang_utils.liveness import silence_of, while_alive
+from miles.backends.sglang_utils.server_arguments import takes_stream
 from miles.backends.weight_update.failures import EnginesMissedUpdate
 from miles.backends.weight_update.messages import EngineTarget, UpdateMethod, WeightUpdate
 from miles_agents.errors import MilesError, PeerFault
@@ -262,7 +263,9 @@ def settings(config: Mapping[str, Any], *, on_one_node: bool = True) -> dict[str
     """Arguments of ``UpdateRunner`` from the run's configuration. On a CPU, what is handed over is the memory of the
     trainer's first rank, which other nodes cannot map, nor engines that take no streams; on GPUs each rank hands over
     its own."""
-    can_map = on_one_node and not config.get("sglang_speculative_algorithm")
+    kinds: list[dict[str, Any]] = [{"speculative_algorithm": config.get("sglang_speculative_algorithm")}]
+    kinds += [kinds[0] | dict(group.get("overrides") or {}) for group in config.get("engine_groups") or ()]
+    can_map = on_one_node and all(takes_stream(kind) for kind in kinds)
     shares = config.get("colocate") and (can_map or config["device"] == "cuda")
     return {
         "mode": config.get("pause_generation_mode") or "retract",

@@ -91,16 +91,20 @@ class Opened:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaMemoryError(f"the driver of a GPU is not there: {error}") from None
 
 
 def _call(name: str, *arguments: Any) -> None:
     """Raises CudaMemoryError."""
+    driver = _driver()
     if not hasattr(_this_thread, "is_ready"):
         torch.cuda.mem_get_info()  # the runtime makes torch's context current in this thread
         _this_thread.is_ready = True
-    result = getattr(_driver(), name)(*arguments)
+    result = getattr(driver, name)(*arguments)
     if result:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorName(result, ctypes.byref(text))
+        driver.cuGetErrorName(result, ctypes.byref(text))
         raise CudaMemoryError(f"{name}: {(text.value or b'error').decode()} ({result})")

@@ -1,0 +1,130 @@
+"""Buckets' memory: what lies where, who may open it, and what needs a GPU."""
+
+import pytest
+import torch
+
+from miles.backends.base import ParallelState
+from miles.backends.sglang_utils.fleet_update import settings
+from miles.backends.sglang_utils.server_arguments import takes_stream
+from miles.backends.sglang_utils.shared_sources import SharedSources
+from miles.backends.weight_update.broadcast_requests import BroadcastRequestSender
+from miles.backends.weight_update.broadcast_stream import BroadcastStreamSender
+from miles.backends.weight_update.bucket_copies import BucketCopies
+from miles.backends.weight_update.bucket_memory import MemoryFile
+from miles.backends.weight_update.buckets import Bucket, Entry
+from miles.backends.weight_update.cuda_ipc import CudaIpcSender
+from miles.backends.weight_update.cuda_memory import Allocated, CudaMemoryError, Opened, export
+from miles.backends.weight_update.failures import BadUpdate
+from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
+from miles.backends.weight_update.own_memory import OwnMemory, entry_of
+from miles.backends.weight_update.sender import kind_of, make_sender
+from miles.backends.weight_update.stream_sender import SharedStreamSender
+
+TENSORS = {
+    "norm": torch.arange(32, dtype=torch.bfloat16),
+    "odd": torch.arange(7, dtype=torch.uint8),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "strided": torch.arange(64, dtype=torch.float32).reshape(8, 8).t(),
+}
+
+
+def test_copies_are_found_at_their_places_also_after_a_message():
+    memory, bucket, copies = torch.full((4096,), 255, dtype=torch.uint8), Bucket(4096), BucketCopies()
+    for name, tensor in TENSORS.items():
+        copies.add(memory, bucket.add(name, tensor), tensor)
+    copies.flush()
+    for entry in bucket.entries:
+        there = Entry.of_plain(list(entry.as_plain()))
+        assert there == entry and torch.equal(there.view(memory), TENSORS[entry.name])
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda whole: whole[3:9],
+        lambda whole: whole[1:, 2:5],
+        lambda whole: whole.t(),
+        lambda whole: whole[4],
+        lambda whole: whole[:, ::3],
+        lambda whole: whole[2, 3],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_view_of_a_larger_buffer_is_found_in_it_with_its_strides(cut, dtype):
+    whole = torch.arange(120).to(dtype).reshape(10, 12)
+    piece = cut(whole)
+    entry = entry_of("piece", piece)
+    memory = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+    found = Entry.of_plain(entry.as_plain()).view(memory)
+    assert torch.equal(found, piece) and found.data_ptr() == piece.data_ptr()
+    assert (entry.strides is None) == piece.is_contiguous()
+
+
+def test_memory_that_grows_is_opened_as_it_is_now_and_not_as_it_was():
+    memory, sources = MemoryFile(), SharedSources()
+    memory.at_least(5000)[:3] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    before = memory.describe()
+    there = sources.bytes_of(before)
+    assert there[:3].tolist() == [1, 2, 3] and there.numel() == 8192
+    assert sources.bytes_of(before).data_ptr() == there.data_ptr(), "opened twice"
+    memory.at_least(100_000)[99_999] = 7
+    assert sources.bytes_of(memory.describe())[99_999] == 7
+    with pytest.raises(FileNotFoundError, match="not the trainer's memory any more"):
+        sources.bytes_of(before)
+    with pytest.raises(FileNotFoundError, match="not the trainer's memory any more"):
+        sources.bytes_of(memory.describe() | {"inode": 1})
+    sources.close()
+    memory.close()
+    with pytest.raises(OSError):  # the place is free, or has something else by now
+        SharedSources().bytes_of(before)
+
+
+def test_on_a_cpu_nothing_is_handed_over_as_it_lies_in_the_model():
+    buffer = torch.zeros(16 << 20)
+    own = OwnMemory([buffer[start : start + 10] for start in range(0, 100, 10)])
+    assert own.description(buffer[:10]) is None
+
+
+def test_memory_that_is_on_no_gpu_is_refused_by_name():
+    for use in (lambda: export(torch.zeros(4)), lambda: Opened(bytes(64)), lambda: Allocated(1 << 62)):
+        with pytest.raises(CudaMemoryError, match="libcuda|cu[A-Z]"):
+            use()
+
+
+def target(name="engine-0", **options):
+    return EngineTarget(name, "http://127.0.0.1:1", "", 1, 1, True, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "streams", "kind"),
+    [
+        ("tensor", "cpu", (True, True), SharedStreamSender),
+        ("tensor", "cuda", (True, True), SharedStreamSender),
+        ("broadcast", "cpu", (True,), BroadcastStreamSender),
+        ("broadcast", "cuda", (True,), BroadcastStreamSender),
+        ("broadcast", "cpu", (True, False), BroadcastRequestSender),
+        ("tensor", "cuda", (False, True), CudaIpcSender),
+    ],
+)
+def test_the_way_is_one_that_all_engines_of_the_update_take(method, device, streams, kind):
+    engines = tuple(target(f"engine-{index}", has_stream=has) for index, has in enumerate(streams))
+    update = WeightUpdate(1, engines, method, 100)
+    assert type(make_sender(ParallelState(), update, torch.device(device))) is kind
+    assert kind_of(update) == f"{method}, {'stream' if all(streams) else 'requests'}"
+
+
+def test_an_engine_without_streams_is_not_given_memory_of_a_cpu():
+    update = WeightUpdate(1, (target(), target("engine-1", has_stream=False)), "tensor", 100)
+    with pytest.raises(BadUpdate, match="takes no streams") as caught:
+        make_sender(ParallelState(), update, torch.device("cpu"))
+    assert caught.value.evidence == "engine-1"
+
+
+def test_engines_that_speculate_take_no_streams_nor_memory_of_a_cpu():
+    assert takes_stream({}) and takes_stream({"speculative_algorithm": None})
+    assert not takes_stream({"speculative_algorithm": "EAGLE"})
+    groups = [{"num_engines": 1}, {"num_engines": 1, "overrides": {"speculative_algorithm": "EAGLE"}}]
+    for speculating in ({"sglang_speculative_algorithm": "NEXTN"}, {"engine_groups": groups}):
+        config = {"colocate": True, **speculating}
+        assert settings(config | {"device": "cpu"})["method"] == "broadcast"
+        assert settings(config | {"device": "cuda"})["method"] == "tensor"
