@@ -87,7 +87,7 @@ def test_on_a_cpu_nothing_is_handed_over_as_it_lies_in_the_model():
 
 def test_memory_that_is_on_no_gpu_is_refused_by_name():
     for use in (lambda: export(torch.zeros(4)), lambda: Opened(bytes(64)), lambda: Allocated(1 << 62)):
-        with pytest.raises(CudaMemoryError, match="libcuda|cu[A-Z]"):
+        with pytest.raises(CudaMemoryError, match=r"libcuda|cu[A-Z]"):
             use()
 
 

@@ -52,7 +52,7 @@ class WeightUpdate:
             a bucket of its own.
         group_name: Of the process group; ``broadcast`` only.
         new_group: The engines have changed since the last update: a process group must be made anew.
-        timeout_s: How long an engine may take for one request.
+        timeout_s: How long an engine may take for one bucket, or one request of another kind.
     """
 
     version: int
