@@ -470,10 +470,8 @@ def load_directory(path):
 
 def _receive(group, flat):
     """Returns why it failed: the error itself would keep the connections open for as long as somebody remembers it."""
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
     try:
-        group.broadcast([flat], options).wait()
+        group.broadcast(flat, 0).wait()
     except RuntimeError as error:
         return str(error)
     return ""
