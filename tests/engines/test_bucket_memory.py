@@ -28,8 +28,9 @@ TENSORS = {
 }
 
 
-def test_copies_are_found_at_their_places_also_after_a_message():
-    memory, bucket, copies = torch.full((4096,), 255, dtype=torch.uint8), Bucket(4096), BucketCopies()
+@pytest.mark.parametrize("together", [True, False])
+def test_copies_are_found_at_their_places_also_after_a_message(together):
+    memory, bucket, copies = torch.full((4096,), 255, dtype=torch.uint8), Bucket(4096), BucketCopies(together=together)
     for name, tensor in TENSORS.items():
         copies.add(memory, bucket.add(name, tensor), tensor)
     copies.flush()

@@ -23,6 +23,8 @@ from miles.backends.weight_update.stream_sender import StreamSender, Weights
 from miles.backends.weight_update.stream_update import Roles, Stream, all_ranks
 
 _LOOK_EVERY_S = 0.0002
+_FIRST = 8
+"""The first bucket is so many times smaller: nothing is on its way until it is full."""
 
 
 class BroadcastStreamSender(StreamSender):
@@ -54,16 +56,13 @@ class BroadcastStreamSender(StreamSender):
             raise
 
     def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
-        stream.connect()
-        _raise_if_broken(stream)
-        group = self._joined(update, stream)
-        capacity, copies, turn = self._capacity(update), BucketCopies(), 0
+        capacity, copies, turn = self._capacity(update), BucketCopies(together=self.device.type == "cuda"), 0
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
         works: list[Any] = [None, None]
-        bucket = Bucket(capacity, ALIGNMENT)
+        bucket = Bucket(max(capacity // _FIRST, 1), ALIGNMENT)
         for name, tensor in weights:
             if not bucket.takes(tensor):
-                works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
+                works[turn] = self._broadcast(update, stream, bucket, memories[turn], copies)
                 bucket, turn = Bucket(capacity, ALIGNMENT), 1 - turn
             if not bucket.entries:
                 self._await_sent(stream, works[turn], update.timeout_s)
@@ -72,12 +71,13 @@ class BroadcastStreamSender(StreamSender):
                     memories[turn] = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._add(copies, memories[turn], bucket.add(name, tensor), tensor)
         if bucket.entries:
-            works[turn] = self._broadcast(stream, group, bucket, memories[turn], copies)
+            works[turn] = self._broadcast(update, stream, bucket, memories[turn], copies)
         self._come_to_an_end(stream, [works[1 - turn], works[turn]], update.timeout_s)
 
     def _broadcast(
-        self, stream: Stream, group: BroadcastGroup, bucket: Bucket, memory: torch.Tensor, copies: BucketCopies
+        self, update: WeightUpdate, stream: Stream, bucket: Bucket, memory: torch.Tensor, copies: BucketCopies
     ) -> Any:
+        group = self._joined(update, stream)
         at = time.perf_counter()
         copies.flush()  # the broadcast comes after them on the device
         self._times["copy"] += time.perf_counter() - at
@@ -128,6 +128,11 @@ class BroadcastStreamSender(StreamSender):
                 raise _Broken
 
     def _joined(self, update: WeightUpdate, stream: Stream) -> BroadcastGroup:
+        """Not before the first bucket is full: engines take milliseconds to connect. Raises GroupNotMade, _Broken."""
+        if self.num_buckets and self._group is not None:
+            return self._group
+        stream.connect()
+        _raise_if_broken(stream)
         group, lines = self._group, stream.lines
         if group is not None and not update.new_group and set(lines.groups.values()) == {group.name}:
             return group

@@ -168,7 +168,7 @@ class _Filling:
         self._memories = memories
         self._numbers = [-1] * len(memories)
         self._capacity = capacity
-        self._copies = BucketCopies()
+        self._copies = BucketCopies(together=sender.device.type == "cuda")
         self._turn = 0
         self._bucket = Bucket(capacity)
         self._bytes = torch.empty(0, dtype=torch.uint8)
