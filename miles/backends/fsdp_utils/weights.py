@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from miles.backends.fsdp_utils.errors import BadModelDirectory
+from miles.backends.fsdp_utils.gather import gathered
 from miles.backends.fsdp_utils.lora import with_adapter
-from miles.backends.fsdp_utils.shards import base_shards, first_row, whole
+from miles.backends.fsdp_utils.shards import base_shards, first_row
 from miles.backends.hf_directory import HFDirectory
 
 
@@ -39,8 +40,8 @@ def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     Args:
         device: Where tensors are gathered, also when shards are kept on the host.
     """
-    for name, shard in base_shards(model):
-        yield name, with_adapter(model, name, whole(shard, device, dtype))
+    for name, tensor in gathered(base_shards(model), device, dtype):
+        yield name, with_adapter(model, name, tensor)
 
 
 def _fill(shard: DTensor, whole: torch.Tensor, path: Path, name: str) -> None:
