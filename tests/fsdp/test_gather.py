@@ -17,10 +17,15 @@ def tensors():
     return {f"p{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(SHAPES)}
 
 
-def on_ranks(mesh_shape, at_once, dtype):
-    """What was gathered, and how many collectives it took."""
-    mesh = init_device_mesh("cpu", mesh_shape)
-    placements = [*([Replicate()] * (len(mesh_shape) - 1)), Shard(0)]
+CASES = [(1, torch.float32), (200, torch.bfloat16), (None, torch.float32)]
+
+
+def on_ranks(mesh_shape):
+    return [gathered_once(init_device_mesh("cpu", mesh_shape), *case) for case in CASES]
+
+
+def gathered_once(mesh, at_once, dtype):
+    placements = [*([Replicate()] * (mesh.ndim - 1)), Shard(0)]
     shards = [(name, distribute_tensor(tensor, mesh, placements)) for name, tensor in tensors().items()]
     shards[4] = ("p4", distribute_tensor(tensors()["p4"], mesh, [*placements[:-1], Shard(1)]))
     found = list(gathered(iter(shards), CPU, dtype, at_once=at_once))
@@ -31,8 +36,8 @@ def on_ranks(mesh_shape, at_once, dtype):
 @pytest.mark.parametrize("mesh_shape", [(1,), (2,), (3,), (2, 2)])
 def test_each_is_whole_on_all_ranks_in_order(mesh_shape):
     ranks = torch.Size(mesh_shape).numel()
-    for at_once, dtype in ((1, torch.float32), (200, torch.bfloat16), (None, torch.float32)):
-        for found in run_ranks(ranks, on_ranks, mesh_shape, at_once, dtype):
+    for by_case in run_ranks(ranks, on_ranks, mesh_shape):
+        for found, (_, dtype) in zip(by_case, CASES, strict=True):
             assert [name for name, _ in found] == list(tensors())
             for (name, tensor), wanted in zip(found, tensors().values(), strict=True):
                 assert tensor.dtype == dtype and torch.equal(tensor, wanted.to(dtype)), name
