@@ -3,7 +3,7 @@
 Consumes: deaths of the part's mesh, calls of the loop, a function that starts the part anew in the state that it had.
 Produces: answers, as from the mesh itself; a mesh after a mesh; an error once the part is given up. Waits for: calls
 (with the caller's deadline), a new mesh (until it is up or given up). Invariants: a call that a death ended is made
-again on the next mesh, and no other is: errors of user code and of flags end the run at once; decisions are those of
+again on the next mesh, and no other is: errors of user code and of flags end the run; decisions are those of
 ``recovery_plan``.
 """
 
@@ -26,8 +26,8 @@ from miles_controller import OwnedMesh, Policy
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DEATH_S = 5.0
-"""How long after an error that looks like another's a death may come that explains it: when a rank dies, those that
-are in a collective with it often say so first."""
+"""How long after an error that may be another's a death may come that explains it: when a rank dies, those that are in
+a collective with it often say so first. So much later a user's own mistake on one of several ranks is told."""
 GROUP_ENDS_S = 60.0
 """How long the survivors of a death that was seen may take to end, and a hang to be found."""
 
@@ -40,19 +40,23 @@ class DiedAgain(PeerFault):
     code = "E-REC-002"
 
 
-def is_final(error: BaseException) -> bool:
-    """Whether it would come again: user code or a flag has to be changed. What other libraries raise, torch above all,
-    may be the consequence of a death."""
-    return isinstance(error, UserCodeError | ConfigError) and not isinstance(error, RemoteError)
+def is_final(mesh: OwnedMesh, error: BaseException) -> bool:
+    """Whether it would come again for certain: user code or a flag has to be changed. What other libraries raise, torch
+    above all, may be the consequence of a death; so may what user code raises on one of several ranks, as it may have
+    been in a collective with the rank that died."""
+    if isinstance(error, RemoteError):
+        return False
+    return isinstance(error, ConfigError) or (isinstance(error, UserCodeError) and len(mesh) == 1)
 
 
-async def is_death(mesh: OwnedMesh, error: BaseException) -> bool:
-    """Whether a call of the mesh failed because the mesh has."""
+async def is_death(mesh: OwnedMesh, error: BaseException, death_s: float = DEATH_S) -> bool:
+    """Whether a call of the mesh failed because the mesh has. Waits for a death that explains the error: ``death_s``,
+    or longer where a death is known or a hang."""
     if isinstance(error, EnginesMissedUpdate | GroupNotMade):
         return mesh.failure is not None  # the ranks are well, and say what engines did
     try:
         known = isinstance(error, WorkerDied | DeadlineExceeded)  # of a rank that hangs, heartbeats will tell
-        async with asyncio.timeout(GROUP_ENDS_S if known else DEATH_S):
+        async with asyncio.timeout(GROUP_ENDS_S if known else death_s):
             return await mesh.wait_failed() is not None
     except TimeoutError:
         return False
@@ -68,6 +72,7 @@ class Keeper:
         on_rebuilt: Told the cause and the seconds from the death on.
         beside: Runs beside each life of the part, also while it is being brought to its state, and is cancelled at its
             end.
+        death_s: See ``DEATH_S``.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Keeper:
         policy: Policy,
         eager: bool = True,
         beside: Callable[[Keeper, OwnedMesh], Coroutine[Any, Any, None]] | None = None,
+        death_s: float = DEATH_S,
     ) -> None:
         self.mesh = mesh
         self.name = mesh.name
@@ -87,6 +93,7 @@ class Keeper:
         self._rebuild = rebuild
         self._on_rebuilt = on_rebuilt
         self._beside = beside
+        self._death_s = death_s
         self._watch: asyncio.Future[None] | None = None
         self._life = Life(policy, eager)
         self._wanted = asyncio.Event()
@@ -191,7 +198,9 @@ class Keeper:
             try:
                 return await work(mesh)
             except Exception as error:
-                if is_final(error) or (self.mesh is mesh and not await is_death(mesh, error)):
+                if is_final(mesh, error):
+                    raise
+                if self.mesh is mesh and not await is_death(mesh, error, self._death_s):
                     raise
                 logger.info("a call of %s is made again: %s", self.name, _brief(error))
 

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from miles.backends.checkpoint_layout import find_checkpoint, iteration_name
 from miles.backends.sglang_utils.fleet import EngineFleet
 from miles.training.heartbeats import watch_heartbeats
-from miles.training.keeper import DiedAgain, Keeper, Lasting, is_death, is_final
+from miles.training.keeper import DEATH_S, DiedAgain, Keeper, Lasting, is_death, is_final
 from miles.training.recovery_plan import Checkpoint, Replay, is_checkpoint_due, plan_replay
 from miles_agents import Ref
 from miles_agents.errors import PeerFault
@@ -64,6 +64,7 @@ class Recovery:
     Args:
         config: The run's, with the steps of ``--load`` and ``--critic-load`` pinned (``pinned``).
         start: The run's first rollout.
+        death_s: How long after an error a death may come that explains it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Recovery:
         trainer: OwnedMesh | None,
         fleet: EngineFleet | None,
         start: int,
+        death_s: float = DEATH_S,
     ) -> None:
         self.config = config
         self.trained = start - 1
@@ -86,18 +88,20 @@ class Recovery:
         self._starts = starts
         self._fleet = fleet
         self._start = start
+        self._death_s = death_s
         self._newest: Checkpoint | None = None
         self._replay = Replay(None)
         self._replaying: dict[int, list[Ref]] = {}
         self._own = Path(config["run_dir"]) / "recovery" / "checkpoints"
-        self._rollout = Keeper(rollout, self._rebuild_rollout, self._rollout_is_back, policy=POLICY)
+        self._rollout = Keeper(rollout, self._rebuild_rollout, self._rollout_is_back, policy=POLICY, death_s=death_s)
         self._keepers = [self._rollout]
         if trainer is not None:
             # Where memory changes hands, ranks may begin only when it is their turn to have it.
             eager = not config["offload_train"]
             self._trainer = Keeper(
                 trainer, self._rebuild_trainer, self._trainer_is_back,
-                policy=POLICY, eager=eager, beside=lambda keeper, mesh: watch_heartbeats(keeper, mesh, config),
+                policy=POLICY, eager=eager, death_s=death_s,
+                beside=lambda keeper, mesh: watch_heartbeats(keeper, mesh, config),
             )  # fmt: skip
             self._keepers.append(self._trainer)
 
@@ -174,7 +178,7 @@ class Recovery:
             told = (self.trained, version, self.next_version, self._replaying)
             await mesh.options(timeout_s=CALL_S).recover.call_one(*told)
         except Exception as error:
-            await _end(mesh, error)
+            await _end(mesh, error, self._death_s)
             raise
         return mesh
 
@@ -198,7 +202,7 @@ class Recovery:
             for rollout_id in self._replay.rollouts:
                 await self._train_again(mesh, rollout_id)
         except Exception as error:
-            await _end(mesh, error)
+            await _end(mesh, error, self._death_s)
             raise
         return mesh
 
@@ -258,9 +262,10 @@ async def _answered(call: Awaitable[T]) -> T:
         raise DiedAgain("it hung", evidence=f"{error.what}: {error.evidence}", advice="") from error
 
 
-async def _end(mesh: OwnedMesh, error: Exception) -> None:
+async def _end(mesh: OwnedMesh, error: Exception, death_s: float) -> None:
     """Nothing is left of an attempt that failed. Raises DiedAgain if it failed by a death of its own."""
-    died = not isinstance(error, DiedAgain) and not is_final(error) and await is_death(mesh, error)
+    may_be = not isinstance(error, DiedAgain) and not is_final(mesh, error)
+    died = may_be and await is_death(mesh, error, death_s)
     failure = mesh.failure
     await mesh.stop(grace_s=0.0)
     if died and failure is not None:

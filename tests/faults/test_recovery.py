@@ -11,7 +11,8 @@ from support.cluster import error_of, real_cluster
 from support.procs import eventually
 from support.recovery_actors import FileRollouts, TextTrainer
 
-from miles.rollout.hooks import HookFailed
+from miles.rollout.hooks import BadHookResult, HookFailed
+from miles.training.keeper import DEATH_S
 from miles.training.recovery import Recovery, Starts
 from miles.training.recovery_plan import RecoveryGivenUp
 from miles_controller.policy import Policy
@@ -66,8 +67,8 @@ def after(*rollouts):
 
 
 @asynccontextmanager
-async def running(cluster, directory, **values):
-    """A trainer of two ranks and a rollout manager, with recovery."""
+async def running(cluster, directory, *, ranks=2, death_s=DEATH_S, **values):
+    """A trainer, of two ranks if not said otherwise, and a rollout manager, with recovery."""
     config = {**SETTINGS, "run_dir": str(directory), **values}
     controller = cluster.controller
 
@@ -76,7 +77,7 @@ async def running(cluster, directory, **values):
             "trainer",
             TextTrainer,
             dict(changed),
-            dims={"gpus": 2},
+            dims={"gpus": ranks},
             policy=Policy("kill_group", stopped_timeout_s=config.get("stopped_s")),
             oversubscribe=True,
             rank_env=lambda rank: {"MILES_TEST_RANK": str(rank)},
@@ -95,7 +96,7 @@ async def running(cluster, directory, **values):
     meshes = {"trainer": await trainer(config), "rollout": await rollout()}
     await init(meshes["trainer"], config)
     starts = Starts(trainer=trainer, init_trainer=init, rollout=rollout, init_rollout=nothing)
-    recovery = Recovery(controller, config, starts, **meshes, fleet=None, start=0)
+    recovery = Recovery(controller, config, starts, **meshes, fleet=None, start=0, death_s=death_s)
     await recovery.begin()
     try:
         async with recovery.running():
@@ -132,12 +133,21 @@ async def test_a_rank_that_dies_is_back_in_its_state(cluster, tmp_path, where):
         assert event.fields["seconds"] > 0
 
 
-async def test_an_error_that_a_death_explains_is_none(cluster, tmp_path):
-    async with running(cluster, tmp_path) as run:
+@pytest.mark.parametrize(
+    ("asked", "lives"),
+    [
+        (["lose-each-other"], 2),
+        (["lose-each-other-in-a-hook"], 2),
+        pytest.param(["die-1-train", "lose-each-other-in-a-hook"], 3, marks=pytest.mark.long),  # also in the replay
+    ],
+)
+async def test_an_error_that_a_death_explains_is_none(cluster, tmp_path, asked, lives):
+    async with running(cluster, tmp_path, death_s=60.0) as run:
         await run.iterate(0)
-        run.ask("lose-each-other")
+        run.ask(*asked)
         assert await run.iterate(1) == after(0, 1)
         assert "SIGABRT" in run.told[0]
+        assert run.lives() == lives
 
 
 async def test_a_stopped_rank_is_found_by_its_heartbeats(cluster, tmp_path):
@@ -258,11 +268,16 @@ async def test_deaths_in_a_recovery_count_and_the_budget_ends_it(cluster, tmp_pa
         assert (await run.recovery.given_up()) is error
 
 
-async def test_user_code_that_raises_is_not_asked_again(cluster, tmp_path):
-    async with running(cluster, tmp_path) as run:
+@pytest.mark.parametrize(
+    ("kind", "ranks", "death_s"), [(HookFailed, 2, 0.1), (HookFailed, 1, 3600.0), (BadHookResult, 2, 3600.0)]
+)
+async def test_user_code_that_raises_is_not_asked_again(cluster, tmp_path, kind, ranks, death_s):
+    """And no death is waited for where none can explain it."""
+    async with running(cluster, tmp_path, ranks=ranks, death_s=death_s) as run:
         await run.iterate(0)
-        run.ask("raise-1")
-        error = await error_of(run.iterate(1), HookFailed)
+        run.ask(f"raise-{ranks - 1}-{kind.__name__}")
+        async with asyncio.timeout(120.0):
+            error = await error_of(run.iterate(1), kind)
         assert "the user's traceback" in error.evidence
         assert run.lives() == 1
         assert not run.told

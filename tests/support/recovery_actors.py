@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from miles.rollout.hooks import HookFailed
+from miles.rollout.hooks import BadHookResult, HookFailed
 from miles_agents import Actor, endpoint
+from miles_agents.errors import MilesError
 
 
 def meets_its_end(directory: Path, what: str) -> bool:
@@ -32,9 +33,13 @@ def pause(directory: Path, what: str) -> None:
         time.sleep(0.01)
 
 
+def _of_a_hook(kind: type[MilesError]) -> MilesError:
+    return kind("of a hook", evidence="the user's traceback", advice="Repair it.")
+
+
 class TextTrainer(Actor):
     """One rank. Files named ``die-{rank}-{where}`` make it die there, ``stop-{rank}-{where}`` stop, as by SIGSTOP,
-    ``stuck-{rank}-{where}`` hang without letting other threads run, ``raise-{rank}`` raise as user code does."""
+    ``stuck-{rank}-{where}`` hang without letting other threads run, ``raise-{rank}-{error}`` raise what a hook may."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.rank = config, int(os.environ["MILES_TEST_RANK"])
@@ -75,26 +80,31 @@ class TextTrainer(Actor):
     def train(self, rollout_id: int, refs: list[str]) -> str:
         """The state after it. Waits a little in the middle, where a rank can be killed."""
         self.rollout_id = rollout_id
-        if meets_its_end(self.directory, f"raise-{self.rank}"):
-            raise HookFailed("a hook raised", evidence="the user's traceback", advice="Repair it.")
+        for kind in (HookFailed, BadHookResult):
+            if meets_its_end(self.directory, f"raise-{self.rank}-{kind.__name__}"):
+                raise _of_a_hook(kind)
         before = self.state
         self.state += f"half of {rollout_id};"
         self._maybe_die("train")
-        self._lose_each_other()
+        self._lose_each_other(RuntimeError("Connection closed by peer"))
+        self._lose_each_other(_of_a_hook(HookFailed), "-in-a-hook")
         pause(self.directory, f"{self.rank}")
         self.state = before + f"{rollout_id}: {', '.join(refs)};"
         return self.state
 
-    def _lose_each_other(self) -> None:
+    def _lose_each_other(self, error: Exception, where: str = "") -> None:
         """As in a collective: rank 0 raises because of rank 1, and is heard of before rank 1 is."""
-        asked, lost = self.directory / "lose-each-other", self.directory / "lost"
+        asked = self.directory / f"lose-each-other{where}"
         if not asked.exists():
             return
+        met, lost = self.directory / "met", self.directory / "lost"
+        if self.rank == 1:
+            met.touch()  # a call that rank 1 has not begun is not begun any more once rank 0 has raised
+        while not (met if self.rank == 0 else lost).exists():
+            time.sleep(0.01)
         if self.rank == 0:
             lost.touch()
-            raise RuntimeError("Connection closed by peer")
-        while not lost.exists():
-            time.sleep(0.01)
+            raise error
         asked.unlink()
         time.sleep(0.5)
         os.abort()
