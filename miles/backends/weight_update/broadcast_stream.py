@@ -34,7 +34,7 @@ class BroadcastStreamSender(StreamSender):
         super().__init__(parallel, device)
         self._group: BroadcastGroup | None = None
 
-    def close(self) -> None:
+    def _give_back(self) -> None:
         """Leave the process group."""
         if self._group is not None:
             group, self._group = self._group, None
@@ -49,10 +49,10 @@ class BroadcastStreamSender(StreamSender):
         except _Broken as error:
             traceback.clear_frames(error.__traceback__)  # they hold broadcasts, and so the group's connections
             stream.lines.settle_blame()
-            self.close()
+            self._give_back()
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
-            self.close()
+            self._give_back()
             raise
 
     def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
@@ -136,7 +136,7 @@ class BroadcastStreamSender(StreamSender):
         group, lines = self._group, stream.lines
         if group is not None and not update.new_group and set(lines.groups.values()) == {group.name}:
             return group
-        self.close()
+        self._give_back()
         first = {engine.name: engine.rank_offset for engine in update.engines}
         size = 1 + sum(engine.tp_size for engine in update.engines)
         gathering = Gathering(stream.host, size, self.device)

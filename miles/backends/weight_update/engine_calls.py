@@ -63,6 +63,10 @@ class EngineCalls:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for all requests, and close connections."""
         self._pool.shutdown(wait=True)
         for connection in self._connections.values():
             connection.close()

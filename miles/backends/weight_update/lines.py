@@ -121,6 +121,11 @@ class Lines:
             for engine, why in failed.items():
                 self.fail(engine, why)
 
+    def are_done(self, engines: Iterable[str]) -> bool:
+        """Whether all ranks of these that connect here have come to the end."""
+        wanted = set(engines)
+        return all(peer in self._done for peer in self._expected if peer[0] in wanted)
+
     def close(self) -> None:
         """See the class."""
         for line in self._lines.values():

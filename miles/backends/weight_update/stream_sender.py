@@ -37,24 +37,50 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class StreamSender(Sender):
     """What both ways have in common: connecting and ending."""
 
+    def __init__(self, parallel: ParallelState, device: torch.device) -> None:
+        super().__init__(parallel, device)
+        self._last: Stream | None = None
+
     def _send(self, update: WeightUpdate, weights: Weights) -> None:
         roles = self._roles(update)
         if roles is None:
             return
         host = address_towards(*host_and_port(update.engines[0].url))
         timeout_s = update.timeout_s
-        lines = Lines(roles.expects, timeout_s)
-        with Listener(host, timeout_s) as listener, EngineCalls(roles.speaks_to, timeout_s=timeout_s) as calls:
-            stream = Stream(update, listener, calls, lines, self._gathered)
+        lines, calls = Lines(roles.expects, timeout_s), EngineCalls(roles.speaks_to, timeout_s=timeout_s)
+        self._end_last()
+        with Listener(host, timeout_s) as listener:
+            self._last = stream = Stream(update, listener, calls, lines, self._gathered)
             try:
                 self._pump(update, weights, stream)
-            finally:
-                at = time.perf_counter()
+            except BaseException:
                 stream.hang_up()
+                self._end_last()
+                raise
+            at = time.perf_counter()
+            stream.hang_up()
             stream.settle()
             self._times["wait"] += time.perf_counter() - at
             self._times |= {"engine": calls.busy_s, "engine_copy": lines.engine_seconds}
+            if calls.failures:
+                self._end_last()
             calls.raise_failures(f"taking weight version {update.version}")
+
+    def close(self) -> None:
+        """Give everything back that is kept between updates."""
+        self._end_last(at_once=True)
+        self._give_back()
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Memory, or the process group."""
+
+    def _end_last(self, *, at_once: bool = False) -> None:
+        """The requests of the last update are over."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.end(at_once=at_once)
+            last.calls.close()
 
     @abstractmethod
     def _roles(self, update: WeightUpdate) -> Roles | None:
@@ -94,8 +120,7 @@ class SharedStreamSender(StreamSender):
         super().__init__(parallel, device)
         self._memories: tuple[BucketMemory, ...] = ()
 
-    def close(self) -> None:
-        """Give the buffers back."""
+    def _give_back(self) -> None:
         memories, self._memories = self._memories, ()
         for memory in memories:
             memory.close()
@@ -107,7 +132,7 @@ class SharedStreamSender(StreamSender):
             is_over = True
         finally:
             if self.device.type == "cuda" or not is_over:  # else an engine may still read what was meant for it
-                self.close()
+                self._give_back()
 
     def _roles(self, update: WeightUpdate) -> Roles | None:
         if self.device.type == "cpu":

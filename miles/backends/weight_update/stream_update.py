@@ -57,6 +57,7 @@ class Stream:
         self.host = listener.place.host
         self._gathered = gathered
         self._timeout_s = update.timeout_s
+        self._began = time.perf_counter()
         self._listener = listener
         places = self._gathered(listener.place)
         # One request lasts as long as all buckets; how long each part may take is the lines' to say.
@@ -82,18 +83,31 @@ class Stream:
             self._connected = not any(missing for _, missing in told)
 
     def hang_up(self) -> None:
-        """Let go of all lines, and of who has come too late, and wait for the requests to be answered: engines have
-        nothing to wait for then."""
+        """Let go of all lines, and of who has come too late. ``settle`` or ``end`` come next."""
         self.lines.close()
         self._listener.close()
+
+    def end(self, *, at_once: bool = False) -> None:
+        """After ``hang_up``: wait for the requests to be answered, as engines have nothing to wait for any more; with
+        ``at_once`` they end without."""
+        if at_once:
+            self.calls.end_late(self._requests, self._requests.futures, 0.0)
         failed = self.lines.failures.keys() & self._requests.futures.keys()
         self.calls.end_late(self._requests, failed, min(TELL_S, self._timeout_s))
         self.calls.end_late(self._requests, self._requests.futures.keys() - failed, self._timeout_s)
+        self.calls.finish(self._requests)
 
     def settle(self) -> None:
-        """After ``hang_up``: all failures come to ``calls``, on all ranks, as only one rank's error is heard."""
+        """After ``hang_up``: all failures come to ``calls``, on all ranks, as only one rank's error is heard.
+
+        Where every engine has said that it is done, its answer to the request says nothing more, and is not waited for:
+        ``end`` does that when there is time.
+        """
         failures = dict(self.lines.failures)
-        self.calls.finish(self._requests)
+        if failures or not self.lines.are_done(self._requests.futures):
+            self.end()
+            failures = dict(self.lines.failures)
+        self.calls.busy_s = self.calls.busy_s or time.perf_counter() - self._began
         for told in self._gathered(failures | {n: w for n, w in self.calls.failures.items() if n not in failures}):
             self.calls.failures |= told
 
