@@ -229,8 +229,8 @@ class TrainBackend(ABC):
     @abstractmethod
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and full tensor as in the model's HF safetensors files, in the dtype the engines get, the same order on
-        all ranks. Every rank must exhaust it, and every rank sees each full tensor. A tensor is valid until the
-        next one is asked for."""
+        all ranks. Every rank must exhaust it, and every rank sees each full tensor. A tensor may lie in the
+        model; it stays as it is for as long as it is kept, until the model changes: senders copy several at once."""
 
     @abstractmethod
     def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:

@@ -10,13 +10,13 @@ from miles.backends.sglang_utils.shared_sources import SharedSources
 from miles.backends.weight_update.broadcast_requests import BroadcastRequestSender
 from miles.backends.weight_update.broadcast_stream import BroadcastStreamSender
 from miles.backends.weight_update.bucket_copies import BucketCopies
-from miles.backends.weight_update.bucket_memory import MemoryFile
+from miles.backends.weight_update.bucket_memory import DeviceMemory, MemoryFile
 from miles.backends.weight_update.buckets import Bucket, Entry
 from miles.backends.weight_update.cuda_ipc import CudaIpcSender
 from miles.backends.weight_update.cuda_memory import Allocated, CudaMemoryError, Opened, export
 from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
-from miles.backends.weight_update.own_memory import OwnMemory, entry_of
+from miles.backends.weight_update.own_memory import OwnBuckets, OwnMemory, entry_of
 from miles.backends.weight_update.sender import kind_of, make_sender
 from miles.backends.weight_update.stream_sender import SharedStreamSender
 
@@ -78,6 +78,44 @@ def test_memory_that_grows_is_opened_as_it_is_now_and_not_as_it_was():
     memory.close()
     with pytest.raises(OSError):  # the place is free, or has something else by now
         SharedSources().bytes_of(before)
+
+
+class Piece:
+    """Stands for memory of a GPU: which of it is given back, and when, is seen."""
+
+    def __init__(self, num_bytes):
+        self.tensor = torch.empty(num_bytes, dtype=torch.uint8)
+        self.is_open = True
+
+    def close(self):
+        assert self.is_open, "given back twice"
+        self.is_open = False
+
+
+def test_memory_of_a_gpu_that_became_too_small_stays_until_nobody_can_have_it_open():
+    pieces = []
+    memory = DeviceMemory(lambda num_bytes: pieces.append(Piece(num_bytes)) or pieces[-1])
+    small = memory.at_least(100)
+    assert memory.at_least(60) is small and len(pieces) == 1
+    assert memory.at_least(300).numel() == 300 and memory.at_least(200) is pieces[1].tensor
+    assert [piece.is_open for piece in pieces] == [True, True], "an engine may have it open still"
+    memory.close()
+    memory.close()
+    assert [piece.is_open for piece in pieces] == [False, False]
+    assert memory.at_least(10).numel() == 10 and len(pieces) == 3
+
+
+def test_buffers_of_one_allocation_are_handed_over_each_by_itself():
+    first = {"handle": b"same", "offset": 0, "size": 512}
+    second = {"handle": b"same", "offset": 512, "size": 512}
+    tensors = [("a", first), ("b", second), ("c", dict(first)), ("d", {**first, "handle": b"other"})]
+    buckets = OwnBuckets()
+    for name, description in tensors:
+        buckets.add(description, Entry(name, torch.uint8, (10,), 0, 10))
+    assert buckets.num_bytes == 40
+    taken = [([entry.name for entry in entries], description["offset"]) for entries, description in buckets.take()]
+    assert taken == [(["a", "c"], 0), (["b"], 512), (["d"], 0)]
+    assert buckets.num_bytes == 0 and buckets.take() == []
 
 
 def test_on_a_cpu_nothing_is_handed_over_as_it_lies_in_the_model():

@@ -10,7 +10,7 @@ import torch
 from support.fake_engine import fake_engine
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S
+from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S, has_arrived, variables_set
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
 from miles.backends.weight_update.failures import BadUpdate, EnginesMissedUpdate, GroupNotMade
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
@@ -208,3 +208,38 @@ def test_what_is_copied_into_a_bucket_is_found_at_its_place():
         raw = memory[entry.start : entry.start + entry.num_bytes].view(entry.dtype).reshape(entry.shape)
         assert torch.equal(raw, WEIGHTS[entry.name])
         assert getattr(torch, entry.dtype_name) is entry.dtype
+
+
+class Work:
+    """As NCCL's: completed when it has failed, and says so only to those who wait."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def is_completed(self):
+        return True
+
+    def is_success(self):
+        raise NotImplementedError("WorkNCCL::isSuccess() is deprecated")
+
+    def wait(self):
+        if self._error is not None:
+            raise self._error
+        return True
+
+
+@pytest.mark.parametrize(
+    ("error", "went_well"), [(None, True), (torch.distributed.DistBackendError("remote process exited"), False)]
+)
+def test_whether_a_broadcast_went_well_is_told_by_waiting_for_it(error, went_well):
+    assert has_arrived(Work(error)) is went_well
+
+
+def test_variables_that_are_set_while_a_group_is_made_are_as_before_afterwards():
+    os.environ["MILES_TEST_HELD"] = "before"
+    try:
+        with variables_set({"MILES_TEST_HELD": "now", "MILES_TEST_NEW": "now"}):
+            assert os.environ["MILES_TEST_HELD"] == os.environ["MILES_TEST_NEW"] == "now"
+        assert os.environ["MILES_TEST_HELD"] == "before" and "MILES_TEST_NEW" not in os.environ
+    finally:
+        del os.environ["MILES_TEST_HELD"]

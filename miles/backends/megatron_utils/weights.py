@@ -94,9 +94,9 @@ def full_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and full tensors; collective over tensor-, expert- and pipeline-parallel groups.
 
-    A tensor may share memory with the model, and is valid until the next one is asked for. The ranks that hold a
-    parameter put it together, and send it to those that do not: first to the other expert-parallel ranks of their
-    stage, then to the other stages. ``merge`` is what they do with it before that.
+    A tensor may share memory with the model, and with no other that comes later. The ranks that hold a parameter put it
+    together, and send it to those that do not: first to the other expert-parallel ranks of their stage, then to the
+    other stages. ``merge`` is what they do with it before that.
     """
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))

@@ -157,17 +157,23 @@ class Receiver:
         if self._device.type != "cuda":
             self._watch(line, arriving.work)
         start = time.perf_counter()
-        try:
-            arriving.work.wait()
-        except RuntimeError as error:
-            raise _CutOff(str(error)) from None
+        self._await(arriving.work)
         self._plans.load(arriving.entries, arriving.memory)
         line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
 
     def _settle(self, line: Line, last: _Arriving | None) -> None:
         if last is not None and self._device.type == "cuda":
             self._watch(line, last.work)
+            self._await(last.work)  # it also counts as completed if it has failed
             torch.cuda.current_stream().synchronize()
+
+    @staticmethod
+    def _await(work: Any) -> None:
+        """On a CPU until a broadcast is over; on a GPU, what comes next comes after it. Raises _CutOff: it failed."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _CutOff(str(error)) from None
 
     def _watch(self, line: Line, work: Any) -> None:
         """Until a broadcast is over. Raises StreamBroken: the trainer is gone, so it never will be."""

@@ -7,11 +7,13 @@ its ``init_custom_process_group``: that one prefixes keys, and both sides have t
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +26,9 @@ from miles.backends.weight_update.stream import address_towards
 JOIN_S = 120.0
 BROADCAST_S = 1800.0
 _LEAVE_S = 10.0
+_SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+"""torch would end this process a minute after NCCL has found that another one is gone (by network): here the group is
+left instead, and the update fails for those who were the cause."""
 _LOOK_S = 0.002
 
 
@@ -54,6 +59,17 @@ class BroadcastGroup:
         del self._backend, self._store
         ending.start()
         ending.join(_LEAVE_S)
+
+
+def has_arrived(work: Any) -> bool:
+    """Whether a broadcast that is over went well. On a GPU also of one that is not over: what the current stream does
+    next comes after it. NCCL's works know no ``is_success``, and count as completed when they have failed.
+    """
+    try:
+        work.wait()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Gathering:
@@ -137,11 +153,27 @@ def _make_backend(store: Store, place: tuple[int, int], host: str, device: torch
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), *place, nccl)
+        with variables_set(_SURVIVES):
+            return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), *place, nccl)
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._timeout = timeout
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     return dist.ProcessGroupGloo(PrefixStore("cpu/", store), *place, gloo)
+
+
+@contextlib.contextmanager
+def variables_set(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables, for as long as something reads them."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _connect(backend: Any, device: torch.device) -> None:

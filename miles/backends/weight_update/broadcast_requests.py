@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering
+from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering, has_arrived
 from miles.backends.weight_update.buckets import Bucket
 from miles.backends.weight_update.engine_calls import EngineCalls, Pending
 from miles.backends.weight_update.failures import not_made
@@ -149,7 +149,7 @@ class BroadcastRequestSender(Sender):
         while not work.is_completed() and not requests.has_failed:
             time.sleep(_LOOK_EVERY_S)
         self._times["wait"] += time.perf_counter() - at
-        if requests.has_failed or not work.is_success():
+        if requests.has_failed or not has_arrived(work):
             raise _Broken(requests)
         self._finish(calls, requests)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering
+from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering, has_arrived
 from miles.backends.weight_update.bucket_copies import BucketCopies
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket
 from miles.backends.weight_update.failures import not_made
@@ -100,10 +100,8 @@ class BroadcastStreamSender(StreamSender):
         while stream.lines.listen(0.0):
             pass
         _raise_if_broken(stream)
-        if self.device.type == "cuda" or work.is_success():
-            work.wait()
-            return
-        raise _Broken
+        if not has_arrived(work):
+            raise _Broken
 
     def _come_to_an_end(self, stream: Stream, works: list[Any], timeout_s: float) -> None:
         """Until everybody has everything. Raises _Broken."""

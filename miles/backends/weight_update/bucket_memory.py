@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,25 +58,27 @@ class MemoryFile(BucketMemory):
 
 
 class DeviceMemory(BucketMemory):
-    """On a GPU: memory of the driver's, exported by CUDA IPC."""
+    """On a GPU: memory of the driver's, exported by CUDA IPC.
 
-    def __init__(self) -> None:
-        self._allocated: Allocated | None = None
+    Engines keep what they have opened until the update ends, and nothing may be freed that is open elsewhere: memory
+    that has become too small is kept until ``close``, too.
+    """
+
+    def __init__(self, allocate: Callable[[int], Allocated] = Allocated) -> None:
+        self._allocate = allocate
+        self._allocated: list[Allocated] = []
 
     def at_least(self, num_bytes: int) -> torch.Tensor:
         """See the base class."""
-        if self._allocated is None or self._allocated.tensor.numel() < num_bytes:
-            self.close()
-            self._allocated = Allocated(num_bytes)
-        return self._allocated.tensor
+        if not self._allocated or self._allocated[-1].tensor.numel() < num_bytes:
+            self._allocated.append(self._allocate(num_bytes))
+        return self._allocated[-1].tensor
 
     def describe(self) -> dict[str, Any]:
         """See the base class."""
-        assert self._allocated is not None
-        return export(self._allocated.tensor)
+        return export(self._allocated[-1].tensor)
 
     def close(self) -> None:
         """See the base class."""
-        if self._allocated is not None:
-            allocated, self._allocated = self._allocated, None
-            allocated.close()
+        while self._allocated:
+            self._allocated.pop().close()

@@ -41,9 +41,11 @@ class Allocated:
     """Memory on the current device that is not torch's, so that it can be exported whatever torch's allocator does."""
 
     def __init__(self, num_bytes: int) -> None:
-        address = ctypes.c_uint64()
-        _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
-        self._address = int(address.value)
+        try:
+            self._address = _allocate(num_bytes)
+        except CudaMemoryError:
+            torch.cuda.empty_cache()  # what torch keeps for later is free, but not for the driver
+            self._address = _allocate(num_bytes)
         self.tensor = torch.as_tensor(_Bytes(self._address, num_bytes), device="cuda")
 
     def close(self) -> None:
@@ -87,6 +89,13 @@ class Opened:
         address, self._address = self._address, 0
         if address:
             _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+
+def _allocate(num_bytes: int) -> int:
+    """Returns the address. Raises CudaMemoryError."""
+    address = ctypes.c_uint64()
+    _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+    return int(address.value)
 
 
 @cache

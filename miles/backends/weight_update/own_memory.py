@@ -41,6 +41,25 @@ class OwnMemory:
         return self._descriptions[address]
 
 
+class OwnBuckets:
+    """What is to be handed over next, by buffer. Buffers may lie in one allocation, and so have the same handle."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._waiting: dict[tuple[bytes, int], tuple[list[Entry], dict[str, Any]]] = {}
+
+    def add(self, description: dict[str, Any], entry: Entry) -> None:
+        """A tensor of the buffer that is described."""
+        entries, _ = self._waiting.setdefault((description["handle"], description["offset"]), ([], description))
+        entries.append(entry)
+        self.num_bytes += entry.num_bytes
+
+    def take(self) -> list[tuple[list[Entry], dict[str, Any]]]:
+        """All of it: by buffer, its tensors, and its description."""
+        taken, self._waiting, self.num_bytes = list(self._waiting.values()), {}, 0
+        return taken
+
+
 def entry_of(name: str, tensor: torch.Tensor) -> Entry:
     """Where a tensor lies in its own buffer."""
     start = int(tensor.storage_offset()) * tensor.element_size()

@@ -25,7 +25,7 @@ from miles.backends.weight_update.colocation import engine_of, gathered
 from miles.backends.weight_update.engine_calls import EngineCalls
 from miles.backends.weight_update.lines import Lines
 from miles.backends.weight_update.messages import WeightUpdate
-from miles.backends.weight_update.own_memory import OwnMemory, entry_of
+from miles.backends.weight_update.own_memory import OwnBuckets, OwnMemory, entry_of
 from miles.backends.weight_update.sender import CPU_BUCKET_BYTES, Sender
 from miles.backends.weight_update.stream import Listener, address_towards, host_and_port
 from miles.backends.weight_update.stream_update import Roles, Stream, all_ranks
@@ -226,29 +226,22 @@ class _Own:
         self._stream = stream
         self._memory = memory
         self._capacity = capacity
-        self._entries: dict[bytes, list[Entry]] = {}
-        self._described: dict[bytes, dict[str, Any]] = {}
-        self._bytes = 0
+        self._buckets = OwnBuckets()
 
     def takes(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether it goes this way; if so, it is on its way."""
         description = self._memory.description(tensor)
         if description is None:
             return False
-        handle = description["handle"]
-        self._described[handle] = description
-        self._entries.setdefault(handle, []).append(entry_of(name, tensor))
-        self._bytes += tensor.nbytes
-        if self._bytes >= self._capacity:
+        self._buckets.add(description, entry_of(name, tensor))
+        if self._buckets.num_bytes >= self._capacity:
             self.hand_over()
         return True
 
     def hand_over(self) -> None:
         """What there is."""
-        if not self._entries:
-            return
-        torch.cuda.current_stream(self._sender.device).synchronize()
-        for handle, entries in self._entries.items():
-            self._sender.hand_over(self._stream, entries, self._described[handle])
-        self._entries.clear()
-        self._bytes = 0
+        buckets = self._buckets.take()
+        if buckets:
+            torch.cuda.current_stream(self._sender.device).synchronize()
+        for entries, description in buckets:
+            self._sender.hand_over(self._stream, entries, description)
