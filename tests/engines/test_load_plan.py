@@ -146,6 +146,15 @@ def test_the_third_update_is_replayed_and_the_model_is_the_same(mode, capacity):
     assert loaded.model.calls == 3 * buckets, "once when recorded, twice when checked"
 
 
+def test_what_is_only_queued_is_known_before_it_is_loaded():
+    loaded, told = Loaded.of(Model), []
+    for seed in range(4):
+        told.append(loaded.plans.replays(next(buckets_of(weights(seed)))[0]))
+        loaded.update(weights(seed))
+    assert told == [False, False, True, True] and loaded.plans.replayed == 2
+    assert not loaded.plans.replays(next(buckets_of({"other": weights()["q.0"]}))[0])
+
+
 def test_a_replay_fills_what_is_padded():
     """Memory that was released and taken back holds nothing in particular."""
     loaded = Loaded.of(Model)

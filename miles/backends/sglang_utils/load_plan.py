@@ -129,6 +129,11 @@ class LoadPlans:
         else:
             self._check(known, entries, memory)
 
+    def replays(self, entries: Sequence[Entry]) -> bool:
+        """Whether ``load`` of such a bucket only queues copies; else it may wait for the device."""
+        known = self._find(entries)
+        return known is not None and known.trusted
+
     def end(self) -> None:
         """After an update's last bucket."""
         logger.debug(

@@ -114,7 +114,7 @@ class Receiver:
                 case "join":
                     self._join(line, message)
                 case "bucket":
-                    entries = [Entry.of_plain(values) for values in message["entries"]]
+                    entries = tuple(Entry.of_plain(values) for values in message["entries"])
                     if "memory" in message:
                         self._load_shared(line, message, entries, sources)
                         continue
@@ -131,7 +131,9 @@ class Receiver:
                 case other:
                     raise StreamBroken(f"the trainer said {other!r}, which is unknown here")
 
-    def _load_shared(self, line: Line, message: dict[str, Any], entries: list[Entry], sources: SharedSources) -> None:
+    def _load_shared(
+        self, line: Line, message: dict[str, Any], entries: tuple[Entry, ...], sources: SharedSources
+    ) -> None:
         start = time.perf_counter()
         self._plans.load(entries, sources.bytes_of(message["memory"]))
         if self._device.type == "cuda":
@@ -144,17 +146,18 @@ class Receiver:
         self._group = join_as_engine(message["name"], at, place, self._device)
         line.send({"said": "joined"})
 
-    def _receive(self, message: dict[str, Any], entries: list[Entry], buffer: torch.Tensor) -> _Arriving:
+    def _receive(self, message: dict[str, Any], entries: tuple[Entry, ...], buffer: torch.Tensor) -> _Arriving:
         if self._group is None:
             raise RuntimeError("this engine is in no process group")
         memory = buffer[: message["num_bytes"]]
         return _Arriving(message["number"], entries, memory, self._group.broadcast(memory))
 
     def _load_arrived(self, line: Line, arriving: _Arriving | None) -> None:
-        """On a GPU nothing is waited for: the copies come after the broadcast on the device."""
+        """On a GPU a replay is waited for by nobody: it comes after the broadcast on the device. Anything else may wait
+        for the device itself, which would never end where the broadcast does not."""
         if arriving is None:
             return
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or not self._plans.replays(arriving.entries):
             self._watch(line, arriving.work)
         start = time.perf_counter()
         self._await(arriving.work)
@@ -198,7 +201,7 @@ class _Arriving:
     """A bucket whose broadcast is under way."""
 
     number: int
-    entries: list[Entry]
+    entries: tuple[Entry, ...]
     memory: torch.Tensor
     work: Any
 
