@@ -251,9 +251,11 @@ def trainer_env(config: Mapping[str, Any], inherited: Mapping[str, str] = os.env
     """Variables of the trainer's ranks, beyond those that differ by rank and those that they inherit. An agent that has
     them, too, forks ranks from the zygote that it warmed up while it joined."""
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if config["device"] == "cpu" else {}
-    if config["device"] == "cuda" and "NCCL_CUMEM_ENABLE" not in inherited:
+    if config["device"] == "cuda" and not config.get("colocate"):
         # As SGLang has it in its own processes: NCCL joins no group of ranks that differ in it.
-        env = {"NCCL_CUMEM_ENABLE": "1" if config.get("sglang_enable_symm_mem") else "0"}
+        symmetric = bool(config.get("sglang_enable_symm_mem"))  # there SGLang sets it, whatever it finds
+        if symmetric or "NCCL_CUMEM_ENABLE" not in inherited:
+            env = {"NCCL_CUMEM_ENABLE": "1" if symmetric else "0"}
     if config["device"] == "cuda" and config.get("deterministic_mode"):
         # What cuBLAS and NCCL read when they start; torch asks for the first one.
         env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}

@@ -82,6 +82,31 @@ async def test_every_engine_gets_every_weight_bit_for_bit(method, has_stream, bu
         sender.close()
 
 
+async def test_an_engine_that_is_done_is_not_waited_for_once_more():
+    async with AsyncExitStack() as stack:
+        (fake,), targets = await engines_of(stack, 1)
+        sender = make_sender(SOURCE, WeightUpdate(1, targets, "tensor", 100), torch.device("cpu"))
+        fake.answers.clear()
+        await send(sender, WeightUpdate(1, targets, "tensor", 100), Weights(WEIGHTS))
+        assert same(fake.weights, WEIGHTS)
+        changed = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+        again = asyncio.ensure_future(send(sender, WeightUpdate(2, targets, "tensor", 100), Weights(changed)))
+        fake.answers.set()  # the next update waits for the answer to the last one
+        await again
+        assert same(fake.weights, changed) and fake.count("/update_weights_from_tensor") == 2
+        sender.close()
+
+
+async def test_a_sender_that_is_closed_waits_for_no_answer():
+    async with AsyncExitStack() as stack:
+        (fake,), targets = await engines_of(stack, 1)
+        sender = make_sender(SOURCE, WeightUpdate(1, targets, "tensor", 100), torch.device("cpu"))
+        fake.answers.clear()
+        stack.callback(fake.answers.set)
+        await send(sender, WeightUpdate(1, targets, "tensor", 100), Weights(WEIGHTS))
+        sender.close()
+
+
 def weight_files():
     """Inodes of the memory files that this process holds."""
     links = {os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")}

@@ -60,7 +60,10 @@ def test_trainer_and_engines_agree_on_how_nccl_shares_memory():
     ranks = trainer_env(config(device="cuda"), {})
     assert ranks["NCCL_CUMEM_ENABLE"] == engines["NCCL_CUMEM_ENABLE"] == "0"
     # With symmetric memory SGLang sets its own to 1, whatever it finds.
-    assert trainer_env(config(device="cuda", sglang_enable_symm_mem=True), {})["NCCL_CUMEM_ENABLE"] == "1"
+    for inherited in ({}, {"NCCL_CUMEM_ENABLE": "0"}):
+        found = trainer_env(config(device="cuda", sglang_enable_symm_mem=True), inherited)
+        assert found["NCCL_CUMEM_ENABLE"] == "1"
+    assert "NCCL_CUMEM_ENABLE" not in trainer_env(config(device="cuda", colocate=True), {}), "there is no such group"
     assert "NCCL_CUMEM_ENABLE" not in trainer_env(config(), {})
 
 

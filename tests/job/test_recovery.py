@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 PACKAGE = "miles.backends"
 STEPS = f"{PACKAGE}.training_utils.rollout_trainer:RolloutTrainer._steps"
 SAVE = f"{PACKAGE}.training_utils.checkpoints:_make_durable"
-SEND = f"{PACKAGE}.weight_update.sender:Sender._copy"
+SEND = f"{PACKAGE}.weight_update.stream_sender:StreamSender._add"
 LORA = {
     "lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_kl_loss": True, "kl_loss_coef": 0.1,
 }  # fmt: skip

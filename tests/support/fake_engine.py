@@ -92,27 +92,25 @@ class FakeEngine:
     def __init__(self, *, model=None, api_key="", vocab_size=320, context=512, token_s=0.002, bracket=True, tp_size=1):
         self.api_key, self.vocab_size, self.context, self.token_s = api_key, vocab_size, context, token_s
         self.bracket = bracket
-        self.told = {}
-        self.frozen = False
+        self.told, self.frozen = {}, False
         self.slow_s = 0.0  # what each bucket takes
+        self.answers = asyncio.Event()  # not set: updates are loaded and not answered
         self.faults = defaultdict(list)
-        self.calls = []
-        self.url = ""
+        self.calls, self.url = [], ""
         self.weights = {} if model is None else load_directory(model)
         self.version = "default"
         self.others = [{} for _ in range(tp_size - 1)]  # weights of the ranks behind the first
         self.models = [FakeModel(self.load_weights), *(FakeModel(loads_into(other)) for other in self.others)]
         self.script = None  # takes streams in place of our weight loader: called with each rank's order
         self.groups = {}
-        self.released = set()
-        self.requests = {}
+        self.released, self.requests = set(), {}
         self.prefixes = set()
         self.session_open = False
-        self.paused = None
-        self.dead = False
+        self.paused, self.dead = None, False
         self.on_request = lambda path: None
         self._go = asyncio.Event()
-        self._go.set()
+        for event in (self._go, self.answers):
+            event.set()
         self._rids = (f"fake-{number}" for number in itertools.count())
         self._hanging = asyncio.Event()
         self._stuck = threading.Event()
@@ -364,6 +362,7 @@ class FakeEngine:
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError
+        await self.answers.wait()
         return web.json_response({"success": True})
 
     def _load(self, model, named):

@@ -118,6 +118,10 @@ class Receiver:
                     if "memory" in message:
                         self._load_shared(line, message, entries, sources)
                         continue
+                    if arriving is not None and not self._plans.replays(arriving.entries):
+                        # It may wait for all of the device, and so for the next broadcast, which may never end.
+                        self._load_arrived(line, arriving)
+                        arriving = None
                     buffers.reverse()
                     if buffers[0].numel() < message["num_bytes"]:
                         buffers[0] = torch.empty(message["room"], dtype=torch.uint8, device=self._device)

@@ -111,6 +111,8 @@ class BroadcastStreamSender(StreamSender):
         self._listen_until(
             stream, lambda: not stream.lines.peers and all(work.is_completed() for work in sent), timeout_s
         )
+        if not all(has_arrived(work) for work in sent):
+            self._give_back()  # everybody has everything, but the group is of no more use
         self._times["wait"] += time.perf_counter() - at
 
     @staticmethod

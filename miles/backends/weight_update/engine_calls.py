@@ -19,6 +19,7 @@ from typing import Any
 
 from miles.backends.weight_update.failures import EnginesMissedUpdate
 from miles.backends.weight_update.messages import EngineTarget
+from miles.backends.weight_update.stream import keep_alive
 
 CALL_S = 600.0
 TELL_S = 10.0
@@ -155,6 +156,8 @@ class EngineCalls:
         if connection.sock is None:
             connection.timeout = min(timeout_s, self._timeout_s)
             connection.connect()
+        assert connection.sock is not None
+        keep_alive(connection.sock)
         connection.sock.settimeout(timeout_s)
         return connection
 

@@ -39,7 +39,6 @@ _STRANGERS = 64
 """So many connections that have not said the token yet are held at once; the oldest goes first."""
 _MESSAGE_BYTES = 1 << 28
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
-"""A host that has vanished is noticed after half a minute."""
 _POLL_S = 0.001
 _LOOK_S = 0.002
 _GONE = "the other side is gone"
@@ -63,9 +62,7 @@ class Line:
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        keep_alive(connected)
         self._socket = connected
         self.limit(timeout_s)
 
@@ -239,6 +236,13 @@ def readable(filenos: Iterable[int], wait_s: float) -> list[int]:
             time.sleep(wait_s)
         found = poll.poll(wait_s * 1e3 if wait_s >= _POLL_S else 0)
     return [fileno for fileno, _ in found]
+
+
+def keep_alive(connected: socket.socket) -> None:
+    """A host that has vanished is noticed after half a minute."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def address_towards(host: str, port: int) -> str:

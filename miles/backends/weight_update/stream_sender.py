@@ -47,10 +47,14 @@ class StreamSender(Sender):
             return
         host = address_towards(*host_and_port(update.engines[0].url))
         timeout_s = update.timeout_s
-        lines, calls = Lines(roles.expects, timeout_s), EngineCalls(roles.speaks_to, timeout_s=timeout_s)
         self._end_last()
+        lines, calls = Lines(roles.expects, timeout_s), EngineCalls(roles.speaks_to, timeout_s=timeout_s)
         with Listener(host, timeout_s) as listener:
-            self._last = stream = Stream(update, listener, calls, lines, self._gathered)
+            try:
+                self._last = stream = Stream(update, listener, calls, lines, self._gathered)
+            except BaseException:
+                calls.close()
+                raise
             try:
                 self._pump(update, weights, stream)
             except BaseException:
