@@ -104,18 +104,26 @@ async def _ipc(results: Results) -> None:
                 name = "one copy of the same bytes within the GPU"
                 results.add(name, copying * 1e3, "ms", f"{num_bytes_of(weights)} bytes, {len(weights)} tensors")
                 for bucket in BUCKETS[1:] if in_one else BUCKETS:
-                    updates = Updates(WeightUpdate(version, (target,), "tensor", bucket), device)
-                    found = await asyncio.to_thread(updates.repeat, weights, _views(weights, buffer))
-                    version = updates.version
-                    updates.close()
-                    how = f"buckets of {bucket >> 20} MiB, {'one buffer' if in_one else 'tensors apart'}"
-                    tell(results, f"update, {how}", found, copying, "the copy")
+                    update = WeightUpdate(version, (target,), "tensor", bucket)
+                    how, version = await measured(results, update, weights, buffer, copying)
                     results.add(f"GPU in use after {how}", watch.samples[-1].used / 1e9, "GB")
                 held = await compare(results, client, path, weights, version)
                 results.add(f"version {version}: it differs from the first weights'", str(held != first))
                 del weights, buffer
                 torch.cuda.empty_cache()
             await _hand_over(results, client, watch)
+
+
+async def measured(
+    results: Results, first: WeightUpdate, weights: Weights, buffer: Any, copying: float
+) -> tuple[str, int]:
+    """Updates from ``first`` on, beside a copy that takes ``copying`` seconds. Returns how, and the next version."""
+    updates = Updates(first, weights[0][1].device)
+    found = await asyncio.to_thread(updates.repeat, weights, _views(weights, buffer))
+    updates.close()
+    how = f"buckets of {first.bucket_bytes >> 20} MiB, {'tensors apart' if buffer is None else 'one buffer'}"
+    tell(results, f"update, {how}", found, copying, "the copy")
+    return how, updates.version
 
 
 def _views(weights: Weights, buffer: Any) -> list[Any]:
@@ -149,13 +157,9 @@ async def _ipc_large(results: Results) -> None:
             copying = copy_seconds(num_bytes_of(weights), repeats=8)
             name = "one copy of the same bytes within the GPU"
             results.add(name, copying * 1e3, "ms", f"{num_bytes_of(weights)} bytes, {len(weights)} tensors")
-            for bucket in (512 << 20, 2 << 30):
-                updates = Updates(WeightUpdate(version, (target,), "tensor", bucket), device)
-                found = await asyncio.to_thread(updates.repeat, weights, _views(weights, buffer))
-                version = updates.version
-                updates.close()
-                how = f"buckets of {bucket >> 20} MiB, {'one buffer' if in_one else 'tensors apart'}"
-                tell(results, f"update, {how}", found, copying, "the copy")
+            for bucket in BUCKETS[1:]:
+                update = WeightUpdate(version, (target,), "tensor", bucket)
+                _, version = await measured(results, update, weights, buffer, copying)
             del weights, buffer
             torch.cuda.empty_cache()
 

@@ -5,6 +5,7 @@ import torch
 
 from miles.backends.base import ParallelState
 from miles.backends.sglang_utils.fleet_update import settings
+from miles.backends.sglang_utils.replay_copies import views
 from miles.backends.sglang_utils.server_arguments import takes_stream
 from miles.backends.sglang_utils.shared_sources import SharedSources
 from miles.backends.weight_update.broadcast_requests import BroadcastRequestSender
@@ -36,7 +37,7 @@ def test_copies_are_found_at_their_places_also_after_a_message(together):
     copies.flush()
     for entry in bucket.entries:
         there = Entry.of_plain(list(entry.as_plain()))
-        assert there == entry and torch.equal(there.view(memory), TENSORS[entry.name])
+        assert there == entry and torch.equal(views([there], memory)[0][1], TENSORS[entry.name])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_view_of_a_larger_buffer_is_found_in_it_with_its_strides(cut, dtype):
     piece = cut(whole)
     entry = entry_of("piece", piece)
     memory = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
-    found = Entry.of_plain(entry.as_plain()).view(memory)
+    ((_, found),) = views([Entry.of_plain(entry.as_plain())], memory)
     assert torch.equal(found, piece) and found.data_ptr() == piece.data_ptr()
     assert (entry.strides is None) == piece.is_contiguous()
 

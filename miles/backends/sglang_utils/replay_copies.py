@@ -99,8 +99,7 @@ def views(entries: Sequence[Entry], memory: torch.Tensor) -> list[tuple[str, tor
     bucket, offset = _Bucket(memory), int(memory.storage_offset())
     named = []
     for entry in entries:
-        strides = getattr(entry, "strides", None)
-        strides = _row_by_row(entry.shape) if strides is None else tuple(strides)
+        strides = _row_by_row(entry.shape) if entry.strides is None else entry.strides
         region = Region(0, entry.dtype, entry.start, tuple(entry.shape), strides)
         if (offset + entry.start) % entry.dtype.itemsize or offset % entry.dtype.itemsize:
             raise ValueError(f"{entry.name} begins at byte {offset} + {entry.start}: no place for a {entry.dtype}")

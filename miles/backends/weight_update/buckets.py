@@ -40,15 +40,6 @@ class Entry:
         name, dtype, shape, start, num_bytes, strides = values
         return cls(name, getattr(torch, dtype), tuple(shape), start, num_bytes, strides and tuple(strides))
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, within ``memory``, uint8 ``[n]``."""
-        if self.strides is not None:
-            whole = memory[self.start % self.dtype.itemsize :]
-            whole = whole[: len(whole) // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
-            offset = whole.storage_offset() + self.start // self.dtype.itemsize
-            return torch.as_strided(whole, self.shape, self.strides, offset)
-        return memory[self.start : self.start + self.num_bytes].view(self.dtype).reshape(self.shape)
-
 
 @dataclass(slots=True)
 class Bucket:
