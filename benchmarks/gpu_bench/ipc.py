@@ -19,7 +19,9 @@ from typing import Any
 from gpu_bench.facts import copy_seconds
 from gpu_bench.memory import MemoryWatch
 from gpu_bench.model import config_only, model
+from gpu_bench.rehearsal import is_rehearsal
 from gpu_bench.results import Results
+from gpu_bench.runs import visible
 from gpu_bench.training import checksums_said
 from gpu_bench.updates import Updates, Weights, num_bytes_of, random_weights, tell
 from miles.backends.sglang_utils.client import EngineClient
@@ -31,26 +33,36 @@ BUCKETS = (128 << 20, 512 << 20, 2 << 30)
 _START_S = 300.0
 
 
-def engine_config(path: Path) -> dict[str, Any]:
+def engine_config(path: Path, ranks: int = 1) -> dict[str, Any]:
     """Of a run that is as small as the engine needs."""
-    return {
-        "device": "cuda", "params_dtype": "bfloat16", "hf_checkpoint": str(path), "offload_rollout": True, "seed": 0,
-        "hf_config": json.loads((path / "config.json").read_text()), "rollout_num_gpus_per_engine": 1,
+    run = {
+        "params_dtype": "bfloat16", "hf_checkpoint": str(path), "offload_rollout": True, "seed": 0,
+        "hf_config": json.loads((path / "config.json").read_text()), "rollout_num_gpus_per_engine": ranks,
+    }  # fmt: skip
+    if is_rehearsal():
+        return run | {"device": "cpu", "sglang_max_total_tokens": 4096}
+    return run | {
+        "device": "cuda",
         "sglang_attention_backend": "triton", "sglang_sampling_backend": "pytorch", "sglang_grammar_backend": "none",
         "sglang_mem_fraction_static": 0.4, "sglang_cuda_graph_backend_prefill": "disabled",
     }  # fmt: skip
 
 
 @contextlib.asynccontextmanager
-async def engine(out: Path, path: Path, name: str, *, gpu: int = 0, dummy: bool = False) -> AsyncIterator[EngineClient]:
-    """SGLang as our launcher starts it, on one GPU, until the context is left. ``dummy``: with random weights."""
+async def engine(
+    out: Path, path: Path, name: str, *, gpus: Sequence[int] = (0,), dummy: bool = False
+) -> AsyncIterator[EngineClient]:
+    """SGLang as our launcher starts it, spread over these GPUs, until the context is left. ``dummy``: with random
+    weights."""
     http, nccl = free_ports(2)
-    arguments = server_arguments(engine_config(path), 0) | ({"load_format": "dummy"} if dummy else {})
+    config = engine_config(path, len(gpus))
+    arguments = server_arguments(config, 0) | ({"load_format": "dummy"} if dummy else {})
     command = [sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", "127.0.0.1"]
     command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(arguments)]
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    device = given.split(",")[gpu] if given else str(gpu)
-    added = engine_environment("cuda", index=0, tp_size=1, colocate=True, inherited=os.environ, device_ids=[device])
+    devices = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")).split(",")
+    added = engine_environment(
+        config["device"], index=0, tp_size=len(gpus), colocate=True, inherited=os.environ, device_ids=devices
+    )
     with (out / f"{name}.engine.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, **added}, stdout=log, stderr=log)  # noqa: ASYNC220
     client = EngineClient(f"http://127.0.0.1:{http}", name=name)

@@ -1,56 +1,137 @@
-"""Weight updates by NCCL into a real engine on another GPU, beside a bare broadcast of the same bytes."""
+"""Weight updates by NCCL into real engines on other GPUs, beside a bare broadcast of the same bytes."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+from gpu_bench import rehearsal
 from gpu_bench.ipc import compare, engine
 from gpu_bench.model import config_only, model
 from gpu_bench.results import Results
+from gpu_bench.trainer_ranks import Task, updates_of
 from gpu_bench.training import bare_broadcast
-from gpu_bench.updates import Updates, num_bytes_of, random_weights, tell
+from gpu_bench.updates import TURNS, WARM_UP, Updates, Weights, num_bytes_of, random_weights, tell
+from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 
 BUCKETS = (512 << 20, 1 << 30)
+_LARGE = "8B"
+_RANKS_S = 150.0
 
 
 def nccl(results: Results) -> None:
-    """Sender on the first GPU, engine on the second."""
-    bare = {shape: _bare(results, shape) for shape in ("0.6B", "8B")}
+    """Sender on the first GPU, engine on the second. The large model comes first: it is what the others are judged by.
+    Raises ExceptionGroup with what failed, when all has been tried."""
+    bare = {shape: _bare(results, shape, 2) for shape in (_LARGE, "0.6B")}
     os.environ["NCCL_CUMEM_ENABLE"] = "0"  # as ranks of a trainer have it, and engines
+    failed = []
     for shape, seconds in bare.items():
-        asyncio.run(_updates(results, shape, seconds))
+        try:
+            asyncio.run(_updates(results, shape, seconds))
+        except Exception as error:  # noqa: BLE001  # the other model is tried all the same
+            results.add(f"{shape}: updates", "failed", note=f"{type(error).__name__}: {error}"[:600])
+            failed.append(error)
+    if failed:
+        raise ExceptionGroup("updates failed", failed)
 
 
-def _bare(results: Results, shape: str) -> float:
-    """Seconds of a bare broadcast of the model's bytes."""
+def _bare(results: Results, shape: str, gpus: int) -> float:
+    """Seconds of a bare broadcast of the model's bytes; 0 in a rehearsal."""
+    if rehearsal.is_rehearsal():
+        return 0.0
     num_bytes = num_bytes_of(random_weights(config_only(results.out, shape), "meta", in_one=False)[0])
-    seconds = bare_broadcast(results.out, num_bytes, 2)
+    seconds = bare_broadcast(results.out, num_bytes, gpus)
     rate = num_bytes / seconds / 1e9
-    results.add(f"{shape}: bare NCCL broadcast", rate, "GB/s", f"{num_bytes} bytes, {1e3 * seconds:.2f} ms")
+    name = f"{shape}: bare NCCL broadcast" + (f" over {gpus} GPUs" if gpus > 2 else "")
+    results.add(name, rate, "GB/s", f"{num_bytes} bytes, {1e3 * seconds:.2f} ms")
     return seconds
 
 
 async def _updates(results: Results, shape: str, bare: float) -> None:
     import torch
 
-    small, device = shape == "0.6B", torch.device("cuda", 0)
-    path = model(results.out, shape) if small else config_only(results.out, shape)
+    small = shape != _LARGE
+    device = torch.device("cpu") if rehearsal.is_rehearsal() else torch.device("cuda", 0)
+    path = model(results.out, shape) if small else config_only(results.out, rehearsal.shape(shape))
     weights, _ = random_weights(path, device, in_one=False)
-    num_bytes, version = num_bytes_of(weights), 1
-    async with engine(results.out, path, f"nccl-{shape}", gpu=1, dummy=not small) as client:
+    version = 1
+    async with engine(results.out, path, f"nccl-{shape}", gpus=(1,), dummy=not small) as client:
         for streams in (True, False):
-            target = EngineTarget(client.name, client.url, "", 1, 1, has_bracket=False, has_stream=streams)
             for bucket in BUCKETS if streams else BUCKETS[:1]:
-                updates = Updates(WeightUpdate(version, (target,), "broadcast", bucket), device)
-                found = await asyncio.to_thread(updates.repeat, weights)
-                version = updates.version
-                updates.close()
-                how = f"{'stream' if streams else 'requests of SGLang'}, buckets of {bucket >> 20} MiB"
-                seconds = tell(results, f"{shape}: update by {how}", found, bare, "the bare broadcast")
-                results.add(
-                    f"{shape}: {how}", num_bytes / seconds / 1e9, "GB/s", f"{bare / seconds:.2f} of the bare broadcast"
-                )
-        if small:
-            await compare(results, client, path, weights, version)
+                target = target_of(client, 1, streams=streams)
+                update = WeightUpdate(version, (target,), "broadcast", bucket)
+                async with bracket(client):
+                    version = await _measured(results, shape, update, weights, bare)
+            if small:
+                await compare(results, client, path, weights, version)
+                version += 1
+
+
+def target_of(client: EngineClient, ranks: int, *, streams: bool = True) -> EngineTarget:
+    """The only engine of an update."""
+    return EngineTarget(client.name, client.url, "", ranks, 1, has_bracket=False, has_stream=streams)
+
+
+async def _measured(results: Results, shape: str, first: WeightUpdate, weights: Weights, bare: float) -> int:
+    """Updates from ``first`` on. Returns the next version."""
+    updates = Updates(first, weights[0][1].device)
+    found = await asyncio.to_thread(updates.repeat, weights)
+    updates.close()
+    kind = "stream" if first.engines[0].has_stream else "requests of SGLang"
+    how = f"{kind}, buckets of {first.bucket_bytes >> 20} MiB"
+    seconds = tell(results, f"{shape}: update by {how}", found, bare, "the bare broadcast")
+    rate = num_bytes_of(weights) / seconds / 1e9
+    results.add(f"{shape}: {how}", rate, "GB/s", f"{bare / seconds:.2f} of the bare broadcast")
+    return updates.version
+
+
+def nccl_tp2(results: Results) -> None:
+    """Trainers of one and two tensor-parallel ranks, on the first GPUs, into engines of two and of one, on the last."""
+    asyncio.run(_nccl_tp2(results))
+
+
+async def _nccl_tp2(results: Results) -> None:
+    path = config_only(results.out, rehearsal.shape(_LARGE))
+    for engine_ranks, trainers in ((2, (1, 2)), (1, (2,))):
+        bare = _bare(results, _LARGE, 1 + engine_ranks)
+        gpus = (2, 3)[-engine_ranks:]
+        async with engine(results.out, path, f"nccl-to-{engine_ranks}", gpus=gpus, dummy=True) as client:
+            version = 1
+            for ranks in trainers:
+                task = _task(path, client, engine_ranks, version)
+                async with bracket(client):
+                    rows = await asyncio.to_thread(
+                        updates_of, results.out, f"nccl-{ranks}-to-{engine_ranks}", task, ranks, _RANKS_S
+                    )
+                version += len(rows) * (WARM_UP + TURNS)
+                _tell_rows(results, f"TP {ranks} to TP {engine_ranks}", rows, bare)
+
+
+def _task(path: Path, client: EngineClient, engine_ranks: int, version: int) -> Task:
+    device = "cpu" if rehearsal.is_rehearsal() else "cuda"
+    return Task(str(path), [asdict(target_of(client, engine_ranks))], BUCKETS, device, version)
+
+
+@contextlib.asynccontextmanager
+async def bracket(client: EngineClient) -> AsyncIterator[None]:
+    """What some versions of SGLang need around updates; the controller's part."""
+    wants = await client.has_bracket()
+    if wants:
+        await client.begin_weight_update()
+    yield
+    if wants:
+        await client.end_weight_update()
+
+
+def _tell_rows(results: Results, name: str, rows: Sequence[dict[str, Any]], bare: float) -> None:
+    for row in rows:
+        how = f"{name}, buckets of {row['bucket'] >> 20} MiB"
+        seconds = tell(results, f"update, {how}", row["seconds"], bare, "the bare broadcast")
+        note = f"{bare / seconds:.2f} of the bare broadcast; {row['num_bytes']} bytes"
+        results.add(how, row["num_bytes"] / seconds / 1e9, "GB/s", note)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +44,18 @@ def running(out: Path, each: Run) -> Iterator[subprocess.Popen[bytes]]:
     more = {"NO_COLOR": "1", "COLUMNS": "160"}
     if each.gpus and not is_rehearsal():
         more["CUDA_VISIBLE_DEVICES"] = visible(each.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    with each.log(out).open("wb") as log:
+    command = python(str(ROOT / "train.py"), *each.arguments)
+    with under_way(command, environment(threads(), more), each.log(out)) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def under_way(command: Sequence[str], env: Mapping[str, str], log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program beside others; when left it and all below it are gone, asked first and then killed."""
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
-            python(str(ROOT / "train.py"), *each.arguments), cwd=ROOT, env=environment(threads(), more),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -87,11 +94,12 @@ def together(out: Path, runs: Sequence[Run], deadline_s: float) -> None:
                 why.append(f"{each.name}: not done within {deadline_s:g} s")
                 continue
             if code:
-                why.append(f"{each.name}: exit code {code}: {_last_words(each.log(out))}")
+                why.append(f"{each.name}: exit code {code}: {last_words(each.log(out))}")
     if why:
         raise RunFailed("; ".join(why))
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
+    """Three lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " / ".join(lines[-3:])[:500]

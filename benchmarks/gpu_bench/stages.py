@@ -40,16 +40,17 @@ STAGES = {
     "disk": Stage("modes", "disk", 240, beside_s=90),
     "resume": Stage("layouts", "resume", 300, beside_s=100),
     "cpu-offload": Stage("layouts", "cpu_offload", 240, beside_s=60),
-    "nccl": Stage("nccl", "nccl", 240, gpus=2),
+    "nccl": Stage("nccl", "nccl", 330, gpus=2),
     "broadcast": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("megatron", "1", "1")),
     "broadcast-fsdp": Stage("two_gpus", "disaggregated", 300, gpus=2, arguments=("fsdp", "1", "1")),
     "colocate-tp2": Stage("two_gpus", "colocated_two", 400, gpus=2, arguments=("megatron", "tp")),
     "colocate-fsdp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("fsdp", "dp")),
     "layouts": Stage("layouts", "layouts", 550, gpus=2),
     "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
+    "nccl-tp2": Stage("nccl", "nccl_tp2", 360, gpus=4),
     "broadcast-tp2": Stage("two_gpus", "disaggregated", 300, gpus=4, arguments=("megatron", "2", "2")),
 }
-ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "fresh-engine", "zygote", "foreign", "nccl"))
+ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "fresh-engine", "zygote", "foreign"))
 """A rehearsal leaves them out."""
 REHEARSAL_S = 600.0
 """Deadline of each stage in a rehearsal."""

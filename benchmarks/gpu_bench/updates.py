@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from gpu_bench.results import Results
 from miles.backends.base import ParallelState
 from miles.backends.weight_update.messages import WeightUpdate
-from miles.backends.weight_update.sender import Sender, make_sender
+from miles.backends.weight_update.sender import make_sender
 
 Weights = Sequence[tuple[str, Any]]
 WARM_UP = 3
@@ -22,19 +22,22 @@ _PARTS = ("gather", "copy", "wait", "engine", "engine_copy")
 
 
 class Updates:
-    """Updates by one sender, one after the other; ``close`` it."""
+    """Updates by one sender, one after the other; ``close`` it. ``parallel``: of this rank; default: it is alone."""
 
-    def __init__(self, update: WeightUpdate, device: Any, sender: Sender | None = None) -> None:
+    def __init__(self, update: WeightUpdate, device: Any, parallel: ParallelState | None = None) -> None:
         self._update = update
-        self._sender = sender or make_sender(ParallelState(), update, device)
+        self._sender = make_sender(parallel or ParallelState(), update, device)
         self.version = update.version
+        self.num_bytes = 0
 
-    def send(self, weights: Weights, resident: Sequence[Any] = ()) -> dict[str, float]:
+    def send(self, weights: Iterable[tuple[str, Any]], resident: Sequence[Any] = ()) -> dict[str, float]:
         """One update. Returns seconds by part."""
         update, first = self._update, self.version == self._update.version
         update = replace(update, version=self.version, new_group=first, timeout_s=_TIMEOUT_S)
         self.version += 1
-        return {**self._sender.send(update, iter(weights), resident), "num_buckets": float(self._sender.num_buckets)}
+        found = self._sender.send(update, iter(weights), resident)
+        self.num_bytes = self._sender.num_bytes
+        return {**found, "num_buckets": float(self._sender.num_buckets)}
 
     def change(self, weights: Weights) -> None:
         """Other weights than before, so that an update that does nothing is noticed."""
@@ -42,7 +45,8 @@ class Updates:
 
         for _, tensor in weights:
             tensor.mul_(1 + 0.05 * torch.rand((), device=tensor.device).to(tensor.dtype))
-        torch.cuda.synchronize(weights[0][1].device)
+        if weights[0][1].is_cuda:
+            torch.cuda.synchronize(weights[0][1].device)
 
     def repeat(self, weights: Weights, resident: Sequence[Any] = ()) -> list[dict[str, float]]:
         """Updates with weights that change, without those that warm up."""
@@ -60,10 +64,11 @@ class Updates:
 def tell(results: Results, name: str, found: Sequence[dict[str, float]], baseline_s: float, what: str) -> float:
     """One row. Returns the median seconds."""
     median = {part: statistics.median(each[part] for each in found) for part in found[0]}
+    times = f"{median['total'] / baseline_s:.2f}" if baseline_s else "?"
     parts = ", ".join(f"{part} {1e3 * median[part]:.1f}" for part in _PARTS)
     results.add(
         name, median["total"] * 1e3, "ms",
-        f"{median['total'] / baseline_s:.2f} times {what}; ms: {parts}; {median['num_buckets']:.0f} buckets; "
+        f"{times} times {what}; ms: {parts}; {median['num_buckets']:.0f} buckets; "
         f"least {1e3 * min(each['total'] for each in found):.1f}",
     )  # fmt: skip
     return median["total"]
