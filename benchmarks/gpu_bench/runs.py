@@ -15,8 +15,9 @@ import psutil
 
 from gpu_bench.rehearsal import is_rehearsal
 from main_job_bench.processes import ROOT, RunFailed, environment, python
+from miles_agents.worker.main import STACK_SIGNAL
 
-_GRACE_S = 60.0
+_GRACE_S, _STACKS_S = 60.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def threads() -> int:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     below = psutil.Process(process.pid).children(recursive=True)
+    _print_stacks(below)
     process.send_signal(signal.SIGINT)
     try:
         process.wait(_GRACE_S)
@@ -79,6 +81,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for other in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             other.kill()
+
+
+def _print_stacks(below: Sequence[psutil.Process]) -> None:
+    """Of workers that are not done in time, into their logs: where they are."""
+    for other in below:
+        with contextlib.suppress(psutil.Error):
+            if other.name().startswith(("trainer", "rollout")):
+                other.send_signal(STACK_SIGNAL)
+    time.sleep(_STACKS_S)
 
 
 def together(out: Path, runs: Sequence[Run], deadline_s: float) -> None:

@@ -35,7 +35,7 @@ STAGES = {
     "fresh-engine": Stage("ipc", "fresh_engine", 200),
     "zygote": Stage("zygote", "zygote", 120),
     "foreign": Stage("strikes", "foreign", 120),
-    "killed-memory": Stage("strikes", "killed_memory", 240, beside_s=180),
+    "killed-memory": Stage("strikes", "killed_memory", 290, beside_s=200),
     "moe": Stage("modes", "moe", 240, beside_s=110),
     "disk": Stage("modes", "disk", 240, beside_s=90),
     "resume": Stage("layouts", "resume", 300, beside_s=100),

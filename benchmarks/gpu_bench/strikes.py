@@ -17,7 +17,7 @@ from gpu_bench.training import flags, metrics_of
 from main_job_bench.processes import python
 from miles_agents.agent.inventory import DriverNvml, gpu_notices, take_inventory
 
-_RUN_S = 215.0
+_RUN_S = 260.0
 _HOLDS = 8 << 30
 _ROLLOUTS = 4
 
@@ -34,7 +34,7 @@ def killed_memory(results: Results) -> None:
         "--custom-rm-path", "gpu_bench.hooks.low_tokens_and_strike",
         "--custom-megatron-before-train-step-hook-path", "gpu_bench.hooks.strike_self",
         "--sglang-server-concurrency", str(_concurrency()), "--env", f"STRIKE_DIR={strikes}",
-        "--env", f"STRIKE_ANSWER={strike_answer()}",
+        "--env", f"STRIKE_ANSWER={strike_answer()}", shape="layers8",
     )  # fmt: skip
     each = Run("killed-memory", arguments)
     with MemoryWatch() as watch, running(out, each) as process:

@@ -18,7 +18,7 @@ WARM_UP = 3
 """The first update joins a group and records, the second checks what was recorded (``load_plan``)."""
 TURNS = 8
 _TIMEOUT_S = 40.0
-_PARTS = ("gather", "copy", "wait", "engine", "engine_copy")
+_PARTS = ("connect", "gather", "copy", "wait", "engine", "engine_copy")
 
 
 class Updates:

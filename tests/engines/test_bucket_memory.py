@@ -10,7 +10,7 @@ from miles.backends.sglang_utils.server_arguments import takes_stream
 from miles.backends.sglang_utils.shared_sources import SharedSources
 from miles.backends.weight_update.broadcast_requests import BroadcastRequestSender
 from miles.backends.weight_update.broadcast_stream import BroadcastStreamSender
-from miles.backends.weight_update.bucket_copies import BucketCopies
+from miles.backends.weight_update.bucket_copies import COPIED_ALONE_BYTES, BucketCopies
 from miles.backends.weight_update.bucket_memory import DeviceMemory, MemoryFile
 from miles.backends.weight_update.buckets import Bucket, Entry
 from miles.backends.weight_update.cuda_ipc import CudaIpcSender
@@ -38,6 +38,17 @@ def test_copies_are_found_at_their_places_also_after_a_message(together):
     for entry in bucket.entries:
         there = Entry.of_plain(list(entry.as_plain()))
         assert there == entry and torch.equal(views([there], memory)[0][1], TENSORS[entry.name])
+
+
+def test_a_large_tensor_is_on_its_way_at_once_and_small_ones_wait_for_each_other():
+    large, small = torch.full((COPIED_ALONE_BYTES,), 1, dtype=torch.uint8), torch.full((16,), 2, dtype=torch.uint8)
+    memory, bucket = torch.zeros(COPIED_ALONE_BYTES + 16, dtype=torch.uint8), Bucket(1 << 30, 16)
+    copies = BucketCopies(together=True)
+    for tensor in (large, small):
+        copies.add(memory, bucket.add(f"{len(tensor)}", tensor), tensor)
+    assert torch.equal(memory[: len(large)], large) and not memory[len(large) :].any()
+    copies.flush()
+    assert torch.equal(memory, torch.cat([large, small]))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.backends.sglang_utils.load_plan import LoadPlans
+from miles.backends.weight_update.bucket_copies import COPIED_ALONE_BYTES
 
 BF16 = torch.bfloat16
 
@@ -164,6 +165,26 @@ def test_a_replay_fills_what_is_padded():
         tensor.data.fill_(float("nan"))
     loaded.update(weights(2))
     assert loaded.plans.replayed == 1
+
+
+class Sizes(nn.Module):
+    """A weight that is worth a copy of its own, between small ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.large, self.last = parameter(8), parameter(COPIED_ALONE_BYTES // 2), parameter(9)
+
+    def load_weights(self, weights):
+        for name, loaded in weights:
+            getattr(self, name).data.copy_(loaded)
+
+
+def test_large_pieces_and_small_ones_are_replayed_alike():
+    loaded = Loaded.of(Sizes)
+    for value in range(3):
+        sizes = {"last": 9, "large": COPIED_ALONE_BYTES // 2, "first": 8}
+        loaded.update({name: torch.full((size,), float(value), dtype=BF16) for name, size in sizes.items()}, 1 << 30)
+    assert loaded.counts == (1, 1, 1, 0)
 
 
 def test_an_update_that_changes_nothing_is_checked_all_the_same():

@@ -1,5 +1,6 @@
 """The connection of a weight update: who is let in, what is carried, how it ends."""
 
+import asyncio
 import contextlib
 import fcntl
 import resource
@@ -123,6 +124,19 @@ async def test_nobody_waits_for_a_stranger_that_says_less_than_a_hello(data):
         listener.close()
         await eventually(lambda: readable([other.fileno()], 0.0))
         assert is_let_go(other)
+
+
+async def test_who_speaks_later_than_it_connects_is_heard_at_once():
+    """Not at the next look: an engine says hello some microseconds after it has connected."""
+    with Listener("127.0.0.1", WAIT_S) as listener, stranger(listener.place) as quiet:
+        del quiet
+        with stranger(listener.place) as other:
+            await eventually(lambda: listener.accept(0.0) is None and len(listener._strangers) == 2)
+            waiting = asyncio.create_task(asyncio.to_thread(listener.accept, WAIT_S))
+            other.sendall(framed(msgpack.packb({"token": listener.place.token, "engine": "late"})))
+            came = await waiting
+        assert came is not None and came[1]["engine"] == "late"
+        came[0].close()
 
 
 async def test_strangers_that_say_nothing_are_let_go_after_a_while_and_when_there_are_many():

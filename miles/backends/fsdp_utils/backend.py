@@ -60,6 +60,7 @@ from miles.backends.lora.files import check_checkpoint, check_reference, weights
 from miles.backends.lora.values import is_below
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import moves_reference
+from miles.backends.training_utils.rendezvous import rank_device
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.backends.training_utils.storages import distinct_storages
 from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
@@ -87,7 +88,7 @@ class FSDPBackend(TrainBackend):
             )
         self.args = args
         self.settings = settings_of(args)
-        self.device = _device(self.settings.device)
+        self.device = rank_device(self.settings.device)
         rank, size = dist.get_rank(), dist.get_world_size()
         self._mesh = _mesh(self.settings.device, size, self.settings.replicas)
         self.parallel = ParallelState(
@@ -376,12 +377,6 @@ class FSDPBackend(TrainBackend):
             advice="Lower --lr, look at the losses of the steps before, or leave such steps out with "
             "--no-check-for-nan-in-loss-and-grad.",
         )
-
-
-def _device(kind: str) -> torch.device:
-    if kind == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _mesh(device: str, world: int, replicas: int) -> DeviceMesh:

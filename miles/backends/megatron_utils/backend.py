@@ -64,6 +64,7 @@ from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
 from miles.backends.megatron_utils.weights import full_tensors, load_hf_weights
 from miles.backends.training_utils.hooks import call_init_hook
 from miles.backends.training_utils.loss_hub.settings import moves_reference, needs_reference, needs_teacher
+from miles.backends.training_utils.rendezvous import rank_device
 from miles.backends.training_utils.sleeping import SleepingMemory
 from miles.utils.lora import ADAPTER_DIRECTORY, LoraSettings
 
@@ -88,7 +89,7 @@ class MegatronBackend(TrainBackend):
         self.args = args
         self.role = role
         self.dtype = DTYPES[args.params_dtype]
-        self.device = torch.device(args.device)
+        self.device = rank_device(args.device)
         self.shape = read_shape(args.hf_config)
         self._owns_groups = parallel is None
         if parallel is not None:

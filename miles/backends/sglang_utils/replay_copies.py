@@ -8,6 +8,7 @@ import torch
 
 from miles.backends.sglang_utils.copy_plan import WIDTHS, Copy, CopyPlan, Fill, Pieces, Region
 from miles.backends.sglang_utils.model_memory import in_storage
+from miles.backends.weight_update.bucket_copies import COPIED_ALONE_BYTES
 from miles.backends.weight_update.buckets import Entry
 
 
@@ -53,7 +54,7 @@ def _by_dtypes(copies: Iterable[Copy]) -> list[list[Copy]]:
 
 
 class _Flat:
-    """``Pieces`` with their targets, all integers of one width: what ``_foreach_copy_`` does in few launches."""
+    """``Pieces`` with their targets, all integers of one width: small ones by ``_foreach_copy_``, in few launches."""
 
     def __init__(self, pieces: Pieces, storages: dict[int, torch.UntypedStorage]) -> None:
         width = pieces.width
@@ -65,11 +66,18 @@ class _Flat:
             _target(Region(p.memory, self._dtype, p.target, (p.num_bytes // width,), (1,)), storages)
             for p in pieces.pieces
         ]
+        large = [piece.num_bytes >= COPIED_ALONE_BYTES for piece in pieces.pieces]
+        self._large = [index for index, is_large in enumerate(large) if is_large]
+        self._small = [index for index, is_large in enumerate(large) if not is_large]
+        self._small_targets = [self._targets[index] for index in self._small]
 
     def run(self, bucket: _Bucket) -> None:
         part = bucket.typed(self._dtype, (self._total,), (1,), self._start)
         cut = part.split_with_sizes(self._sizes)
-        torch._foreach_copy_(self._targets, [cut[pick] for pick in self._picks])
+        for index in self._large:
+            self._targets[index].copy_(cut[self._picks[index]])
+        if self._small:
+            torch._foreach_copy_(self._small_targets, [cut[self._picks[index]] for index in self._small])
 
 
 class _Bucket:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -102,3 +103,12 @@ class Rendezvous:
         if dist.is_initialized():
             dist.destroy_process_group()
         self._store = None
+
+
+def rank_device(kind: str, current: Callable[[], int] = torch.cuda.current_device) -> torch.device:
+    """Of this rank, after ``Rendezvous.join``: a GPU always with its index, as NCCL keeps its communicators by it.
+
+    A group that was connected for ``cuda`` would be connected again, with nobody on the other side, by the first
+    broadcast of a tensor on ``cuda:0``.
+    """
+    return torch.device("cuda", current()) if kind == "cuda" else torch.device(kind)

@@ -209,8 +209,10 @@ def _bytes(storage: Storage) -> torch.Tensor:
 
 
 def _memory(host: Storage) -> memoryview:
-    """Of a storage on the CPU. Not through numpy: that would mark it as not resizable for good."""
+    """Of a storage on the CPU, which lives for as long as this does. Not through numpy: that would mark it as not
+    resizable for good."""
     array = (ctypes.c_ubyte * host.nbytes()).from_address(host.data_ptr())
+    array.storage = host  # type: ignore[attr-defined]  # the address alone would keep nothing
     return memoryview(array).cast("B")
 
 

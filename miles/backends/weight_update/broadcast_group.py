@@ -2,7 +2,8 @@
 
 The trainer holds a rendezvous store on a socket that is bound before anybody hears of its port, and waits for the
 others in a thread. Engines come to it through ``join_as_engine``, or, where SGLang is asked by its own requests, with
-its ``init_custom_process_group``: that one prefixes keys, and both sides have to do it alike.
+its ``init_custom_process_group``: that one prefixes keys, and both sides have to do it alike. It also leaves NCCL's
+communicator to the first broadcast, so the trainer must not wait for it before it has asked for one (``connect``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +32,38 @@ _SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """torch would end this process a minute after NCCL has found that another one is gone (by network): here the group is
 left instead, and the update fails for those who were the cause."""
 _LOOK_S = 0.002
+_NOT_EVERYBODY = f"not everybody came within {JOIN_S:g} s"
+MakeBackend = Callable[[Store, tuple[int, int], str, torch.device], Any]
 
 
 class BroadcastGroup:
     """One side of a group that stands. ``close`` it when the members have changed.
 
+    Args:
+        unconnected: The device for which ``connect`` is still to come.
+
     Attributes:
         name: Differs from group to group.
     """
 
-    def __init__(self, name: str, backend: Any, store: TCPStore) -> None:
+    def __init__(self, name: str, backend: Any, store: TCPStore, unconnected: torch.device | None = None) -> None:
         self.name = name
         self._backend = backend
         self._store = store
+        self._unconnected = unconnected
+
+    def connect(self, is_hopeless: Callable[[], bool]) -> str:
+        """Where that is still to be done, once the others are on their way into their first broadcast: it blocks until
+        they are. Returns why it failed; the group is of no use then."""
+        device, self._unconnected = self._unconnected, None
+        if device is None:
+            return ""
+        connecting = _InThread(partial(_connect, self._backend, device), "connect-group")
+        if connecting.wait(is_hopeless):
+            return connecting.error
+        self._backend.abort()
+        connecting.let_end()
+        return _NOT_EVERYBODY
 
     def broadcast(self, tensor: torch.Tensor) -> Any:
         """From the trainer's rank to all others, without waiting: returns torch's work handle."""
@@ -75,7 +96,11 @@ def has_arrived(work: Any) -> bool:
 class Gathering:
     """A group on its way, at the trainer: others may come to ``host`` and ``port``."""
 
-    def __init__(self, host: str, size: int, device: torch.device, *, prefixed: str = "") -> None:
+    def __init__(
+        self, host: str, size: int, device: torch.device, *, prefixed: str = "", make_backend: MakeBackend | None = None
+    ) -> None:
+        if device.type == "cuda" and device.index is None:
+            raise ValueError("NCCL keeps a communicator for each index: a group needs a device with one")
         self.name = secrets.token_hex(8)
         self.host = host
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -83,21 +108,29 @@ class Gathering:
         self._server = TCPStore(
             host, self.port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        self._joining = _Joining(
-            prefixed_as_sglang(TCPStore(host, self.port, size, False), prefixed), size, host, device
-        )
+        self._unconnected = device if prefixed and device.type == "cuda" else None
+        self._backend: Any = None
+        self._make = partial(
+            make_backend or _make_backend,
+            prefixed_as_sglang(TCPStore(host, self.port, size, False), prefixed), (0, size), host, device,
+        )  # fmt: skip
+        self._device = device
+        self._joining = _InThread(self._join, "join-group")  # it blocks until all are there
 
     def wait(self, is_hopeless: Callable[[], bool]) -> BroadcastGroup | str:
         """Until all are there; else why not. What the others say is the caller's to ask."""
-        deadline = time.monotonic() + JOIN_S
-        while not self._joining.done.wait(_LOOK_S) and not is_hopeless() and time.monotonic() < deadline:
-            pass
-        backend = self._joining.backend
-        if backend is None or self._joining.error or not self._joining.done.is_set():
-            del self._server  # whoever still waits in the rendezvous gives up now
-            self._joining.give_up()
-            return self._joining.error or f"not everybody came within {JOIN_S:g} s"
-        return BroadcastGroup(self.name, backend, self._server)
+        if self._joining.wait(is_hopeless) and not self._joining.error:
+            return BroadcastGroup(self.name, self._backend, self._server, self._unconnected)
+        del self._server  # whoever still waits in the rendezvous gives up now
+        if self._device.type == "cuda" and self._backend is not None:
+            self._backend.abort()
+        self._joining.let_end()
+        return self._joining.error or _NOT_EVERYBODY
+
+    def _join(self) -> None:
+        self._backend = self._make()
+        if self._unconnected is None:
+            _connect(self._backend, self._device)
 
 
 def join_as_engine(name: str, at: tuple[str, int], place: tuple[int, int], device: torch.device) -> BroadcastGroup:
@@ -116,31 +149,34 @@ def _let_go(backend: Any, store: TCPStore) -> None:
     del backend, store
 
 
-class _Joining:
-    """The trainer's own side of the rendezvous, in a thread: it blocks until all are there."""
+class _InThread:
+    """What blocks until others come, so that somebody can look after it meanwhile."""
 
-    def __init__(self, store: Store, size: int, host: str, device: torch.device) -> None:
-        self._arguments = (store, (0, size), host, device)
-        self._device = device
-        self.backend: Any = None
+    def __init__(self, run: Callable[[], None], name: str) -> None:
         self.error = ""
-        self.done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="join-group", daemon=True)
+        self._run = run
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._to_the_end, name=name, daemon=True)
         self._thread.start()
 
-    def give_up(self) -> None:
-        """It failed elsewhere. Waits a little for the thread, which ends as the store does."""
-        if self._device.type == "cuda" and self.backend is not None:
-            self.backend.abort()
+    def wait(self, is_hopeless: Callable[[], bool]) -> bool:
+        """Until it is over, with or without ``error``. False: it is not, and will not be."""
+        deadline = time.monotonic() + JOIN_S
+        while not self._done.wait(_LOOK_S):
+            if is_hopeless() or time.monotonic() > deadline:
+                return self._done.is_set()
+        return True
+
+    def let_end(self) -> None:
+        """Wait a little: what it waited for has been ended."""
         self._thread.join(_LEAVE_S)
 
-    def _run(self) -> None:
+    def _to_the_end(self) -> None:
         try:
-            self.backend = _make_backend(*self._arguments)
-            _connect(self.backend, self._device)
+            self._run()
         except (RuntimeError, dist.DistError) as error:
             self.error = str(error)
-        self.done.set()
+        self._done.set()
 
 
 def prefixed_as_sglang(store: Store, name: str) -> Store:

@@ -6,6 +6,7 @@ process group.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from miles.backends.weight_update.messages import WeightUpdate
 from miles.backends.weight_update.sender import CPU_BUCKET_BYTES, Sender, at_least, update_body
 from miles.backends.weight_update.stream import address_towards, host_and_port
 
+logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.0005
 
 
@@ -135,6 +137,9 @@ class BroadcastRequestSender(Sender):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies into the bucket went their own way
         requests = calls.start("/update_weights_from_distributed", lambda _: body)
+        if why := group.connect(lambda: requests.has_failed):
+            logger.warning("no NCCL communicator of trainer and engines came about: %s", why)
+            raise _Broken(requests)
         return requests, group.broadcast(memory[: bucket.num_bytes])
 
     def _finish_broadcast(self, calls: EngineCalls, pending: tuple[Pending, Any] | None) -> None:

@@ -6,6 +6,9 @@ import torch
 
 from miles.backends.weight_update.buckets import Entry, copy_into
 
+COPIED_ALONE_BYTES = 16 << 20
+"""From here on a copy is worth a launch of its own: the driver's copies are faster than the kernel of
+``_foreach_copy_`` (H200, reading and writing: 4.3 TB/s against 2.4)."""
 _HELD_BYTES = 256 << 20
 """Tensors that wait to be copied are kept alive: so many bytes at the most."""
 
@@ -21,7 +24,7 @@ class BucketCopies:
 
     def add(self, memory: torch.Tensor, entry: Entry, tensor: torch.Tensor) -> None:
         """``tensor`` to its place in ``memory``, uint8 ``[n]``."""
-        if not (self._together and tensor.is_contiguous()):
+        if not (self._together and tensor.is_contiguous()) or entry.num_bytes >= COPIED_ALONE_BYTES:
             copy_into(memory, entry, tensor)
             return
         piece = self._view(memory, entry.dtype).narrow(0, entry.start // entry.dtype.itemsize, tensor.numel())

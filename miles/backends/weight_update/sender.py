@@ -76,10 +76,10 @@ class Sender(ABC):
         """Send everything. ``resident``: this rank's parameters, which stay as they are meanwhile: what of
         ``hf_weights`` lies in them can be handed over as it is. Returns seconds by part:
 
-        ``gather`` (until the iterator had the next tensor), ``copy`` (into the bucket), ``wait`` (for engines, with
-        nothing else to do), ``engine`` (requests, also where they overlap with the former), ``engine_copy`` (of those:
-        loading in the engine that took longest, where it tells), ``total``. ``num_bytes`` and ``num_buckets`` say how
-        much it was.
+        ``connect`` (by stream: until engines are there, with nothing else to do), ``gather`` (until the iterator had
+        the next tensor), ``copy`` (into the bucket), ``wait`` (for engines, with nothing else to do), ``engine``
+        (requests, also where they overlap with the former), ``engine_copy`` (of those: loading in the engine that took
+        longest, where it tells), ``total``. ``num_bytes`` and ``num_buckets`` say how much it was.
 
         Raises:
             BadUpdate: this cannot be done.
@@ -102,7 +102,7 @@ class Sender(ABC):
         """Give process groups back."""
 
     def _begin(self) -> None:
-        self._times = dict.fromkeys(("gather", "copy", "wait", "engine", "engine_copy"), 0.0)
+        self._times = dict.fromkeys(("connect", "gather", "copy", "wait", "engine", "engine_copy"), 0.0)
         self.num_bytes = 0
         self.num_buckets = 0
 

@@ -174,9 +174,19 @@ class Listener:
 
     def accept(self, wait_s: float) -> tuple[Line, dict[str, Any]] | None:
         """A connection that has said the token, with its hello; None: there was none within ``wait_s``."""
-        if readable([self._socket.fileno()], wait_s if not self._strangers else min(wait_s, _LOOK_S)):
+        came = self._introduced()
+        if came is not None:
+            return came
+        # Whoever has begun to speak, and is not done, would end every wait at once: they are looked at now and then.
+        silent = [line.fileno() for line in self._strangers if not line.has_message()]
+        wait_s = min(wait_s, _LOOK_S) if len(silent) < len(self._strangers) else wait_s
+        if self._socket.fileno() in readable([self._socket.fileno(), *silent], wait_s):
             with contextlib.suppress(OSError):  # gone again
                 self._strangers[Line(self._socket.accept()[0], self._timeout_s)] = time.monotonic() + self._hello_s
+        return self._introduced()
+
+    def _introduced(self) -> tuple[Line, dict[str, Any]] | None:
+        """The first that has said the token. Lets go of those that are too slow, or too many."""
         for line, until in list(self._strangers.items()):
             hello = self._hello(line, until)
             if hello is not None:

@@ -65,7 +65,7 @@ class StreamSender(Sender):
             stream.hang_up()
             stream.settle()
             self._times["wait"] += time.perf_counter() - at
-            self._times |= {"engine": calls.busy_s, "engine_copy": lines.engine_seconds}
+            self._times |= {"connect": stream.connect_s, "engine": calls.busy_s, "engine_copy": lines.engine_seconds}
             if calls.failures:
                 self._end_last()
             calls.raise_failures(f"taking weight version {update.version}")

@@ -42,7 +42,11 @@ def all_ranks(engines: Sequence[EngineTarget]) -> tuple[Peer, ...]:
 
 
 class Stream:
-    """An update that is under way. ``gathered``: a value from all ranks that have to do with engines, by rank."""
+    """An update that is under way. ``gathered``: a value from all ranks that have to do with engines, by rank.
+
+    Attributes:
+        connect_s: Seconds that ``connect`` has waited.
+    """
 
     def __init__(
         self,
@@ -63,10 +67,12 @@ class Stream:
         # One request lasts as long as all buckets; how long each part may take is the lines' to say.
         self._requests = calls.start(PATH, lambda engine: _request(engine, places, update.timeout_s), timeout_s=WHOLE_S)
         self._connected = False
+        self.connect_s = 0.0
 
     def connect(self) -> None:
         """Until every engine's ranks are there, or it has failed. All ranks call it at the same point."""
-        deadline = time.monotonic() + self._timeout_s
+        began = time.monotonic()
+        deadline = began + self._timeout_s
         while not self._connected:
             came = self._listener.accept(_CONNECT_LOOK_S if self.lines.missing() else 0.0)
             if came is not None:
@@ -81,6 +87,7 @@ class Stream:
                 for engine, why in failures.items():
                     self.lines.fail(engine, why)
             self._connected = not any(missing for _, missing in told)
+            self.connect_s = time.monotonic() - began
 
     def hang_up(self) -> None:
         """Let go of all lines, and of who has come too late. ``settle`` or ``end`` come next."""
