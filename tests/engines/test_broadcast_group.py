@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+import weakref
 
 import pytest
 import torch
+from support.procs import eventually
 
 from miles.backends.training_utils.rendezvous import rank_device
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering
@@ -36,7 +38,8 @@ class Nccl:
 
 
 def gathering(backend, *, prefixed=""):
-    return Gathering("127.0.0.1", 2, GPU, prefixed=prefixed, make_backend=lambda *_: backend)
+    waiting = [backend]
+    return Gathering("127.0.0.1", 2, GPU, prefixed=prefixed, make_backend=lambda *_: waiting.pop())
 
 
 async def test_a_group_with_engines_of_ours_is_connected_when_it_stands():
@@ -71,6 +74,19 @@ async def test_engines_of_ours_that_fail_to_connect_keep_nobody():
     backend = Nccl(others_come=False)
     found = await asyncio.to_thread(gathering(backend).wait, lambda: bool(backend.connected_for))
     assert isinstance(found, str) and backend.is_aborted.is_set()
+
+
+@pytest.mark.parametrize("prefixed", ["", "miles"])
+async def test_nothing_but_the_group_keeps_a_backend(prefixed):
+    """Its connections end with it, which is what others wait for."""
+    backend = Nccl()
+    alive, coming = weakref.ref(backend), gathering(backend, prefixed=prefixed)
+    group = await asyncio.to_thread(coming.wait, lambda: False)
+    assert isinstance(group, BroadcastGroup) and group.connect(lambda: False) == ""
+    del backend
+    group.close()
+    await eventually(lambda: alive() is None)
+    assert coming.name == group.name
 
 
 def test_a_ranks_gpu_has_an_index():

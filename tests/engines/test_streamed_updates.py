@@ -293,6 +293,23 @@ class TrainerSide:
         assert all(torch.equal(tensor, torch.full((50,), float(value))) for tensor in self.held.values())
 
 
+@pytest.mark.parametrize(
+    ("stays", "told"), [((1,), (0, 0)), ((1, 1), (0, 1, 1)), ((1, 0), (0, 1)), ((0, 1), (0, 1, 1))]
+)
+async def test_memory_that_stays_is_loaded_at_once_and_waited_for_in_the_end(stays, told):
+    """What comes after it and does not stay is waited for, and so is what came before."""
+    async with AsyncExitStack() as stack:
+        side = TrainerSide(stack)
+        async with side.engine() as (line, _):
+            for number, value in enumerate(stays):
+                message, memory = side.bucket(number)
+                line.send(message | {"number": number, "memory": memory} | ({"stays": True} if value else {}))
+            line.send({"say": "end"})
+            said = [await asyncio.to_thread(line.receive) for _ in range(len(told) + 1)]
+        assert [message.get("number") for message in said] == [*told, None] and said[-1]["said"] == "done"
+        assert all(torch.equal(held, torch.full((50,), float(len(stays) - 1))) for held in side.held.values())
+
+
 async def test_a_trainer_that_ends_in_the_middle_leaves_an_engine_that_serves_on(caplog):
     async with AsyncExitStack() as stack:
         side = TrainerSide(stack)

@@ -100,7 +100,7 @@ class LoadPlans:
         self._known = {key: known for key, known in self._known.items() if known.used >= self._updates - 2}
         self._by_entries = {id(k.entries): k for k in self._known.values() if k.entries is not None}
 
-    def load(self, entries: Sequence[Entry], memory: torch.Tensor) -> None:
+    def load(self, entries: Sequence[Entry], memory: torch.Tensor, *, beside_broadcast: bool = False) -> None:
         """Load the tensors of one bucket.
 
         Does not wait for the device, except for the check: the copies are in the current stream.
@@ -109,6 +109,7 @@ class LoadPlans:
             entries: What lies where, in bytes from the begin of ``memory``. One that has ``strides`` (in elements) has
                 its first element at ``start``. The same tuple again is found faster than an equal one.
             memory: uint8 ``[n]``, contiguous, on the model's device.
+            beside_broadcast: The device receives the next bucket meanwhile, so copies should leave it room.
 
         Raises:
             ValueError: A tensor that does not lie within ``memory``, or askew to its dtype.
@@ -124,7 +125,7 @@ class LoadPlans:
         if known is None:
             self._record(entries, memory)
         elif known.trusted:
-            known.replay.run(memory)
+            known.replay.run(memory, large_alone=not beside_broadcast)
             self.replayed += 1
         else:
             self._check(known, entries, memory)

@@ -4,7 +4,7 @@ SGLang calls ``load`` as one of its ``custom_weight_loader`` functions, in each 
 it is given says where the trainer listens (``weight_update.stream`` describes what the two say to each other):
 
 * memory that is shared (colocated): a bucket is loaded when its message comes, and its memory is the trainer's again
-  when this side has said so;
+  when this side has said so; memory that stays as it is until the end is read without waiting for the device;
 * a process group: the next bucket is received while the one before is loaded, and nobody waits for the host. The
   group stays until a trainer asks for another.
 
@@ -65,6 +65,7 @@ class Receiver:
 
     def __init__(self, model: Any) -> None:
         self._plans = LoadPlans(model)
+        self._has_begun = False
         self._group: BroadcastGroup | None = None
         self._device = device_of(model)
 
@@ -80,7 +81,7 @@ class Receiver:
             StreamBroken: the trainer is gone, or has heard what went wrong here.
         """
         try:
-            self._plans.begin()
+            self._has_begun = False
             with contextlib.closing(SharedSources()) as sources:
                 self._take_all(line, sources)
             self._plans.end()
@@ -107,6 +108,7 @@ class Receiver:
 
     def _take_all(self, line: Line, sources: SharedSources) -> None:
         arriving: _Arriving | None = None
+        unread = -1
         buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
         while True:
             message = line.receive()
@@ -117,6 +119,7 @@ class Receiver:
                     entries = tuple(Entry.of_plain(values) for values in message["entries"])
                     if "memory" in message:
                         self._load_shared(line, message, entries, sources)
+                        unread = message["number"] if message.get("stays") else -1
                         continue
                     if arriving is not None and not self._plans.replays(arriving.entries):
                         # It may wait for all of the device, and so for the next broadcast, which may never end.
@@ -126,11 +129,14 @@ class Receiver:
                     if buffers[0].numel() < message["num_bytes"]:
                         buffers[0] = torch.empty(message["room"], dtype=torch.uint8, device=self._device)
                     coming = self._receive(message, entries, buffers[0])
+                    self._begin()  # the first bucket is on its way meanwhile
                     self._load_arrived(line, arriving)
                     arriving = coming
                 case "end":
                     self._load_arrived(line, arriving)
                     self._settle(line, arriving)
+                    if unread >= 0:
+                        self._tell_loaded(line, unread, time.perf_counter())
                     return
                 case other:
                     raise StreamBroken(f"the trainer said {other!r}, which is unknown here")
@@ -138,11 +144,24 @@ class Receiver:
     def _load_shared(
         self, line: Line, message: dict[str, Any], entries: tuple[Entry, ...], sources: SharedSources
     ) -> None:
+        """Memory that stays until the update is over is waited for in the end, once."""
+        self._begin()
         start = time.perf_counter()
         self._plans.load(entries, sources.bytes_of(message["memory"]))
+        if message.get("stays"):
+            line.send({"said": "loaded", "number": message["number"], "seconds": time.perf_counter() - start})
+        else:
+            self._tell_loaded(line, message["number"], start)
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._plans.begin()
+            self._has_begun = True
+
+    def _tell_loaded(self, line: Line, number: int, start: float) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        line.send({"said": "loaded", "number": message["number"], "seconds": time.perf_counter() - start})
+        line.send({"said": "loaded", "number": number, "seconds": time.perf_counter() - start})
 
     def _join(self, line: Line, message: dict[str, Any]) -> None:
         self.leave_group()
@@ -165,7 +184,7 @@ class Receiver:
             self._watch(line, arriving.work)
         start = time.perf_counter()
         self._await(arriving.work)
-        self._plans.load(arriving.entries, arriving.memory)
+        self._plans.load(arriving.entries, arriving.memory, beside_broadcast=True)
         line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
 
     def _settle(self, line: Line, last: _Arriving | None) -> None:

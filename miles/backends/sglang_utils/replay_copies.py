@@ -29,13 +29,13 @@ class Replay:
             ]
 
     @torch.no_grad()
-    def run(self, memory: torch.Tensor) -> None:
-        """Do all of it from this bucket, in the current stream."""
+    def run(self, memory: torch.Tensor, *, large_alone: bool = True) -> None:
+        """Do all of it from this bucket, in the current stream. ``large_alone``: as fast as it goes."""
         if memory.numel() < self._stop:
             raise ValueError(f"a bucket of {memory.numel()} bytes, where {self._stop} are read")
         bucket = _Bucket(memory)
         for flat in self._flat:
-            flat.run(bucket)
+            flat.run(bucket, large_alone=large_alone)
         for targets, sources in self._loose:
             torch._foreach_copy_(targets, [bucket.view(source) for source in sources])
         for target, source in self._ordered:
@@ -71,9 +71,12 @@ class _Flat:
         self._small = [index for index, is_large in enumerate(large) if not is_large]
         self._small_targets = [self._targets[index] for index in self._small]
 
-    def run(self, bucket: _Bucket) -> None:
+    def run(self, bucket: _Bucket, *, large_alone: bool) -> None:
         part = bucket.typed(self._dtype, (self._total,), (1,), self._start)
         cut = part.split_with_sizes(self._sizes)
+        if not large_alone:
+            torch._foreach_copy_(self._targets, [cut[pick] for pick in self._picks])
+            return
         for index in self._large:
             self._targets[index].copy_(cut[self._picks[index]])
         if self._small:

@@ -120,7 +120,8 @@ class Gathering:
     def wait(self, is_hopeless: Callable[[], bool]) -> BroadcastGroup | str:
         """Until all are there; else why not. What the others say is the caller's to ask."""
         if self._joining.wait(is_hopeless) and not self._joining.error:
-            return BroadcastGroup(self.name, self._backend, self._server, self._unconnected)
+            backend, self._backend = self._backend, None  # nothing else may keep its connections
+            return BroadcastGroup(self.name, backend, self._server, self._unconnected)
         del self._server  # whoever still waits in the rendezvous gives up now
         if self._device.type == "cuda" and self._backend is not None:
             self._backend.abort()
@@ -172,10 +173,13 @@ class _InThread:
         self._thread.join(_LEAVE_S)
 
     def _to_the_end(self) -> None:
+        run = self._run
+        del self._run  # it may keep the backend, and so its connections
         try:
-            self._run()
+            run()
         except (RuntimeError, dist.DistError) as error:
             self.error = str(error)
+        del run
         self._done.set()
 
 

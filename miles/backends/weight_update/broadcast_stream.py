@@ -23,8 +23,9 @@ from miles.backends.weight_update.stream_sender import StreamSender, Weights
 from miles.backends.weight_update.stream_update import Roles, Stream, all_ranks
 
 _LOOK_EVERY_S = 0.0002
-_FIRST = 8
-"""The first bucket is so many times smaller: nothing is on its way until it is full."""
+_FIRST_ON_CPU = 8
+"""There the first bucket is so many times smaller: nothing is on its way until it is full. On a GPU that takes less
+time than engines need to connect."""
 
 
 class BroadcastStreamSender(StreamSender):
@@ -56,10 +57,11 @@ class BroadcastStreamSender(StreamSender):
             raise
 
     def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
-        capacity, copies, turn = self._capacity(update), BucketCopies(together=self.device.type == "cuda"), 0
+        capacity, on_gpu, turn = self._capacity(update), self.device.type == "cuda", 0
+        copies = BucketCopies(together=on_gpu, large_alone=False)
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
         works: list[Any] = [None, None]
-        bucket = Bucket(max(capacity // _FIRST, 1), ALIGNMENT)
+        bucket = Bucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), ALIGNMENT)
         for name, tensor in weights:
             if not bucket.takes(tensor):
                 works[turn] = self._broadcast(update, stream, bucket, memories[turn], copies)

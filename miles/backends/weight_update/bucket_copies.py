@@ -8,23 +8,26 @@ from miles.backends.weight_update.buckets import Entry, copy_into
 
 COPIED_ALONE_BYTES = 16 << 20
 """From here on a copy is worth a launch of its own: the driver's copies are faster than the kernel of
-``_foreach_copy_`` (H200, reading and writing: 4.3 TB/s against 2.4)."""
+``_foreach_copy_`` (H200, reading and writing: 4.3 TB/s against 2.4). Beside a broadcast that is no gain, as they take
+from it what they take more of the memory's bandwidth (8B parameters: 1.3 ms later)."""
 _HELD_BYTES = 256 << 20
 """Tensors that wait to be copied are kept alive: so many bytes at the most."""
 
 
 class BucketCopies:
-    """What is still to be copied. ``flush`` before the bucket is handed on. ``together``: on a GPU."""
+    """What is still to be copied. ``flush`` before the bucket is handed on. ``together``: on a GPU; ``large_alone``:
+    but for large tensors."""
 
-    def __init__(self, *, together: bool) -> None:
+    def __init__(self, *, together: bool, large_alone: bool = True) -> None:
         self._together = together
+        self._alone_bytes = COPIED_ALONE_BYTES if large_alone else 1 << 62
         self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._flat: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._bytes = 0
 
     def add(self, memory: torch.Tensor, entry: Entry, tensor: torch.Tensor) -> None:
         """``tensor`` to its place in ``memory``, uint8 ``[n]``."""
-        if not (self._together and tensor.is_contiguous()) or entry.num_bytes >= COPIED_ALONE_BYTES:
+        if not (self._together and tensor.is_contiguous()) or entry.num_bytes >= self._alone_bytes:
             copy_into(memory, entry, tensor)
             return
         piece = self._view(memory, entry.dtype).narrow(0, entry.start // entry.dtype.itemsize, tensor.numel())

@@ -6,7 +6,8 @@ bucket costs a message instead of a request. Messages are msgpack maps, each beh
 
     engine    hello: token, engine, rank, group (the process group that it is in, if any)
     trainer   join: where a process group gathers           engine  joined        (broadcast, if the group is new)
-    trainer   bucket: number, entries, and where it lies    engine  loaded: number, seconds
+    trainer   bucket: number, entries, and where it lies    engine  loaded: number, seconds (once more in the end, of
+              (stays: as it is until the end)                       what stays: until the device has read it)
     trainer   end                                           engine  done
     engine    cut off: why (a broadcast did not arrive, which is no fault of its own), after which nothing follows
     either    error: text, after which nothing follows

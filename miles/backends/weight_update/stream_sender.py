@@ -171,11 +171,12 @@ class SharedStreamSender(StreamSender):
         stream.lines.tell(lambda _: {"say": "end"})
         stream.lines.await_done()
 
-    def hand_over(self, stream: Stream, entries: list[Entry], memory: dict[str, Any]) -> int:
-        """Returns the bucket's number."""
+    def hand_over(self, stream: Stream, entries: list[Entry], memory: dict[str, Any], *, stays: bool = False) -> int:
+        """Returns the bucket's number. ``stays``: nothing is written there until the update is over."""
         stream.connect()
         number, self.num_buckets = self.num_buckets, self.num_buckets + 1
         message = {"say": "bucket", "number": number, "entries": [e.as_plain() for e in entries], "memory": memory}
+        message |= {"stays": True} if stays else {}
         stream.lines.tell(lambda _: message)
         return number
 
@@ -248,4 +249,4 @@ class _Own:
         if buckets:
             torch.cuda.current_stream(self._sender.device).synchronize()
         for entries, description in buckets:
-            self._sender.hand_over(self._stream, entries, description)
+            self._sender.hand_over(self._stream, entries, description, stays=True)
