@@ -144,12 +144,15 @@ def _views(weights: Weights, buffer: Any) -> list[Any]:
 
 
 async def compare(results: Results, client: EngineClient, path: Path, weights: Weights, version: int) -> str:
-    """The engine holds what it holds when it has loaded these weights from disk. Returns its checksum."""
+    """The engine holds what it holds when it has loaded these weights from disk. Returns its checksum. Raises
+    RuntimeError if it does not."""
     held, _ = await client.checksums()
     export = export_of(results.out / f"export-{results.stage}", path, weights)
     await client.update_weights_from_disk(str(export), version=version + 1)
     loaded, _ = await client.checksums()
     results.add(f"version {version}: checksum equals that of loading from disk", str(held == loaded), note=held[:16])
+    if held != loaded:
+        raise RuntimeError(f"the engine holds {held[:16]} after version {version}, and {loaded[:16]} loaded from disk")
     return held
 
 

@@ -85,11 +85,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _print_stacks(below: Sequence[psutil.Process]) -> None:
     """Of workers that are not done in time, into their logs: where they are."""
+    asked = False
     for other in below:
         with contextlib.suppress(psutil.Error):
-            if other.name().startswith(("trainer", "rollout")):
+            is_rank = any("gpu_bench.trainer_ranks" in word for word in other.cmdline()[:4])
+            if is_rank or other.name().startswith(("trainer", "rollout")):
                 other.send_signal(STACK_SIGNAL)
-    time.sleep(_STACKS_S)
+                asked = True
+    if asked:
+        time.sleep(_STACKS_S)
 
 
 def together(out: Path, runs: Sequence[Run], deadline_s: float) -> None:

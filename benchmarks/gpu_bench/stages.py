@@ -47,7 +47,7 @@ STAGES = {
     "colocate-fsdp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("fsdp", "dp")),
     "layouts": Stage("layouts", "layouts", 550, gpus=2),
     "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
-    "nccl-tp2": Stage("nccl", "nccl_tp2", 360, gpus=4),
+    "nccl-tp2": Stage("nccl", "nccl_tp2", 450, gpus=4),
     "broadcast-tp2": Stage("two_gpus", "disaggregated", 300, gpus=4, arguments=("megatron", "2", "2")),
 }
 ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "fresh-engine", "zygote", "foreign"))

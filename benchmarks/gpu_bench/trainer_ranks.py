@@ -6,6 +6,7 @@ part of each update, and how many bytes one moves.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from gpu_bench.runs import last_words, under_way
 from gpu_bench.updates import TURNS, WARM_UP, Updates
 from main_job_bench.processes import RunFailed, environment, python
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
+from miles_agents.worker.main import STACK_SIGNAL
 
 _GROUP_S = 60.0
 
@@ -107,6 +109,7 @@ def main(argv: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
     task, rank = Task(**json.loads(Path(argv[0]).read_text())), int(os.environ["RANK"])
     on_gpu = task.device == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")

@@ -12,10 +12,12 @@ from miles.backends.training_utils.rendezvous import rank_device
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering
 
 GPU = torch.device("cuda", 1)
+WAIT_S = 60.0
 
 
 class Nccl:
-    """``eager_connect_single_device`` blocks until the other side comes to its first collective, or until ``abort``."""
+    """``eager_connect_single_device`` blocks until the other side comes to its first collective. As NCCL's, it does not
+    end with ``abort``, which knows nothing of a communicator that is not made yet."""
 
     def __init__(self, others_come=True):
         self.connected_for = []
@@ -29,9 +31,7 @@ class Nccl:
 
     def eager_connect_single_device(self, device):
         self.connected_for.append(device)
-        while not self.others.wait(0.01):
-            if self.is_aborted.is_set():
-                raise RuntimeError("aborted")
+        self.others.wait()
 
     def abort(self):
         self.is_aborted.set()
@@ -46,7 +46,7 @@ async def test_a_group_with_engines_of_ours_is_connected_when_it_stands():
     backend = Nccl()
     group = await asyncio.to_thread(gathering(backend).wait, lambda: False)
     assert isinstance(group, BroadcastGroup) and backend.connected_for == [GPU]
-    assert group.connect(lambda: False) == "" and backend.connected_for == [GPU]
+    assert group.connect(lambda: False, WAIT_S) == "" and backend.connected_for == [GPU]
     group.close()
 
 
@@ -55,9 +55,11 @@ async def test_sglangs_own_group_stands_before_anybody_connects():
     backend = Nccl(others_come=False)
     group = await asyncio.to_thread(gathering(backend, prefixed="miles").wait, lambda: False)
     assert isinstance(group, BroadcastGroup) and backend.connected_for == []
-    connecting = asyncio.create_task(asyncio.to_thread(group.connect, lambda: False))
+    connecting = asyncio.create_task(asyncio.to_thread(group.connect, lambda: False, WAIT_S))
+    await eventually(lambda: backend.connected_for == [GPU])
+    assert not connecting.done()
     backend.others.set()
-    assert await connecting == "" and backend.connected_for == [GPU]
+    assert await connecting == ""
     group.close()
 
 
@@ -65,15 +67,36 @@ async def test_an_engine_that_refuses_the_first_broadcast_keeps_nobody():
     backend = Nccl(others_come=False)
     group = await asyncio.to_thread(gathering(backend, prefixed="miles").wait, lambda: False)
     assert isinstance(group, BroadcastGroup)
-    assert "not everybody came" in await asyncio.to_thread(group.connect, lambda: bool(backend.connected_for))
-    assert backend.is_aborted.is_set()
+    why = await asyncio.to_thread(group.connect, lambda: bool(backend.connected_for), WAIT_S)
+    assert "somebody failed" in why and backend.is_aborted.is_set()
+    backend.others.set()
     group.close()
+
+
+async def test_a_first_broadcast_that_nobody_comes_to_ends_in_time():
+    backend = Nccl(others_come=False)
+    group = await asyncio.to_thread(gathering(backend, prefixed="miles").wait, lambda: False)
+    assert isinstance(group, BroadcastGroup)
+    assert "within 0.02 s" in await asyncio.to_thread(group.connect, lambda: False, 0.02)
+    backend.others.set()
+    group.close()
+
+
+@pytest.mark.parametrize(("kind", "words"), [(RuntimeError, ()), (ValueError, ("no such device",))])
+async def test_a_backend_that_cannot_be_made_is_told_at_once_and_with_words(kind, words):
+    def fails(*_):
+        raise kind(*words)
+
+    coming = Gathering("127.0.0.1", 2, GPU, make_backend=fails)
+    found = await asyncio.to_thread(coming.wait, lambda: False)
+    assert found == (*words, kind.__name__)[0]
 
 
 async def test_engines_of_ours_that_fail_to_connect_keep_nobody():
     backend = Nccl(others_come=False)
     found = await asyncio.to_thread(gathering(backend).wait, lambda: bool(backend.connected_for))
-    assert isinstance(found, str) and backend.is_aborted.is_set()
+    assert "somebody failed" in str(found) and backend.is_aborted.is_set()
+    backend.others.set()
 
 
 @pytest.mark.parametrize("prefixed", ["", "miles"])
@@ -82,7 +105,7 @@ async def test_nothing_but_the_group_keeps_a_backend(prefixed):
     backend = Nccl()
     alive, coming = weakref.ref(backend), gathering(backend, prefixed=prefixed)
     group = await asyncio.to_thread(coming.wait, lambda: False)
-    assert isinstance(group, BroadcastGroup) and group.connect(lambda: False) == ""
+    assert isinstance(group, BroadcastGroup) and group.connect(lambda: False, WAIT_S) == ""
     del backend
     group.close()
     await eventually(lambda: alive() is None)

@@ -19,7 +19,7 @@ from miles.backends.weight_update.failures import BadUpdate
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.own_memory import OwnBuckets, OwnMemory, entry_of
 from miles.backends.weight_update.sender import kind_of, make_sender
-from miles.backends.weight_update.stream_sender import SharedStreamSender
+from miles.backends.weight_update.stream_sender import SharedStreamSender, _Filling, _Own
 
 TENSORS = {
     "norm": torch.arange(32, dtype=torch.bfloat16),
@@ -40,15 +40,52 @@ def test_copies_are_found_at_their_places_also_after_a_message(together):
         assert there == entry and torch.equal(views([there], memory)[0][1], TENSORS[entry.name])
 
 
-def test_a_large_tensor_is_on_its_way_at_once_and_small_ones_wait_for_each_other():
+@pytest.mark.parametrize("beside_broadcast", [False, True])
+def test_a_large_tensor_is_on_its_way_at_once_and_small_ones_wait_for_each_other(beside_broadcast):
+    """Beside a broadcast all of them wait."""
     large, small = torch.full((COPIED_ALONE_BYTES,), 1, dtype=torch.uint8), torch.full((16,), 2, dtype=torch.uint8)
     memory, bucket = torch.zeros(COPIED_ALONE_BYTES + 16, dtype=torch.uint8), Bucket(1 << 30, 16)
-    copies = BucketCopies(together=True)
+    copies = BucketCopies(together=True, beside_broadcast=beside_broadcast)
     for tensor in (large, small):
         copies.add(memory, bucket.add(f"{len(tensor)}", tensor), tensor)
-    assert torch.equal(memory[: len(large)], large) and not memory[len(large) :].any()
+    assert bool(memory[: len(large)].all()) is not beside_broadcast and not memory[len(large) :].any()
     copies.flush()
     assert torch.equal(memory, torch.cat([large, small]))
+
+
+class Handed(SharedStreamSender):
+    """Hands buckets over to a list: names, and whether their memory stays as it is."""
+
+    def __init__(self):
+        super().__init__(ParallelState(), torch.device("cpu"))
+        self.handed = []
+
+    def hand_over(self, stream, entries, memory, *, stays=False):
+        self.handed.append(([entry.name for entry in entries], stays))
+        return len(self.handed) - 1
+
+    def await_loaded(self, stream, number):
+        assert number < len(self.handed)
+
+
+class OneBuffer(OwnMemory):
+    def description(self, tensor):
+        return {"handle": b"", "offset": 0, "size": 64} if len(tensor) == 8 else None
+
+
+def test_only_the_models_own_memory_is_said_to_stay():
+    """Buckets that are copied into are written again as soon as engines have said that they were loaded."""
+    sender, own_tensor, other = Handed(), torch.ones(8), torch.ones(9)
+    memories = (MemoryFile(), MemoryFile())
+    filling, own = _Filling(sender, None, memories, 40), _Own(sender, None, OneBuffer(()), 1 << 20)
+    for name, tensor in {"a": own_tensor, "b": other, "c": other, "d": own_tensor}.items():
+        if not own.takes(name, tensor):
+            filling.take(name, tensor)
+    own.hand_over()
+    filling.hand_over()
+    for memory in memories:
+        memory.close()
+    assert sender.handed == [(["b"], False), (["a", "d"], True), (["c"], False)]
 
 
 @pytest.mark.parametrize(

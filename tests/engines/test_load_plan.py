@@ -121,10 +121,10 @@ class Loaded:
         model = kind()
         return cls(model, kind(), LoadPlans(model))
 
-    def update(self, sent, capacity=1 << 20, alignment=16):
+    def update(self, sent, capacity=1 << 20, alignment=16, **how):
         self.plans.begin()
         for entries, memory in buckets_of(sent, capacity, alignment=alignment):
-            self.plans.load(entries, memory)
+            self.plans.load(entries, memory, **how)
             self.reference.load_weights([(e.name, sent[e.name]) for e in entries])
         self.plans.end()
         assert same(bits(self.model), bits(self.reference))
@@ -179,11 +179,13 @@ class Sizes(nn.Module):
             getattr(self, name).data.copy_(loaded)
 
 
-def test_large_pieces_and_small_ones_are_replayed_alike():
+@pytest.mark.parametrize("beside_broadcast", [False, True])
+def test_large_pieces_and_small_ones_are_replayed_alike(beside_broadcast):
     loaded = Loaded.of(Sizes)
     for value in range(3):
         sizes = {"last": 9, "large": COPIED_ALONE_BYTES // 2, "first": 8}
-        loaded.update({name: torch.full((size,), float(value), dtype=BF16) for name, size in sizes.items()}, 1 << 30)
+        sent = {name: torch.full((size,), float(value), dtype=BF16) for name, size in sizes.items()}
+        loaded.update(sent, 1 << 30, beside_broadcast=beside_broadcast)
     assert loaded.counts == (1, 1, 1, 0)
 
 

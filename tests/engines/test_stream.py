@@ -134,8 +134,7 @@ async def test_nobody_waits_for_a_stranger_that_says_less_than_a_hello(data):
 
 async def test_who_speaks_later_than_it_connects_is_heard_at_once():
     """Not at the next look: an engine says hello some microseconds after it has connected."""
-    with Listener("127.0.0.1", WAIT_S) as listener, stranger(listener.place) as quiet:
-        del quiet
+    with Listener("127.0.0.1", WAIT_S) as listener, stranger(listener.place):
         with stranger(listener.place) as other:
             await eventually(lambda: listener.accept(0.0) is None and len(listener._strangers) == 2)
             threads = []

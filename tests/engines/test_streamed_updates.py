@@ -263,7 +263,7 @@ class TrainerSide:
         """The line to it; at the end it has returned from what SGLang calls."""
         with Listener("127.0.0.1", WAIT_S) as listener:
             place = [listener.place.host, listener.place.port, listener.place.token]
-            order = {"place": place, "engine": "engine-0", "rank": 0, "timeout_s": WAIT_S}
+            order = {"place": place, "engine": "engine-0", "rank": 0, "timeout_s": WAIT_S, "method": "tensor"}
             loading = asyncio.create_task(
                 asyncio.to_thread(receive_weights.load, self.model, [(json.dumps(order), torch.empty(0))])
             )

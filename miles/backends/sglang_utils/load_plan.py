@@ -125,10 +125,10 @@ class LoadPlans:
         if known is None:
             self._record(entries, memory)
         elif known.trusted:
-            known.replay.run(memory, large_alone=not beside_broadcast)
+            known.replay.run(memory, beside_broadcast=beside_broadcast)
             self.replayed += 1
         else:
-            self._check(known, entries, memory)
+            self._check(known, entries, memory, beside_broadcast=beside_broadcast)
 
     def replays(self, entries: Sequence[Entry]) -> bool:
         """Whether ``load`` of such a bucket only queues copies; else it may wait for the device."""
@@ -165,14 +165,14 @@ class LoadPlans:
             steps = tuple(recorder.steps)
             self._known[_key(entries)] = _Known(steps, Replay(arrange(steps), storages), self._updates)
 
-    def _check(self, known: _Known, entries: Sequence[Entry], memory: torch.Tensor) -> None:
+    def _check(self, known: _Known, entries: Sequence[Entry], memory: torch.Tensor, *, beside_broadcast: bool) -> None:
         """Load, and find out whether a replay does the same."""
         if memory.is_cuda:
             torch.cuda.synchronize(memory.device)
         held, named = ModelMemory(self._model), views(entries, memory)
         held.flip()
         try:
-            known.replay.run(memory)
+            known.replay.run(memory, beside_broadcast=beside_broadcast)
             replayed = held.digest()
             with CopyRecorder(memory, storages_of(self._model).keys()) as again:
                 self._model.load_weights(list(named))

@@ -47,7 +47,7 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
     hello = {"engine": order["engine"], "rank": order["rank"], "group": receiver.group_name}
     try:
         with contextlib.closing(connect(Place(*order["place"]), hello, order["timeout_s"])) as line:
-            receiver.serve(line)
+            receiver.serve(line, order["method"])
     except StreamBroken as error:
         logger.warning("weights were not received: %s", error)
 
@@ -74,14 +74,16 @@ class Receiver:
         """Of the process group that this rank is in; empty: none."""
         return self._group.name if self._group is not None else ""
 
-    def serve(self, line: Line) -> None:
-        """One update, to its end.
+    def serve(self, line: Line, method: str) -> None:
+        """One update by this ``UpdateMethod``, to its end.
 
         Raises:
             StreamBroken: the trainer is gone, or has heard what went wrong here.
         """
         try:
             self._has_begun = False
+            if method != "broadcast":  # else the first bucket is to be on its way meanwhile
+                self._begin()
             with contextlib.closing(SharedSources()) as sources:
                 self._take_all(line, sources)
             self._plans.end()
@@ -108,7 +110,7 @@ class Receiver:
 
     def _take_all(self, line: Line, sources: SharedSources) -> None:
         arriving: _Arriving | None = None
-        unread = -1
+        not_waited_for = -1
         buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
         while True:
             message = line.receive()
@@ -119,7 +121,7 @@ class Receiver:
                     entries = tuple(Entry.of_plain(values) for values in message["entries"])
                     if "memory" in message:
                         self._load_shared(line, message, entries, sources)
-                        unread = message["number"] if message.get("stays") else -1
+                        not_waited_for = message["number"] if message.get("stays") else -1
                         continue
                     if arriving is not None and not self._plans.replays(arriving.entries):
                         # It may wait for all of the device, and so for the next broadcast, which may never end.
@@ -129,14 +131,14 @@ class Receiver:
                     if buffers[0].numel() < message["num_bytes"]:
                         buffers[0] = torch.empty(message["room"], dtype=torch.uint8, device=self._device)
                     coming = self._receive(message, entries, buffers[0])
-                    self._begin()  # the first bucket is on its way meanwhile
-                    self._load_arrived(line, arriving)
+                    self._begin()
+                    self._load_arrived(line, arriving, beside_broadcast=True)
                     arriving = coming
                 case "end":
                     self._load_arrived(line, arriving)
                     self._settle(line, arriving)
-                    if unread >= 0:
-                        self._tell_loaded(line, unread, time.perf_counter())
+                    if not_waited_for >= 0:
+                        self._tell_loaded(line, not_waited_for, time.perf_counter())
                     return
                 case other:
                     raise StreamBroken(f"the trainer said {other!r}, which is unknown here")
@@ -148,25 +150,22 @@ class Receiver:
         self._begin()
         start = time.perf_counter()
         self._plans.load(entries, sources.bytes_of(message["memory"]))
-        if message.get("stays"):
-            line.send({"said": "loaded", "number": message["number"], "seconds": time.perf_counter() - start})
-        else:
-            self._tell_loaded(line, message["number"], start)
+        self._tell_loaded(line, message["number"], start, wait=not message.get("stays"))
 
     def _begin(self) -> None:
         if not self._has_begun:
             self._plans.begin()
             self._has_begun = True
 
-    def _tell_loaded(self, line: Line, number: int, start: float) -> None:
-        if self._device.type == "cuda":
+    def _tell_loaded(self, line: Line, number: int, start: float, *, wait: bool = True) -> None:
+        if wait and self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         line.send({"said": "loaded", "number": number, "seconds": time.perf_counter() - start})
 
     def _join(self, line: Line, message: dict[str, Any]) -> None:
         self.leave_group()
         at, place = (message["host"], message["port"]), (message["rank"], message["size"])
-        self._group = join_as_engine(message["name"], at, place, self._device)
+        self._group = join_as_engine(message["name"], at, place, self._device, line.is_over)
         line.send({"said": "joined"})
 
     def _receive(self, message: dict[str, Any], entries: tuple[Entry, ...], buffer: torch.Tensor) -> _Arriving:
@@ -175,7 +174,7 @@ class Receiver:
         memory = buffer[: message["num_bytes"]]
         return _Arriving(message["number"], entries, memory, self._group.broadcast(memory))
 
-    def _load_arrived(self, line: Line, arriving: _Arriving | None) -> None:
+    def _load_arrived(self, line: Line, arriving: _Arriving | None, *, beside_broadcast: bool = False) -> None:
         """On a GPU a replay is waited for by nobody: it comes after the broadcast on the device. Anything else may wait
         for the device itself, which would never end where the broadcast does not."""
         if arriving is None:
@@ -184,8 +183,8 @@ class Receiver:
             self._watch(line, arriving.work)
         start = time.perf_counter()
         self._await(arriving.work)
-        self._plans.load(arriving.entries, arriving.memory, beside_broadcast=True)
-        line.send({"said": "loaded", "number": arriving.number, "seconds": time.perf_counter() - start})
+        self._plans.load(arriving.entries, arriving.memory, beside_broadcast=beside_broadcast)
+        self._tell_loaded(line, arriving.number, start, wait=False)
 
     def _settle(self, line: Line, last: _Arriving | None) -> None:
         if last is not None and self._device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Does the copies of a plan again, from another bucket of the same layout, in few launches. Needs torch."""
+"""Does the copies of a plan again, from another bucket of the same layout: small ones in few launches. Needs torch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Replay:
             ]
 
     @torch.no_grad()
-    def run(self, memory: torch.Tensor, *, large_alone: bool = True) -> None:
-        """Do all of it from this bucket, in the current stream. ``large_alone``: as fast as it goes."""
+    def run(self, memory: torch.Tensor, *, beside_broadcast: bool = False) -> None:
+        """Do all of it from this bucket, in the current stream; beside a broadcast not as fast as it goes."""
         if memory.numel() < self._stop:
             raise ValueError(f"a bucket of {memory.numel()} bytes, where {self._stop} are read")
         bucket = _Bucket(memory)
         for flat in self._flat:
-            flat.run(bucket, large_alone=large_alone)
+            flat.run(bucket, beside_broadcast=beside_broadcast)
         for targets, sources in self._loose:
             torch._foreach_copy_(targets, [bucket.view(source) for source in sources])
         for target, source in self._ordered:
@@ -66,21 +66,19 @@ class _Flat:
             _target(Region(p.memory, self._dtype, p.target, (p.num_bytes // width,), (1,)), storages)
             for p in pieces.pieces
         ]
-        large = [piece.num_bytes >= COPIED_ALONE_BYTES for piece in pieces.pieces]
-        self._large = [index for index, is_large in enumerate(large) if is_large]
-        self._small = [index for index, is_large in enumerate(large) if not is_large]
-        self._small_targets = [self._targets[index] for index in self._small]
+        self._all = list(range(len(self._targets)))
+        self._large = [index for index in self._all if pieces.pieces[index].num_bytes >= COPIED_ALONE_BYTES]
+        self._small = [index for index in self._all if index not in set(self._large)]
 
-    def run(self, bucket: _Bucket, *, large_alone: bool) -> None:
+    def run(self, bucket: _Bucket, *, beside_broadcast: bool) -> None:
         part = bucket.typed(self._dtype, (self._total,), (1,), self._start)
         cut = part.split_with_sizes(self._sizes)
-        if not large_alone:
-            torch._foreach_copy_(self._targets, [cut[pick] for pick in self._picks])
-            return
-        for index in self._large:
+        alone, together = ([], self._all) if beside_broadcast else (self._large, self._small)
+        for index in alone:
             self._targets[index].copy_(cut[self._picks[index]])
-        if self._small:
-            torch._foreach_copy_(self._small_targets, [cut[self._picks[index]] for index in self._small])
+        if together:
+            picked = [cut[self._picks[index]] for index in together]
+            torch._foreach_copy_([self._targets[index] for index in together], picked)
 
 
 class _Bucket:

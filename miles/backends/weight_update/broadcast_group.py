@@ -32,7 +32,6 @@ _SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """torch would end this process a minute after NCCL has found that another one is gone (by network): here the group is
 left instead, and the update fails for those who were the cause."""
 _LOOK_S = 0.002
-_NOT_EVERYBODY = f"not everybody came within {JOIN_S:g} s"
 MakeBackend = Callable[[Store, tuple[int, int], str, torch.device], Any]
 
 
@@ -52,18 +51,11 @@ class BroadcastGroup:
         self._store = store
         self._unconnected = unconnected
 
-    def connect(self, is_hopeless: Callable[[], bool]) -> str:
+    def connect(self, is_hopeless: Callable[[], bool], within_s: float) -> str:
         """Where that is still to be done, once the others are on their way into their first broadcast: it blocks until
         they are. Returns why it failed; the group is of no use then."""
         device, self._unconnected = self._unconnected, None
-        if device is None:
-            return ""
-        connecting = _InThread(partial(_connect, self._backend, device), "connect-group")
-        if connecting.wait(is_hopeless):
-            return connecting.error
-        self._backend.abort()
-        connecting.let_end()
-        return _NOT_EVERYBODY
+        return "" if device is None else _connected(self._backend, device, is_hopeless, within_s)
 
     def broadcast(self, tensor: torch.Tensor) -> Any:
         """From the trainer's rank to all others, without waiting: returns torch's work handle."""
@@ -115,31 +107,42 @@ class Gathering:
             prefixed_as_sglang(TCPStore(host, self.port, size, False), prefixed), (0, size), host, device,
         )  # fmt: skip
         self._device = device
+        self._is_given_up = False
         self._joining = _InThread(self._join, "join-group")  # it blocks until all are there
 
     def wait(self, is_hopeless: Callable[[], bool]) -> BroadcastGroup | str:
         """Until all are there; else why not. What the others say is the caller's to ask."""
-        if self._joining.wait(is_hopeless) and not self._joining.error:
+        why = self._joining.wait(is_hopeless, JOIN_S)
+        if not why:
             backend, self._backend = self._backend, None  # nothing else may keep its connections
             return BroadcastGroup(self.name, backend, self._server, self._unconnected)
+        self._is_given_up = True
         del self._server  # whoever still waits in the rendezvous gives up now
-        if self._device.type == "cuda" and self._backend is not None:
-            self._backend.abort()
-        self._joining.let_end()
-        return self._joining.error or _NOT_EVERYBODY
+        if self._device.type == "cuda":
+            _abort(self._backend)
+        else:
+            self._joining.let_end(_LEAVE_S)
+        return why
 
     def _join(self) -> None:
         self._backend = self._make()
-        if self._unconnected is None:
+        if self._unconnected is None and not self._is_given_up:
             _connect(self._backend, self._device)
 
 
-def join_as_engine(name: str, at: tuple[str, int], place: tuple[int, int], device: torch.device) -> BroadcastGroup:
+def join_as_engine(
+    name: str,
+    at: tuple[str, int],
+    place: tuple[int, int],
+    device: torch.device,
+    is_hopeless: Callable[[], bool] = lambda: False,
+) -> BroadcastGroup:
     """An engine's side: blocks until all are there. ``at``: the trainer's host and port; ``place``: this rank, of how
-    many. Raises RuntimeError."""
+    many; ``is_hopeless``: the trainer is gone, or has given up. Raises RuntimeError."""
     store = TCPStore(*at, place[1], False, timeout=timedelta(seconds=JOIN_S))
     backend = _make_backend(store, place, address_towards(*at), device)
-    _connect(backend, device)
+    if device.type == "cuda" and (why := _connected(backend, device, is_hopeless, JOIN_S)):
+        raise RuntimeError(why)
     return BroadcastGroup(name, backend, store)
 
 
@@ -154,33 +157,36 @@ class _InThread:
     """What blocks until others come, so that somebody can look after it meanwhile."""
 
     def __init__(self, run: Callable[[], None], name: str) -> None:
-        self.error = ""
+        self._error = ""
         self._run = run
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._to_the_end, name=name, daemon=True)
         self._thread.start()
 
-    def wait(self, is_hopeless: Callable[[], bool]) -> bool:
-        """Until it is over, with or without ``error``. False: it is not, and will not be."""
-        deadline = time.monotonic() + JOIN_S
+    def wait(self, is_hopeless: Callable[[], bool], within_s: float) -> str:
+        """Until it is over. Returns why it came to nothing; empty: it went well."""
+        deadline = time.monotonic() + within_s
         while not self._done.wait(_LOOK_S):
-            if is_hopeless() or time.monotonic() > deadline:
-                return self._done.is_set()
-        return True
+            if is_hopeless():
+                return "somebody failed before all were there"
+            if time.monotonic() > deadline:
+                return f"not everybody came within {within_s:g} s"
+        return self._error
 
-    def let_end(self) -> None:
+    def let_end(self, within_s: float) -> None:
         """Wait a little: what it waited for has been ended."""
-        self._thread.join(_LEAVE_S)
+        self._thread.join(within_s)
 
     def _to_the_end(self) -> None:
         run = self._run
         del self._run  # it may keep the backend, and so its connections
         try:
             run()
-        except (RuntimeError, dist.DistError) as error:
-            self.error = str(error)
-        del run
-        self._done.set()
+        except Exception as error:  # noqa: BLE001  # whoever waits has to hear of it
+            self._error = str(error) or type(error).__name__
+        finally:
+            del run
+            self._done.set()
 
 
 def prefixed_as_sglang(store: Store, name: str) -> Store:
@@ -214,6 +220,21 @@ def variables_set(wanted: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _connected(backend: Any, device: torch.device, is_hopeless: Callable[[], bool], within_s: float) -> str:
+    """Make NCCL's communicator, which blocks until all others do. Returns why it came to nothing: the thread that waits
+    for them then stays until they come or go, as NCCL's call knows no end, and ``abort`` not a call that has not
+    returned."""
+    why = _InThread(partial(_connect, backend, device), "connect-group").wait(is_hopeless, within_s)
+    if why:
+        _abort(backend)
+    return why
+
+
+def _abort(backend: Any) -> None:
+    if backend is not None:
+        backend.abort()
 
 
 def _connect(backend: Any, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from miles.backends.base import ParallelState
-from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering, has_arrived
+from miles.backends.weight_update.broadcast_group import JOIN_S, BroadcastGroup, Gathering, has_arrived
 from miles.backends.weight_update.buckets import Bucket
 from miles.backends.weight_update.engine_calls import EngineCalls, Pending
 from miles.backends.weight_update.failures import not_made
@@ -34,6 +34,7 @@ class BroadcastRequestSender(Sender):
         self._group: BroadcastGroup | None = None
         self._members: tuple[tuple[str, str], ...] = ()
         self._name = ""
+        self._timeout_s = JOIN_S
 
     def close(self) -> None:
         """Leave the process group."""
@@ -44,6 +45,7 @@ class BroadcastRequestSender(Sender):
     def _send(self, update: WeightUpdate, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.parallel.rank != 0:
             return
+        self._timeout_s = update.timeout_s
         with EngineCalls(update.engines, timeout_s=update.timeout_s) as calls:
             requests = None
             try:
@@ -137,7 +139,10 @@ class BroadcastRequestSender(Sender):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies into the bucket went their own way
         requests = calls.start("/update_weights_from_distributed", lambda _: body)
-        if why := group.connect(lambda: requests.has_failed):
+        at = time.perf_counter()
+        why = group.connect(lambda: requests.has_failed, min(JOIN_S, self._timeout_s))
+        self._times["connect"] += time.perf_counter() - at
+        if why:
             logger.warning("no NCCL communicator of trainer and engines came about: %s", why)
             raise _Broken(requests)
         return requests, group.broadcast(memory[: bucket.num_bytes])

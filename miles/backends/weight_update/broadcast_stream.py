@@ -58,7 +58,7 @@ class BroadcastStreamSender(StreamSender):
 
     def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
         capacity, on_gpu, turn = self._capacity(update), self.device.type == "cuda", 0
-        copies = BucketCopies(together=on_gpu, large_alone=False)
+        copies = BucketCopies(together=on_gpu, beside_broadcast=True)
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
         works: list[Any] = [None, None]
         bucket = Bucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), ALIGNMENT)

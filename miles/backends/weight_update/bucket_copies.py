@@ -1,6 +1,9 @@
-"""Copies of tensors to their places in a bucket: one by one on a CPU, in few launches on a GPU. Needs torch."""
+"""Copies of tensors to their places in a bucket: one by one on a CPU, small ones in few launches on a GPU. Needs
+torch."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -15,12 +18,12 @@ _HELD_BYTES = 256 << 20
 
 
 class BucketCopies:
-    """What is still to be copied. ``flush`` before the bucket is handed on. ``together``: on a GPU; ``large_alone``:
-    but for large tensors."""
+    """What is still to be copied. ``flush`` before the bucket is handed on. ``together``: on a GPU;
+    ``beside_broadcast``: also large tensors."""
 
-    def __init__(self, *, together: bool, large_alone: bool = True) -> None:
+    def __init__(self, *, together: bool, beside_broadcast: bool = False) -> None:
         self._together = together
-        self._alone_bytes = COPIED_ALONE_BYTES if large_alone else 1 << 62
+        self._alone_bytes = sys.maxsize if beside_broadcast else COPIED_ALONE_BYTES
         self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._flat: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._bytes = 0

@@ -76,7 +76,7 @@ class Sender(ABC):
         """Send everything. ``resident``: this rank's parameters, which stay as they are meanwhile: what of
         ``hf_weights`` lies in them can be handed over as it is. Returns seconds by part:
 
-        ``connect`` (by stream: until engines are there, with nothing else to do), ``gather`` (until the iterator had
+        ``connect`` (until engines are there, with nothing else to do), ``gather`` (until the iterator had
         the next tensor), ``copy`` (into the bucket), ``wait`` (for engines, with nothing else to do), ``engine``
         (requests, also where they overlap with the former), ``engine_copy`` (of those: loading in the engine that took
         longest, where it tells), ``total``. ``num_bytes`` and ``num_buckets`` say how much it was.

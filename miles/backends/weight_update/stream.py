@@ -1,8 +1,8 @@
 """The connection that carries an update's buckets from a trainer's rank to an engine's rank. No torch.
 
 One HTTP request per update tells an engine where to connect to; everything after that goes through here, so that a
-bucket costs a message instead of a request. Messages are msgpack maps, each behind its length; ``WeightStream`` in
-``stream_sender`` and ``sglang_utils.receive_weights`` are the two ends:
+bucket costs a message instead of a request. Messages are msgpack maps, each behind its length; ``lines.Lines`` and
+``sglang_utils.receive_weights`` are the two ends:
 
     engine    hello: token, engine, rank, group (the process group that it is in, if any)
     trainer   join: where a process group gathers           engine  joined        (broadcast, if the group is new)

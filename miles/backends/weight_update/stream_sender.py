@@ -108,9 +108,13 @@ class StreamSender(Sender):
     def _flush(self, copies: BucketCopies) -> None:
         at = time.perf_counter()
         copies.flush()
+        self.await_device()
+        self._times["copy"] += time.perf_counter() - at
+
+    def await_device(self) -> None:
+        """Until what is queued is done: engines read by other streams."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        self._times["copy"] += time.perf_counter() - at
 
 
 class SharedStreamSender(StreamSender):
@@ -247,6 +251,6 @@ class _Own:
         """What there is."""
         buckets = self._buckets.take()
         if buckets:
-            torch.cuda.current_stream(self._sender.device).synchronize()
+            self._sender.await_device()
         for entries, description in buckets:
             self._sender.hand_over(self._stream, entries, description, stays=True)

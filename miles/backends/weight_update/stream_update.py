@@ -65,7 +65,7 @@ class Stream:
         self._listener = listener
         places = self._gathered(listener.place)
         # One request lasts as long as all buckets; how long each part may take is the lines' to say.
-        self._requests = calls.start(PATH, lambda engine: _request(engine, places, update.timeout_s), timeout_s=WHOLE_S)
+        self._requests = calls.start(PATH, lambda engine: _request(engine, places, update), timeout_s=WHOLE_S)
         self._connected = False
         self.connect_s = 0.0
 
@@ -126,9 +126,10 @@ class Stream:
             self.lines.fail(name, str(error) if error else "it answered without taking weights; its log says why")
 
 
-def _request(engine: EngineTarget, places: Sequence[Place], timeout_s: float) -> dict[str, Any]:
+def _request(engine: EngineTarget, places: Sequence[Place], update: WeightUpdate) -> dict[str, Any]:
     """``places`` by trainer rank: one for all, or that of the rank on the same GPU."""
     ranks = range(engine.tp_size)
     at = [places[0] if len(places) == 1 else places[engine.rank_offset - 1 + rank] for rank in ranks]
-    payloads = [order_payload(at[rank], engine.name, rank, PATIENCE * timeout_s) for rank in ranks]
+    within_s = PATIENCE * update.timeout_s
+    payloads = [order_payload(at[rank], engine.name, rank, within_s, update.method) for rank in ranks]
     return {"load_format": RECEIVE_WEIGHTS, "flush_cache": False, "serialized_named_tensors": payloads}
