@@ -53,7 +53,7 @@ class BroadcastGroup:
 
     def connect(self, is_hopeless: Callable[[], bool], within_s: float) -> str:
         """Where that is still to be done, once the others are on their way into their first broadcast: it blocks until
-        they are. Returns why it failed; the group is of no use then."""
+        they are. Returns why it failed; the group can only be closed then."""
         device, self._unconnected = self._unconnected, None
         return "" if device is None else _connected(self._backend, device, is_hopeless, within_s)
 
@@ -68,10 +68,9 @@ class BroadcastGroup:
 
         Others keep their side until they leave, too; once they have, such a broadcast ends.
         """
-        ending = threading.Thread(target=_let_go, args=(self._backend, self._store), name="end-group", daemon=True)
+        held = [self._backend, self._store]
         del self._backend, self._store
-        ending.start()
-        ending.join(_LEAVE_S)
+        _leave(held)
 
 
 def has_arrived(work: Any) -> bool:
@@ -118,9 +117,10 @@ class Gathering:
             return BroadcastGroup(self.name, backend, self._server, self._unconnected)
         self._is_given_up = True
         del self._server  # whoever still waits in the rendezvous gives up now
-        if self._device.type == "cuda":
-            _abort(self._backend)
-        else:
+        if self._device.type == "cuda" and self._backend is not None:
+            held, self._backend = [self._backend], None
+            _leave(held)
+        elif self._device.type == "cpu":
             self._joining.let_end(_LEAVE_S)
         return why
 
@@ -142,15 +142,26 @@ def join_as_engine(
     store = TCPStore(*at, place[1], False, timeout=timedelta(seconds=JOIN_S))
     backend = _make_backend(store, place, address_towards(*at), device)
     if device.type == "cuda" and (why := _connected(backend, device, is_hopeless, JOIN_S)):
+        held: list[Any] = [backend, store]
+        del backend, store
+        _leave(held)
         raise RuntimeError(why)
     return BroadcastGroup(name, backend, store)
 
 
-def _let_go(backend: Any, store: TCPStore) -> None:
-    if backend.name() == "nccl":
-        backend.abort()
-    # The last references: their ends wait for what is under way, at the longest until its deadline.
-    del backend, store
+def _leave(held: list[Any]) -> None:
+    """Let go of a backend, and of its store after it, in a thread which is waited for a little: nothing bounds how long
+    a backend takes to end. ``held`` has the last references to them, and is emptied there."""
+    ending = threading.Thread(target=_let_go, args=(held,), name="end-group", daemon=True)
+    ending.start()
+    ending.join(_LEAVE_S)
+
+
+def _let_go(held: list[Any]) -> None:
+    if held[0].name() == "nccl":
+        held[0].abort()
+    while held:  # their ends wait for what is under way, at the longest until its deadline
+        held.pop(0)
 
 
 class _InThread:
@@ -226,15 +237,7 @@ def _connected(backend: Any, device: torch.device, is_hopeless: Callable[[], boo
     """Make NCCL's communicator, which blocks until all others do. Returns why it came to nothing: the thread that waits
     for them then stays until they come or go, as NCCL's call knows no end, and ``abort`` not a call that has not
     returned."""
-    why = _InThread(partial(_connect, backend, device), "connect-group").wait(is_hopeless, within_s)
-    if why:
-        _abort(backend)
-    return why
-
-
-def _abort(backend: Any) -> None:
-    if backend is not None:
-        backend.abort()
+    return _InThread(partial(_connect, backend, device), "connect-group").wait(is_hopeless, within_s)
 
 
 def _connect(backend: Any, device: torch.device) -> None:
