@@ -1,12 +1,14 @@
 """The order of copies, and the sums of a model's memory, against doing one step after the other."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange
+from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange, in_place
 from miles.backends.sglang_utils.model_memory import ModelMemory, Places, in_storage
 from miles.backends.sglang_utils.replay_copies import Replay
 
@@ -54,22 +56,88 @@ def all_steps(draw, addresses):
     return steps + again
 
 
-@given(data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_any_steps_have_the_effect_of_one_after_the_other(data):
+def one_after_the_other(steps, memory):
+    """Two memories with nothing in them, and what they hold after all steps."""
     held = [torch.zeros(SIZE, dtype=torch.uint8) for _ in range(2)]
     wanted = [tensor.clone() for tensor in held]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in held}
     of_wanted = dict(zip(storages, (tensor.untyped_storage() for tensor in wanted), strict=True))
-    steps = data.draw(all_steps(list(storages)))
-    # Small numbers in bytes: what float64 and bfloat16 make of them is finite.
-    memory = torch.randint(0, 60, (SIZE,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    for step in steps:
+    for step in steps(list(storages)):
         source = view(memory.untyped_storage(), step.source) if isinstance(step, Copy) else None
         target = view(of_wanted[step.target.memory], step.target)
         target.fill_(step.value) if source is None else target.copy_(source)
-    Replay(arrange(steps), storages).run(memory)
+    return held, wanted, storages
+
+
+def small_numbers():
+    """In bytes: what float64 and bfloat16 make of them is finite."""
+    return torch.randint(0, 60, (SIZE,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+class Drawn:
+    """Steps, once the memories' addresses are known."""
+
+    def __init__(self, data):
+        self._data, self.steps = data, []
+
+    def __call__(self, addresses):
+        self.steps = self._data.draw(all_steps(addresses))
+        return self.steps
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_steps_have_the_effect_of_one_after_the_other(data):
+    drawn, memory = Drawn(data), small_numbers()
+    held, wanted, storages = one_after_the_other(drawn, memory)
+    Replay(arrange(drawn.steps), storages).run(memory)
     assert all(map(torch.equal, held, wanted))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_arrives_in_its_place_and_the_rest_have_the_same_effect(data):
+    """Whatever the spans are: those that are not in place come with the bucket."""
+    drawn, memory = Drawn(data), small_numbers()
+    held, wanted, storages = one_after_the_other(drawn, memory)
+    sources = [step.source for step in drawn.steps if isinstance(step, Copy)]
+    edges = sorted({0, SIZE, *(source.start for source in sources), *(source.stop for source in sources)})
+    spans = [span for span in pairwise(edges) if data.draw(st.integers(0, 3))]
+    pieces, rest = in_place(drawn.steps, [(start, stop - start) for start, stop in spans])
+    bucket = memory.clone()
+    for index, piece in pieces.items():
+        start, stop = spans[index]
+        assert (piece.source, piece.num_bytes) == (start, stop - start)
+        target = in_storage(storages[piece.memory], torch.uint8, piece.target, (piece.num_bytes,), (1,))
+        target.copy_(memory[start:stop])
+        bucket[start:stop] = 0xA5  # it never arrives there
+    Replay(arrange(rest), storages).run(bucket)
+    assert all(map(torch.equal, held, wanted))
+
+
+def row(memory, start, numel):
+    return Region(memory, torch.bfloat16, start, (numel,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_place_ones"),
+    [
+        ([Copy(row(1, 0, 8), row(0, 16, 8)), Copy(row(1, 32, 8), row(0, 32, 8))], {0: (1, 0), 1: (1, 32)}),
+        ([Copy(row(1, 0, 8), row(0, 16, 8)), Fill(row(1, 16, 8), 0)], {0: (1, 0)}),
+        ([Copy(row(1, 0, 4), row(0, 16, 4)), Copy(row(1, 8, 8), row(0, 32, 8))], {1: (1, 8)}),
+        ([Copy(row(1, 0, 8), row(0, 16, 8)), Copy(row(2, 0, 8), row(0, 16, 8))], {}),
+        ([Copy(row(1, 0, 8), row(0, 16, 8)), Copy(row(1, 0, 8), row(0, 32, 8))], {}),
+        ([Copy(row(1, 0, 16), row(0, 16, 16))], {}),
+        ([Copy(Region(1, torch.float32, 0, (8,), (1,)), row(0, 16, 8))], {}),
+        ([Copy(Region(1, torch.bfloat16, 0, (8,), (2,)), row(0, 16, 8))], {}),
+        ([Copy(row(1, 0, 8), row(0, 16, 8))] * 2, {0: (1, 0)}),
+    ],
+    ids=["two", "beside a fill", "a part", "two readers", "two writers", "two tensors", "converted", "gaps", "again"],
+)
+def test_which_tensors_arrive_in_their_place(steps, in_place_ones):
+    pieces, rest = in_place(steps, [(16, 16), (32, 16)])
+    assert {index: (piece.memory, piece.target) for index, piece in pieces.items()} == in_place_ones
+    assert len(rest) == len(set(steps)) - len(pieces)
 
 
 def test_neighbours_on_both_sides_are_one_piece_in_the_widest_integers():

@@ -6,6 +6,7 @@ In each rank's scheduler, named as SGLang names loaders; see ``tests/engines/tes
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,26 @@ import torch.distributed as dist
 
 from miles.backends.sglang_utils.expert_places import expert_places
 from miles.backends.sglang_utils.load_plan import LoadPlans
+from miles.backends.weight_update.buckets import Entry
 from support.bucket_cases import buckets_of
 from support.fake_engine import load_directory
 
 UPDATES = 4
+
+
+def load_bucket(plans: LoadPlans, entries: Sequence[Entry], memory: torch.Tensor) -> int:
+    """Tensors come to their places, if those are known, and the rest of the bucket is loaded. Returns how many did."""
+    in_place = plans.in_place(entries, 0)
+    if in_place is None:
+        plans.load(entries, memory)
+        return 0
+    rest = memory.clone()
+    for index, place in in_place.places.items():
+        part = slice(entries[index].start, entries[index].start + entries[index].num_bytes)
+        place.copy_(memory[part])
+        rest[part] = 0xA5
+    in_place.load_rest(rest)
+    return len(in_place.places)
 
 
 def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -28,13 +45,13 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
     """
     task = json.loads(named_tensors[0][0])
     weights = load_directory(Path(task["weights"]))
-    plans, differing = LoadPlans(model), []
+    plans, differing, in_place = LoadPlans(model), [], 0
     for update in range(UPDATES):
         generator = torch.Generator().manual_seed(update)
         sent = {name: torch.randn(t.shape, generator=generator).to(t.dtype) for name, t in weights.items()}
         plans.begin()
         for entries, memory in buckets_of(sent, task["capacity"]):
-            plans.load(entries, memory)
+            in_place += load_bucket(plans, entries, memory)
         plans.end()
         held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_weights(list(sent.items()))
@@ -51,5 +68,6 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         "counts": [plans.recorded, plans.checked, plans.replayed, plans.plain],
         "buckets": sum(1 for _ in buckets_of(weights, task["capacity"])),
         "loaded": len(weights),
+        "in_place": in_place,
     }
     (Path(task["report"]) / f"{dist.get_rank()}.json").write_text(json.dumps(report))

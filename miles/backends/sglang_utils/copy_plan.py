@@ -9,6 +9,7 @@ neighbours). Steps whose targets may overlap keep their order, one after the oth
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -152,6 +153,49 @@ def arrange(steps: Iterable[Step]) -> CopyPlan:
             loose.append(only)
     stops = [step.source.stop for step in steps if isinstance(step, Copy)]
     return CopyPlan(tuple(_packed(_joined(flat))), tuple(loose), tuple(ordered), max(stops, default=0))
+
+
+def in_place(steps: Iterable[Step], spans: Sequence[tuple[int, int]]) -> tuple[dict[int, Piece], list[Step]]:
+    """What of the bucket may as well arrive where the model keeps it.
+
+    Args:
+        spans: Parts of the bucket, as first byte and number of bytes, in their order, none of them touching another.
+
+    Returns:
+        By index of the span, the piece of those that one copy takes as a whole, and in one piece, to where nothing else
+        writes, and that nothing else reads; and the steps that are left to do.
+    """
+    steps = _last_of_each(steps)
+    taken: dict[int, Copy] = {}
+    spoilt: set[int] = set()
+    for cluster in _clusters(steps):
+        for step in cluster:
+            if isinstance(step, Fill) or not step.source.numel:
+                continue
+            touched = _touched(spans, step.source)
+            is_whole = len(cluster) == 1 and step.is_flat and len(touched) == 1
+            if is_whole and spans[touched[0]] == (step.source.start, _num_bytes(step)) and touched[0] not in taken:
+                taken[touched[0]] = step
+            else:
+                spoilt.update(touched)
+    kept = {index: step for index, step in taken.items() if index not in spoilt}
+    gone = set(kept.values())
+    pieces = {i: Piece(s.target.memory, s.target.start, s.source.start, _num_bytes(s)) for i, s in kept.items()}
+    return pieces, [step for step in steps if step not in gone]
+
+
+def _num_bytes(copy: Copy) -> int:
+    return copy.source.stop - copy.source.start
+
+
+def _touched(spans: Sequence[tuple[int, int]], source: Region) -> list[int]:
+    """Indices of the spans that it reads from."""
+    at, found = max(bisect_right(spans, source.start, key=lambda span: span[0]) - 1, 0), []
+    while at < len(spans) and spans[at][0] < source.stop:
+        if sum(spans[at]) > source.start:
+            found.append(at)
+        at += 1
+    return found
 
 
 def _last_of_each(steps: Iterable[Step]) -> list[Step]:

@@ -38,7 +38,7 @@ from miles.backends.sglang_utils.copy_plan import Step, arrange
 from miles.backends.sglang_utils.expert_places import expert_places
 from miles.backends.sglang_utils.model_memory import ModelMemory, Places, storages_of
 from miles.backends.sglang_utils.record_copies import CopyRecorder
-from miles.backends.sglang_utils.replay_copies import Replay, views
+from miles.backends.sglang_utils.replay_copies import InPlace, Replay, views
 from miles.backends.weight_update.buckets import Entry
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class _Known:
     replay: Replay
     used: int
     trusted: bool = False
+    in_place: InPlace | None = None
     entries: tuple[Entry, ...] | None = None
 
 
@@ -73,11 +74,12 @@ class LoadPlans:
     Attributes:
         recorded, checked, replayed, plain: How many buckets were loaded in which way; ``plain``: by ``load_weights``
             alone.
+        placed: How many could be received where the model keeps them, in part or as a whole.
         refusal: Why this model is left to ``load_weights``; empty: it is not.
     """
 
     def __init__(self, model: Any, state: Callable[[], object] = expert_places) -> None:
-        self.recorded = self.checked = self.replayed = self.plain = 0
+        self.recorded = self.checked = self.replayed = self.plain = self.placed = 0
         self.refusal = ""
         self._model = model
         self._known: dict[Key, _Known] = {}
@@ -135,11 +137,23 @@ class LoadPlans:
         known = self._find(entries)
         return known is not None and known.trusted
 
+    def in_place(self, entries: Sequence[Entry], packed: int) -> InPlace | None:
+        """What of a bucket of this layout may be received where the model keeps it, of that which begins at ``packed``
+        or later; None: nothing, yet. Whoever receives it there does the rest with what is returned, instead of
+        ``load``. Not before ``begin``."""
+        known = self._find(entries)
+        if known is None or not known.trusted:
+            return None
+        if known.in_place is None or known.in_place.packed != packed:
+            known.in_place = InPlace(known.steps, entries, packed, storages_of(self._model))
+        self.placed += bool(known.in_place.places)
+        return known.in_place
+
     def end(self) -> None:
         """After an update's last bucket."""
         logger.debug(
-            "update %d: %d buckets recorded, %d checked, %d replayed, %d loaded plainly so far",
-            *(self._updates, self.recorded, self.checked, self.replayed, self.plain),
+            "update %d: %d buckets recorded, %d checked, %d replayed, %d received in place, %d loaded plainly so far",
+            *(self._updates, self.recorded, self.checked, self.replayed, self.placed, self.plain),
         )
 
     def _find(self, entries: Sequence[Entry]) -> _Known | None:

@@ -5,8 +5,8 @@ it is given says where the trainer listens (``weight_update.stream`` describes w
 
 * memory that is shared (colocated): a bucket is loaded when its message comes, and its memory is the trainer's again
   when this side has said so; memory that stays as it is until the end is read without waiting for the device;
-* a process group: the next bucket is received while the one before is loaded, and nobody waits for the host. The
-  group stays until a trainer asks for another.
+* a process group: the next bucket is received while the one before is loaded, and nobody waits for the host; what is
+  known to be copied in one piece is received where it goes. The group stays until a trainer asks for another.
 
 Whatever goes wrong is told to the trainer and logged; it never ends the engine, which the controller fences, or gives
 these weights again.
@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from miles.backends.sglang_utils.load_plan import LoadPlans
+from miles.backends.sglang_utils.replay_copies import InPlace
 from miles.backends.sglang_utils.shared_sources import SharedSources
+from miles.backends.weight_update.broadcast_bucket import alone, incoming_parts
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, join_as_engine
 from miles.backends.weight_update.buckets import Entry
 from miles.backends.weight_update.stream import Line, Place, StreamBroken, connect
@@ -127,10 +129,7 @@ class Receiver:
                         # It may wait for all of the device, and so for the next broadcast, which may never end.
                         self._load_arrived(line, arriving)
                         arriving = None
-                    buffers.reverse()
-                    if buffers[0].numel() < message["num_bytes"]:
-                        buffers[0] = torch.empty(message["room"], dtype=torch.uint8, device=self._device)
-                    coming = self._receive(message, entries, buffers[0])
+                    coming = self._receive(message, entries, buffers)
                     self._begin()
                     self._load_arrived(line, arriving, beside_broadcast=True)
                     arriving = coming
@@ -168,22 +167,38 @@ class Receiver:
         self._group = join_as_engine(message["name"], at, place, self._device, line.is_over)
         line.send({"said": "joined"})
 
-    def _receive(self, message: dict[str, Any], entries: tuple[Entry, ...], buffer: torch.Tensor) -> _Arriving:
+    def _receive(self, message: dict[str, Any], entries: tuple[Entry, ...], buffers: list[torch.Tensor]) -> _Arriving:
+        """Large tensors to where the model keeps them, if that is known. An update's first bucket is received before it
+        has been looked whether what is known still holds, as that takes as long as a bucket."""
         if self._group is None:
             raise RuntimeError("this engine is in no process group")
-        memory = buffer[: message["num_bytes"]]
-        return _Arriving(message["number"], entries, memory, self._group.broadcast(memory))
+        packed = message["packed"]
+        in_place = self._plans.in_place(entries, packed) if self._has_begun else None
+        places = {} if in_place is None else in_place.places
+        is_whole = len(places) < len(alone(entries, packed))
+        size, room = (message["num_bytes"], message["room"]) if is_whole else (packed, packed)
+        buffers.reverse()
+        if buffers[0].numel() < size:
+            buffers[0] = torch.empty(room, dtype=torch.uint8, device=self._device)
+        memory = buffers[0][:size]
+        work = self._group.broadcast(incoming_parts(entries, packed, memory, places))
+        return _Arriving(message["number"], entries, memory, work, in_place)
 
     def _load_arrived(self, line: Line, arriving: _Arriving | None, *, beside_broadcast: bool = False) -> None:
         """On a GPU a replay is waited for by nobody: it comes after the broadcast on the device. Anything else may wait
         for the device itself, which would never end where the broadcast does not."""
         if arriving is None:
             return
-        if self._device.type != "cuda" or not self._plans.replays(arriving.entries):
+        in_place = arriving.in_place
+        is_queued = in_place is not None or self._plans.replays(arriving.entries)
+        if self._device.type != "cuda" or not is_queued:
             self._watch(line, arriving.work)
         start = time.perf_counter()
         self._await(arriving.work)
-        self._plans.load(arriving.entries, arriving.memory, beside_broadcast=beside_broadcast)
+        if in_place is not None:
+            in_place.load_rest(arriving.memory, beside_broadcast=beside_broadcast)
+        else:
+            self._plans.load(arriving.entries, arriving.memory, beside_broadcast=beside_broadcast)
         self._tell_loaded(line, arriving.number, start, wait=False)
 
     def _settle(self, line: Line, last: _Arriving | None) -> None:
@@ -220,12 +235,13 @@ class _CutOff(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Arriving:
-    """A bucket whose broadcast is under way."""
+    """A bucket whose broadcast is under way. ``in_place``: what does not come into ``memory``."""
 
     number: int
     entries: tuple[Entry, ...]
     memory: torch.Tensor
     work: Any
+    in_place: InPlace | None
 
 
 def device_of(model: Any) -> torch.device:

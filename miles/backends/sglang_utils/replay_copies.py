@@ -6,8 +6,19 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from miles.backends.sglang_utils.copy_plan import WIDTHS, Copy, CopyPlan, Fill, Pieces, Region
+from miles.backends.sglang_utils.copy_plan import (
+    WIDTHS,
+    Copy,
+    CopyPlan,
+    Fill,
+    Pieces,
+    Region,
+    Step,
+    arrange,
+    in_place,
+)
 from miles.backends.sglang_utils.model_memory import in_storage
+from miles.backends.weight_update.broadcast_bucket import alone
 from miles.backends.weight_update.bucket_copies import COPIED_ALONE_BYTES
 from miles.backends.weight_update.buckets import Entry
 
@@ -43,6 +54,32 @@ class Replay:
                 target.copy_(bucket.view(source))
             else:
                 target.fill_(source)
+
+
+class InPlace:
+    """What of buckets of one layout is received where the model keeps it, and the copies that are left to do.
+
+    Attributes:
+        packed: Bytes from the bucket's begin that are not looked at.
+        places: By index of the entry: uint8 ``[n]``, the model's own memory.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], entries: Sequence[Entry], packed: int, storages: dict[int, torch.UntypedStorage]
+    ) -> None:
+        self.packed = packed
+        indices = sorted(alone(entries, packed), key=lambda index: entries[index].start)
+        pieces, rest = in_place(steps, [(entries[index].start, entries[index].num_bytes) for index in indices])
+        with torch.inference_mode(False):
+            self.places = {
+                indices[at]: _target(Region(p.memory, torch.uint8, p.target, (p.num_bytes,), (1,)), storages)
+                for at, p in pieces.items()
+            }
+        self._rest = Replay(arrange(rest), storages)
+
+    def load_rest(self, memory: torch.Tensor, *, beside_broadcast: bool = False) -> None:
+        """As ``Replay.run``, for what is not in its place yet."""
+        self._rest.run(memory, beside_broadcast=beside_broadcast)
 
 
 def _by_dtypes(copies: Iterable[Copy]) -> list[list[Copy]]:

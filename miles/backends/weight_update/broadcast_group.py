@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -57,11 +57,31 @@ class BroadcastGroup:
         device, self._unconnected = self._unconnected, None
         return "" if device is None else _connected(self._backend, device, is_hopeless, within_s)
 
-    def broadcast(self, tensor: torch.Tensor) -> Any:
-        """From the trainer's rank to all others, without waiting: returns torch's work handle."""
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """One or more from the trainer's rank to all others, without waiting: returns what can be asked as torch's work
+        handles can. NCCL sends them as one."""
+        if len(tensors) > 1 and self._backend.supports_coalescing:
+            return self._together(tensors)
+        works = [self._one(tensor) for tensor in tensors]
+        return works[0] if len(works) == 1 else _Works(works)
+
+    def _one(self, tensor: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self._backend.broadcast([tensor], options)
+
+    def _together(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Only torch's groups know how; what is begun has to be ended, as it holds up all of this thread's NCCL."""
+        device = tensors[0].device
+        group = dist.ProcessGroup(self._store, self._backend.rank(), self._backend.size())
+        group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, self._backend)
+        group._start_coalescing(device)
+        try:
+            for tensor in tensors:
+                self._one(tensor)
+        finally:
+            work = group._end_coalescing(device)
+        return work
 
     def close(self) -> None:
         """Leave, without waiting for long: a broadcast that somebody did not take part in may be under way.
@@ -71,6 +91,22 @@ class BroadcastGroup:
         held = [self._backend, self._store]
         del self._backend, self._store
         _leave(held)
+
+
+class _Works:
+    """Several broadcasts that are under way, as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def is_completed(self) -> bool:
+        """All of them."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """For all of them. Raises RuntimeError: one has failed."""
+        for work in self._works:
+            work.wait()
 
 
 def has_arrived(work: Any) -> bool:
@@ -210,6 +246,7 @@ def _make_backend(store: Store, place: tuple[int, int], host: str, device: torch
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
+        nccl.is_high_priority_stream = True  # copies that go on beside it would keep it waiting for a place on the GPU
         with variables_set(_SURVIVES):
             return dist.ProcessGroupNCCL(PrefixStore("cuda/", store), *place, nccl)
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]

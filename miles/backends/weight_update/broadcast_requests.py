@@ -145,7 +145,7 @@ class BroadcastRequestSender(Sender):
         if why:
             logger.warning("no NCCL communicator of trainer and engines came about: %s", why)
             raise _Broken(requests)
-        return requests, group.broadcast(memory[: bucket.num_bytes])
+        return requests, group.broadcast([memory[: bucket.num_bytes]])
 
     def _finish_broadcast(self, calls: EngineCalls, pending: tuple[Pending, Any] | None) -> None:
         """Raises _Broken at once if an engine refused or is gone: others may wait for it, as data goes from one to the

@@ -1,7 +1,8 @@
 """Weight updates by stream through a process group of trainer rank 0 and all engines' ranks. Needs torch.
 
 The group is kept from update to update, for as long as all engines are in it. Two buckets take turns: the next is
-gathered and filled while the one before is on its way; on a GPU this side waits for none of it until the end.
+gathered while the one before is on its way; on a GPU this side waits for none of it until the end. Large tensors are
+sent from where they lie (``broadcast_bucket``), so they are kept until they have been sent.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from miles.backends.base import ParallelState
+from miles.backends.weight_update.broadcast_bucket import BroadcastBucket, Outgoing
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, Gathering, has_arrived
 from miles.backends.weight_update.bucket_copies import BucketCopies
-from miles.backends.weight_update.buckets import ALIGNMENT, Bucket
 from miles.backends.weight_update.failures import not_made
 from miles.backends.weight_update.messages import WeightUpdate
 from miles.backends.weight_update.stream_sender import StreamSender, Weights
@@ -58,62 +60,65 @@ class BroadcastStreamSender(StreamSender):
 
     def _send_all(self, update: WeightUpdate, weights: Weights, stream: Stream) -> None:
         capacity, on_gpu, turn = self._capacity(update), self.device.type == "cuda", 0
-        copies = BucketCopies(together=on_gpu, beside_broadcast=True)
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        works: list[Any] = [None, None]
-        bucket = Bucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), ALIGNMENT)
+        sent: list[_Sent | None] = [None, None]
+        bucket = BroadcastBucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), self.device)
         for name, tensor in weights:
             if not bucket.takes(tensor):
-                works[turn] = self._broadcast(update, stream, bucket, memories[turn], copies)
-                bucket, turn = Bucket(capacity, ALIGNMENT), 1 - turn
-            if not bucket.entries:
-                self._await_sent(stream, works[turn], update.timeout_s)
-                if memories[turn].numel() < max(capacity, tensor.nbytes):
-                    size = max(capacity, tensor.nbytes)
-                    memories[turn] = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self._add(copies, memories[turn], bucket.add(name, tensor), tensor)
-        if bucket.entries:
-            works[turn] = self._broadcast(update, stream, bucket, memories[turn], copies)
-        self._come_to_an_end(stream, [works[1 - turn], works[turn]], update.timeout_s)
+                sent[turn] = self._broadcast(update, stream, bucket, memories, turn)
+                bucket, turn = BroadcastBucket(capacity, self.device), 1 - turn
+            if not bucket:
+                before, sent[turn] = sent[turn], None
+                self._await_sent(stream, before, update.timeout_s)
+                del before
+            bucket.add(name, tensor)
+        if bucket:
+            sent[turn] = self._broadcast(update, stream, bucket, memories, turn)
+        self._come_to_an_end(stream, [sent[1 - turn], sent[turn]], update.timeout_s)
 
     def _broadcast(
-        self, update: WeightUpdate, stream: Stream, bucket: Bucket, memory: torch.Tensor, copies: BucketCopies
-    ) -> Any:
-        group = self._joined(update, stream)
+        self, update: WeightUpdate, stream: Stream, bucket: BroadcastBucket, memories: list[torch.Tensor], turn: int
+    ) -> _Sent:
+        outgoing = bucket.laid_out()
         at = time.perf_counter()
-        copies.flush()  # the broadcast comes after them on the device
+        if memories[turn].numel() < outgoing.packed:
+            room = _room(outgoing.packed, bucket.capacity)
+            memories[turn] = torch.empty(room, dtype=torch.uint8, device=self.device)
+        copies = BucketCopies(together=self.device.type == "cuda", beside_broadcast=True)
+        parts = outgoing.parts(memories[turn], copies)  # the broadcast comes after the copies on the device
         self._times["copy"] += time.perf_counter() - at
+        group = self._joined(update, stream)
         number, self.num_buckets = self.num_buckets, self.num_buckets + 1
-        size = bucket.num_bytes
-        message = {"say": "bucket", "number": number, "entries": [entry.as_plain() for entry in bucket.entries]}
-        message |= {"num_bytes": size, "room": max(size, bucket.capacity) if size > bucket.capacity // 2 else size}
+        message = {"say": "bucket", "number": number, "entries": [entry.as_plain() for entry in outgoing.entries]}
+        message |= {"num_bytes": outgoing.num_bytes, "packed": outgoing.packed}
+        message |= {"room": _room(outgoing.num_bytes, bucket.capacity)}
         stream.lines.tell(lambda _: message)
         _raise_if_broken(stream)
-        return group.broadcast(memory[:size])
+        return _Sent(group.broadcast(parts), outgoing)
 
-    def _await_sent(self, stream: Stream, work: Any, timeout_s: float) -> None:
+    def _await_sent(self, stream: Stream, sent: _Sent | None, timeout_s: float) -> None:
         """Until a bucket's memory may be written; on a GPU, until what is written there comes after. Raises _Broken."""
-        if work is None:
+        if sent is None:
             return
         at = time.perf_counter()
         if self.device.type == "cpu":
-            self._listen_until(stream, work.is_completed, timeout_s)
+            self._listen_until(stream, sent.work.is_completed, timeout_s)
         self._times["wait"] += time.perf_counter() - at
         while stream.lines.listen(0.0):
             pass
         _raise_if_broken(stream)
-        if not has_arrived(work):
+        if not has_arrived(sent.work):
             raise _Broken
 
-    def _come_to_an_end(self, stream: Stream, works: list[Any], timeout_s: float) -> None:
+    def _come_to_an_end(self, stream: Stream, last: list[_Sent | None], timeout_s: float) -> None:
         """Until everybody has everything. Raises _Broken."""
         at = time.perf_counter()
         stream.lines.tell(lambda _: {"say": "end"})
-        sent = [work for work in works if work is not None]
+        works = [sent.work for sent in last if sent is not None]
         self._listen_until(
-            stream, lambda: not stream.lines.peers and all(work.is_completed() for work in sent), timeout_s
+            stream, lambda: not stream.lines.peers and all(work.is_completed() for work in works), timeout_s
         )
-        if not all(has_arrived(work) for work in sent):
+        if not all(has_arrived(work) for work in works):
             self._give_back()  # everybody has everything, but the group is of no more use
         self._times["wait"] += time.perf_counter() - at
 
@@ -158,6 +163,19 @@ class BroadcastStreamSender(StreamSender):
         lines.await_joined()
         _raise_if_broken(stream)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A bucket on its way. ``outgoing`` keeps the tensors that are sent from where they lie."""
+
+    work: Any
+    outgoing: Outgoing
+
+
+def _room(num_bytes: int, capacity: int) -> int:
+    """How much memory to take for a bucket of this size, so that the next ones fit in, too."""
+    return max(num_bytes, capacity) if num_bytes > capacity // 2 else num_bytes
 
 
 class _Broken(Exception):
