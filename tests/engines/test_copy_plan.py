@@ -240,3 +240,33 @@ def test_nothing_is_known_of_a_model_with_parameters_that_have_no_memory(late):
     assert places.changed(model) and not places.are_plain and places.changed(model)
     del model.late
     assert places.changed(model) and places.are_plain and not places.changed(model)
+
+
+def test_other_members_anywhere_in_a_model_are_noticed():
+    model, places = Odd(), Places()
+    model.child.below = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    def put_below():
+        model.child.below[1].further = nn.Linear(1, 1)
+
+    def put_another():
+        model.child.below[0] = nn.Linear(2, 2)
+
+    def put_in_place_of_a_parameter():
+        model.child.below[0].weight = nn.Parameter(model.child.below[0].weight.data)
+
+    def take_away():
+        model.child.below[0].bias = None
+
+    def move():
+        model.child.below[0].weight.data = model.child.below[0].weight.data.clone()
+
+    def turn():
+        model.child.below[0].weight.data = model.child.below[0].weight.data.t()
+
+    places.changed(model)
+    for change in (put_below, put_another, put_in_place_of_a_parameter, take_away, move, turn):
+        assert not places.changed(model)
+        change()
+        assert places.changed(model), change.__name__
+    assert places.changed(Odd())

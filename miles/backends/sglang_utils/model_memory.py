@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -14,27 +15,24 @@ from miles.backends.sglang_utils.copy_plan import WIDTHS
 
 _CHUNK = 1 << 20
 """Elements that are summed at once: what that takes in between is 8 MiB."""
+_HELD = operator.attrgetter("_parameters", "_buffers", "_modules")
 _SPREAD = 0x1E3779B97F4A7C15
 """Makes factors of neighbours differ in all bits."""
 
 
 def tensors_of(model: Any) -> list[torch.Tensor]:
-    """Parameters and buffers, those that two modules share twice. Of what is no module: none.
+    """Parameters and buffers, those that two modules share twice. Of what is no module: none."""
+    return [member for member in _members(_modules(model)) if isinstance(member, torch.Tensor)]
 
-    As ``named_parameters`` and ``named_buffers``, without the names: those take most of the time, and this runs in
-    every update.
-    """
-    waiting, seen = [model] if isinstance(model, torch.nn.Module) else [], set()
-    found: list[torch.Tensor] = []
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        found += [tensor for tensor in module._parameters.values() if tensor is not None]
-        found += [tensor for tensor in module._buffers.values() if tensor is not None]
-        waiting += [child for child in module._modules.values() if child is not None]
-    return found
+
+def _modules(model: Any) -> list[torch.nn.Module]:
+    """It, and all below it, each once."""
+    return list(model.modules()) if isinstance(model, torch.nn.Module) else []
+
+
+def _members(modules: Sequence[torch.nn.Module]) -> list[object]:
+    """Parameters, buffers and children of each, also those that are None."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, modules)))))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -52,17 +50,24 @@ class Places:
 
     def __init__(self) -> None:
         self.are_plain = False
+        self._modules: list[torch.nn.Module] = []
+        self._members: list[object] = []
         self._tensors: list[torch.Tensor] = []
         self._facts: list[Any] = []
 
     def changed(self, model: Any) -> bool:
-        """Look again: whether anything is new, or elsewhere than the last time."""
-        tensors = tensors_of(model)
-        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if same and self.are_plain and _facts(tensors) == self._facts:
+        """Look again: whether anything is new, or elsewhere than the last time. In every update, so it has to be quick:
+        while all modules have the members that they had, there is no other module."""
+        members = _members(self._modules)
+        same = self._modules[:1] == [model] and len(members) == len(self._members)
+        same = same and all(map(operator.is_, members, self._members))
+        if same and self.are_plain and _facts(self._tensors) == self._facts:
             return False
+        self._modules = _modules(model)
+        self._members = _members(self._modules)
+        self._tensors = tensors = tensors_of(model)
         self.are_plain = bool(tensors) and all(map(is_plain, tensors))
-        self._tensors, self._facts = tensors, _facts(tensors) if self.are_plain else []
+        self._facts = _facts(tensors) if self.are_plain else []
         return True
 
 
