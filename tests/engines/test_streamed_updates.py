@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 from contextlib import AsyncExitStack, closing
 
@@ -363,6 +364,19 @@ async def test_a_trainer_that_ends_in_the_middle_leaves_an_engine_that_serves_on
             line.send(message | {"number": 0, "memory": memory})
             assert (await asyncio.to_thread(line.receive))["said"] == "loaded"
         assert "weights were not received" in caplog.text
+        await side.whole_update(2)
+
+
+async def test_an_engine_does_not_look_for_a_group_that_its_trainer_has_given_up(caplog):
+    """Another engine has failed meanwhile, say: torch would go on to look for the group for minutes."""
+    async with AsyncExitStack() as stack:
+        side = TrainerSide(stack)
+        async with side.engine() as (line, _):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+            line.send({"say": "join", "name": "gone", "host": "127.0.0.1", "port": port, "rank": 1, "size": 2})
+            await eventually(lambda: "join-group" in {thread.name for thread in threading.enumerate()})
+        assert "somebody failed before all were there" in caplog.text
         await side.whole_update(2)
 
 

@@ -32,6 +32,7 @@ _SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """torch would end this process a minute after NCCL has found that another one is gone (by network): here the group is
 left instead, and the update fails for those who were the cause."""
 _LOOK_S = 0.002
+_FIND_S = 2.0
 MakeBackend = Callable[[Store, tuple[int, int], str, torch.device], Any]
 
 
@@ -175,14 +176,39 @@ def join_as_engine(
 ) -> BroadcastGroup:
     """An engine's side: blocks until all are there. ``at``: the trainer's host and port; ``place``: this rank, of how
     many; ``is_hopeless``: the trainer is gone, or has given up. Raises RuntimeError."""
-    store = TCPStore(*at, place[1], False, timeout=timedelta(seconds=JOIN_S))
-    backend = _make_backend(store, place, address_towards(*at), device)
-    if device.type == "cuda" and (why := _connected(backend, device, is_hopeless, JOIN_S)):
-        held: list[Any] = [backend, store]
-        del backend, store
-        _leave(held)
+    held: list[Any] = []
+    is_given_up = threading.Event()
+
+    def join() -> None:
+        store = _found(at, place[1], is_given_up)
+        held[:] = [_make_backend(store, place, address_towards(*at), device), store]
+        del store
+        if not is_given_up.is_set():
+            _connect(held[0], device)
+
+    if why := _InThread(join, "join-group").wait(is_hopeless, JOIN_S):
+        is_given_up.set()
+        if held:
+            _leave(held)
         raise RuntimeError(why)
-    return BroadcastGroup(name, backend, store)
+    group = BroadcastGroup(name, *held)
+    held.clear()  # nothing else may keep its connections
+    return group
+
+
+def _found(at: tuple[str, int], size: int, is_given_up: threading.Event) -> TCPStore:
+    """The trainer's store. torch looks for one that is gone for as long as its timeout, several times over, so it is
+    asked to look for a little, again and again. Raises RuntimeError."""
+    deadline = time.monotonic() + JOIN_S
+    while True:
+        try:
+            store = TCPStore(*at, size, False, timeout=timedelta(seconds=_FIND_S))
+        except dist.DistNetworkError:
+            if is_given_up.is_set() or time.monotonic() > deadline:
+                raise
+        else:
+            store.set_timeout(timedelta(seconds=JOIN_S))
+            return store
 
 
 def _leave(held: list[Any]) -> None:
