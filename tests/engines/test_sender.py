@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from support.fake_engine import fake_engine
 
 from miles.backends.base import ParallelState
 from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S, has_arrived, variables_set
+from miles.backends.weight_update.broadcast_requests import _causes
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
+from miles.backends.weight_update.engine_calls import Pending, _Refused
 from miles.backends.weight_update.failures import BadUpdate, EnginesMissedUpdate, GroupNotMade
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.sender import make_sender
@@ -268,3 +271,25 @@ def test_variables_that_are_set_while_a_group_is_made_are_as_before_afterwards()
         assert os.environ["MILES_TEST_HELD"] == "before" and "MILES_TEST_NEW" not in os.environ
     finally:
         del os.environ["MILES_TEST_HELD"]
+
+
+class Heard(Future):
+    """A request that has failed, which is heard of when it is asked for the third time."""
+
+    def __init__(self, error, asked=2):
+        super().__init__()
+        self.set_exception(error)
+        self._left = asked
+
+    def done(self):
+        self._left -= 1
+        return self._left < 0
+
+
+@pytest.mark.parametrize(
+    ("late", "causes"), [(ConnectionResetError("gone"), ["engine-0"]), (_Refused("cut off, too"), ["engine-1"])]
+)
+def test_whoever_was_cut_off_by_an_engine_that_ended_is_no_cause(late, causes):
+    """Also if it is heard first."""
+    requests = Pending({"engine-0": Heard(late), "engine-1": Heard(_Refused("cut off"), 0)})
+    assert requests.has_failed and _causes(requests) == causes

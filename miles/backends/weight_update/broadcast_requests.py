@@ -23,6 +23,7 @@ from miles.backends.weight_update.sender import CPU_BUCKET_BYTES, Sender, at_lea
 from miles.backends.weight_update.stream import address_towards, host_and_port
 
 logger = logging.getLogger(__name__)
+_BLAME_S = 0.5
 _LOOK_EVERY_S = 0.0005
 
 
@@ -66,7 +67,7 @@ class BroadcastRequestSender(Sender):
         Whoever leaves the group ends the waiting of those who wait for them: first those who are done, then we, then
         those who are done because of that, until nobody waits. Only who failed before that is a cause.
         """
-        causes = requests.failed
+        causes = _causes(requests)
         body, told = {"group_name": update.group_name}, set[str]()
         while len(told) < len(requests.futures):
             done = set(requests.done) - told
@@ -162,6 +163,15 @@ class BroadcastRequestSender(Sender):
         if requests.has_failed or not has_arrived(work):
             raise _Broken(requests)
         self._finish(calls, requests)
+
+
+def _causes(requests: Pending) -> list[str]:
+    """Engines that failed of their own. One that has ended may be heard of after one that was cut off by it, and which
+    says so."""
+    first, until = requests.failed, time.monotonic() + _BLAME_S
+    while not requests.gone and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY_S)
+    return requests.gone or first
 
 
 class _Broken(Exception):

@@ -44,6 +44,11 @@ class Pending:
         return [name for name in self.done if self.futures[name].exception() is not None]
 
     @property
+    def gone(self) -> list[str]:
+        """Engines whose request has ended without an answer."""
+        return [name for name in self.failed if not isinstance(self.futures[name].exception(), _Refused)]
+
+    @property
     def has_failed(self) -> bool:
         """Whether one has already ended with an error."""
         return bool(self.failed)
