@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from miles.backends.weight_update.in_thread import InThread
 from miles.backends.weight_update.stream import address_towards
 
 JOIN_S = 120.0
@@ -31,7 +32,6 @@ _LEAVE_S = 10.0
 _SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """torch would end this process a minute after NCCL has found that another one is gone (by network): here the group is
 left instead, and the update fails for those who were the cause."""
-_LOOK_S = 0.002
 _FIND_S = 2.0
 MakeBackend = Callable[[Store, tuple[int, int], str, torch.device], Any]
 
@@ -144,7 +144,7 @@ class Gathering:
         )  # fmt: skip
         self._device = device
         self._is_given_up = False
-        self._joining = _InThread(self._join, "join-group")  # it blocks until all are there
+        self._joining = InThread(self._join, "join-group")  # it blocks until all are there
 
     def wait(self, is_hopeless: Callable[[], bool]) -> BroadcastGroup | str:
         """Until all are there; else why not. What the others say is the caller's to ask."""
@@ -186,7 +186,7 @@ def join_as_engine(
         if not is_given_up.is_set():
             _connect(held[0], device)
 
-    if why := _InThread(join, "join-group").wait(is_hopeless, JOIN_S):
+    if why := InThread(join, "join-group").wait(is_hopeless, JOIN_S):
         is_given_up.set()
         if held:
             _leave(held)
@@ -224,42 +224,6 @@ def _let_go(held: list[Any]) -> None:
         held[0].abort()
     while held:  # their ends wait for what is under way, at the longest until its deadline
         held.pop(0)
-
-
-class _InThread:
-    """What blocks until others come, so that somebody can look after it meanwhile."""
-
-    def __init__(self, run: Callable[[], None], name: str) -> None:
-        self._error = ""
-        self._run = run
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._to_the_end, name=name, daemon=True)
-        self._thread.start()
-
-    def wait(self, is_hopeless: Callable[[], bool], within_s: float) -> str:
-        """Until it is over. Returns why it came to nothing; empty: it went well."""
-        deadline = time.monotonic() + within_s
-        while not self._done.wait(_LOOK_S):
-            if is_hopeless():
-                return "somebody failed before all were there"
-            if time.monotonic() > deadline:
-                return f"not everybody came within {within_s:g} s"
-        return self._error
-
-    def let_end(self, within_s: float) -> None:
-        """Wait a little: what it waited for has been ended."""
-        self._thread.join(within_s)
-
-    def _to_the_end(self) -> None:
-        run = self._run
-        del self._run  # it may keep the backend, and so its connections
-        try:
-            run()
-        except Exception as error:  # noqa: BLE001  # whoever waits has to hear of it
-            self._error = str(error) or type(error).__name__
-        finally:
-            del run
-            self._done.set()
 
 
 def prefixed_as_sglang(store: Store, name: str) -> Store:
@@ -300,7 +264,7 @@ def _connected(backend: Any, device: torch.device, is_hopeless: Callable[[], boo
     """Make NCCL's communicator, which blocks until all others do. Returns why it came to nothing: the thread that waits
     for them then stays until they come or go, as NCCL's call knows no end, and ``abort`` not a call that has not
     returned."""
-    return _InThread(partial(_connect, backend, device), "connect-group").wait(is_hopeless, within_s)
+    return InThread(partial(_connect, backend, device), "connect-group").wait(is_hopeless, within_s)
 
 
 def _connect(backend: Any, device: torch.device) -> None:
