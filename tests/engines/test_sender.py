@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.fake_engine import fake_engine
+from support.procs import eventually
 
 from miles.backends.base import ParallelState
 from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S, has_arrived, variables_set
@@ -97,6 +98,38 @@ async def test_an_engine_that_is_done_is_not_waited_for_once_more():
         fake.answers.set()  # the next update waits for the answer to the last one
         await again
         assert same(fake.weights, changed) and fake.count("/update_weights_from_tensor") == 2
+        sender.close()
+
+
+def connections(fake):
+    """Those of HTTP that are open."""
+    return list(fake._runner.server.connections)
+
+
+@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+async def test_an_update_finds_the_connections_of_the_last_one(method):
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 2)
+        sender = make_sender(SOURCE, WeightUpdate(1, targets, method, 100), torch.device("cpu"))
+        await send(sender, WeightUpdate(1, targets, method, 100), Weights(WEIGHTS))
+        first = [connections(fake) for fake in fakes]
+        for version in (2, 3):
+            await send(sender, WeightUpdate(version, targets, method, 100, new_group=False), Weights(WEIGHTS))
+        assert [connections(fake) for fake in fakes] == first and all(len(each) == 1 for each in first)
+        sender.close()
+        await eventually(lambda: not any(connections(fake) for fake in fakes))
+
+
+async def test_an_update_that_failed_leaves_no_connection():
+    async with AsyncExitStack() as stack:
+        fakes, targets = await engines_of(stack, 2)
+        sender = make_sender(SOURCE, WeightUpdate(1, targets, "tensor", 100), torch.device("cpu"))
+        await send(sender, WeightUpdate(1, targets, "tensor", 100), Weights(WEIGHTS))
+        fakes[0].faults["/update_weights_from_tensor"] = [500]
+        with pytest.raises(EnginesMissedUpdate):
+            await send(sender, WeightUpdate(2, targets, "tensor", 100), Weights(WEIGHTS))
+        await eventually(lambda: not any(connections(fake) for fake in fakes))
+        await send(sender, WeightUpdate(3, targets, "tensor", 100), Weights(WEIGHTS))
         sender.close()
 
 

@@ -272,3 +272,14 @@ def test_a_line_is_closed_twice_without_harm():
         end = Line(connected, WAIT_S)
         end.close()
         end.close()
+
+
+async def test_one_wait_takes_in_who_connects_and_what_it_says_then():
+    with Listener("127.0.0.1", WAIT_S) as listener:
+        waiting = asyncio.create_task(asyncio.to_thread(listener.accept, WAIT_S))
+        with stranger(listener.place) as other:
+            await eventually(lambda: waiting.done() or listener._strangers)
+            other.sendall(framed(msgpack.packb({"token": listener.place.token, "engine": "late"})))
+            came = await waiting
+        assert came is not None and came[1]["engine"] == "late"
+        came[0].close()

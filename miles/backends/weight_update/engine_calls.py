@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
-import socket
-import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
+from miles.backends.weight_update.connections import Connections, Refused
 from miles.backends.weight_update.failures import EnginesMissedUpdate
 from miles.backends.weight_update.messages import EngineTarget
-from miles.backends.weight_update.stream import keep_alive
 
 CALL_S = 600.0
 TELL_S = 10.0
 """Deadline of what is said to engines that may be gone: whoever is well answers at once."""
-_SHOWN = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +50,20 @@ class Pending:
 
 
 class EngineCalls:
-    """The engines of one update. A context manager: closes its connections and threads."""
+    """The engines of one update. A context manager: waits for all requests, and closes its connections, unless they
+    are the caller's (``connections``)."""
 
-    def __init__(self, engines: tuple[EngineTarget, ...], *, timeout_s: float = CALL_S) -> None:
+    def __init__(
+        self, engines: tuple[EngineTarget, ...], *, timeout_s: float = CALL_S, connections: Connections | None = None
+    ) -> None:
         self.engines = engines
         self.failures: dict[str, str] = {}
         self.busy_s = 0.0
         self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="engine-calls")
-        self._connections: dict[str, http.client.HTTPConnection] = {}
+        self._connections = connections or Connections()
+        self._are_own = connections is None
+        self._connections.keep_only(engine.url for engine in engines)
+        self._posted: list[Future[float]] = []
 
     def __enter__(self) -> EngineCalls:
         return self
@@ -72,11 +72,10 @@ class EngineCalls:
         self.close()
 
     def close(self) -> None:
-        """Wait for all requests, and close connections."""
-        self._pool.shutdown(wait=True)
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
+        """See the class."""
+        wait(self._posted)
+        if self._are_own:
+            self._connections.close()
 
     @property
     def alive(self) -> tuple[EngineTarget, ...]:
@@ -87,20 +86,16 @@ class EngineCalls:
         self, path: str, body: Callable[[EngineTarget], Mapping[str, Any]], *, timeout_s: float | None = None
     ) -> Pending:
         """POST to every engine that has not failed. ``timeout_s``: another deadline than that of all requests."""
-        return Pending(
-            {engine.name: self._pool.submit(self._post, engine, path, body(engine), timeout_s) for engine in self.alive}
-        )
+        return Pending({engine.name: self._post(engine, path, body(engine), timeout_s) for engine in self.alive})
 
     def end_late(self, pending: Pending, names: Iterable[str], within_s: float) -> None:
         """Wait so long for these engines' answers; requests that have none then end with an error."""
         futures = {name: pending.futures[name] for name in names}
+        urls = {engine.name: engine.url for engine in self.engines}
         wait(futures.values(), timeout=within_s)
         for name in [name for name, future in futures.items() if not future.done()]:
             self.failures.setdefault(name, f"its request was not answered within {within_s:g} s after the last word")
-            connection = self._connections.get(name)
-            if connection is not None and connection.sock is not None:
-                with contextlib.suppress(OSError):  # it has ended after all
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            self._connections.cut(urls[name])
 
     def finish(self, pending: Pending | None) -> float:
         """Wait for the answers. Returns the longest request's seconds; failures go to ``failures``."""
@@ -108,7 +103,7 @@ class EngineCalls:
         for name, future in (pending.futures if pending is not None else {}).items():
             try:
                 longest = max(longest, future.result())
-            except (OSError, http.client.HTTPException, _Refused) as error:
+            except (OSError, http.client.HTTPException, Refused) as error:
                 self.failures.setdefault(name, str(error) or type(error).__name__)
         self.busy_s += longest
         return longest
@@ -120,8 +115,8 @@ class EngineCalls:
         None of them may be answering a request.
         """
         wanted = self.engines if names is None else [engine for engine in self.engines if engine.name in set(names)]
-        for future in [self._pool.submit(self._post, engine, path, body, TELL_S) for engine in wanted]:
-            with contextlib.suppress(OSError, http.client.HTTPException, _Refused):
+        for future in [self._post(engine, path, body, TELL_S) for engine in wanted]:
+            with contextlib.suppress(OSError, http.client.HTTPException, Refused):
                 future.result()
 
     def raise_failures(self, doing: str, *, names: Sequence[str] = ()) -> None:
@@ -136,36 +131,8 @@ class EngineCalls:
                 engines=failed,
             )
 
-    def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> float:
-        start = time.perf_counter()
-        connection = self._connection(engine, timeout_s or self._timeout_s)
-        headers = {"Content-Type": "application/json"}
-        if engine.api_key:
-            headers["Authorization"] = f"Bearer {engine.api_key}"
-        try:
-            connection.request("POST", path, json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read().decode(errors="replace")
-        except BaseException:
-            self._connections.pop(engine.name).close()
-            raise
-        if answer.status != 200:
-            raise _Refused(f"POST {path} was answered with status {answer.status}: {text[:_SHOWN]}")
-        return time.perf_counter() - start
-
-    def _connection(self, engine: EngineTarget, timeout_s: float) -> http.client.HTTPConnection:
-        if engine.name not in self._connections:
-            parts = urllib.parse.urlsplit(engine.url)
-            self._connections[engine.name] = http.client.HTTPConnection(parts.hostname or "", parts.port)
-        connection = self._connections[engine.name]
-        if connection.sock is None:
-            connection.timeout = min(timeout_s, self._timeout_s)
-            connection.connect()
-        assert connection.sock is not None
-        keep_alive(connection.sock)
-        connection.sock.settimeout(timeout_s)
-        return connection
-
-
-class _Refused(Exception):
-    """An engine answered with an error."""
+    def _post(self, engine: EngineTarget, path: str, body: Mapping[str, Any], timeout_s: float | None) -> Future[float]:
+        timeout_s = timeout_s or self._timeout_s
+        future = self._connections.post(engine, path, body, timeout_s, min(timeout_s, self._timeout_s))
+        self._posted.append(future)
+        return future

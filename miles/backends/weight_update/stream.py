@@ -152,8 +152,7 @@ class Listener:
     """Of one update, on one rank of the trainer. A context manager."""
 
     def __init__(self, host: str, timeout_s: float, *, hello_s: float = _HELLO_S) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, 0), family=family)
+        self._socket = socket.create_server((host, 0), family=_family(host))
         self._socket.setblocking(False)
         self._timeout_s = timeout_s
         self._hello_s = hello_s
@@ -175,16 +174,22 @@ class Listener:
 
     def accept(self, wait_s: float) -> tuple[Line, dict[str, Any]] | None:
         """A connection that has said the token, with its hello; None: there was none within ``wait_s``."""
-        came = self._introduced()
-        if came is not None:
-            return came
+        deadline = time.monotonic() + wait_s
+        while (came := self._introduced()) is None:
+            left = deadline - time.monotonic()
+            self._take_in(max(left, 0.0))
+            if left <= 0.0:
+                return self._introduced()
+        return came
+
+    def _take_in(self, wait_s: float) -> None:
+        """Wait until somebody connects, or speaks."""
         # Whoever has begun to speak, and is not done, would end every wait at once: they are looked at now and then.
         silent = [line.fileno() for line in self._strangers if not line.has_message()]
         wait_s = min(wait_s, _LOOK_S) if len(silent) < len(self._strangers) else wait_s
         if self._socket.fileno() in readable([self._socket.fileno(), *silent], wait_s):
             with contextlib.suppress(OSError):  # gone again
                 self._strangers[Line(self._socket.accept()[0], self._timeout_s)] = time.monotonic() + self._hello_s
-        return self._introduced()
 
     def _introduced(self) -> tuple[Line, dict[str, Any]] | None:
         """The first that has said the token. Lets go of those that are too slow, or too many."""
@@ -220,9 +225,12 @@ class Listener:
 
 def connect(place: Place, hello: dict[str, Any], timeout_s: float) -> Line:
     """An engine's end. Raises StreamBroken."""
+    connected = socket.socket(_family(place.host))  # no look-up: ``place`` has an address, and this is waited for
+    connected.settimeout(min(timeout_s, 30.0))
     try:
-        connected = socket.create_connection((place.host, place.port), timeout=min(timeout_s, 30.0))
+        connected.connect((place.host, place.port))
     except OSError as error:
+        connected.close()
         raise StreamBroken(f"the trainer at {place.host} port {place.port} cannot be reached: {_why(error)}") from None
     line = Line(connected, timeout_s)
     try:
@@ -258,8 +266,7 @@ def keep_alive(connected: socket.socket) -> None:
 
 def address_towards(host: str, port: int) -> str:
     """This host's address as that one sees it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # of a datagram socket: nothing is sent
         return str(probe.getsockname()[0])
 
@@ -268,6 +275,10 @@ def host_and_port(url: str) -> tuple[str, int]:
     """Of ``http://host:port``."""
     parts = urllib.parse.urlsplit(url)
     return parts.hostname or "", parts.port or 0
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _why(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from miles.backends.weight_update.bucket_copies import BucketCopies
 from miles.backends.weight_update.bucket_memory import BucketMemory, DeviceMemory, MemoryFile
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, Entry
 from miles.backends.weight_update.colocation import engine_of, gathered
+from miles.backends.weight_update.connections import Connections
 from miles.backends.weight_update.engine_calls import EngineCalls
 from miles.backends.weight_update.lines import Lines
 from miles.backends.weight_update.messages import WeightUpdate
@@ -40,6 +41,7 @@ class StreamSender(Sender):
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         super().__init__(parallel, device)
         self._last: Stream | None = None
+        self._connections = Connections()
 
     def _send(self, update: WeightUpdate, weights: Weights) -> None:
         roles = self._roles(update)
@@ -47,8 +49,9 @@ class StreamSender(Sender):
             return
         host = address_towards(*host_and_port(update.engines[0].url))
         timeout_s = update.timeout_s
-        self._end_last()
-        lines, calls = Lines(roles.expects, timeout_s), EngineCalls(roles.speaks_to, timeout_s=timeout_s)
+        self._end_last(keep=True)
+        lines = Lines(roles.expects, timeout_s)
+        calls = EngineCalls(roles.speaks_to, timeout_s=timeout_s, connections=self._connections)
         with Listener(host, timeout_s) as listener:
             try:
                 self._last = stream = Stream(update, listener, calls, lines, self._gathered)
@@ -79,12 +82,14 @@ class StreamSender(Sender):
     def _give_back(self) -> None:
         """Memory, or the process group."""
 
-    def _end_last(self, *, at_once: bool = False) -> None:
-        """The requests of the last update are over."""
+    def _end_last(self, *, at_once: bool = False, keep: bool = False) -> None:
+        """The requests of the last update are over. ``keep``: connections stay for the next."""
         last, self._last = self._last, None
         if last is not None:
             last.end(at_once=at_once)
             last.calls.close()
+        if not keep:
+            self._connections.close()
 
     @abstractmethod
     def _roles(self, update: WeightUpdate) -> Roles | None:
