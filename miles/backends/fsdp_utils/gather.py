@@ -11,11 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from miles.backends.fsdp_utils.shards import whole
-
-_GPU_BYTES, _CPU_BYTES = 256 << 20, 32 << 20
-"""What a collective gathers at most, but for a single parameter that is larger."""
-_ALIGNED = 8
-"""Each part begins at a multiple of so many numbers."""
+from miles.backends.training_utils.collectives import aligned, bytes_at_once
 
 Named = tuple[str, DTensor]
 
@@ -26,9 +22,9 @@ def gathered(
     """Each parameter whole, on all ranks, in order; contiguous, in ``dtype`` on ``device``. Collective over the mesh.
 
     Args:
-        at_once: Bytes to gather at a time, by default what suits the device.
+        at_once: Bytes to gather at a time, but for a single parameter that is larger; by default what suits the device.
     """
-    limit = at_once or (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES)
+    limit = at_once or bytes_at_once(device)
     waiting: list[_Part] = []
     for name, shard in shards:
         if not _is_plain(shard) or _is_whole_here(shard, device, dtype):
@@ -63,7 +59,7 @@ class _Part:
 
     @property
     def end(self) -> int:
-        return -(-(self.start + self.size) // _ALIGNED) * _ALIGNED
+        return aligned(self.start + self.size)
 
 
 def _is_plain(shard: DTensor) -> bool:

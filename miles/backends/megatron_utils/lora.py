@@ -36,9 +36,10 @@ from miles.backends.lora.files import Below, Pair, write_adapter
 from miles.backends.lora.values import FirstValues, Switch, bit_sum, merged
 from miles.backends.megatron_utils.errors import UnsupportedSetting
 from miles.backends.megatron_utils.families import Rule
+from miles.backends.megatron_utils.gather import all_shards, from_owner
 from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.weight_layouts import GateAndUp
-from miles.backends.megatron_utils.weights import all_shards, from_owner, tensor_parallel
+from miles.backends.megatron_utils.weights import tensor_parallel
 from miles.utils.lora import LoraSettings
 
 WEIGHT = ".weight"
@@ -181,9 +182,9 @@ class Adapter(torch.nn.Module):
         rule = self.plan.rule
         a, b = self.a.detach(), self.b.detach()
         if self.is_column:
-            halves = rule.layout.merge(all_shards(b, rule, group))
+            halves = rule.layout.merge(all_shards([b], group)[0])
         else:
-            parts = all_shards(a, rule, group)
+            parts = all_shards([a], group)[0]
             a, halves = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), [b]
         blocks = a.chunk(self.plan.count)
         return [

@@ -3,7 +3,9 @@ by tensor parallelism, its layers on pipeline stages, its experts on expert-para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,8 +14,10 @@ from miles.backends.base import ParallelState
 from miles.backends.hf_directory import MTP_LAYERS, HFDirectory
 from miles.backends.megatron_utils.errors import BadModelDirectory
 from miles.backends.megatron_utils.families import Rule
+from miles.backends.megatron_utils.gather import all_shards, from_owner
 from miles.backends.megatron_utils.stages import Stage
 from miles.backends.megatron_utils.value_head import NAME as VALUE_HEAD
+from miles.backends.training_utils.collectives import bytes_at_once
 
 IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
 """Ends of names that a directory may hold without the model needing them: computed, or a copy of a tied embedding."""
@@ -91,47 +95,115 @@ def full_tensors(
     stage: Stage,
     parallel: ParallelState,
     merge: Merge | None = None,
+    at_once: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and full tensors; collective over tensor-, expert- and pipeline-parallel groups.
 
     A tensor may share memory with the model, and with no other that comes later. The ranks that hold a parameter put it
     together, and send it to those that do not: first to the other expert-parallel ranks of their stage, then to the
     other stages. ``merge`` is what they do with it before that.
+
+    Args:
+        at_once: Bytes of full tensors that are put together at a time, but for a single parameter that is larger; by
+            default what suits the device.
     """
-    parameters = dict(model.named_parameters())
-    like = next(iter(parameters.values()))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole = _Whole(parameters, stage, parallel, merge)
+    limit = (at_once or bytes_at_once(whole.like.device)) // whole.like.itemsize
+    for batch in _batches(rules, limit):
+        yield from whole.tensors(batch)
+
+
+def _batches(rules: Sequence[Rule], limit: int) -> Iterator[list[Rule]]:
+    """Parameters of ``limit`` numbers or fewer. By what all ranks know, as all have to make the same batches."""
+    batch: list[Rule] = []
+    total = 0
     for rule in rules:
-        name = stage.local_name(rule)
-        if name is None:
-            tensors = [like.new_empty(shape, requires_grad=False) for shape in rule.hf.values()]
-        else:
-            group = parallel.tp_group if rule.expert is None else parallel.etp_group
-            tensors = list(rule.layout.merge(all_shards(parameters[name].detach(), rule, group)))
-            if merge is not None:
-                tensors = merge(rule, tensors)
-        owner, ep_owner = stage.stage_of(rule), stage.ep_rank_of(rule)
-        if ep_owner is not None and owner == stage.rank:
-            tensors = from_owner(tensors, ep_owner, parallel.ep_group)
-        tensors = from_owner(tensors, owner, parallel.pp_group)
-        yield from zip(rule.hf, tensors, strict=True)
+        size = sum(math.prod(shape) for shape in rule.hf.values())
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(rule)
+        total += size
+    yield batch
 
 
-def from_owner(tensors: list[torch.Tensor], owner: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """The tensors of the group's rank ``owner``."""
-    if group is None or group.size() == 1:
-        return tensors
-    found = []
-    for tensor in tensors:
-        whole = tensor.contiguous()
-        dist.broadcast(whole, group_src=owner, group=group)
-        found.append(whole)
-    return found
+class _Whole:
+    """Puts parameters together, a batch at a time. Every rank does the same steps of the same batches in this order, so
+    that no two wait for each other in different groups."""
+
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], stage: Stage, parallel: ParallelState, merge: Merge | None
+    ) -> None:
+        self.like = next(iter(parameters.values()))
+        self._parameters = parameters
+        self._stage = stage
+        self._parallel = parallel
+        self._merge = merge
+
+    def tensors(self, batch: Sequence[Rule]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of all its parameters, on every rank. What no other rank waits for is merged when it is asked for."""
+        shards = self._shards(batch)
+        sent = self._sent(batch, shards)
+        for rule in batch:
+            name = rule.megatron
+            found = sent.pop(name) if name in sent else self._merged(rule, shards.pop(name))
+            yield from zip(rule.hf, found, strict=True)
+
+    def _shards(self, batch: Sequence[Rule]) -> dict[str, list[torch.Tensor]]:
+        """By tensor-parallel rank, of each parameter that this rank has a part of."""
+        found, parallel = {}, self._parallel
+        dense: list[str] = []
+        experts: list[str] = []
+        for rule in batch:
+            name = self._stage.local_name(rule)
+            if name is None:
+                continue
+            found[rule.megatron] = [self._parameters[name]]
+            if rule.layout.sharded:
+                (dense if rule.expert is None else experts).append(rule.megatron)
+        for names, group in ((dense, parallel.tp_group), (experts, parallel.etp_group)):
+            gathered = all_shards([found[name][0] for name in names], group)
+            found |= dict(zip(names, gathered, strict=True))
+        return found
+
+    def _merged(self, rule: Rule, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        tensors = list(rule.layout.merge(shards))
+        return tensors if self._merge is None else self._merge(rule, tensors)
+
+    def _sent(self, batch: Sequence[Rule], shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        """Those that some rank lacks, of their owners, by parameter. Takes their shards away."""
+        stage, parallel = self._stage, self._parallel
+        owners = {rule.megatron: stage.stage_of(rule) for rule in batch}
+        ep_owners = {
+            rule.megatron: owner
+            for rule in batch
+            if (owner := stage.ep_rank_of(rule)) is not None and owners[rule.megatron] == stage.rank
+        }
+        sent = {}
+        for rule in batch:
+            name = rule.megatron
+            if _is_shared(parallel.pp_group) or (name in ep_owners and _is_shared(parallel.ep_group)):
+                sent[name] = self._merged(rule, shards.pop(name)) if name in shards else self._to_come(rule)
+        _send(sent, ep_owners, parallel.ep_group)
+        _send(sent, owners, parallel.pp_group)
+        return sent
+
+    def _to_come(self, rule: Rule) -> list[torch.Tensor]:
+        """Shapes without memory."""
+        return [self.like.new_empty(()).expand(shape) for shape in rule.hf.values()]
 
 
-def all_shards(shard: torch.Tensor, rule: Rule, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """Of a parameter, by tensor-parallel rank; collective over the group."""
-    if group is None or group.size() == 1 or not rule.layout.sharded:
-        return [shard]
-    gathered = shard.new_empty((group.size() * shard.shape[0], *shard.shape[1:]))
-    dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
-    return list(gathered.chunk(group.size()))
+def _is_shared(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and group.size() > 1
+
+
+def _send(tensors: dict[str, list[torch.Tensor]], owners: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
+    """Each from its owner to the rest of the group, in one broadcast per owner."""
+    if not _is_shared(group):
+        return
+    for owner in sorted(set(owners.values())):
+        names = [name for name, its in owners.items() if its == owner]
+        arrived = iter(from_owner([tensor for name in names for tensor in tensors[name]], owner, group))
+        for name in names:
+            tensors[name] = list(itertools.islice(arrived, len(tensors[name])))

@@ -7,6 +7,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_GPU_BYTES, _CPU_BYTES = 256 << 20, 32 << 20
+_ALIGNED = 8
+
+
+def bytes_at_once(device: torch.device) -> int:
+    """Bytes to put together by one collective where many small tensors are to be: enough for its call to cost nothing
+    beside them, and little beside the model."""
+    return _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
+
+
+def aligned(count: int) -> int:
+    """Numbers that ``count`` of a tensor take in a buffer for one collective: the next tensor begins at a multiple of
+    what kernels read at once."""
+    return -(-count // _ALIGNED) * _ALIGNED
+
 
 def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """In place; nothing to do for None (a group of one)."""
