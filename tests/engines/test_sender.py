@@ -15,7 +15,8 @@ from miles.backends.base import ParallelState
 from miles.backends.weight_update.broadcast_group import BROADCAST_S, JOIN_S, has_arrived, variables_set
 from miles.backends.weight_update.broadcast_requests import _causes
 from miles.backends.weight_update.buckets import ALIGNMENT, Bucket, copy_into
-from miles.backends.weight_update.engine_calls import Pending, _Refused
+from miles.backends.weight_update.connections import Refused
+from miles.backends.weight_update.engine_calls import Pending
 from miles.backends.weight_update.failures import BadUpdate, EnginesMissedUpdate, GroupNotMade
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 from miles.backends.weight_update.sender import make_sender
@@ -320,9 +321,9 @@ class Heard(Future):
 
 
 @pytest.mark.parametrize(
-    ("late", "causes"), [(ConnectionResetError("gone"), ["engine-0"]), (_Refused("cut off, too"), ["engine-1"])]
+    ("late", "causes"), [(ConnectionResetError("gone"), ["engine-0"]), (Refused("cut off, too"), ["engine-1"])]
 )
 def test_whoever_was_cut_off_by_an_engine_that_ended_is_no_cause(late, causes):
     """Also if it is heard first."""
-    requests = Pending({"engine-0": Heard(late), "engine-1": Heard(_Refused("cut off"), 0)})
+    requests = Pending({"engine-0": Heard(late), "engine-1": Heard(Refused("cut off"), 0)})
     assert requests.has_failed and _causes(requests) == causes

@@ -41,7 +41,7 @@ class Pending:
     @property
     def gone(self) -> list[str]:
         """Engines whose request has ended without an answer."""
-        return [name for name in self.failed if not isinstance(self.futures[name].exception(), _Refused)]
+        return [name for name in self.failed if not isinstance(self.futures[name].exception(), Refused)]
 
     @property
     def has_failed(self) -> bool:
