@@ -23,6 +23,7 @@ sys.path[:0] = [
 ]
 
 from gpu_bench.memory import num_gpus  # noqa: E402
+from gpu_bench.placing import may_share  # noqa: E402
 from gpu_bench.rehearsal import VARIABLE, is_rehearsal  # noqa: E402
 from gpu_bench.results import Results, read_rows, table_of  # noqa: E402
 from gpu_bench.runs import visible  # noqa: E402
@@ -40,22 +41,22 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.rehearse:
         os.environ[VARIABLE] = "1"
+    gpus = arguments.gpus or (_REHEARSED_GPUS if is_rehearsal() else num_gpus())
     if arguments.only:
-        STAGES[arguments.only].run(Results(out, arguments.only))
+        STAGES[arguments.only].run(Results(out, arguments.only), gpus)
         return 0
     adopt_orphans()
-    gpus = arguments.gpus or (_REHEARSED_GPUS if is_rehearsal() else num_gpus())
-    without = left_out(arguments.stages, gpus, rehearsal=is_rehearsal())
+    without = left_out(arguments.stages, gpus, rehearsal=is_rehearsal(), may_share=may_share())
     for name, why in without.items():
         print(f"{name} is left out: it {why}", flush=True)
         Results(out, name).add("stage", "left out", note=why)
-    names = [name for name in chosen(arguments.stages, gpus) if name not in without]
+    names = [name for name in chosen(arguments.stages, gpus, may_share=may_share()) if name not in without]
     side = [] if is_rehearsal() else lanes(names, gpus)
     ends = time.monotonic() + arguments.within
     failed = not beside(side, out, ends)
     for name in names:
         if not any(name in lane for lane in side):
-            failed = not measure(name, out, ends) or failed
+            failed = not measure(name, out, gpus, ends) or failed
     if not arguments.lane:
         print(table_of(read_rows(out)))
     return 1 if failed else 0
@@ -87,10 +88,10 @@ def beside(side: Sequence[Sequence[str]], out: Path, ends: float) -> bool:
     return not any(codes)
 
 
-def measure(name: str, out: Path, ends: float) -> bool:
-    """Run a stage, until ``ends`` at most; whether it ended well."""
+def measure(name: str, out: Path, gpus: int, ends: float) -> bool:
+    """Run a stage on so many GPUs, until ``ends`` at most; whether it ended well."""
     stage, results, began = STAGES[name], Results(out, name), time.monotonic()
-    command = python(__file__, "--only", name, "--out", str(out))
+    command = python(__file__, "--only", name, "--gpus", str(gpus), "--out", str(out))
     print(f"{name} ...", flush=True)
     deadline_s = max(REHEARSAL_S, stage.deadline_s) if is_rehearsal() else stage.deadline_s
     left_s = ends - began - _TABLE_S

@@ -1,4 +1,4 @@
-"""A bare NCCL broadcast, one process per GPU: ``torchrun -m gpu_bench.bare_broadcast BYTES FILE``."""
+"""A bare NCCL broadcast: ``torchrun -m gpu_bench.bare_broadcast BYTES FILE GPU...``, a GPU for each rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
 
     rank = int(os.environ["RANK"])
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", int(argv[2 + rank]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", timeout=timedelta(seconds=60), device_id=device)
     data = torch.randint(0, 255, (int(argv[0]),), dtype=torch.uint8, device=device)

@@ -33,8 +33,9 @@ BUCKETS = (128 << 20, 512 << 20, 2 << 30)
 _START_S = 300.0
 
 
-def engine_config(path: Path, ranks: int = 1) -> dict[str, Any]:
-    """Of a run that is as small as the engine needs."""
+def engine_config(path: Path, ranks: int = 1, max_tokens: int = 0) -> dict[str, Any]:
+    """Of a run that is as small as the engine needs. With ``max_tokens`` others may take memory beside it while it
+    starts, as it does not go by a share of the GPU."""
     run = {
         "params_dtype": "bfloat16", "hf_checkpoint": str(path), "offload_rollout": True, "seed": 0,
         "hf_config": json.loads((path / "config.json").read_text()), "rollout_num_gpus_per_engine": ranks,
@@ -45,17 +46,18 @@ def engine_config(path: Path, ranks: int = 1) -> dict[str, Any]:
         "device": "cuda",
         "sglang_attention_backend": "triton", "sglang_sampling_backend": "pytorch", "sglang_grammar_backend": "none",
         "sglang_mem_fraction_static": 0.4, "sglang_cuda_graph_backend_prefill": "disabled",
+        **({"sglang_mem_fraction_static": 0.8, "sglang_max_total_tokens": max_tokens} if max_tokens else {}),
     }  # fmt: skip
 
 
 @contextlib.asynccontextmanager
 async def engine(
-    out: Path, path: Path, name: str, *, gpus: Sequence[int] = (0,), dummy: bool = False
+    out: Path, path: Path, name: str, *, gpus: Sequence[int] = (0,), dummy: bool = False, max_tokens: int = 0
 ) -> AsyncIterator[EngineClient]:
     """SGLang as our launcher starts it, spread over these GPUs, until the context is left. ``dummy``: with random
-    weights."""
+    weights. ``max_tokens``: of the KV cache; 0: as many as fit."""
     http, nccl = free_ports(2)
-    config = engine_config(path, len(gpus))
+    config = engine_config(path, len(gpus), max_tokens)
     arguments = server_arguments(config, 0) | ({"load_format": "dummy"} if dummy else {})
     command = [sys.executable, "-m", "miles.backends.sglang_utils.launch_engine", "127.0.0.1"]
     command += [json.dumps({"http": http, "nccl": nccl}), json.dumps(arguments)]
@@ -144,13 +146,19 @@ def _views(weights: Weights, buffer: Any) -> list[Any]:
 
 
 async def compare(results: Results, client: EngineClient, path: Path, weights: Weights, version: int) -> str:
+    """As ``compare_with``, with an export of these weights."""
+    export = export_of(results.out / f"export-{results.stage}", path, weights)
+    return await compare_with(results, client, export, version)
+
+
+async def compare_with(results: Results, client: EngineClient, export: Path, version: int, prefix: str = "") -> str:
     """The engine holds what it holds when it has loaded these weights from disk. Returns its checksum. Raises
     RuntimeError if it does not."""
     held, _ = await client.checksums()
-    export = export_of(results.out / f"export-{results.stage}", path, weights)
     await client.update_weights_from_disk(str(export), version=version + 1)
     loaded, _ = await client.checksums()
-    results.add(f"version {version}: checksum equals that of loading from disk", str(held == loaded), note=held[:16])
+    name = f"{prefix}version {version}: checksum equals that of loading from disk"
+    results.add(name, str(held == loaded), note=held[:16])
     if held != loaded:
         raise RuntimeError(f"the engine holds {held[:16]} after version {version}, and {loaded[:16]} loaded from disk")
     return held

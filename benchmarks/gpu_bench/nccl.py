@@ -6,29 +6,25 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from gpu_bench import rehearsal
 from gpu_bench.ipc import compare, engine
 from gpu_bench.model import config_only, model
+from gpu_bench.placing import SHARED, is_shared
 from gpu_bench.results import Results
-from gpu_bench.trainer_ranks import Task, updates_of
 from gpu_bench.training import bare_broadcast
-from gpu_bench.updates import TURNS, WARM_UP, Updates, Weights, num_bytes_of, random_weights, tell
+from gpu_bench.updates import Updates, Weights, num_bytes_of, random_weights, tell
 from miles.backends.sglang_utils.client import EngineClient
 from miles.backends.weight_update.messages import EngineTarget, WeightUpdate
 
 BUCKETS = (512 << 20, 1 << 30)
-_LARGE = "8B"
-_RANKS_S = 80.0
+LARGE = "8B"
 
 
 def nccl(results: Results) -> None:
     """Sender on the first GPU, engine on the second. The large model comes first: it is what the others are judged by.
     Raises ExceptionGroup with what failed, when all has been tried."""
-    bare = {shape: _bare(results, shape, 2) for shape in (_LARGE, "0.6B")}
+    bare = {shape: bare_seconds(results, shape, (0, 1)) for shape in (LARGE, "0.6B")}
     os.environ["NCCL_CUMEM_ENABLE"] = "0"  # as ranks of a trainer have it, and engines
     failed = []
     for shape, seconds in bare.items():
@@ -41,22 +37,24 @@ def nccl(results: Results) -> None:
         raise ExceptionGroup("updates failed", failed)
 
 
-def _bare(results: Results, shape: str, gpus: int) -> float:
-    """Seconds of a bare broadcast of the model's bytes; 0 in a rehearsal."""
+def bare_seconds(results: Results, shape: str, group: Sequence[int]) -> float:
+    """Of a bare broadcast of the model's bytes among ranks on these GPUs; 0 in a rehearsal. Raises RunFailed."""
     if rehearsal.is_rehearsal():
         return 0.0
     num_bytes = num_bytes_of(random_weights(config_only(results.out, shape), "meta", in_one=False)[0])
-    seconds = bare_broadcast(results.out, num_bytes, gpus)
+    seconds = bare_broadcast(results.out, num_bytes, group)
     rate = num_bytes / seconds / 1e9
-    name = f"{shape}: bare NCCL broadcast" + (f" over {gpus} GPUs" if gpus > 2 else "")
-    results.add(name, rate, "GB/s", f"{num_bytes} bytes, {1e3 * seconds:.2f} ms")
+    over = f" over {len(group)} GPUs" if len(group) > 2 else ""
+    if is_shared(group):
+        over = f" over {len(group)} ranks, {SHARED}"
+    results.add(f"{shape}: bare NCCL broadcast{over}", rate, "GB/s", f"{num_bytes} bytes, {1e3 * seconds:.2f} ms")
     return seconds
 
 
 async def _updates(results: Results, shape: str, bare: float) -> None:
     import torch
 
-    small = shape != _LARGE
+    small = shape != LARGE
     device = torch.device("cpu") if rehearsal.is_rehearsal() else torch.device("cuda", 0)
     path = model(results.out, shape) if small else config_only(results.out, rehearsal.shape(shape))
     weights, _ = random_weights(path, device, in_one=False)
@@ -91,43 +89,6 @@ async def _measured(results: Results, shape: str, first: WeightUpdate, weights: 
     return updates.version
 
 
-def nccl_tp2(results: Results) -> None:
-    """Trainers of one and two tensor-parallel ranks, on the first GPUs, into engines of two and of one, on the last."""
-    asyncio.run(_nccl_tp2(results))
-
-
-async def _nccl_tp2(results: Results) -> None:
-    path, failed = config_only(results.out, rehearsal.shape(_LARGE)), []
-    for engine_ranks, trainers in ((2, (1, 2)), (1, (2,))):
-        try:
-            await _into(results, path, engine_ranks, trainers)
-        except Exception as error:  # noqa: BLE001  # the other engine is tried all the same
-            results.add(f"into an engine of TP {engine_ranks}", "failed", note=f"{type(error).__name__}: {error}"[:600])
-            failed.append(error)
-    if failed:
-        raise ExceptionGroup("updates failed", failed)
-
-
-async def _into(results: Results, path: Path, engine_ranks: int, trainers: Sequence[int]) -> None:
-    """From trainers of so many ranks each, one after the other, into one engine."""
-    bare, version = _bare(results, _LARGE, 1 + engine_ranks), 1
-    gpus = (2, 3)[-engine_ranks:]
-    async with engine(results.out, path, f"nccl-to-{engine_ranks}", gpus=gpus, dummy=True) as client:
-        for ranks in trainers:
-            task = _task(path, client, engine_ranks, version)
-            async with bracket(client):
-                rows = await asyncio.to_thread(
-                    updates_of, results.out, f"nccl-{ranks}-to-{engine_ranks}", task, ranks, _RANKS_S
-                )
-            version += len(rows) * (WARM_UP + TURNS)
-            _tell_rows(results, f"TP {ranks} to TP {engine_ranks}", rows, bare)
-
-
-def _task(path: Path, client: EngineClient, engine_ranks: int, version: int) -> Task:
-    device = "cpu" if rehearsal.is_rehearsal() else "cuda"
-    return Task(str(path), [asdict(target_of(client, engine_ranks))], BUCKETS, device, version)
-
-
 @contextlib.asynccontextmanager
 async def bracket(client: EngineClient) -> AsyncIterator[None]:
     """What some versions of SGLang need around updates; the controller's part."""
@@ -139,11 +100,3 @@ async def bracket(client: EngineClient) -> AsyncIterator[None]:
     finally:
         if wants:
             await client.end_weight_update()
-
-
-def _tell_rows(results: Results, name: str, rows: Sequence[dict[str, Any]], bare: float) -> None:
-    for row in rows:
-        how = f"{name}, buckets of {row['bucket'] >> 20} MiB"
-        seconds = tell(results, f"update, {how}", row["seconds"], bare, "the bare broadcast")
-        note = f"{bare / seconds:.2f} of the bare broadcast; {row['num_bytes']} bytes"
-        results.add(how, row["num_bytes"] / seconds / 1e9, "GB/s", note)

@@ -6,12 +6,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpu_bench.placing import SEPARATE_GPUS, SHARED_GPUS, VARIABLE
 from gpu_bench.results import Results
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``function`` of ``module`` takes ``Results`` and ``arguments``."""
+    """``function`` of ``module`` takes ``Results`` and ``arguments``; if it can share GPUs, how many there are, too."""
 
     module: str
     function: str
@@ -20,10 +21,21 @@ class Stage:
     arguments: tuple[str, ...] = ()
     beside_s: float = 0.0
     """About how many seconds it takes, if it may run while another one does on another GPU: it measures no speed."""
+    shared_gpus: int = 0
+    """Enough where ranks of one communicator may share GPUs; 0: they cannot in this stage."""
 
-    def run(self, results: Results) -> None:
-        """Here, until it is done or raises."""
-        getattr(importlib.import_module(f"gpu_bench.{self.module}"), self.function)(results, *self.arguments)
+    def run(self, results: Results, gpus: int) -> None:
+        """Here, on the first ``gpus``, until it is done or raises."""
+        function = getattr(importlib.import_module(f"gpu_bench.{self.module}"), self.function)
+        function(results, *self.all_arguments(gpus))
+
+    def all_arguments(self, gpus: int) -> tuple[object, ...]:
+        """Those after ``Results``."""
+        return (*self.arguments, gpus) if self.shared_gpus else self.arguments
+
+    def least_gpus(self, *, may_share: bool) -> int:
+        """How many it needs."""
+        return self.shared_gpus if may_share and self.shared_gpus else self.gpus
 
 
 STAGES = {
@@ -47,7 +59,7 @@ STAGES = {
     "colocate-fsdp2": Stage("two_gpus", "colocated_two", 300, gpus=2, arguments=("fsdp", "dp")),
     "layouts": Stage("layouts", "layouts", 550, gpus=2),
     "rank-killed-nccl": Stage("collective", "rank_killed_nccl", 300, gpus=2),
-    "nccl-tp2": Stage("nccl", "nccl_tp2", 450, gpus=4),
+    "nccl-tp2": Stage("tensor_parallel", "nccl_tp2", 540, gpus=SEPARATE_GPUS, shared_gpus=SHARED_GPUS),
     "broadcast-tp2": Stage("two_gpus", "disaggregated", 300, gpus=4, arguments=("megatron", "2", "2")),
 }
 ONLY_ON_GPUS = frozenset(("facts", "ipc", "ipc-large", "fresh-engine", "zygote", "foreign"))
@@ -56,22 +68,24 @@ REHEARSAL_S = 600.0
 """Deadline of each stage in a rehearsal."""
 
 
-def chosen(names: Sequence[str], gpus: int) -> list[str]:
+def chosen(names: Sequence[str], gpus: int, *, may_share: bool = False) -> list[str]:
     """These, or all, without those that need more GPUs. Raises ValueError for a name that there is not."""
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    return [name for name in STAGES if (name in names or not names) and STAGES[name].gpus <= gpus]
+    wanted = (name for name in STAGES if name in names or not names)
+    return [name for name in wanted if STAGES[name].least_gpus(may_share=may_share) <= gpus]
 
 
-def left_out(names: Sequence[str], gpus: int, *, rehearsal: bool = False) -> dict[str, str]:
+def left_out(names: Sequence[str], gpus: int, *, rehearsal: bool = False, may_share: bool = False) -> dict[str, str]:
     """Of the stages that were asked for, those that cannot run, and why."""
     found = {}
     for name, stage in STAGES.items():
         if names and name not in names:
             continue
-        if stage.gpus > gpus:
-            found[name] = f"needs {stage.gpus} GPUs, there are {gpus}"
+        if stage.least_gpus(may_share=may_share) > gpus:
+            less = f", or {stage.shared_gpus} with {VARIABLE}=1" if stage.shared_gpus and not may_share else ""
+            found[name] = f"needs {stage.gpus} GPUs{less}, there are {gpus}"
         elif rehearsal and name in ONLY_ON_GPUS:
             found[name] = "needs a GPU"
     return found

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gpu_bench.ipc import export_of
 from gpu_bench.runs import last_words, under_way
 from gpu_bench.updates import TURNS, WARM_UP, Updates
 from main_job_bench.processes import RunFailed, environment, python
@@ -35,6 +36,7 @@ class Task:
         model: Directory whose ``config.json`` gives the shape.
         engines: Fields of ``EngineTarget``.
         version: Of the first update.
+        export: Directory for the weights that were sent last; empty: none.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Task:
     buckets: Sequence[int]
     device: str
     version: int
+    export: str = ""
 
 
 def updates_of(out: Path, name: str, task: Task, ranks: int, deadline_s: float) -> list[dict[str, Any]]:
@@ -94,6 +97,12 @@ class Trainer:
 
         return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel)
 
+    def export(self, export: Path, model: Path) -> None:
+        """The first rank writes the weights down, beside what ``model`` has of other files: collective."""
+        weights = [(name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in self.weights()]
+        if int(os.environ["RANK"]) == 0:
+            export_of(export, model, weights)
+
     def change(self) -> None:
         """Other weights than before."""
         import torch
@@ -128,6 +137,8 @@ def main(argv: list[str]) -> int:
         version = updates.version
         rows.append({"bucket": bucket, "num_bytes": updates.num_bytes, "seconds": found[WARM_UP:]})
         updates.close()
+    if task.export:
+        trainer.export(Path(task.export), Path(task.model))
     if rank == 0:
         Path(argv[1]).write_text(json.dumps(rows))
     dist.barrier()

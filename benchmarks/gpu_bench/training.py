@@ -116,10 +116,11 @@ def checksums_said(run_dir: Path) -> dict[int, str]:
     return {int(version): checksum for version, checksum in CHECKSUM.findall(log.read_text())}
 
 
-def bare_broadcast(out: Path, num_bytes: int, gpus: int) -> float:
-    """Seconds of one broadcast of so many bytes from the first GPU to the others, the median of 20."""
+def bare_broadcast(out: Path, num_bytes: int, group: Sequence[int]) -> float:
+    """Seconds of one broadcast of so many bytes from the first rank to the others, which are on these GPUs, the median
+    of 20. Raises RunFailed."""
     result = out / "bare-broadcast.txt"
-    command = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m",
-                     "gpu_bench.bare_broadcast", str(num_bytes), str(result))  # fmt: skip
+    command = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(group)), "-m",
+                     "gpu_bench.bare_broadcast", str(num_bytes), str(result), *map(str, group))  # fmt: skip
     run(command, env=environment(8), log_path=out / "bare-broadcast.log", deadline_s=120.0)
     return float(result.read_text())
