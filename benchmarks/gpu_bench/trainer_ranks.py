@@ -95,7 +95,7 @@ class Trainer:
         """As ``TrainBackend.hf_weights``: collective."""
         from miles.backends.megatron_utils.weights import full_tensors
 
-        return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel)
+        return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel, only_first=True)
 
     def export(self, export: Path, model: Path) -> None:
         """The first rank writes the weights down, beside what ``model`` has of other files: collective."""

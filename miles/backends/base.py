@@ -227,10 +227,11 @@ class TrainBackend(ABC):
         """For hooks of users, which may look and change."""
 
     @abstractmethod
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and full tensor as in the model's HF safetensors files, in the dtype the engines get, the same order on
-        all ranks. Every rank must exhaust it, and every rank sees each full tensor. A tensor may lie in the
-        model; it stays as it is for as long as it is kept, until the model changes: senders copy several at once."""
+        all ranks. Every rank must exhaust it, and every rank sees each full tensor; with ``only_first`` rank 0 does,
+        and others need not be sent them: what they yield means nothing. A tensor may lie in the model; it stays as it
+        is for as long as it is kept, until the model changes: senders send several at once."""
 
     @abstractmethod
     def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:

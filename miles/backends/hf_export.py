@@ -48,7 +48,7 @@ class Weights(Protocol):
 
     device: torch.device
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and full tensors; every rank exhausts it."""
 
 
@@ -62,7 +62,7 @@ def export_hf(backend: Weights, args: Namespace, path: Path) -> None:
         ExportExists: On all ranks.
     """
     writer = _DirectoryWriter(path, Path(args.hf_checkpoint)) if dist.get_rank() == 0 else None
-    for name, tensor in backend.hf_weights():
+    for name, tensor in backend.hf_weights(only_first=True):
         # The other ranks go on handing on weights whatever happens here.
         if writer is not None:
             writer.add(name, tensor)

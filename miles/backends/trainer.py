@@ -226,7 +226,8 @@ class Trainer(Actor):
             update = replace(update, new_group=True)
             sender = self._senders[kind_of(update)] = make_sender(backend.parallel, update, backend.device)
         with self._timers.measure("update_weights"):
-            seconds: dict[str, float] = sender.send(update, backend.hf_weights(), backend.local_weights())
+            weights = backend.hf_weights(only_first=sender.reads_only_first)
+            seconds: dict[str, float] = sender.send(update, weights, backend.local_weights())
         if trainer.old_weights is not None:
             with self._timers.measure("keep_old_actor"):
                 trainer.old_weights.keep(update.version)

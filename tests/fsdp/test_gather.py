@@ -20,15 +20,15 @@ def tensors():
 CASES = [(1, torch.float32), (200, torch.bfloat16), (None, torch.float32)]
 
 
-def on_ranks(mesh_shape):
-    return [gathered_once(init_device_mesh("cpu", mesh_shape), *case) for case in CASES]
+def on_ranks(mesh_shape, only_first=False):
+    return [gathered_once(init_device_mesh("cpu", mesh_shape), *case, only_first) for case in CASES]
 
 
-def gathered_once(mesh, at_once, dtype):
+def gathered_once(mesh, at_once, dtype, only_first):
     placements = [*([Replicate()] * (mesh.ndim - 1)), Shard(0)]
     shards = [(name, distribute_tensor(tensor, mesh, placements)) for name, tensor in tensors().items()]
     shards[4] = ("p4", distribute_tensor(tensors()["p4"], mesh, [*placements[:-1], Shard(1)]))
-    found = list(gathered(iter(shards), CPU, dtype, at_once=at_once))
+    found = list(gathered(iter(shards), CPU, dtype, at_once=at_once, only_first=only_first))
     assert all(not tensor.requires_grad and (tensor.is_contiguous() or name == "p4") for name, tensor in found)
     return [(name, tensor.clone()) for name, tensor in found]
 
@@ -41,6 +41,17 @@ def test_each_is_whole_on_all_ranks_in_order(mesh_shape):
             assert [name for name, _ in found] == list(tensors())
             for (name, tensor), wanted in zip(found, tensors().values(), strict=True):
                 assert tensor.dtype == dtype and torch.equal(tensor, wanted.to(dtype)), name
+
+
+@pytest.mark.parametrize("mesh_shape", [(1,), (3,), (2, 2)])
+def test_the_first_rank_alone_may_have_them(mesh_shape):
+    """Of each that shards lie on; others have what does not lie in rows, which is put together on all."""
+    found = run_ranks(torch.Size(mesh_shape).numel(), on_ranks, mesh_shape, True)
+    for rank, by_case in enumerate(found):
+        for held, (_, dtype) in zip(by_case, CASES, strict=True):
+            is_first = rank % mesh_shape[-1] == 0
+            assert [name for name, _ in held] == (list(tensors()) if is_first else ["p4"])
+            assert all(torch.equal(tensor, tensors()[name].to(dtype)) for name, tensor in held)
 
 
 def calls_on_ranks(at_once):

@@ -29,7 +29,7 @@ AT_ONCE = (1, 30_000, None)
 """Each parameter alone, a few batches (some parameters are larger), all in one."""
 
 
-def weights(backend, at_once, merge=None):
+def weights(backend, at_once, merge=None, *, only_first=False):
     return full_tensors(
         backend.model.module,
         backend.rules,
@@ -37,6 +37,7 @@ def weights(backend, at_once, merge=None):
         parallel=backend.parallel,
         merge=merge,
         at_once=at_once,
+        only_first=only_first,
     )
 
 
@@ -67,6 +68,29 @@ def test_they_are_those_of_the_files_in_order(name):
                 for key, tensor in found:
                     assert not tensor.requires_grad
                     assert torch.equal(tensor, factor * expected[key]), key
+
+
+def for_the_first(path, changed):
+    backend = make_backend(path, **changed)
+    kept = [list(weights(backend, at_once, only_first=True)) for at_once in AT_ONCE]
+    return kept, list(weights(backend, None, doubled, only_first=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_first_rank_alone_may_have_them(name):
+    """All do with ``merge``, which may have to do with others."""
+    architecture, ranks, changed = LAYOUTS[name]
+    path = tiny_model(architecture, tied=architecture == "qwen3", vocab=301)
+    expected = load_file(path / "model.safetensors")
+    (first, _), *others = found = run_ranks(ranks, for_the_first, path, changed)
+    assert others == [([[], [], []], merged) for _, merged in found[1:]]
+    order = [name for name, _ in first[0]]
+    for kept in first:
+        assert set(order) == set(expected) and [name for name, _ in kept] == order
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in kept)
+    for _, merged in found:
+        assert all(torch.equal(tensor, 2 * expected[key]) for key, tensor in merged) and len(merged) == len(expected)
 
 
 def calls(path, changed, at_once):

@@ -123,7 +123,7 @@ class TinyBackend(TrainBackend):
     def objects(self, model: ModelTag = "actor") -> TrainedObjects:
         return TrainedObjects([self.reference if model == "ref" else self.parameters], self.optimizer, None)
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         raise NotImplementedError("nothing asks this backend for its weights")
 
     def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:

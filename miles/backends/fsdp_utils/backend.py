@@ -173,10 +173,10 @@ class FSDPBackend(TrainBackend):
             return TrainedObjects([self._network(model)], None, None)
         return TrainedObjects([self._network(model)], optimizer.torch_optimizer, optimizer.schedule)
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """As the contract says; a tied output layer is left out, as in the files."""
         self._memory.check_awake("hand on weights", level=2)
-        return full_weights(self._model, self.settings.dtype, self.device)
+        return full_weights(self._model, self.settings.dtype, self.device, only_first=only_first)
 
     def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
         """As the contract says."""

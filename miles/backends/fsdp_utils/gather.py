@@ -7,19 +7,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from miles.backends.fsdp_utils.shards import whole
-from miles.backends.training_utils.collectives import aligned, bytes_at_once
+from miles.backends.training_utils.collectives import aligned, bytes_at_once, gathered_rows
 
 Named = tuple[str, DTensor]
 
 
 def gathered(
-    shards: Iterable[Named], device: torch.device, dtype: torch.dtype, *, at_once: int | None = None
+    shards: Iterable[Named],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    at_once: int | None = None,
+    only_first: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each parameter whole, on all ranks, in order; contiguous, in ``dtype`` on ``device``. Collective over the mesh.
+    With ``only_first`` on the first of those that shards lie on, and not all on others.
 
     Args:
         at_once: Bytes to gather at a time, but for a single parameter that is larger; by default what suits the device.
@@ -28,17 +33,17 @@ def gathered(
     waiting: list[_Part] = []
     for name, shard in shards:
         if not _is_plain(shard) or _is_whole_here(shard, device, dtype):
-            yield from _gather(waiting, device, dtype)
+            yield from _gather(waiting, device, dtype, only_first=only_first)
             waiting = []
             yield name, whole(shard, device, dtype) if not _is_plain(shard) else shard.to_local().detach()
             continue
         start = waiting[-1].end if waiting else 0
         part = _Part.of(name, shard, start)
         if waiting and (part.start + part.size) * part.ranks * dtype.itemsize > limit:
-            yield from _gather(waiting, device, dtype)
+            yield from _gather(waiting, device, dtype, only_first=only_first)
             waiting, part = [], _Part.of(name, shard, 0)
         waiting.append(part)
-    yield from _gather(waiting, device, dtype)
+    yield from _gather(waiting, device, dtype, only_first=only_first)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ def _is_whole_here(shard: DTensor, device: torch.device, dtype: torch.dtype) -> 
 
 
 @torch.no_grad()
-def _gather(parts: list[_Part], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _gather(
+    parts: list[_Part], device: torch.device, dtype: torch.dtype, *, only_first: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     if not parts:
         return
     ranks, total = parts[0].ranks, parts[-1].end
@@ -83,12 +90,12 @@ def _gather(parts: list[_Part], device: torch.device, dtype: torch.dtype) -> Ite
     rows = [part.shard.to_local().reshape(-1) for part in parts]
     places = [mine[part.start : part.start + len(local)] for part, local in zip(parts, rows, strict=True)]
     torch._foreach_copy_(places, rows)
-    everybodys = mine
+    table: torch.Tensor | None = mine.view(1, total)
     if ranks > 1:
-        everybodys = torch.empty(ranks * total, dtype=dtype, device=device)
         mesh = parts[0].shard.device_mesh
-        dist.all_gather_into_tensor(everybodys, mine, group=mesh.get_group(mesh.ndim - 1))
-    table = everybodys.view(ranks, total)
+        table = gathered_rows(mine, mesh.get_group(mesh.ndim - 1), only_first=only_first)
+    if table is None:
+        return
     for part in parts:
         shape = part.shard.shape
         columns = table[:, part.start : part.start + part.size]

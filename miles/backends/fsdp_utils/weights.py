@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from miles.backends.fsdp_utils.errors import BadModelDirectory
 from miles.backends.fsdp_utils.gather import gathered
 from miles.backends.fsdp_utils.lora import with_adapter
-from miles.backends.fsdp_utils.shards import base_shards, first_row
+from miles.backends.fsdp_utils.shards import base_shards, first_row, is_part_of_adapter, named_shards
 from miles.backends.hf_directory import HFDirectory
 
 
@@ -33,14 +33,18 @@ def load_hf_weights(model: nn.Module, path: Path) -> None:
             _fill(shard, opened.tensor(name), path, name)
 
 
-def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, *, only_first: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Each parameter whole, on all ranks, in the order of the model, with what adapters add to it. Collective: all
     ranks must exhaust it.
 
     Args:
         device: Where tensors are gathered, also when shards are kept on the host.
+        only_first: On the first rank; others yield what they have at hand. With adapters they are put together on all.
     """
-    for name, tensor in gathered(base_shards(model), device, dtype):
+    only_first = only_first and not any(is_part_of_adapter(name) for name, _ in named_shards(model))
+    for name, tensor in gathered(base_shards(model), device, dtype, only_first=only_first):
         yield name, with_adapter(model, name, tensor)
 
 

@@ -34,8 +34,9 @@ class MergedModel:
         self._scaling = config["lora_alpha"] / config["r"]
         self._names, self._dtype = self._find_base(checkpoint)
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``TrainBackend.hf_weights``."""
+        del only_first  # there is one rank
         with self._directory.opened() as opened:
             for name in self._names:
                 weight = opened.tensor(name).to(self._dtype)

@@ -297,11 +297,18 @@ class MegatronBackend(TrainBackend):
         """See ``TrainBackend.objects``."""
         return TrainedObjects([self._model(model)], self.optimizer, self.scheduler)
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``TrainBackend.hf_weights``. Works while asleep at level 1."""
         self._memory.check_awake("hand on weights", level=2)
         merge = None if self.adapters is None else self.adapters.merge
-        return full_tensors(self.model.module, self.rules, stage=self.stage, parallel=self.parallel, merge=merge)
+        return full_tensors(
+            self.model.module,
+            self.rules,
+            stage=self.stage,
+            parallel=self.parallel,
+            merge=merge,
+            only_first=only_first,
+        )
 
     def local_weights(self, model: ModelTag = "actor", *, trained: bool = False) -> list[torch.Tensor]:
         """See ``TrainBackend.local_weights``."""

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from miles.backends.training_utils.collectives import aligned
+from miles.backends.training_utils.collectives import aligned, gathered_rows
 
 
-def all_shards(shards: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[list[torch.Tensor]]:
-    """Of each parameter, everybody's shards by rank. Collective over the group, once for each dtype.
+def all_shards(
+    shards: Sequence[torch.Tensor], group: dist.ProcessGroup | None, *, only_first: bool = False
+) -> list[list[torch.Tensor]]:
+    """Of each parameter, everybody's shards by rank; with ``only_first`` on the group's first rank, and nothing on
+    others. Collective over the group, once for each dtype.
 
     What comes from one collective lies in one piece of memory, all of which is kept as long as any of it is.
     """
@@ -22,8 +25,9 @@ def all_shards(shards: Sequence[torch.Tensor], group: dist.ProcessGroup | None) 
         places = [place for place, shard in enumerate(shards) if shard.dtype == dtype]
         own = [shards[place] for place in places]
         mine = _packed(own)
-        everybodys = mine.new_empty(group.size(), len(mine))
-        dist.all_gather_into_tensor(everybodys.view(-1), mine, group=group)
+        everybodys = gathered_rows(mine, group, only_first=only_first)
+        if everybodys is None:
+            continue
         by_rank = [_unpacked(row, own) for row in everybodys]
         for place, parts in zip(places, zip(*by_rank, strict=True), strict=True):
             found[place] = list(parts)

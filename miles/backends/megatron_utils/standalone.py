@@ -50,9 +50,9 @@ class StandaloneModel:
         """Weights of a torch_dist checkpoint."""
         load_checkpoint(directory, TrainState(self.shape, self.parallel, self.module), generators=False)
 
-    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_weights(self, *, only_first: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``TrainBackend.hf_weights``."""
-        return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel)
+        return full_tensors(self.module, self.rules, stage=self.stage, parallel=self.parallel, only_first=only_first)
 
 
 def has_further_layers(directory: Path) -> bool:

@@ -96,6 +96,7 @@ def full_tensors(
     parallel: ParallelState,
     merge: Merge | None = None,
     at_once: int | None = None,
+    only_first: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and full tensors; collective over tensor-, expert- and pipeline-parallel groups.
 
@@ -106,9 +107,10 @@ def full_tensors(
     Args:
         at_once: Bytes of full tensors that are put together at a time, but for a single parameter that is larger; by
             default what suits the device.
+        only_first: Rank 0 has them, others yield nothing. With ``merge``, which may be collective, all have them.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    whole = _Whole(parameters, stage, parallel, merge)
+    whole = _Whole(parameters, stage, parallel, merge, only_first=only_first and merge is None)
     limit = (at_once or bytes_at_once(whole.like.device)) // whole.like.itemsize
     for batch in _batches(rules, limit):
         yield from whole.tensors(batch)
@@ -133,18 +135,27 @@ class _Whole:
     that no two wait for each other in different groups."""
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], stage: Stage, parallel: ParallelState, merge: Merge | None
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        stage: Stage,
+        parallel: ParallelState,
+        merge: Merge | None,
+        *,
+        only_first: bool,
     ) -> None:
         self.like = next(iter(parameters.values()))
         self._parameters = parameters
         self._stage = stage
         self._parallel = parallel
         self._merge = merge
+        self._only_first = only_first
 
     def tensors(self, batch: Sequence[Rule]) -> Iterator[tuple[str, torch.Tensor]]:
         """Of all its parameters, on every rank. What no other rank waits for is merged when it is asked for."""
         shards = self._shards(batch)
         sent = self._sent(batch, shards)
+        if self._only_first and self._parallel.rank != 0:
+            return
         for rule in batch:
             name = rule.megatron
             found = sent.pop(name) if name in sent else self._merged(rule, shards.pop(name))
@@ -163,7 +174,7 @@ class _Whole:
             if rule.layout.sharded:
                 (dense if rule.expert is None else experts).append(rule.megatron)
         for names, group in ((dense, parallel.tp_group), (experts, parallel.etp_group)):
-            gathered = all_shards([found[name][0] for name in names], group)
+            gathered = all_shards([found[name][0] for name in names], group, only_first=self._only_first)
             found |= dict(zip(names, gathered, strict=True))
         return found
 
@@ -173,21 +184,34 @@ class _Whole:
 
     def _sent(self, batch: Sequence[Rule], shards: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         """Those that some rank lacks, of their owners, by parameter. Takes their shards away."""
-        stage, parallel = self._stage, self._parallel
-        owners = {rule.megatron: stage.stage_of(rule) for rule in batch}
-        ep_owners = {
-            rule.megatron: owner
-            for rule in batch
-            if (owner := stage.ep_rank_of(rule)) is not None and owners[rule.megatron] == stage.rank
-        }
+        ep_owners = {rule.megatron: self._stage.ep_rank_of(rule) or 0 for rule in batch if self._crosses_experts(rule)}
+        owners = {rule.megatron: self._stage.stage_of(rule) for rule in batch if self._crosses_stages(rule)}
         sent = {}
         for rule in batch:
             name = rule.megatron
-            if _is_shared(parallel.pp_group) or (name in ep_owners and _is_shared(parallel.ep_group)):
+            if name in ep_owners or name in owners:
                 sent[name] = self._merged(rule, shards.pop(name)) if name in shards else self._to_come(rule)
-        _send(sent, ep_owners, parallel.ep_group)
-        _send(sent, owners, parallel.pp_group)
+        _send(sent, ep_owners, self._parallel.ep_group)
+        _send(sent, owners, self._parallel.pp_group)
         return sent
+
+    def _crosses_experts(self, rule: Rule) -> bool:
+        """Whether this rank takes part in sending it from an expert-parallel rank to the others of the stage."""
+        owner = self._stage.ep_rank_of(rule)
+        if owner is None or self._stage.stage_of(rule) != self._stage.rank or not _is_shared(self._parallel.ep_group):
+            return False
+        return not self._only_first or (owner != 0 and self._leads(rule))
+
+    def _crosses_stages(self, rule: Rule) -> bool:
+        """Whether this rank takes part in sending it from a stage to the others."""
+        if not _is_shared(self._parallel.pp_group):
+            return False
+        is_there = rule.expert is None or self._parallel.ep_rank == 0
+        return not self._only_first or (self._stage.stage_of(rule) != 0 and self._leads(rule) and is_there)
+
+    def _leads(self, rule: Rule) -> bool:
+        """Whether it is put together here, of those that it is cut over."""
+        return tensor_parallel(rule, self._parallel)[0] == 0
 
     def _to_come(self, rule: Rule) -> list[torch.Tensor]:
         """Shapes without memory."""

@@ -23,6 +23,23 @@ def aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
 
 
+def gathered_rows(mine: torch.Tensor, group: dist.ProcessGroup, *, only_first: bool = False) -> torch.Tensor | None:
+    """``[size, n]``: each rank's numbers ``[n]``, by rank. Collective over the group.
+
+    With ``only_first`` its first rank has them, and others get None: what that one would send to the others would take
+    from what it sends to engines meanwhile.
+    """
+    if only_first and group.rank() != 0:
+        dist.gather(mine, group=group, group_dst=0)
+        return None
+    rows = mine.new_empty(group.size(), len(mine))
+    if only_first:
+        dist.gather(mine, list(rows), group=group, group_dst=0)
+    else:
+        dist.all_gather_into_tensor(rows.view(-1), mine, group=group)
+    return rows
+
+
 def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """In place; nothing to do for None (a group of one)."""
     if group is not None and dist.get_world_size(group) > 1:

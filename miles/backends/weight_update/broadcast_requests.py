@@ -32,6 +32,7 @@ class BroadcastRequestSender(Sender):
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         super().__init__(parallel, device)
+        self.reads_only_first = True
         self._group: BroadcastGroup | None = None
         self._members: tuple[tuple[str, str], ...] = ()
         self._name = ""

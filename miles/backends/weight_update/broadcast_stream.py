@@ -35,6 +35,7 @@ class BroadcastStreamSender(StreamSender):
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         super().__init__(parallel, device)
+        self.reads_only_first = True
         self._group: BroadcastGroup | None = None
 
     def _give_back(self) -> None:

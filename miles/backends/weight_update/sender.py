@@ -59,11 +59,16 @@ def make_sender(parallel: ParallelState, update: WeightUpdate, device: torch.dev
 
 
 class Sender(ABC):
-    """Moves weights to engines, update after update. ``close`` it at the end."""
+    """Moves weights to engines, update after update. ``close`` it at the end.
+
+    Attributes:
+        reads_only_first: Only what the iterator yields on rank 0 is looked at.
+    """
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         self.parallel = parallel
         self.device = device
+        self.reads_only_first = False
         self._resident: Sequence[torch.Tensor] = ()
         self._begin()
 

@@ -131,6 +131,7 @@ class SharedStreamSender(StreamSender):
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
         super().__init__(parallel, device)
+        self.reads_only_first = device.type == "cpu"
         self._memories: tuple[BucketMemory, ...] = ()
 
     def _give_back(self) -> None:
