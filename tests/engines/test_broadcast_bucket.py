@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from miles.backends.sglang_utils.replay_copies import views
-from miles.backends.weight_update.broadcast_bucket import ALONE_BYTES, BroadcastBucket, alone, incoming_parts
+from miles.backends.weight_update.broadcast_bucket import (
+    ALONE_BYTES,
+    BroadcastBucket,
+    Cut,
+    incoming_parts,
+    spans_alone,
+)
 from miles.backends.weight_update.broadcast_group import BroadcastGroup
 from miles.backends.weight_update.bucket_copies import BucketCopies
 
@@ -20,11 +26,15 @@ TENSORS = {
 }
 
 
-def bucket_of(tensors, capacity=8 * 2000):
-    bucket = BroadcastBucket(capacity, CPU)
+def bucket_of(tensors, capacity=8 * 2000, pieces=1):
+    bucket = BroadcastBucket(capacity, CPU, pieces)
     for name, tensor in tensors.items():
         bucket.add(name, tensor)
     return bucket.laid_out()
+
+
+def spans_of(outgoing):
+    return spans_alone(outgoing.entries, outgoing.packed, outgoing.cut)
 
 
 def sent(outgoing):
@@ -33,11 +43,13 @@ def sent(outgoing):
 
 
 @pytest.mark.parametrize("names", [list(TENSORS), ["large"], ["norm", "strided"], ["empty"]])
-def test_what_is_sent_is_found_at_its_place(names):
-    outgoing = bucket_of({name: TENSORS[name] for name in names})
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_what_is_sent_is_found_at_its_place(names, pieces):
+    outgoing = bucket_of({name: TENSORS[name] for name in names}, 8 * 800, pieces)
     assert [entry.name for entry in outgoing.entries] == names, "load_weights is given them in their order"
     memory = torch.full((outgoing.num_bytes,), 0xA5, dtype=torch.uint8)
-    for target, part in zip(incoming_parts(outgoing.entries, outgoing.packed, memory, {}), sent(outgoing), strict=True):
+    targets = incoming_parts(outgoing.packed, spans_of(outgoing), memory, {})
+    for target, part in zip(targets, sent(outgoing), strict=True):
         target.copy_(part)
     found = dict(views(outgoing.entries, memory))
     assert all(torch.equal(found[name], TENSORS[name]) for name in names)
@@ -45,16 +57,25 @@ def test_what_is_sent_is_found_at_its_place(names):
 
 def test_large_ones_are_sent_from_where_they_lie_and_may_be_received_elsewhere():
     outgoing = bucket_of(TENSORS)
-    apart = [outgoing.entries[index].name for index in alone(outgoing.entries, outgoing.packed)]
-    assert apart == ["large", "larger"]
+    large, larger = TENSORS["large"], TENSORS["larger"]
+    assert [size for _, size in spans_of(outgoing)] == [large.nbytes, larger.nbytes]
     memory = torch.zeros(outgoing.packed, dtype=torch.uint8)
     packed, *parts = outgoing.parts(memory, BucketCopies(together=False))
     assert packed.data_ptr() == memory.data_ptr()
-    assert [part.data_ptr() for part in parts] == [TENSORS[name].data_ptr() for name in apart]
-    place = torch.zeros(TENSORS["larger"].nbytes, dtype=torch.uint8)
-    memory = torch.zeros(outgoing.num_bytes - TENSORS["larger"].nbytes, dtype=torch.uint8)
-    targets = incoming_parts(outgoing.entries, outgoing.packed, memory, {5: place})
+    assert [part.data_ptr() for part in parts] == [large.data_ptr(), larger.data_ptr()]
+    place = torch.zeros(larger.nbytes, dtype=torch.uint8)
+    memory = torch.zeros(outgoing.num_bytes - larger.nbytes, dtype=torch.uint8)
+    targets = incoming_parts(outgoing.packed, spans_of(outgoing), memory, {1: place})
     assert targets[-1] is place and [len(target) for target in targets] == [len(part) for part in (packed, *parts)]
+
+
+def test_what_is_large_enough_for_each_piece_travels_in_pieces():
+    """Those begin where a tensor of any dtype may."""
+    assert Cut(2, 800).sizes(800) == [400, 400] and Cut(2, 800).sizes(784) == [784]
+    assert Cut(2, 800).sizes(816) == [816], "half of it is no multiple of 16"
+    outgoing = bucket_of({"cut": torch.zeros(8, 100), "whole": torch.zeros(7, 100)}, 8 * 1600, 2)
+    assert spans_of(outgoing) == [(0, 1600), (1600, 1600), (3200, 2800)]
+    assert [len(part) for part in sent(outgoing)] == [1600, 1600, 2800]
 
 
 @pytest.mark.parametrize(("capacity", "goes_alone"), [(1 << 30, ALONE_BYTES), (8000, 1000), (4, 1)])

@@ -57,4 +57,4 @@ def test_all_buckets_of_a_real_model_are_replayed(architecture, tp_size, options
         assert report["differing"] == [] and report["refusal"] == "" and buckets > 1
         assert (report["experts_placed"] > 0) == (architecture == "qwen3_moe"), "SGLang was asked"
         assert report["counts"] == [buckets, buckets, 0, 0], "the others' tensors come to their places"
-        assert report["in_place"] > (UPDATES - 2) * report["loaded"] * (0.6 if tp_size == 1 else 0.2)
+        assert report["in_place"] > (UPDATES - 2) * report["loaded"] * 0.6

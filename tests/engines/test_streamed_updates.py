@@ -143,8 +143,9 @@ async def test_an_engine_that_has_begun_anew_is_in_no_group_and_one_is_made(meth
 class Fused(torch.nn.Module):
     """Keeps q and k in one parameter, half of what is cut, and a padded embedding, as SGLang's classes do."""
 
-    def __init__(self):
+    def __init__(self, half):
         super().__init__()
+        self.half = slice(10 * half, 10 * half + 10)
         sizes = {"qk": (40, 50), "cut": (10, 50), "embedding": (32, 50), "norm": (3,)}
         for name, size in sizes.items():
             setattr(self, name, torch.nn.Parameter(torch.full(size, 7.0), requires_grad=False))
@@ -154,34 +155,35 @@ class Fused(torch.nn.Module):
             if name in "qk":
                 self.qk.data["qk".index(name) * 20 :][:20].copy_(loaded)
             elif name == "cut":
-                self.cut.data.copy_(loaded[10:])
+                self.cut.data.copy_(loaded[self.half])
             else:
                 getattr(self, name).data[: len(loaded)].copy_(loaded)
                 getattr(self, name).data[len(loaded) :].fill_(0)
 
     def holds(self, sent):
         padded = torch.cat([sent["embedding"], torch.zeros(2, 50)])
-        wanted = {"qk": torch.cat([sent["q"], sent["k"]]), "cut": sent["cut"][10:], "embedding": padded}
+        wanted = {"qk": torch.cat([sent["q"], sent["k"]]), "cut": sent["cut"][self.half], "embedding": padded}
         return all(
             torch.equal(getattr(self, name), tensor) for name, tensor in (wanted | {"norm": sent["norm"]}).items()
         )
 
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 20, 20000, 9000, 100])
-async def test_large_tensors_come_to_where_the_model_keeps_them_once_that_is_known(bucket_bytes):
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2)])
+async def test_large_tensors_come_to_where_the_model_keeps_them_once_that_is_known(sizes, bucket_bytes):
     """Not in an update's first bucket, which comes before it is known whether the model has changed."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"norm": (3,), "q": (20, 50), "k": (20, 50), "cut": (20, 50), "embedding": (30, 50)}
     async with AsyncExitStack() as stack:
         engines = Engines(stack, "broadcast", bucket_bytes=bucket_bytes)
-        for _ in range(2):
-            fake = await engines.add()
-            fake.models[0] = Fused()
+        for ranks in sizes:
+            (await engines.add(tp_size=ranks)).models[:] = map(Fused, range(ranks))
+        models = [model for fake in engines.fakes for model in fake.models]
         for number in range(5):
             sent = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
             await engines.send(sent, new_group=not number)
-            plans = [fake.models[0].weight_receiver._plans for fake in engines.fakes]
-            assert all(fake.models[0].holds(sent) for fake in engines.fakes)
+            assert all(model.holds(sent) for model in models)
+            plans = [model.weight_receiver._plans for model in models]
             assert all(bool(each.placed) is (number >= 2 and engines.sender.num_buckets > 1) for each in plans)
 
 
@@ -394,7 +396,7 @@ async def test_a_trainer_that_ends_in_a_broadcast_does_not_keep_an_engine(unread
             assert isinstance(group, BroadcastGroup) and (await asyncio.to_thread(line.receive))["said"] == "joined"
             message, _ = side.bucket(1)
             for number in range(2 + unread):
-                line.send(message | {"number": number, "num_bytes": 4096, "packed": 4096, "room": 4096})
+                line.send(message | {"number": number, "num_bytes": 4096, "packed": 4096, "room": 4096, "cut": [1, 1]})
             del gathering
             line.close()
             await eventually(lambda: "end-group" in {thread.name for thread in threading.enumerate()})

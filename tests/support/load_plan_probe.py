@@ -22,15 +22,19 @@ from support.fake_engine import load_directory
 UPDATES = 4
 
 
-def load_bucket(plans: LoadPlans, entries: Sequence[Entry], memory: torch.Tensor) -> int:
-    """Tensors come to their places, if those are known, and the rest of the bucket is loaded. Returns how many did."""
-    in_place = plans.in_place(entries, 0)
+def load_bucket(plans: LoadPlans, entries: Sequence[Entry], memory: torch.Tensor, cut: int) -> int:
+    """Tensors come to their places, in so many pieces, if those are known, and the rest of the bucket is loaded.
+    Returns how many pieces did."""
+    spans = [(entry.start, entry.num_bytes) for entry in entries if entry.num_bytes]
+    if cut > 1:
+        spans = [(start + part * size // cut, size // cut) for start, size in spans for part in range(cut)]
+    in_place = plans.in_place(entries, spans)
     if in_place is None:
         plans.load(entries, memory)
         return 0
     rest = memory.clone()
     for index, place in in_place.places.items():
-        part = slice(entries[index].start, entries[index].start + entries[index].num_bytes)
+        part = slice(spans[index][0], sum(spans[index]))
         place.copy_(memory[part])
         rest[part] = 0xA5
     in_place.load_rest(rest)
@@ -51,7 +55,7 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         sent = {name: torch.randn(t.shape, generator=generator).to(t.dtype) for name, t in weights.items()}
         plans.begin()
         for entries, memory in buckets_of(sent, task["capacity"]):
-            in_place += load_bucket(plans, entries, memory)
+            in_place += load_bucket(plans, entries, memory, dist.get_world_size())
         plans.end()
         held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_weights(list(sent.items()))

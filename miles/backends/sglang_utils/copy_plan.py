@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 
@@ -159,33 +159,38 @@ def in_place(steps: Iterable[Step], spans: Sequence[tuple[int, int]]) -> tuple[d
     """What of the bucket may as well arrive where the model keeps it.
 
     Args:
-        spans: Parts of the bucket, as first byte and number of bytes, in their order, none of them touching another.
+        spans: Parts of the bucket, as first byte and number of bytes, in their order, none of them overlapping another.
 
     Returns:
-        By index of the span, the piece of those that one copy takes as a whole, and in one piece, to where nothing else
-        writes, and that nothing else reads; and the steps that are left to do.
+        By index of the span, the piece of each that a copy takes as a whole, and in one piece, to where nothing else
+        writes, and that nothing else reads. Of such a copy's spans all are there. And the steps that are left to do.
     """
     steps = _last_of_each(steps)
-    taken: dict[int, Copy] = {}
-    spoilt: set[int] = set()
+    taken: dict[Copy, list[int]] = {}
+    readers: dict[int, int] = {}
     for cluster in _clusters(steps):
         for step in cluster:
             if isinstance(step, Fill) or not step.source.numel:
                 continue
             touched = _touched(spans, step.source)
-            is_whole = len(cluster) == 1 and step.is_flat and len(touched) == 1
-            if is_whole and spans[touched[0]] == (step.source.start, _num_bytes(step)) and touched[0] not in taken:
-                taken[touched[0]] = step
-            else:
-                spoilt.update(touched)
-    kept = {index: step for index, step in taken.items() if index not in spoilt}
-    gone = set(kept.values())
-    pieces = {i: Piece(s.target.memory, s.target.start, s.source.start, _num_bytes(s)) for i, s in kept.items()}
-    return pieces, [step for step in steps if step not in gone]
+            readers.update((index, readers.get(index, 0) + 1) for index in touched)
+            if len(cluster) == 1 and step.is_flat and _make_up([spans[index] for index in touched], step.source):
+                taken[step] = touched
+    taken = {step: touched for step, touched in taken.items() if all(readers[index] == 1 for index in touched)}
+    pieces = {}
+    for step, touched in taken.items():
+        target, source = step.target, step.source
+        for index in touched:
+            start, num_bytes = spans[index]
+            pieces[index] = Piece(target.memory, target.start + start - source.start, start, num_bytes)
+    return pieces, [step for step in steps if step not in taken]
 
 
-def _num_bytes(copy: Copy) -> int:
-    return copy.source.stop - copy.source.start
+def _make_up(spans: Sequence[tuple[int, int]], source: Region) -> bool:
+    """Whether they are all of it, and nothing else."""
+    if not spans or spans[0][0] != source.start or sum(spans[-1]) != source.stop:
+        return False
+    return all(sum(before) == start for before, (start, _) in pairwise(spans))
 
 
 def _touched(spans: Sequence[tuple[int, int]], source: Region) -> list[int]:

@@ -137,15 +137,15 @@ class LoadPlans:
         known = self._find(entries)
         return known is not None and known.trusted
 
-    def in_place(self, entries: Sequence[Entry], packed: int) -> InPlace | None:
-        """What of a bucket of this layout may be received where the model keeps it, of that which begins at ``packed``
-        or later; None: nothing, yet. Whoever receives it there does the rest with what is returned, instead of
-        ``load``. Not before ``begin``."""
+    def in_place(self, entries: Sequence[Entry], spans: Sequence[tuple[int, int]]) -> InPlace | None:
+        """Which of these parts of a bucket of this layout, in their order, may be received where the model keeps them;
+        None: none, yet. Whoever receives them there does the rest with what is returned, instead of ``load``. Not
+        before ``begin``."""
         known = self._find(entries)
         if known is None or not known.trusted:
             return None
-        if known.in_place is None or known.in_place.packed != packed:
-            known.in_place = InPlace(known.steps, entries, packed, storages_of(self._model))
+        if known.in_place is None or known.in_place.spans != spans:
+            known.in_place = InPlace(known.steps, spans, storages_of(self._model))
         self.placed += bool(known.in_place.places)
         return known.in_place
 

@@ -27,7 +27,7 @@ import torch
 from miles.backends.sglang_utils.load_plan import LoadPlans
 from miles.backends.sglang_utils.replay_copies import InPlace
 from miles.backends.sglang_utils.shared_sources import SharedSources
-from miles.backends.weight_update.broadcast_bucket import alone, incoming_parts
+from miles.backends.weight_update.broadcast_bucket import Cut, incoming_parts, spans_alone
 from miles.backends.weight_update.broadcast_group import BroadcastGroup, join_as_engine
 from miles.backends.weight_update.buckets import Entry
 from miles.backends.weight_update.stream import Line, Place, StreamBroken, connect
@@ -173,15 +173,16 @@ class Receiver:
         if self._group is None:
             raise RuntimeError("this engine is in no process group")
         packed = message["packed"]
-        in_place = self._plans.in_place(entries, packed) if self._has_begun else None
+        spans = spans_alone(entries, packed, Cut(*message["cut"]))
+        in_place = self._plans.in_place(entries, spans) if self._has_begun else None
         places = {} if in_place is None else in_place.places
-        is_whole = len(places) < len(alone(entries, packed))
+        is_whole = len(places) < len(spans)
         size, room = (message["num_bytes"], message["room"]) if is_whole else (packed, packed)
         buffers.reverse()
         if buffers[0].numel() < size:
             buffers[0] = torch.empty(room, dtype=torch.uint8, device=self._device)
         memory = buffers[0][:size]
-        work = self._group.broadcast(incoming_parts(entries, packed, memory, places))
+        work = self._group.broadcast(incoming_parts(packed, spans, memory, places))
         return _Arriving(message["number"], entries, memory, work, in_place)
 
     def _load_arrived(self, line: Line, arriving: _Arriving | None, *, beside_broadcast: bool = False) -> None:

@@ -18,7 +18,6 @@ from miles.backends.sglang_utils.copy_plan import (
     in_place,
 )
 from miles.backends.sglang_utils.model_memory import in_storage
-from miles.backends.weight_update.broadcast_bucket import alone
 from miles.backends.weight_update.bucket_copies import COPIED_ALONE_BYTES
 from miles.backends.weight_update.buckets import Entry
 
@@ -60,20 +59,19 @@ class InPlace:
     """What of buckets of one layout is received where the model keeps it, and the copies that are left to do.
 
     Attributes:
-        packed: Bytes from the bucket's begin that are not looked at.
-        places: By index of the entry: uint8 ``[n]``, the model's own memory.
+        spans: Parts of the bucket that arrive by themselves.
+        places: By index of the span: uint8 ``[n]``, the model's own memory.
     """
 
     def __init__(
-        self, steps: Sequence[Step], entries: Sequence[Entry], packed: int, storages: dict[int, torch.UntypedStorage]
+        self, steps: Sequence[Step], spans: Sequence[tuple[int, int]], storages: dict[int, torch.UntypedStorage]
     ) -> None:
-        self.packed = packed
-        indices = sorted(alone(entries, packed), key=lambda index: entries[index].start)
-        pieces, rest = in_place(steps, [(entries[index].start, entries[index].num_bytes) for index in indices])
+        self.spans = spans
+        pieces, rest = in_place(steps, spans)
         with torch.inference_mode(False):
             self.places = {
-                indices[at]: _target(Region(p.memory, torch.uint8, p.target, (p.num_bytes,), (1,)), storages)
-                for at, p in pieces.items()
+                index: _target(Region(p.memory, torch.uint8, p.target, (p.num_bytes,), (1,)), storages)
+                for index, p in pieces.items()
             }
         self._rest = Replay(arrange(rest), storages)
 

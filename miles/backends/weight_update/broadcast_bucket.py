@@ -3,7 +3,8 @@
 Small tensors travel packed, in one broadcast. Large ones travel alone, from where they lie: copies into a bucket and
 out of it would take from the broadcast what they take of the memory's bandwidth. For receivers they all lie in one
 memory: the packed ones first, then the others, one after the other; whoever knows a better place for one of the latter
-receives it there.
+receives it there. An engine of several ranks keeps a part of most on each of them: tensors that are large enough travel
+in as many pieces, each of which may have a better place on one of the ranks.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ up an eighth of its bucket."""
 
 
 class BroadcastBucket:
-    """A bucket that is being filled: it keeps tensors, and copies nothing. ``capacity`` is the most bytes that it
-    takes, but for one tensor that is larger. ``device``: from which large tensors can be sent."""
+    """A bucket that is being filled: it keeps tensors, and copies nothing.
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    Args:
+        capacity: The most bytes that it takes, but for one tensor that is larger.
+        device: From which large tensors can be sent.
+        pieces: In how many they travel, if they are large enough.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, pieces: int = 1) -> None:
         self.capacity = capacity
+        self._pieces = pieces
         self._device = device
         self._tensors: list[tuple[str, torch.Tensor]] = []
         self._num_bytes = 0
@@ -60,10 +67,24 @@ class BroadcastBucket:
                 large.append(tensor)
                 end = start + tensor.nbytes
         entries = tuple(places[index] for index in range(len(places)))
-        return Outgoing(entries, packed.num_bytes, end, small, large)
+        cut = Cut(self._pieces, self._pieces * self._alone_bytes)
+        return Outgoing(entries, packed.num_bytes, end, cut, small, large)
 
     def _is_large(self, tensor: torch.Tensor) -> bool:
         return tensor.nbytes >= self._alone_bytes and tensor.is_contiguous() and tensor.device == self._device
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """In how many pieces a tensor travels that has so many bytes, or more."""
+
+    pieces: int
+    from_bytes: int
+
+    def sizes(self, num_bytes: int) -> list[int]:
+        """Of the pieces of a tensor."""
+        is_cut = num_bytes >= self.from_bytes and num_bytes % (self.pieces * ALIGNMENT) == 0
+        return [num_bytes // self.pieces] * self.pieces if is_cut else [num_bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +100,7 @@ class Outgoing:
     entries: tuple[Entry, ...]
     packed: int
     num_bytes: int
+    cut: Cut
     small: Sequence[tuple[Entry, torch.Tensor]]
     large: Sequence[torch.Tensor]
 
@@ -87,22 +109,32 @@ class Outgoing:
         for entry, tensor in self.small:
             copies.add(memory, entry, tensor)
         copies.flush()
-        packed = [memory[: self.packed]] if self.packed else []
-        return packed + [tensor.view(-1).view(torch.uint8) for tensor in self.large]
+        parts = [memory[: self.packed]] if self.packed else []
+        for tensor in self.large:
+            parts += torch.split(tensor.view(-1).view(torch.uint8), self.cut.sizes(tensor.nbytes))
+        return parts
 
 
-def alone(entries: Sequence[Entry], packed: int) -> list[int]:
-    """Which entries travel alone, in the order in which they do."""
-    return [index for index, entry in enumerate(entries) if entry.num_bytes and entry.start >= packed]
+Span = tuple[int, int]
+"""First byte in the bucket, and number of bytes."""
+
+
+def spans_alone(entries: Sequence[Entry], packed: int, cut: Cut) -> list[Span]:
+    """What travels by itself, in the order in which it does, which is that of the places."""
+    spans = []
+    for entry in entries:
+        if entry.num_bytes and entry.start >= packed:
+            sizes = cut.sizes(entry.num_bytes)
+            spans += [(entry.start + index * size, size) for index, size in enumerate(sizes)]
+    return spans
 
 
 def incoming_parts(
-    entries: Sequence[Entry], packed: int, memory: torch.Tensor, places: Mapping[int, torch.Tensor]
+    packed: int, spans: Sequence[Span], memory: torch.Tensor, places: Mapping[int, torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Where a receiver takes what ``Outgoing.parts`` sends: into ``memory``, or ``places``, by index of the entry."""
+    """Where a receiver takes what ``Outgoing.parts`` sends: into ``memory``, or ``places``, by index of the span."""
     parts = [memory[:packed]] if packed else []
-    for index in alone(entries, packed):
-        entry = entries[index]
+    for index, (start, num_bytes) in enumerate(spans):
         place = places.get(index)
-        parts.append(memory[entry.start : entry.start + entry.num_bytes] if place is None else place)
+        parts.append(memory[start : start + num_bytes] if place is None else place)
     return parts

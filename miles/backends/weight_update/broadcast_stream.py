@@ -63,11 +63,12 @@ class BroadcastStreamSender(StreamSender):
         capacity, on_gpu, turn = self._capacity(update), self.device.type == "cuda", 0
         memories = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
         sent: list[_Sent | None] = [None, None]
-        bucket = BroadcastBucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), self.device)
+        pieces = max(engine.tp_size for engine in update.engines)
+        bucket = BroadcastBucket(capacity if on_gpu else max(capacity // _FIRST_ON_CPU, 1), self.device, pieces)
         for name, tensor in weights:
             if not bucket.takes(tensor):
                 sent[turn] = self._broadcast(update, stream, bucket, memories, turn)
-                bucket, turn = BroadcastBucket(capacity, self.device), 1 - turn
+                bucket, turn = BroadcastBucket(capacity, self.device, pieces), 1 - turn
             if not bucket:
                 before, sent[turn] = sent[turn], None
                 self._await_sent(stream, before, update.timeout_s)
@@ -92,6 +93,7 @@ class BroadcastStreamSender(StreamSender):
         number, self.num_buckets = self.num_buckets, self.num_buckets + 1
         message = {"say": "bucket", "number": number, "entries": [entry.as_plain() for entry in outgoing.entries]}
         message |= {"num_bytes": outgoing.num_bytes, "packed": outgoing.packed}
+        message |= {"cut": [outgoing.cut.pieces, outgoing.cut.from_bytes]}
         message |= {"room": _room(outgoing.num_bytes, bucket.capacity)}
         stream.lines.tell(lambda _: message)
         _raise_if_broken(stream)
