@@ -141,8 +141,8 @@ FLAGS: tuple[Flag, ...] = (
             "not built yet: quantised export",
         ),
         refused(
-            switch("--fsdp-state-dict-cpu-offload", "weights are gathered one by one, whatever this says"),
-            "weights are gathered one by one",
+            switch("--fsdp-state-dict-cpu-offload", "weights are gathered a few at a time, whatever this says"),
+            "weights are gathered a few at a time",
             only=(True,),
         ),
         tri("--keep-fp32-master", "FSDP trains float32 masters of bfloat16 parameters", default=True),
