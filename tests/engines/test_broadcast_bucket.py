@@ -140,3 +140,17 @@ def test_several_broadcasts_are_over_and_fail_as_one(works, is_over, fails):
     else:
         work.wait()
     group.close()
+
+
+class Together(Backend):
+    """Of a group that sends several as one."""
+
+    supports_coalescing = True
+
+
+def test_what_cannot_be_sent_as_one_is_refused_before_anything_is_sent():
+    """What is begun with NCCL has to be ended, and the other side would wait for the rest."""
+    group = BroadcastGroup("together", Together([]), None)
+    with pytest.raises(ValueError, match="in one piece each, on one device"):
+        group.broadcast([torch.zeros(4), torch.zeros(4, 4).t()])
+    group.close()

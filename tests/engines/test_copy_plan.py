@@ -1,5 +1,6 @@
 """The order of copies, and the sums of a model's memory, against doing one step after the other."""
 
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange, in_place
-from miles.backends.sglang_utils.model_memory import ModelMemory, Places, in_storage
+from miles.backends.sglang_utils.copy_plan import Copy, Fill, Region, arrange, contested, in_place
+from miles.backends.sglang_utils.model_memory import ModelMemory, Places, in_storage, tensors_of
 from miles.backends.sglang_utils.replay_copies import Replay
 
 SIZE = 96
@@ -113,6 +114,18 @@ def test_what_arrives_in_its_place_and_the_rest_have_the_same_effect(data):
         bucket[start:stop] = 0xA5  # it never arrives there
     Replay(arrange(rest), storages).run(bucket)
     assert all(map(torch.equal, held, wanted))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_contested_is_what_several_plans_write_to(data):
+    plans = [data.draw(all_steps([1, 2])) for _ in range(data.draw(st.integers(1, 4)))]
+    written = [
+        {(s.target.memory, at) for s in steps if s.target.numel for at in range(s.target.start, s.target.stop)}
+        for steps in plans
+    ]
+    several = {byte for index, one in enumerate(written) for other in written[:index] for byte in one & other}
+    assert {(memory, at) for memory, start, stop in contested(plans) for at in range(start, stop)} == several
 
 
 def row(memory, start, numel):
@@ -247,6 +260,22 @@ def test_nothing_is_known_of_a_model_with_parameters_that_have_no_memory(late):
     assert places.changed(model) and not places.are_plain and places.changed(model)
     del model.late
     assert places.changed(model) and places.are_plain and not places.changed(model)
+
+
+def test_a_scripted_module_among_others_is_no_obstacle():
+    """TorchScript shows its members through wrappers of its own."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        inner = torch.jit.script(nn.Linear(2, 2))
+    model, places = nn.Sequential(nn.Linear(2, 2), inner), Places()
+    assert len(tensors_of(model)) == 4
+    assert places.changed(model) and places.are_plain
+    inner.weight.data = torch.zeros(2, 2)
+    assert places.changed(model)
+
+
+def test_what_others_write_to_as_well_does_not_arrive_before_its_turn():
+    steps = [Copy(row(1, 0, 8), row(0, 16, 8)), Copy(row(1, 32, 8), row(0, 32, 8))]
+    assert in_place(steps, [(16, 16), (32, 16)], [(2, 0, 99), (1, 16, 33)])[0].keys() == {0}
 
 
 def test_other_members_anywhere_in_a_model_are_noticed():

@@ -56,5 +56,7 @@ def test_all_buckets_of_a_real_model_are_replayed(architecture, tp_size, options
         buckets = report["buckets"]
         assert report["differing"] == [] and report["refusal"] == "" and buckets > 1
         assert (report["experts_placed"] > 0) == (architecture == "qwen3_moe"), "SGLang was asked"
-        assert report["counts"] == [buckets, buckets, 0, 0], "the others' tensors come to their places"
+        recorded, checked, replayed, plain = report["counts"]
+        assert (recorded, checked, plain) == (buckets, buckets, 0)
+        assert replayed + report["placed"] == buckets * (UPDATES - 2) and report["placed"] > replayed
         assert report["in_place"] > (UPDATES - 2) * report["loaded"] * 0.6

@@ -187,6 +187,29 @@ async def test_large_tensors_come_to_where_the_model_keeps_them_once_that_is_kno
             assert all(bool(each.placed) is (number >= 2 and engines.sender.num_buckets > 1) for each in plans)
 
 
+class Tied(torch.nn.Module):
+    """Two names for one parameter, which holds what came last."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = torch.nn.Parameter(torch.zeros(1 << 20), requires_grad=False)
+
+    def load_weights(self, named):
+        for _, loaded in named:
+            self.both.data.copy_(loaded)
+
+
+async def test_a_parameter_that_two_buckets_write_to_holds_what_came_last():
+    async with AsyncExitStack() as stack:
+        engines = Engines(stack, "broadcast", bucket_bytes=4 << 20)
+        fake = await engines.add()
+        fake.models[0] = model = Tied()
+        for number in range(1, 9):
+            sent = {name: torch.full((1 << 20,), sign * float(number)) for name, sign in (("a", -1), ("b", 1))}
+            await engines.send(sent, new_group=number == 1)
+            assert model.both.eq(number).all(), number
+
+
 async def test_a_group_is_kept_as_long_as_all_are_in_it():
     async with AsyncExitStack() as stack:
         engines = Engines(stack, "broadcast")

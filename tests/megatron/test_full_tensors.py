@@ -70,6 +70,14 @@ def test_they_are_those_of_the_files_in_order(name):
                     assert torch.equal(tensor, factor * expected[key]), key
 
 
+FURTHER_LAYOUTS = {
+    "DP 2, PP 2": ("qwen3", 4, {PP: 2}),
+    "EP 2, DP 2": (MOE, 4, {EP: 2}),
+    "ETP 1, SP 2, PP 2": (MOE, 4, {ETP: 1, TP: 2, PP: 2, **SP}),
+    "CP 2, TP 2": ("qwen3", 4, {"context_parallel_size": 2, TP: 2}),
+}
+
+
 def for_the_first(path, changed):
     backend = make_backend(path, **changed)
     kept = [list(weights(backend, at_once, only_first=True)) for at_once in AT_ONCE]
@@ -77,10 +85,10 @@ def for_the_first(path, changed):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS | FURTHER_LAYOUTS)
 def test_the_first_rank_alone_may_have_them(name):
     """All do with ``merge``, which may have to do with others."""
-    architecture, ranks, changed = LAYOUTS[name]
+    architecture, ranks, changed = (LAYOUTS | FURTHER_LAYOUTS)[name]
     path = tiny_model(architecture, tied=architecture == "qwen3", vocab=301)
     expected = load_file(path / "model.safetensors")
     (first, _), *others = found = run_ranks(ranks, for_the_first, path, changed)

@@ -73,5 +73,6 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         "buckets": sum(1 for _ in buckets_of(weights, task["capacity"])),
         "loaded": len(weights),
         "in_place": in_place,
+        "placed": plans.placed,
     }
     (Path(task["report"]) / f"{dist.get_rank()}.json").write_text(json.dumps(report))

@@ -155,10 +155,38 @@ def arrange(steps: Iterable[Step]) -> CopyPlan:
     return CopyPlan(tuple(_packed(_joined(flat))), tuple(loose), tuple(ordered), max(stops, default=0))
 
 
-def in_place(steps: Iterable[Step], spans: Sequence[tuple[int, int]]) -> tuple[dict[int, Piece], list[Step]]:
-    """What of the bucket may as well arrive where the model keeps it.
+Extent = tuple[int, int, int]
+"""Of a memory: its address, first byte, and first byte after it."""
+
+
+def contested(plans: Iterable[Iterable[Step]]) -> list[Extent]:
+    """What more than one of these plans writes to."""
+    extents = sorted(
+        (step.target.memory, step.target.start, step.target.stop, plan)
+        for plan, steps in enumerate(plans)
+        for step in steps
+        if step.target.numel
+    )
+    found: list[Extent] = []
+    memory = last = -1
+    until = 0  # where the one ends that goes furthest, which is ``last``'s
+    for its, start, stop, plan in extents:
+        if its != memory:
+            memory, until = its, start
+        if start < until and plan != last:
+            found.append((its, start, min(stop, until)))
+        if stop > until:
+            until, last = stop, plan
+    return found
+
+
+def in_place(
+    steps: Iterable[Step], spans: Sequence[tuple[int, int]], also_written: Sequence[Extent] = ()
+) -> tuple[dict[int, Piece], list[Step]]:
+    """What of the bucket may as well arrive where the model keeps it, before earlier buckets have been copied.
 
     Args:
+        also_written: By other buckets: that keeps its order.
         spans: Parts of the bucket, as first byte and number of bytes, in their order, none of them overlapping another.
 
     Returns:
@@ -174,7 +202,8 @@ def in_place(steps: Iterable[Step], spans: Sequence[tuple[int, int]]) -> tuple[d
                 continue
             touched = _touched(spans, step.source)
             readers.update((index, readers.get(index, 0) + 1) for index in touched)
-            if len(cluster) == 1 and step.is_flat and _make_up([spans[index] for index in touched], step.source):
+            is_alone = len(cluster) == 1 and not _meets(step.target, also_written)
+            if is_alone and step.is_flat and _make_up([spans[index] for index in touched], step.source):
                 taken[step] = touched
     taken = {step: touched for step, touched in taken.items() if all(readers[index] == 1 for index in touched)}
     pieces = {}
@@ -184,6 +213,10 @@ def in_place(steps: Iterable[Step], spans: Sequence[tuple[int, int]]) -> tuple[d
             start, num_bytes = spans[index]
             pieces[index] = Piece(target.memory, target.start + start - source.start, start, num_bytes)
     return pieces, [step for step in steps if step not in taken]
+
+
+def _meets(target: Region, extents: Sequence[Extent]) -> bool:
+    return any(m == target.memory and start < target.stop and target.start < stop for m, start, stop in extents)
 
 
 def _make_up(spans: Sequence[tuple[int, int]], source: Region) -> bool:

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from miles.backends.sglang_utils.copy_plan import Step, arrange
+from miles.backends.sglang_utils.copy_plan import Extent, Step, arrange, contested
 from miles.backends.sglang_utils.expert_places import expert_places
 from miles.backends.sglang_utils.model_memory import ModelMemory, Places, storages_of
 from miles.backends.sglang_utils.record_copies import CopyRecorder
@@ -74,7 +74,7 @@ class LoadPlans:
     Attributes:
         recorded, checked, replayed, plain: How many buckets were loaded in which way; ``plain``: by ``load_weights``
             alone.
-        placed: How many could be received where the model keeps them, in part or as a whole.
+        placed: How many were received where the model keeps them, in part or as a whole; they are not ``replayed``.
         refusal: Why this model is left to ``load_weights``; empty: it is not.
     """
 
@@ -88,6 +88,7 @@ class LoadPlans:
         self._read_state = state
         self._state: object = None
         self._updates = 0
+        self._contested: list[Extent] | None = None
 
     def begin(self) -> None:
         """Before an update's first bucket.
@@ -95,11 +96,14 @@ class LoadPlans:
         Forgets plans whose parameters are elsewhere by now, and those that the last two updates had no use for.
         """
         state = self._read_state()
+        before = len(self._known)
         if self._places.changed(self._model) or state != self._state:
             self._known.clear()
         self._state = state
         self._updates += 1
         self._known = {key: known for key, known in self._known.items() if known.used >= self._updates - 2}
+        if len(self._known) < before:
+            self._contested = None
         self._by_entries = {id(k.entries): k for k in self._known.values() if k.entries is not None}
 
     def load(self, entries: Sequence[Entry], memory: torch.Tensor, *, beside_broadcast: bool = False) -> None:
@@ -139,14 +143,20 @@ class LoadPlans:
 
     def in_place(self, entries: Sequence[Entry], spans: Sequence[tuple[int, int]]) -> InPlace | None:
         """Which of these parts of a bucket of this layout, in their order, may be received where the model keeps them;
-        None: none, yet. Whoever receives them there does the rest with what is returned, instead of ``load``. Not
-        before ``begin``."""
+        None: none, yet or at all. Whoever receives them there does the rest with what is returned, instead of ``load``.
+        Not before ``begin``."""
         known = self._find(entries)
         if known is None or not known.trusted:
             return None
+        if self._contested is None:
+            self._contested = contested(each.steps for each in self._known.values())
+            for each in self._known.values():
+                each.in_place = None
         if known.in_place is None or known.in_place.spans != spans:
-            known.in_place = InPlace(known.steps, spans, storages_of(self._model))
-        self.placed += bool(known.in_place.places)
+            known.in_place = InPlace(known.steps, spans, self._contested, storages_of(self._model))
+        if not known.in_place.places:
+            return None
+        self.placed += 1
         return known.in_place
 
     def end(self) -> None:
@@ -178,6 +188,7 @@ class LoadPlans:
         else:
             steps = tuple(recorder.steps)
             self._known[_key(entries)] = _Known(steps, Replay(arrange(steps), storages), self._updates)
+            self._contested = None
 
     def _check(self, known: _Known, entries: Sequence[Entry], memory: torch.Tensor, *, beside_broadcast: bool) -> None:
         """Load, and find out whether a replay does the same."""

@@ -16,23 +16,24 @@ from miles.backends.sglang_utils.copy_plan import WIDTHS
 _CHUNK = 1 << 20
 """Elements that are summed at once: what that takes in between is 8 MiB."""
 _HELD = operator.attrgetter("_parameters", "_buffers", "_modules")
+_VALUES = operator.methodcaller("values")
 _SPREAD = 0x1E3779B97F4A7C15
 """Makes factors of neighbours differ in all bits."""
 
 
 def tensors_of(model: Any) -> list[torch.Tensor]:
     """Parameters and buffers, those that two modules share twice. Of what is no module: none."""
-    return [member for member in _members(_modules(model)) if isinstance(member, torch.Tensor)]
+    return [member for member in _all_members(_all_modules(model)) if isinstance(member, torch.Tensor)]
 
 
-def _modules(model: Any) -> list[torch.nn.Module]:
+def _all_modules(model: Any) -> list[torch.nn.Module]:
     """It, and all below it, each once."""
     return list(model.modules()) if isinstance(model, torch.nn.Module) else []
 
 
-def _members(modules: Sequence[torch.nn.Module]) -> list[object]:
-    """Parameters, buffers and children of each, also those that are None."""
-    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_HELD, modules)))))
+def _all_members(modules: Sequence[torch.nn.Module]) -> list[object]:
+    """Parameters, buffers and children of each, also those that are None. TorchScript's modules have no dicts."""
+    return list(chain.from_iterable(map(_VALUES, chain.from_iterable(map(_HELD, modules)))))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -58,13 +59,13 @@ class Places:
     def changed(self, model: Any) -> bool:
         """Look again: whether anything is new, or elsewhere than the last time. In every update, so it has to be quick:
         while all modules have the members that they had, there is no other module."""
-        members = _members(self._modules)
+        members = _all_members(self._modules)
         same = self._modules[:1] == [model] and len(members) == len(self._members)
         same = same and all(map(operator.is_, members, self._members))
         if same and self.are_plain and _facts(self._tensors) == self._facts:
             return False
-        self._modules = _modules(model)
-        self._members = _members(self._modules)
+        self._modules = _all_modules(model)
+        self._members = _all_members(self._modules)
         self._tensors = tensors = tensors_of(model)
         self.are_plain = bool(tensors) and all(map(is_plain, tensors))
         self._facts = _facts(tensors) if self.are_plain else []

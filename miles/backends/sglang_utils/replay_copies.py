@@ -10,6 +10,7 @@ from miles.backends.sglang_utils.copy_plan import (
     WIDTHS,
     Copy,
     CopyPlan,
+    Extent,
     Fill,
     Pieces,
     Region,
@@ -64,16 +65,20 @@ class InPlace:
     """
 
     def __init__(
-        self, steps: Sequence[Step], spans: Sequence[tuple[int, int]], storages: dict[int, torch.UntypedStorage]
+        self,
+        steps: Sequence[Step],
+        spans: Sequence[tuple[int, int]],
+        also_written: Sequence[Extent],
+        storages: dict[int, torch.UntypedStorage],
     ) -> None:
         self.spans = spans
-        pieces, rest = in_place(steps, spans)
+        pieces, rest = in_place(steps, spans, also_written)
         with torch.inference_mode(False):
             self.places = {
                 index: _target(Region(p.memory, torch.uint8, p.target, (p.num_bytes,), (1,)), storages)
                 for index, p in pieces.items()
             }
-        self._rest = Replay(arrange(rest), storages)
+        self._rest = Replay(arrange(rest if pieces else ()), storages)
 
     def load_rest(self, memory: torch.Tensor, *, beside_broadcast: bool = False) -> None:
         """As ``Replay.run``, for what is not in its place yet."""

@@ -74,6 +74,8 @@ class BroadcastGroup:
     def _together(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Only torch's groups know how; what is begun has to be ended, as it holds up all of this thread's NCCL."""
         device = tensors[0].device
+        if not all(tensor.device == device and tensor.is_contiguous() for tensor in tensors):
+            raise ValueError("tensors to broadcast together lie in one piece each, on one device")
         group = dist.ProcessGroup(self._store, self._backend.rank(), self._backend.size())
         group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, self._backend)
         group._start_coalescing(device)
@@ -198,7 +200,8 @@ def join_as_engine(
 
 def _found(at: tuple[str, int], size: int, is_given_up: threading.Event) -> TCPStore:
     """The trainer's store. torch looks for one that is gone for as long as its timeout, several times over, so it is
-    asked to look for a little, again and again. Raises RuntimeError."""
+    asked to look for a little, again and again; one that takes connections and says nothing keeps it longer. Raises
+    RuntimeError."""
     deadline = time.monotonic() + JOIN_S
     while True:
         try:

@@ -39,6 +39,7 @@ class Connections:
     def __init__(self) -> None:
         self._pool = _no_threads()
         self._by_url: dict[str, socket.socket] = {}
+        self._last: dict[str, Future[float]] = {}
 
     def close(self) -> None:
         """Also threads."""
@@ -49,7 +50,8 @@ class Connections:
     def keep_only(self, urls: Iterable[str]) -> None:
         """Close those to other engines."""
         for url in self._by_url.keys() - set(urls):
-            self._by_url.pop(url).close()
+            self._drop(url)
+        self._last = {url: last for url, last in self._last.items() if not last.done()}
 
     def post(
         self, engine: EngineTarget, path: str, body: Mapping[str, Any], timeout_s: float, connect_s: float
@@ -62,14 +64,25 @@ class Connections:
             self._say(self._connected(engine.url, connect_s), engine, request, timeout_s)
             return self._answered(engine, path, began)
 
+        last = self._last.get(engine.url)
+        assert last is None or last.done(), "two requests at a time would be given each other's answers"
+        if self._has_said(engine, request, timeout_s):
+            answer = self._pool.submit(self._answered, engine, path, began)
+        else:
+            answer = self._pool.submit(anew)
+        self._last[engine.url] = answer
+        return answer
+
+    def _has_said(self, engine: EngineTarget, request: bytes, timeout_s: float) -> bool:
+        """Whether it has gone out at once: it is small, and there is a connection that is still open."""
         kept = self._still_open(engine.url)
         if kept is None or len(request) > _AT_ONCE_BYTES:
-            return self._pool.submit(anew)
+            return False
         try:
             self._say(kept, engine, request, timeout_s)
         except OSError:
-            return self._pool.submit(anew)
-        return self._pool.submit(self._answered, engine, path, began)
+            return False
+        return True
 
     def cut(self, url: str) -> None:
         """The request that is under way there ends with an error."""
@@ -120,7 +133,10 @@ class Connections:
         return time.perf_counter() - began
 
     def _drop(self, url: str) -> None:
-        self._by_url.pop(url).close()
+        connected = self._by_url.pop(url)
+        with contextlib.suppress(OSError):  # it has ended
+            connected.shutdown(socket.SHUT_RDWR)  # a process that was forked meanwhile has it, too
+        connected.close()
 
 
 def _no_threads() -> ThreadPoolExecutor:
