@@ -18,6 +18,7 @@ PACKAGE = "miles.backends"
 STEPS = f"{PACKAGE}.training_utils.rollout_trainer:RolloutTrainer._steps"
 SAVE = f"{PACKAGE}.training_utils.checkpoints:_make_durable"
 SEND = f"{PACKAGE}.weight_update.stream_sender:StreamSender._add"
+BROADCAST = f"{PACKAGE}.weight_update.broadcast_bucket:BroadcastBucket.add"
 LORA = {
     "lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_kl_loss": True, "kl_loss_coef": 0.1,
 }  # fmt: skip
@@ -102,7 +103,7 @@ def test_user_code_that_raises_in_a_rank_ends_the_run_with_its_traceback(tmp_pat
 def test_an_asynchronous_run_with_engines_outlives_a_rank_that_falls_in_a_weight_update(tmp_path):
     done = train(
         tmp_path, train_async=True, num_rollout=4, check_weight_update_equal=True, timeout_s=400,
-        **fatal(tmp_path, f"0,30,SIGKILL,{SEND}"),
+        **fatal(tmp_path, f"0,30,SIGKILL,{BROADCAST}"),
     )  # fmt: skip
     assert done.code == 0, done.output
     assert [row["rollout_id"] for row in done.rows()] == [0, 1, 2, 3]
